@@ -1,0 +1,101 @@
+"""The backends, in order of preference, and the choice among them.
+
+A backend is a module with the functions of `Backend`. It receives native arrays (NumPy on the CPU,
+CuPy on a GPU) that `_problem` has validated and that belong to one device, and it fills output
+arrays that the caller allocated. It never sees an empty problem, never writes to an input, and
+takes workspace only through `allocate`, which draws on the caller's framework.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from cuneigh._backends import cpu, naive
+from cuneigh._device import Device
+from cuneigh._problem import Operands, Problem
+
+
+class Allocate(Protocol):
+    """Gives an uninitialized, contiguous native array on the device of the call."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: str) -> Any: ...
+
+
+class Backend(Protocol):
+    """What every backend offers. `operands` and `gradients` hold None for absent arguments."""
+
+    @property
+    def NAME(self) -> str: ...  # noqa: N802 - a module constant
+
+    def unsupported(self, problem: Problem, device: Device) -> str | None:
+        """Why this backend cannot run `problem` on `device`; None when it can."""
+
+    def forward(
+        self, problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Allocate
+    ) -> None:
+        """Fill `output`, and `lse` unless that is None."""
+
+    def backward(
+        self,
+        problem: Problem,
+        operands: Operands,
+        grad_output: Any,
+        output: Any,
+        lse: Any,
+        grad_lse: Any,
+        gradients: Operands,
+        allocate: Allocate,
+    ) -> None:
+        """Fill every array of `gradients`, one for each operand; `grad_lse` may be None."""
+
+    def qk(self, problem: Problem, operands: Operands, logits: Any, allocate: Allocate) -> None:
+        """Fill `logits`."""
+
+    def qk_backward(
+        self,
+        problem: Problem,
+        operands: Operands,
+        grad_logits: Any,
+        gradients: Operands,
+        allocate: Allocate,
+    ) -> None:
+        """Fill every array of `gradients`."""
+
+    def av(
+        self, problem: Problem, weights: Any, operands: Operands, output: Any, allocate: Allocate
+    ) -> None:
+        """Fill `output`."""
+
+    def av_backward(
+        self,
+        problem: Problem,
+        weights: Any,
+        operands: Operands,
+        grad_output: Any,
+        grad_weights: Any,
+        gradients: Operands,
+        allocate: Allocate,
+    ) -> None:
+        """Fill `grad_weights` and every array of `gradients`."""
+
+
+BACKENDS: tuple[Backend, ...] = (naive, cpu)
+
+
+def choose(problem: Problem, device: Device, name: str | None) -> Backend:
+    """The backend called `name`, or the first that supports `problem`.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason of every backend that
+    was asked, when none can run the problem.
+    """
+    candidates = [backend for backend in BACKENDS if name in (None, backend.NAME)]
+    if not candidates:
+        known = ", ".join(repr(backend.NAME) for backend in BACKENDS)
+        raise ValueError(f"backend={name!r} is not one of {known}")
+    reasons = []
+    for backend in candidates:
+        reason = backend.unsupported(problem, device)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.NAME}: {reason}")
+    raise RuntimeError("no backend can run this problem; " + "; ".join(reasons))

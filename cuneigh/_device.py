@@ -1,0 +1,42 @@
+"""Where arrays live and what that place can do: a plain record, so planning needs no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A CPU, or one CUDA device."""
+
+    kind: str
+    """``"cpu"`` or ``"cuda"``."""
+    index: int = 0
+    name: str = ""
+    capability: tuple[int, int] = (0, 0)
+    sm_count: int = 0
+
+    @property
+    def arch(self) -> str:
+        """The architecture to compile for, such as ``sm_90``."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}"
+
+
+CPU = Device("cpu")
+
+
+@cache
+def cuda(index: int) -> Device:
+    """The CUDA device `index`, asked of the driver once."""
+    import cupy
+
+    properties = cupy.cuda.runtime.getDeviceProperties(index)
+    return Device(
+        kind="cuda",
+        index=index,
+        name=properties["name"].decode(),
+        capability=(properties["major"], properties["minor"]),
+        sm_count=properties["multiProcessorCount"],
+    )
