@@ -1,0 +1,329 @@
+"""The definition of neighborhood attention in float64 NumPy, written to be read.
+
+Every backend is tested against this module, so it does the obvious thing: list the slots of every
+query's window, gather the keys and values that they hold, and apply softmax attention to them. It
+is slow, and it needs memory for queries times slots times head_dim of one head at a time.
+
+All functions take a `Problem` and arrays of any supported dtype, strides included, and return
+float64 arrays whose shapes are those of `Problem.specs`, `output`, `lse` and `logits`:
+
+    query   [batch, X1..Xr, heads, head_dim]         output  [batch, X1..Xr, heads, value_dim]
+    key     [batch, Y1..Yr, kv_heads, head_dim]      lse     [batch, X1..Xr, heads]
+    value   [batch, Y1..Yr, kv_heads, value_dim]     logits  [batch, X1..Xr, heads, slots]
+    additional_keys    [batch, n, kv_heads, head_dim]
+    additional_values  [batch, n, kv_heads, value_dim]
+    rpb                [heads, 2 * K1 - 1, .., 2 * Kr - 1]
+
+The key token axes Y are the query's X, except in cross attention.
+
+The operator is from "Neighborhood Attention Transformer" (Hassani et al., 2023), its dilation from
+"Dilated Neighborhood Attention Transformer" (Hassani and Shi, 2022), and the decomposition into
+products with a neighborhood and with its inverse from "Faster Neighborhood Attention: Reducing the
+O(n^2) Cost of Self Attention at the Threadblock Level" (Hassani et al., 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cuneigh._problem import Operands, Problem
+from cuneigh._window import Axis
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
+
+
+class Slots(NamedTuple):
+    """What the slots of every query hold."""
+
+    row: Integers
+    """[queries, slots] Key tokens are counted in C order, the additional keys follow them."""
+    visible: Booleans
+    """[queries, slots] False in slots past a causal end, whose `row` means nothing."""
+    offset: Integers | None
+    """[queries, window slots] Index of the bias in one head's flattened rpb; None without rpb."""
+
+
+class Rows(NamedTuple):
+    """Operands, or their gradients, in float64 with the token axes as one; None where absent."""
+
+    query: Any
+    """[batch, queries, heads, head_dim]"""
+    keys: Any
+    """[batch, key tokens + n, kv_heads, head_dim] The additional keys come last."""
+    values: Any
+    """[batch, key tokens + n, kv_heads, value_dim]"""
+    bias: Any
+    """[heads, offsets]"""
+
+    def head(self, b: int, h: int, kv: int) -> Rows:
+        """Views of what belongs to one batch entry and query head, without these two axes."""
+        return Rows(
+            None if self.query is None else self.query[b, :, h],
+            None if self.keys is None else self.keys[b, :, kv],
+            None if self.values is None else self.values[b, :, kv],
+            None if self.bias is None else self.bias[h],
+        )
+
+
+# Non-finite inputs are legal and spread as IEEE arithmetic has it, without warnings.
+_quiet = np.errstate(invalid="ignore", divide="ignore", over="ignore", under="ignore")
+
+
+@_quiet
+def forward(problem: Problem, operands: Operands) -> tuple[Floats, Floats]:
+    """Neighborhood attention: ``(output, lse)``.
+
+    `lse` is the natural logarithm of the sum of the exponentials of a row's logits. A row whose
+    logits are all -inf has lse -inf and output 0.
+    """
+    output, lse = np.zeros(problem.output.shape), np.full(problem.lse.shape, -np.inf)
+    if problem.is_empty:
+        return output, lse
+    slots, rows = window_slots(problem), _rows(operands)
+    for b, h, kv in _heads(problem):
+        head = rows.head(b, h, kv)
+        weights, row_lse, seen = _softmax(_logits(problem, slots, head), slots.visible)
+        values = _gather(head.values, slots.row, seen)
+        _flat(output)[b, :, h] = np.einsum("ns,nsd->nd", weights, values)
+        _flat(lse[..., None])[b, :, h, 0] = row_lse
+    return output, lse
+
+
+@_quiet
+def backward(
+    problem: Problem,
+    operands: Operands,
+    grad_output: npt.ArrayLike,
+    grad_lse: npt.ArrayLike | None = None,
+) -> Operands:
+    """Gradients of `forward` with respect to every operand.
+
+    `grad_output` has the shape of output and `grad_lse` that of lse; None stands for zeros.
+    """
+    if problem.is_empty:
+        return _zeros(problem)
+    slots, rows, gradients = window_slots(problem), _rows(operands), _rows(_zeros(problem))
+    d_outputs = _flat(_float64(grad_output))
+    d_lses = _flat(
+        _float64(np.zeros(problem.lse.shape) if grad_lse is None else grad_lse)[..., None]
+    )
+    for b, h, kv in _heads(problem):
+        head, gradient = rows.head(b, h, kv), gradients.head(b, h, kv)
+        d_output, d_lse = d_outputs[b, :, h], d_lses[b, :, h]
+        weights, _, seen = _softmax(_logits(problem, slots, head), slots.visible)
+        values = _gather(head.values, slots.row, seen)
+        output = np.einsum("ns,nsd->nd", weights, values)
+
+        _scatter(gradient.values, slots.row, seen, weights[..., None] * d_output[:, None])
+        d_weights = np.einsum("nd,nsd->ns", d_output, values)
+        shift = d_lse - (d_output * output).sum(-1, keepdims=True)
+        d_logits = np.where(seen, weights * (d_weights + shift), 0.0)
+        _logits_backward(problem, slots, head, seen, d_logits, gradient)
+    return _operands(problem, gradients)
+
+
+@_quiet
+def qk(problem: Problem, operands: Operands) -> Floats:
+    """Logits of every window slot, then of the additional keys; -inf in hidden slots."""
+    logits = np.zeros(problem.logits.shape)
+    if problem.is_empty:
+        return logits
+    slots, rows = window_slots(problem), _rows(operands)
+    for b, h, kv in _heads(problem):
+        _flat(logits)[b, :, h] = _logits(problem, slots, rows.head(b, h, kv))
+    return logits
+
+
+@_quiet
+def qk_backward(problem: Problem, operands: Operands, grad_logits: npt.ArrayLike) -> Operands:
+    """Gradients of `qk` with respect to its operands; `grad_logits` in hidden slots is ignored."""
+    if problem.is_empty:
+        return _zeros(problem)
+    slots, rows, gradients = window_slots(problem), _rows(operands), _rows(_zeros(problem))
+    given = _flat(_float64(grad_logits))
+    for b, h, kv in _heads(problem):
+        head, gradient = rows.head(b, h, kv), gradients.head(b, h, kv)
+        d_logits = np.where(slots.visible, given[b, :, h], 0.0)
+        _logits_backward(problem, slots, head, slots.visible, d_logits, gradient)
+    return _operands(problem, gradients)
+
+
+@_quiet
+def av(problem: Problem, weights: npt.ArrayLike, operands: Operands) -> Floats:
+    """Sum of the values in every query's slots times `weights`, which has the shape of logits.
+
+    What `weights` holds in hidden slots is never read.
+    """
+    output = np.zeros(problem.output.shape)
+    if problem.is_empty:
+        return output
+    slots, rows, given = window_slots(problem), _rows(operands), _flat(_float64(weights))
+    for b, h, kv in _heads(problem):
+        values = _gather(rows.head(b, h, kv).values, slots.row, slots.visible)
+        read = np.where(slots.visible, given[b, :, h], 0.0)
+        _flat(output)[b, :, h] = np.einsum("ns,nsd->nd", read, values)
+    return output
+
+
+@_quiet
+def av_backward(
+    problem: Problem, weights: npt.ArrayLike, operands: Operands, grad_output: npt.ArrayLike
+) -> tuple[Floats, Operands]:
+    """Gradients of `av`: those of `weights`, 0 in hidden slots, and those of its operands."""
+    grad_weights = np.zeros(problem.logits.shape)
+    if problem.is_empty:
+        return grad_weights, _zeros(problem)
+    slots, rows, gradients = window_slots(problem), _rows(operands), _rows(_zeros(problem))
+    given, d_outputs = _flat(_float64(weights)), _flat(_float64(grad_output))
+    for b, h, kv in _heads(problem):
+        head, gradient = rows.head(b, h, kv), gradients.head(b, h, kv)
+        d_output = d_outputs[b, :, h]
+        values = _gather(head.values, slots.row, slots.visible)
+        d_weights = np.einsum("nd,nsd->ns", d_output, values)
+        _flat(grad_weights)[b, :, h] = np.where(slots.visible, d_weights, 0.0)
+        terms = given[b, :, h][..., None] * d_output[:, None]
+        _scatter(gradient.values, slots.row, slots.visible, terms)
+    return grad_weights, _operands(problem, gradients)
+
+
+def window_slots(problem: Problem) -> Slots:
+    """The slots of every query of a problem that is not empty.
+
+    Slot ``((a1 * K2) + a2) * K3 + a3`` of a query holds the key at ``start + a`` on each axis; the
+    additional keys follow.
+    """
+    row, visible = np.zeros((1, 1), np.int64), np.ones((1, 1), bool)
+    offset = np.zeros((1, 1), np.int64)
+    for axis in problem.axes:
+        token, axis_visible, relative = _axis_slots(axis)
+        row = _outer(np.add, row * axis.key_length, token)
+        visible = _outer(np.logical_and, visible, axis_visible)
+        offset = _outer(np.add, offset * (2 * axis.kernel_size - 1), relative)
+    shape = len(row), problem.additional or 0
+    additional = np.prod(problem.key_tokens, dtype=np.int64) + np.arange(shape[1])
+    return Slots(
+        np.hstack([row, np.broadcast_to(additional, shape)]),
+        np.hstack([visible, np.ones(shape, bool)]),
+        offset if problem.rpb_dtype else None,
+    )
+
+
+def _axis_slots(axis: Axis) -> tuple[Integers, Booleans, Integers]:
+    """Key token, visibility and rel(query, key) of every query and slot of one axis: [X, K]."""
+    query = np.arange(axis.length)[:, None]
+    group, index = query % axis.dilation, query // axis.dilation
+    start, end = axis.window(index, group)
+    key_index = start + np.arange(axis.kernel_size)
+    relative = key_index - index + axis.kernel_size - 1
+    return key_index * axis.dilation + group, key_index < end, relative
+
+
+def _outer(combine: np.ufunc, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[X, K] and [Y, J] combined into [X * Y, K * J]."""
+    combined: npt.NDArray[Any] = combine(a[:, None, :, None], b[None, :, None, :])
+    return combined.reshape(len(a) * len(b), -1)
+
+
+def _heads(problem: Problem) -> Iterator[tuple[int, int, int]]:
+    """Every batch entry and query head, with the key head that it reads."""
+    for b, h in np.ndindex(problem.batch, problem.heads):
+        yield b, h, h // problem.group_size
+
+
+def _logits(problem: Problem, slots: Slots, head: Rows) -> Floats:
+    """[queries, slots]"""
+    keys = _gather(head.keys, slots.row, slots.visible)
+    logits = problem.scale * np.einsum("nd,nsd->ns", head.query, keys)
+    if slots.offset is not None:
+        logits[:, : problem.window_size] += head.bias[slots.offset]
+    return np.where(slots.visible, logits, -np.inf)
+
+
+def _logits_backward(
+    problem: Problem, slots: Slots, head: Rows, seen: Booleans, d_logits: Floats, gradient: Rows
+) -> None:
+    """Add to `gradient` what `d_logits`, which is 0 where not `seen`, means for the operands."""
+    keys = _gather(head.keys, slots.row, seen)
+    gradient.query[...] = problem.scale * np.einsum("ns,nsd->nd", d_logits, keys)
+    terms = problem.scale * d_logits[..., None] * head.query[:, None]
+    _scatter(gradient.keys, slots.row, seen, terms)
+    if slots.offset is not None:
+        np.add.at(gradient.bias, slots.offset, d_logits[:, : problem.window_size])
+
+
+def _softmax(logits: Floats, visible: Booleans) -> tuple[Floats, Floats, Booleans]:
+    """Weights, lse, and which slots take part: none in a row whose logits are all -inf."""
+    top = logits.max(-1)
+    alive = top != -np.inf
+    top = np.where(alive, top, 0.0)
+    exponentials = np.exp(logits - top[:, None])
+    total = exponentials.sum(-1)
+    weights = exponentials / np.where(alive, total, 1.0)[:, None]
+    return weights, top + np.log(total), visible & alive[:, None]
+
+
+def _gather(rows: Floats, row: Integers, seen: Booleans) -> Floats:
+    """``rows[row]`` where `seen` and 0 elsewhere, so that no 0 * NaN arises in hidden slots."""
+    gathered = np.zeros((*row.shape, rows.shape[-1]))
+    gathered[seen] = rows[row[seen]]
+    return gathered
+
+
+def _scatter(rows: Floats, row: Integers, seen: Booleans, terms: Floats) -> None:
+    """Add `terms` to ``rows[row]`` where `seen`: the transpose of `_gather`."""
+    np.add.at(rows, row[seen], terms[seen])
+
+
+def _float64(array: npt.ArrayLike) -> Floats:
+    return np.asarray(array).astype(np.float64)
+
+
+def _zeros(problem: Problem) -> Operands:
+    return Operands(*(None if spec is None else np.zeros(spec.shape) for spec in problem.specs))
+
+
+def _flat(array: Floats) -> Floats:
+    """[batch, X1..Xr, heads, dim] as [batch, X1 * .. * Xr, heads, dim]."""
+    return array.reshape(array.shape[0], -1, *array.shape[-2:])
+
+
+def _rows(operands: Operands) -> Rows:
+    """The operands of a problem that is not empty, copied."""
+    query, key, value, additional_keys, additional_values, rpb = (
+        None if array is None else _float64(array) for array in operands
+    )
+    return Rows(
+        query=None if query is None else _flat(query),
+        keys=_join(key, additional_keys),
+        values=_join(value, additional_values),
+        bias=None if rpb is None else rpb.reshape(len(rpb), -1),
+    )
+
+
+def _join(tokens: Floats | None, additional: Floats | None) -> Floats | None:
+    if tokens is None:
+        return None
+    return _flat(tokens) if additional is None else np.hstack([_flat(tokens), additional])
+
+
+def _operands(problem: Problem, rows: Rows) -> Operands:
+    """The inverse of `_rows`."""
+    split = [math.prod(problem.key_tokens)]
+    key, additional_keys = (None, None) if rows.keys is None else np.split(rows.keys, split, 1)
+    value, additional_values = (
+        (None, None) if rows.values is None else np.split(rows.values, split, 1)
+    )
+    parts = rows.query, key, value, additional_keys, additional_values, rows.bias
+    return Operands(
+        *(
+            None if spec is None or part is None else part.reshape(spec.shape)
+            for part, spec in zip(parts, problem.specs, strict=True)
+        )
+    )
