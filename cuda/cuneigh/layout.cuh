@@ -73,13 +73,33 @@ __device__ Item<kRank> item_of(const Problem<kRank>& problem, int member) {
   return item;
 }
 
+// Calls visit(token) for every `step`-th token of the layout from `first` on, in raster order.
+template <int kRank, typename Visit>
+__device__ void for_each_token(const Problem<kRank>& problem, unsigned first, unsigned step,
+                               Visit visit) {
+  unsigned count = 1;
+#pragma unroll
+  for (int r = 0; r < kRank; ++r) count *= problem.axes[r].length;
+  for (unsigned i = first; i < count; i += step) {
+    int token[kRank];
+    unsigned rest = i;
+#pragma unroll
+    for (int r = kRank - 1; r > 0; --r) {
+      token[r] = rest % problem.axes[r].length;
+      rest /= problem.axes[r].length;
+    }
+    token[0] = rest;
+    visit(token);
+  }
+}
+
 // One line of neighbors along the last axis; all that differs from neighbor to neighbor is a step.
 template <int kRank>
 struct Line {
-  int first[kRank];  // token of the first neighbor
-  int count;         // number of neighbors
-  int offset[kRank]; // group index of the first neighbor less that of the window's begin
-  int shift[kRank];  // group index of the first neighbor less that of the item
+  int first[kRank];   // token of the first neighbor
+  int count;          // number of neighbors
+  int offset[kRank];  // group index of the first neighbor less that of the window's begin
+  int shift[kRank];   // group index of the first neighbor less that of the item
 };
 
 // Calls visit(line) for every line of the box of neighbors `range`, in ascending order.

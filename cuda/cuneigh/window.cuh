@@ -42,8 +42,8 @@ struct Axis {
   // Tokens `count` long in group-major order: neighbors in this order are neighbors in attention.
   CUNEIGH_HOST_DEVICE Place place(int position, int count) const {
     if (dilation == 1) return {0, position};
-    const int shorter = count / dilation;                    // length of the last groups,
-    const int longer_groups = count % dilation;              // the first ones having one more
+    const int shorter = count / dilation;        // length of the last groups,
+    const int longer_groups = count % dilation;  // the first ones having one more
     const int in_longer = longer_groups * (shorter + 1);
     if (position < in_longer) return {position / (shorter + 1), position % (shorter + 1)};
     position -= in_longer;

@@ -1,0 +1,562 @@
+"""The definition in CUDA: one group of lanes for each query or key, all parameters, all dtypes.
+
+An honest baseline: coalesced and vectorized, deterministic, and nothing of the size of the logits
+in memory unless the operation's own result is. Every kernel of `cuda/naive_*.cu` is launched here.
+A non-finite value reaches only the queries whose window holds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cuneigh import _jit
+from cuneigh._device import Device, cuda
+from cuneigh._plan import THREADS, RowPlan, box_of, row_plan
+from cuneigh._problem import DTYPES, Operands, Problem
+
+if TYPE_CHECKING:
+    from cuneigh._backends import Allocate
+
+NAME = "naive"
+
+
+def unsupported(problem: Problem, device: Device) -> str | None:
+    """Why this backend cannot run `problem` on `device`; None when it can."""
+    if device.kind != "cuda":
+        return (
+            "needs arrays on a CUDA device, but these are on the CPU; with an NVIDIA GPU, install "
+            "'cuneigh[cuda12]' or 'cuneigh[cuda13]' and pass CuPy, PyTorch or JAX arrays that live "
+            "on it"
+        )
+    return None
+
+
+def forward(
+    problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Allocate
+) -> None:
+    operands = Operands(*(_readable(array, allocate) for array in operands))
+    plan = _attention_plan(problem, operands, values=(output,))
+    views = _Views(problem.rank)
+    views.vectors(*operands[:3])
+    views.additional(operands.additional_keys, operands.additional_values)
+    views.bias(operands.rpb)
+    views.vectors(output)
+    views.scalars(lse)
+    _launch(
+        "naive_forward",
+        plan.source(),
+        _record(problem, plan, keys=False),
+        views,
+        _grid(problem, plan, keys=False, slices=_slices(problem.value_dim, plan.value_capacity)),
+    )
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    output: Any,
+    lse: Any,
+    grad_lse: Any,
+    gradients: Operands,
+    allocate: Allocate,
+) -> None:
+    operands = Operands(*(_readable(array, allocate) for array in operands))
+    grad_output, output = _readable(grad_output, allocate), _readable(output, allocate)
+    plan = _attention_plan(
+        problem,
+        operands,
+        keys=(gradients.query, gradients.key),
+        values=(grad_output, output, gradients.value),
+    )
+    key_slices = _slices(problem.head_dim, plan.key_capacity)
+    value_slices = _slices(problem.value_dim, plan.value_capacity)
+    slices = max(key_slices, value_slices)
+    delta = allocate(lse.shape, problem.accumulator)
+
+    views = _Views(problem.rank)
+    views.vectors(*operands[:3])
+    views.additional(operands.additional_keys, operands.additional_values)
+    views.bias(operands.rpb)
+    views.vectors(grad_output, output)
+    views.scalars(lse, grad_lse, delta)
+    views.vectors(gradients.query)
+    _launch(
+        "naive_backward_query",
+        plan.source(),
+        _record(problem, plan, keys=False),
+        views,
+        _grid(problem, plan, keys=False, slices=key_slices),
+    )
+
+    views = _Views(problem.rank)
+    views.vectors(*operands[:3])
+    views.bias(operands.rpb)
+    views.vectors(grad_output)
+    views.scalars(lse, delta)
+    views.vectors(gradients.key, gradients.value)
+    _launch(
+        "naive_backward_key",
+        plan.source(),
+        _record(problem, plan, keys=True),
+        views,
+        _grid(problem, plan, keys=True, slices=slices),
+    )
+
+    if problem.additional:
+        rows = problem.batch * problem.additional * problem.kv_heads
+        count = _shares(rows, math.prod(problem.tokens), plan)
+        key_shares = allocate((count, *gradients.additional_keys.shape), problem.accumulator)
+        value_shares = allocate((count, *gradients.additional_values.shape), problem.accumulator)
+        views = _Views(problem.rank)
+        views.vectors(operands.query)
+        views.additional(operands.additional_keys, operands.additional_values)
+        views.vectors(grad_output)
+        views.scalars(lse, delta)
+        views.pointers(key_shares, value_shares)
+        _launch(
+            "naive_backward_additional",
+            plan.source(),
+            _record(problem, plan, keys=False),
+            views,
+            (rows * count, slices),
+        )
+        _sum(key_shares, gradients.additional_keys, problem)
+        _sum(value_shares, gradients.additional_values, problem)
+
+    if operands.rpb is not None:
+        views = _Views(problem.rank)
+        views.vectors(*operands[:3])
+        views.bias(operands.rpb)
+        views.vectors(grad_output)
+        views.scalars(lse, delta)
+        views.vectors(None)
+        _rpb_gradient(problem, plan, views, gradients.rpb, stored=False, allocate=allocate)
+
+
+def qk(problem: Problem, operands: Operands, logits: Any, allocate: Allocate) -> None:
+    operands = Operands(*(_readable(array, allocate) for array in operands))
+    _multiply(problem, operands, logits, dim=problem.head_dim, scale=problem.scale)
+
+
+def qk_backward(
+    problem: Problem,
+    operands: Operands,
+    grad_logits: Any,
+    gradients: Operands,
+    allocate: Allocate,
+) -> None:
+    operands = Operands(*(_readable(array, allocate) for array in operands))
+    dim, scale = problem.head_dim, problem.scale
+    _gather(
+        problem, grad_logits, operands.key, operands.additional_keys, gradients.query, dim, scale
+    )
+    _scatter(problem, grad_logits, operands.query, gradients.key, dim, scale)
+    if problem.additional:
+        _scatter_additional(
+            problem, grad_logits, operands.query, gradients.additional_keys, dim, scale, allocate
+        )
+    if operands.rpb is not None:
+        plan = row_plan(problem.rank, problem.dtype, None, 0, 0)
+        views = _Views(problem.rank)
+        views.vectors(*(None,) * 7, grad_logits)
+        _rpb_gradient(problem, plan, views, gradients.rpb, stored=True, allocate=allocate)
+
+
+def av(problem: Problem, weights: Any, operands: Operands, output: Any, allocate: Allocate) -> None:
+    operands = Operands(*(_readable(array, allocate) for array in operands))
+    dim = problem.value_dim
+    _gather(problem, weights, operands.value, operands.additional_values, output, dim, 1.0)
+
+
+def av_backward(
+    problem: Problem,
+    weights: Any,
+    operands: Operands,
+    grad_output: Any,
+    grad_weights: Any,
+    gradients: Operands,
+    allocate: Allocate,
+) -> None:
+    operands = Operands(*(_readable(array, allocate) for array in operands))
+    grad_output = _readable(grad_output, allocate)
+    dim = problem.value_dim
+    products = Operands(
+        query=grad_output, key=operands.value, additional_keys=operands.additional_values
+    )
+    _multiply(problem, products, grad_weights, dim=dim, scale=1.0, hidden_is_zero=True)
+    _scatter(problem, weights, grad_output, gradients.value, dim, 1.0)
+    if problem.additional:
+        _scatter_additional(
+            problem, weights, grad_output, gradients.additional_values, dim, 1.0, allocate
+        )
+
+
+def kernels(problem: Problem) -> list[_jit.Kernel]:
+    """The kernels that `problem` needs when its arrays are contiguous."""
+    rank, dtype = problem.rank, problem.dtype
+    key, value = problem.head_dim, problem.value_dim
+    plan = row_plan(rank, dtype, problem.rpb_dtype, key, value)
+    sums = {problem.dtype} if problem.additional else set()
+    names: list[tuple[str, str]] = []
+    match problem.operation:
+        case "forward":
+            names = [("naive_forward", plan.source())]
+        case "backward":
+            names = [(f"naive_backward_{of}", plan.source()) for of in ("query", "key")]
+            if problem.additional:
+                names.append(("naive_backward_additional", plan.source()))
+            if problem.rpb_dtype:
+                names.append(("naive_backward_rpb", plan.source(kStored=False)))
+                sums.add(problem.rpb_dtype)
+        case "qk":
+            source = row_plan(rank, dtype, problem.rpb_dtype, key, 0).source(kHiddenIsZero=False)
+            names = [("naive_qk", source)]
+        case "qk_backward":
+            source = row_plan(rank, dtype, None, 0, key).source()
+            names = [("naive_av", source), ("naive_inverse", source)]
+            if problem.additional:
+                names.append(("naive_additional", source))
+            if problem.rpb_dtype:
+                source = row_plan(rank, dtype, None, 0, 0).source(kStored=True)
+                names.append(("naive_backward_rpb", source))
+                sums.add(problem.rpb_dtype)
+        case "av":
+            names = [("naive_av", row_plan(rank, dtype, None, 0, value).source())]
+        case "av_backward":
+            source = row_plan(rank, dtype, None, value, 0).source(kHiddenIsZero=True)
+            names = [("naive_qk", source)]
+            source = row_plan(rank, dtype, None, 0, value).source()
+            names.append(("naive_inverse", source))
+            if problem.additional:
+                names.append(("naive_additional", source))
+    if problem.operation.endswith("backward"):
+        names += [("naive_sum", _sum_source(problem.accumulator, result)) for result in sums]
+    return [_jit.Kernel(name, source) for name, source in names]
+
+
+# The three products of unfused neighborhood attention, and sums over all queries.
+
+
+def _multiply(
+    problem: Problem,
+    operands: Operands,
+    logits: Any,
+    dim: int,
+    scale: float,
+    hidden_is_zero: bool = False,
+) -> None:
+    """Pointwise-neighborhood: `logits` of every query with the keys of its window."""
+    width = _width((operands.query, operands.key, operands.additional_keys))
+    bias = problem.rpb_dtype if operands.rpb is not None else None
+    plan = row_plan(problem.rank, problem.dtype, bias, dim, 0, key_bytes=width)
+    views = _Views(problem.rank)
+    views.vectors(operands.query, operands.key)
+    views.additional(operands.additional_keys)
+    views.bias(operands.rpb)
+    views.vectors(logits)
+    _launch(
+        "naive_qk",
+        plan.source(kHiddenIsZero=hidden_is_zero),
+        _record(problem, plan, keys=False, head_dim=dim, scale=scale),
+        views,
+        _grid(problem, plan, keys=False),
+    )
+
+
+def _gather(
+    problem: Problem,
+    weights: Any,
+    value: Any,
+    additional_values: Any,
+    output: Any,
+    dim: int,
+    scale: float,
+) -> None:
+    """Neighborhood-neighborhood: `output` of every query from the values of its window."""
+    plan = _value_plan(problem, dim, value, additional_values, output)
+    views = _Views(problem.rank)
+    views.vectors(weights, value)
+    views.additional(additional_values)
+    views.vectors(output)
+    _launch(
+        "naive_av",
+        plan.source(),
+        _record(problem, plan, keys=False, value_dim=dim, scale=scale),
+        views,
+        _grid(problem, plan, keys=False, slices=_slices(dim, plan.value_capacity)),
+    )
+
+
+def _scatter(
+    problem: Problem, weights: Any, rows: Any, output: Any, dim: int, scale: float
+) -> None:
+    """Inverse-neighborhood: `output` of every key from the rows of the queries that see it."""
+    plan = _value_plan(problem, dim, rows, output)
+    views = _Views(problem.rank)
+    views.vectors(weights, rows, output)
+    _launch(
+        "naive_inverse",
+        plan.source(),
+        _record(problem, plan, keys=True, value_dim=dim, scale=scale),
+        views,
+        _grid(problem, plan, keys=True, slices=_slices(dim, plan.value_capacity)),
+    )
+
+
+def _scatter_additional(
+    problem: Problem,
+    weights: Any,
+    rows: Any,
+    output: Any,
+    dim: int,
+    scale: float,
+    allocate: Allocate,
+) -> None:
+    """The same for the additional keys, which every query sees."""
+    plan = _value_plan(problem, dim, rows)
+    places = problem.batch * (problem.additional or 0) * problem.kv_heads
+    count = _shares(places, math.prod(problem.tokens), plan)
+    shares = allocate((count, *output.shape), problem.accumulator)
+    views = _Views(problem.rank)
+    views.vectors(weights, rows)
+    views.pointers(shares)
+    _launch(
+        "naive_additional",
+        plan.source(),
+        _record(problem, plan, keys=False, value_dim=dim, scale=scale),
+        views,
+        (places * count, _slices(dim, plan.value_capacity)),
+    )
+    _sum(shares, output, problem)
+
+
+def _rpb_gradient(
+    problem: Problem,
+    plan: RowPlan,
+    views: _Views,
+    gradient: Any,
+    stored: bool,
+    allocate: Allocate,
+) -> None:
+    """The gradient of the bias, from the views up to the shares."""
+    count = _shares(gradient.size, math.prod(problem.tokens), plan)
+    shares = allocate((count, *gradient.shape), problem.accumulator)
+    views.pointers(shares)
+    _launch(
+        "naive_backward_rpb",
+        plan.source(kStored=stored),
+        _record(problem, plan, keys=False),
+        views,
+        (gradient.size * count, 1),
+    )
+    _sum(shares, gradient, problem)
+
+
+def _sum(shares: Any, result: Any, problem: Problem) -> None:
+    """Add up the leading axis of `shares` into `result`."""
+    import cupy
+
+    source = _sum_source(problem.accumulator, result.dtype.name)
+    kernel = _jit.load(_jit.Kernel("naive_sum", source), cuda(cupy.cuda.device.get_device_id()))
+    kernel(
+        (math.ceil(result.size / THREADS),),
+        (THREADS,),
+        (shares, np.int64(shares.shape[0]), np.int64(result.size), result),
+    )
+
+
+def _sum_source(number: str, result: str) -> str:
+    return (
+        f"static constexpr int kThreads = {THREADS};\n"
+        f"using Number = {number};\nusing Result = {result};"
+    )
+
+
+def _shares(rows: int, queries: int, plan: RowPlan) -> int:
+    """Blocks that share the sum over all queries for one of `rows` results."""
+    import cupy
+
+    blocks = 8 * cuda(cupy.cuda.device.get_device_id()).sm_count
+    useful = math.ceil(queries / (4 * plan.groups))
+    return max(1, min(math.ceil(blocks / rows), useful))
+
+
+# From arrays and problems to what a kernel receives.
+
+
+class _Views:
+    """The `View`s of cuda/cuneigh/layout.cuh that a kernel takes, packed as 64-bit integers."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.words: list[int] = []
+
+    def vectors(self, *arrays: Any) -> None:
+        """Append arrays [batch, x1..xr, heads, inner], or None."""
+        for array in arrays:
+            if array is None:
+                self._append()
+            else:
+                batch, *token, head, inner = self._steps(array)
+                self._append(array.data.ptr, batch, token, head, inner)
+
+    def scalars(self, *arrays: Any) -> None:
+        """Append arrays [batch, x1..xr, heads], or None."""
+        for array in arrays:
+            if array is None:
+                self._append()
+            else:
+                batch, *token, head = self._steps(array)
+                self._append(array.data.ptr, batch, token, head)
+
+    def additional(self, *arrays: Any) -> None:
+        """Append arrays [batch, n, heads, inner], or None; n takes the place of the first axis."""
+        for array in arrays:
+            if array is None:
+                self._append()
+            else:
+                batch, n, head, inner = self._steps(array)
+                self._append(array.data.ptr, batch, [n], head, inner)
+
+    def bias(self, rpb: Any) -> None:
+        """Append rpb [heads, 2*K1-1, ..], or None."""
+        if rpb is None:
+            self._append()
+        else:
+            head, *token = self._steps(rpb)
+            self._append(rpb.data.ptr, 0, token, head)
+
+    def pointers(self, *arrays: Any) -> None:
+        """Append contiguous arrays that a kernel indexes by itself."""
+        for array in arrays:
+            self._append(array.data.ptr)
+
+    def _steps(self, array: Any) -> list[int]:
+        return [stride // array.itemsize for stride in array.strides]
+
+    def _append(
+        self,
+        pointer: int = 0,
+        batch: int = 0,
+        token: Sequence[int] = (),
+        head: int = 0,
+        inner: int = 0,
+    ) -> None:
+        self.words += [pointer, batch, *token, *(0,) * (self.rank - len(token)), head, inner]
+
+    def pack(self) -> np.ndarray[Any, Any]:
+        """One value that CuPy passes by value."""
+        return np.array(self.words, dtype=np.int64).view(f"V{8 * len(self.words)}")
+
+
+@lru_cache(maxsize=1024)
+def _record(
+    problem: Problem,
+    plan: RowPlan,
+    keys: bool,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    scale: float | None = None,
+) -> np.ndarray[Any, Any]:
+    """`Problem` of cuda/cuneigh/layout.cuh; the defaults are those of the problem itself."""
+    rank = problem.rank
+    axis = np.dtype([(name, "i4") for name in AXIS_FIELDS] + [("is_causal", "?")], align=True)
+    record = np.zeros(
+        1,
+        np.dtype(
+            [
+                ("axes", axis, (rank,)),
+                ("box", "i4", (rank,)),
+                ("boxes", "i4", (rank,)),
+                *((name, "i4") for name in ("batch", "heads", "group_size")),
+                *((name, "i4") for name in ("head_dim", "value_dim", "additional")),
+                ("scale", "f8"),
+            ],
+            align=True,
+        ),
+    )
+    box = box_of(problem, keys, plan.groups)
+    for r, given in enumerate(problem.axes):
+        for name in (*AXIS_FIELDS, "is_causal"):
+            record["axes"][name][0, r] = getattr(given, name)
+    record["box"] = box
+    record["boxes"] = _boxes(problem, keys, box)
+    record["batch"], record["heads"] = problem.batch, problem.heads
+    record["group_size"] = problem.group_size
+    record["head_dim"] = problem.head_dim if head_dim is None else head_dim
+    record["value_dim"] = problem.value_dim if value_dim is None else value_dim
+    record["additional"] = problem.additional or 0
+    record["scale"] = problem.scale if scale is None else scale
+    return record
+
+
+AXIS_FIELDS = ("length", "key_length", "kernel_size", "stride", "dilation")
+
+
+def _boxes(problem: Problem, keys: bool, box: tuple[int, ...]) -> tuple[int, ...]:
+    counts = problem.key_tokens if keys else problem.tokens
+    return tuple(math.ceil(count / size) for count, size in zip(counts, box, strict=True))
+
+
+def _grid(problem: Problem, plan: RowPlan, keys: bool, slices: int = 1) -> tuple[int, int]:
+    boxes = math.prod(_boxes(problem, keys, box_of(problem, keys, plan.groups)))
+    return boxes * problem.batch * (problem.kv_heads if keys else problem.heads), slices
+
+
+def _slices(dim: int, capacity: int) -> int:
+    return math.ceil(dim / capacity)
+
+
+def _launch(
+    name: str, source: str, record: np.ndarray[Any, Any], views: _Views, grid: tuple[int, int]
+) -> None:
+    import cupy
+
+    kernel = _jit.load(_jit.Kernel(name, source), cuda(cupy.cuda.device.get_device_id()))
+    kernel(grid, (THREADS,), (record, views.pack()))
+
+
+def _attention_plan(
+    problem: Problem, operands: Operands, keys: tuple[Any, ...] = (), values: tuple[Any, ...] = ()
+) -> RowPlan:
+    return row_plan(
+        problem.rank,
+        problem.dtype,
+        problem.rpb_dtype,
+        problem.head_dim,
+        problem.value_dim,
+        _width((operands.query, operands.key, operands.additional_keys, *keys)),
+        _width((operands.value, operands.additional_values, *values)),
+    )
+
+
+def _value_plan(problem: Problem, dim: int, *arrays: Any) -> RowPlan:
+    width = _width(arrays)
+    return row_plan(problem.rank, problem.dtype, None, 0, dim, value_bytes=width)
+
+
+def _width(arrays: tuple[Any, ...]) -> int:
+    """Bytes that one load can take of every head vector of `arrays`: a power of two up to 16."""
+    bits = 16
+    for array in arrays:
+        if array is not None:
+            bits |= array.data.ptr | array.shape[-1] * array.itemsize
+            for stride in array.strides[:-1]:
+                bits |= stride
+    return bits & -bits
+
+
+def _readable(array: Any, allocate: Allocate) -> Any:
+    """`array`, or a copy of it if its head vectors are not contiguous."""
+    if array is None or array.shape[-1] <= 1 or array.strides[-1] == array.itemsize:
+        return array
+    copy = allocate(array.shape, array.dtype.name)
+    bits = f"u{DTYPES[array.dtype.name]}"  # CuPy copies integers of any layout
+    copy.view(bits)[...] = array.view(bits)
+    return copy

@@ -1,0 +1,136 @@
+"""How the naive kernels cut a problem into blocks and lanes: pure arithmetic, no GPU needed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cuneigh._problem import DTYPES, Problem
+
+THREADS = 256
+"""Threads of a block."""
+
+ELEMENTS_PER_LANE = 16
+"""Elements of a head vector that a lane holds: more of them mean fewer shuffles for each product,
+but more registers, and so less memory traffic in flight."""
+
+PACKET_BYTES = 16
+"""The widest load of a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """What is compiled into a naive kernel; `struct Plan` of cuda/cuneigh/naive.cuh."""
+
+    rank: int
+    element: str
+    bias: str | None
+    lanes: int
+    key_vector: int
+    key_chunks: int
+    value_vector: int
+    value_chunks: int
+    wide: bool
+
+    @property
+    def groups(self) -> int:
+        """Tokens that a block works on at a time."""
+        return THREADS // self.lanes
+
+    @property
+    def key_capacity(self) -> int:
+        return self.lanes * self.key_vector * self.key_chunks
+
+    @property
+    def value_capacity(self) -> int:
+        return self.lanes * self.value_vector * self.value_chunks
+
+    def source(self, **flags: bool) -> str:
+        """The members of `struct Plan`, with `flags` that one kernel alone knows."""
+        constants = {
+            "kRank": self.rank,
+            "kThreads": THREADS,
+            "kLanes": self.lanes,
+            "kKeyVector": self.key_vector,
+            "kKeyChunks": self.key_chunks,
+            "kValueVector": self.value_vector,
+            "kValueChunks": self.value_chunks,
+        }
+        lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
+        for name, flag in {"kWide": self.wide, **flags}.items():
+            lines.append(f"static constexpr bool {name} = {str(flag).lower()};")
+        lines.append(f"using Element = {self.element};")
+        lines.append(f"using Bias = {self.bias or 'void'};")
+        return "\n".join(lines)
+
+
+@lru_cache(maxsize=1024)
+def row_plan(
+    rank: int,
+    element: str,
+    bias: str | None,
+    head_dim: int,
+    value_dim: int,
+    key_bytes: int = PACKET_BYTES,
+    value_bytes: int = PACKET_BYTES,
+) -> RowPlan:
+    """The plan for head vectors of these dimensions; 0 stands for one that the kernel never loads.
+
+    `key_bytes` and `value_bytes` are the widths of the loads that the alignment of the arrays
+    allows, a power of two.
+    """
+    size = DTYPES[element]
+    per_lane = ELEMENTS_PER_LANE // (2 if element == "float64" else 1)
+    longest = max(head_dim, value_dim)
+    lanes = min(32, next_power_of_two(math.ceil(longest / per_lane)))
+
+    def packets(dim: int, width: int) -> tuple[int, int]:
+        if dim == 0:
+            return 1, 1
+        vector = min(width // size, next_power_of_two(dim), per_lane)
+        while dim % vector:
+            vector //= 2
+        return vector, min(math.ceil(dim / (vector * lanes)), per_lane // vector)
+
+    key_vector, key_chunks = packets(head_dim, key_bytes)
+    value_vector, value_chunks = packets(value_dim, value_bytes)
+    wide = head_dim > key_vector * key_chunks * lanes
+    wide |= value_dim > value_vector * value_chunks * lanes
+    return RowPlan(
+        rank, element, bias, lanes, key_vector, key_chunks, value_vector, value_chunks, wide
+    )
+
+
+@lru_cache(maxsize=1024)
+def box_of(problem: Problem, keys: bool, area: int) -> tuple[int, ...]:
+    """Box of at most `area` queries (or keys) that a block takes, the one that moves least.
+
+    Counted for every candidate: the blocks that cover the layout, times what a block costs, its
+    products (idle places included) and the halo of neighbors that it reads from beyond its cache.
+    """
+    counts = problem.key_tokens if keys else problem.tokens
+    windows = [axis.kernel_size for axis in problem.axes]
+
+    def cost(box: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
+        blocks = math.prod(math.ceil(n / b) for n, b in zip(counts, box, strict=True))
+        halo = math.prod(b + k - 1 for b, k in zip(box, windows, strict=True))
+        return blocks * (area * problem.window_size + HALO_COST * halo), box
+
+    sizes = [range(1, min(area, count) + 1) for count in counts[:-1]]
+    candidates = (
+        (*leading, min(counts[-1], area // math.prod(leading)))
+        for leading in itertools.product(*sizes)
+        if math.prod(leading) <= area
+    )
+    return min(candidates, key=cost)
+
+
+HALO_COST = 4
+"""Cost of one neighbor that a block reads, in units of one product of a query and a key."""
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(0, n - 1).bit_length()
