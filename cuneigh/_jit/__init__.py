@@ -1,0 +1,33 @@
+"""CUDA kernels, compiled when they are first needed: source and plan -> cubin -> loaded kernel.
+
+`compile` needs no GPU, `load` needs no compiler when the cache holds the kernel, and `precompile`
+fills a cache ahead of time. One file for each step:
+
+- `_sources`: the `.cu` and `.cuh` texts, their digest, and the translation unit of a kernel;
+- `_compiler`: NVRTC, and nothing else of CUDA;
+- `_cache`: one directory per compiled kernel, shared by any number of processes;
+- `_build`: `compile` and `precompile`, which join these three;
+- `_load`: the kernels of this process, ready to launch.
+
+Environment: `CUNEIGH_CACHE_DIR` moves the cache.
+"""
+
+from cuneigh._jit._build import compile, precompile
+from cuneigh._jit._cache import Cache, Compiled, default_directory
+from cuneigh._jit._compiler import CompilationError, Resources, unavailable
+from cuneigh._jit._load import load
+from cuneigh._jit._sources import Kernel, Sources
+
+__all__ = [
+    "Cache",
+    "CompilationError",
+    "Compiled",
+    "Kernel",
+    "Resources",
+    "Sources",
+    "compile",
+    "default_directory",
+    "load",
+    "precompile",
+    "unavailable",
+]

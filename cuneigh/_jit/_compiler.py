@@ -1,0 +1,164 @@
+"""NVRTC: a translation unit in, a cubin out. Needs CuPy's bindings, but no GPU."""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from cuneigh._jit._sources import Kernel, Sources
+
+OPTIONS = ("--std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v")
+"""What every kernel is compiled with, apart from the architecture and the include directory."""
+
+INSTALL = "pip install 'cuneigh[cuda13]' (or 'cuneigh[cuda12]' for a driver of the 12 series)"
+
+
+class CompilationError(RuntimeError):
+    """A kernel could not be compiled or loaded; the message says what to change or install."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(f"{message}\n{log}" if log else message)
+        self.log = log
+        """What NVRTC printed: file, line and reason of every error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a thread or block of a kernel takes, as the assembler reports it. Sizes in bytes."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    """Static shared memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What NVRTC makes of a kernel."""
+
+    cubin: bytes
+    entry: str
+    """The mangled name of the kernel in the cubin."""
+    resources: Resources
+
+
+def unavailable() -> str | None:
+    """Why no kernel can be loaded on this machine, whatever its GPU; None when CuPy is there."""
+    if platform.system() == "Darwin":
+        return "there is no CUDA on macOS"
+    if find_spec("cupy") is None:
+        return f"CuPy is not installed: {INSTALL}"
+    return None
+
+
+@cache
+def version() -> str | None:
+    """NVRTC's version, such as "13.4"; None when it is not installed."""
+    try:
+        major, minor = _nvrtc().getVersion()
+    except CompilationError:
+        return None
+    return f"{major}.{minor}"
+
+
+@cache
+def architectures() -> tuple[str, ...]:
+    """The architectures that NVRTC can compile for, such as sm_90, apart from variants (sm_90a)."""
+    return tuple(f"sm_{number}" for number in _nvrtc().getSupportedArchs())
+
+
+def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
+    """Compile `kernel` for `arch`, such as sm_80 or sm_90a."""
+    nvrtc = _nvrtc()
+    if not re.fullmatch(r"sm_\d+[af]?", arch) or arch.rstrip("af") not in architectures():
+        raise CompilationError(
+            f"NVRTC {version()} does not know the architecture {arch!r}; "
+            f"it compiles for {', '.join(architectures())}"
+        )
+    if f"{kernel.name}.cu" not in sources.texts:
+        raise CompilationError(f"there is no {kernel.name}.cu in {sources.root}")
+    options = (*OPTIONS, f"--gpu-architecture={arch}", f"-I{_header_directory()}")
+    names = tuple(name.encode() for name in sources.texts)
+    texts = tuple(text.encode() for text in sources.texts.values())
+    program = nvrtc.createProgram(kernel.unit, "plan.cu", texts, names)
+    try:
+        nvrtc.addNameExpression(program, kernel.instance)
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            raise CompilationError(
+                f"NVRTC {version()} cannot compile {kernel.name}.cu of {sources.root} for {arch} "
+                f"({error}) with this plan.cu:\n{kernel.unit}",
+                _log(nvrtc, program),
+            ) from None
+        return Built(
+            cubin=nvrtc.getCUBIN(program),
+            entry=nvrtc.getLoweredName(program, kernel.instance),
+            resources=_resources(_log(nvrtc, program)),
+        )
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _log(nvrtc: Any, program: Any) -> str:
+    return str(nvrtc.getProgramLog(program)).rstrip("\0\n")
+
+
+@cache
+def _nvrtc() -> Any:
+    """CuPy's bindings of NVRTC, seen to work."""
+    reason = unavailable()
+    if reason is not None:
+        raise CompilationError(f"CUDA kernels cannot be compiled: {reason}")
+    try:
+        nvrtc = import_module("cupy").cuda.nvrtc
+        nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise CompilationError(
+            f"CUDA kernels cannot be compiled, because NVRTC does not load: {INSTALL}", str(error)
+        ) from error
+    return nvrtc
+
+
+@cache
+def _header_directory() -> str:
+    """The directory of cuda_fp16.h and cuda_bf16.h."""
+    directory = header_directory()
+    if directory is None:
+        raise CompilationError(
+            f"CUDA kernels cannot be compiled: the CUDA runtime headers are missing: {INSTALL}"
+        )
+    return directory
+
+
+def header_directory() -> str | None:
+    """Where the headers of the CUDA runtime are; None when they are not installed."""
+    try:
+        # A dependency of CuPy, which finds the headers in wheels, conda and system toolkits alike
+        pathfinder = import_module("cuda.pathfinder")
+    except ImportError:
+        return None
+    found = pathfinder.find_nvidia_header_directory("cudart")
+    return None if found is None else str(found)
+
+
+def _resources(log: str) -> Resources:
+    """The sums and maxima over the functions of the program, helpers not inlined included."""
+
+    def numbers(pattern: str) -> list[int]:
+        return [int(number) for number in re.findall(pattern, log)]
+
+    return Resources(
+        registers=max(numbers(r"Used (\d+) registers"), default=0),
+        stack=max(numbers(r"(\d+) bytes (?:stack frame|cumulative stack size)"), default=0),
+        spill_stores=sum(numbers(r"(\d+) bytes spill stores")),
+        spill_loads=sum(numbers(r"(\d+) bytes spill loads")),
+        shared=max(numbers(r"(\d+) bytes smem"), default=0),
+    )

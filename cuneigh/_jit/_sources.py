@@ -1,0 +1,63 @@
+"""The CUDA sources and what is made of them: their digest, and a translation unit per kernel."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One instantiation of the kernel template in `cuda/<name>.cu`."""
+
+    name: str
+    """Of the file, and of the function template `cuneigh::<name>` in it."""
+    plan: str
+    """The members of the struct that is its template argument, as C++."""
+
+    @property
+    def instance(self) -> str:
+        return f"cuneigh::{self.name}<cuneigh::Plan>"
+
+    @property
+    def unit(self) -> str:
+        """The translation unit. The include comes first: the plan may use the names it brings."""
+        return (
+            f'#include "{self.name}.cu"\n'
+            f"namespace cuneigh {{\nstruct Plan {{\n{self.plan.strip()}\n}};\n}}\n"
+        )
+
+
+class Sources:
+    """A tree of sources, read once: what is hashed is exactly what is compiled."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """The text of every file, by the name that an `#include` gives it."""
+        files = sorted(self.root.rglob("*.cu")) + sorted(self.root.rglob("*.cuh"))
+        return {
+            file.relative_to(self.root).as_posix(): file.read_text(encoding="utf-8")
+            for file in files
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, text in self.texts.items():
+            for part in (name, text):
+                content = part.encode()
+                digest.update(len(content).to_bytes(8, "little") + content)
+        return digest.hexdigest()
+
+
+@cache
+def packaged() -> Sources:
+    """The sources of this installation: package data of a wheel, `cuda/` of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    wheel = package / "_cuda"
+    return Sources(wheel if wheel.is_dir() else package.parent / "cuda")
