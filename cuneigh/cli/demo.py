@@ -1,0 +1,262 @@
+"""`python -m cuneigh demo`: non-local means denoising of a photograph, as one call of `na2d`.
+
+Non-local means replaces each pixel by a mean of the pixels around it, in which pixel y counts for
+pixel x with the weight exp(-|P_x - P_y|^2 / h^2), where P_x is the patch of pixels that surrounds
+x. Now |P_x - P_y|^2 = |P_x|^2 - 2 (<P_x, P_y> - |P_y|^2 / 2), and a softmax over y does not see
+|P_x|^2. So this mean is neighborhood attention: the query is (P_x, 1), the key (P_y, -|P_y|^2 / 2),
+the value the pixel y, and the scale 2 / h^2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+import cuneigh
+from cuneigh._backends import choose
+from cuneigh._device import CPU, Device, cuda
+from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
+
+Image = npt.NDArray[np.float32]
+"""Rows, columns and channels; white is 1."""
+
+
+class Tensors(NamedTuple):
+    """What `na2d` is given, each `[1, rows, columns, 1, dim]`."""
+
+    query: Any
+    key: Any
+    value: Any
+
+
+def tensors_of(image: Any, patch: int, xp: Any) -> Tensors:
+    """Query, key and value of an image; `xp` is the array library that holds it.
+
+    `patch` is the side of the patches and odd. |P_x - P_y|^2 is a mean over the pixels of a patch,
+    in which a Gaussian weighs them, and over the channels. Beyond its border the image is mirrored.
+    """
+    rows, columns, channels = image.shape
+    radius = patch // 2
+    bell = np.exp(-((2 * np.arange(-radius, radius + 1) / radius) ** 2) / 2)
+    weight = bell[:, None] * bell
+    weight /= channels * weight.sum()
+
+    # Taking the mean off changes no distance, but makes <P_x, P_y> and |P_y|^2 / 2 smaller, so
+    # that their difference loses fewer digits to cancellation.
+    border = ((radius, radius), (radius, radius), (0, 0))
+    centered = xp.pad(image - image.mean(), border, mode="reflect")
+    patches = xp.lib.stride_tricks.sliding_window_view(centered, (patch, patch), axis=(0, 1))
+    patches = patches * xp.asarray(np.sqrt(weight), dtype=image.dtype)
+    patches = patches.reshape(rows, columns, channels * patch * patch)
+
+    square = (patches * patches).sum(axis=-1, keepdims=True)
+    query = xp.concatenate((patches, xp.ones_like(square)), axis=-1)
+    key = xp.concatenate((patches, -square / 2), axis=-1)
+    return Tensors(*(tensor[None, :, :, None] for tensor in (query, key, image)))
+
+
+def denoise(tensors: Tensors, window: int, strength: float, backend: str | None = None) -> Any:
+    """The denoised image; `strength` is the h of the weights."""
+    scale = 2 / strength**2
+    return cuneigh.na2d(*tensors, kernel_size=window, scale=scale, backend=backend)[0, :, :, 0]
+
+
+def psnr(image: Image, original: Image) -> float:
+    """Peak signal to noise ratio in decibels."""
+    error = np.mean((image - original) ** 2, dtype=np.float64)
+    return -10 * math.log10(error) if error else math.inf
+
+
+def read(path: str | None) -> Image:
+    """The image at `path`, without transparency, or a photograph out of scikit-image."""
+    import skimage
+
+    image = skimage.data.chelsea() if path is None else skimage.io.imread(path)
+    image = skimage.util.img_as_float32(image)
+    if image.ndim == 2:
+        image = image[:, :, None]
+    if image.ndim != 3 or image.shape[-1] > 4:
+        raise ValueError(f"{path} has shape {image.shape}, which is not that of a photograph")
+    return np.ascontiguousarray(image[:, :, : 3 if image.shape[-1] > 2 else 1])
+
+
+def reduce(image: Image, longest: int) -> Image:
+    """The image, made smaller if it has a side above `longest`."""
+    from skimage.transform import resize
+
+    shrink = max(image.shape) / longest
+    if shrink <= 1:
+        return image
+    rows, columns = (max(round(side / shrink), 1) for side in image.shape[:2])
+    print(f"reducing {image.shape[0]} x {image.shape[1]} pixels to {rows} x {columns}")
+    smaller: Image = resize(image, (rows, columns), anti_aliasing=True).astype(image.dtype)
+    return smaller
+
+
+def draw(panels: dict[str, Image], path: Path) -> None:
+    """Write the images side by side, each under its title."""
+    from matplotlib.figure import Figure
+
+    rows, columns, _ = next(iter(panels.values())).shape
+    zoom = max(1, round(450 / columns))  # whole, so that every pixel keeps its sharp edges
+    rows, columns = zoom * rows, zoom * columns
+    gap, head, dpi = 16, 36, 100
+    width, height = gap + len(panels) * (columns + gap), head + rows + gap
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
+    for index, (title, image) in enumerate(panels.items()):
+        left = gap + index * (columns + gap)
+        axes = figure.add_axes((left / width, gap / height, columns / width, rows / height))
+        axes.imshow(image.clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(title)
+        axes.set_axis_off()
+    figure.savefig(path)
+
+
+def array_library(backend: str | None) -> tuple[Any, Device]:
+    """CuPy and its current GPU; NumPy and the CPU without one, or for `backend="cpu"`."""
+    if backend != "cpu":
+        try:
+            import cupy
+        except ImportError:
+            pass
+        else:
+            if cupy.cuda.is_available():
+                return cupy, cuda(cupy.cuda.Device().id)
+    return np, CPU
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="denoise a photograph",
+        description="Add noise to a photograph, remove it by non-local means, which is one call of "
+        "na2d, and write a picture of both beside the original.",
+    )
+    parser.add_argument(
+        "image", nargs="?", metavar="IMAGE", help="default: a photograph out of scikit-image"
+    )
+    parser.add_argument(
+        "--sigma",
+        type=_number(float, lambda sigma: sigma >= 0, "not negative"),
+        default=0.1,
+        help="standard deviation of the noise to add, where white is 1; 0 for an image that is "
+        "noisy as it is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--strength",
+        type=_number(float, lambda strength: strength > 0, "positive"),
+        metavar="H",
+        help="the h of the weights exp(-distance^2 / h^2) (default: sigma, or 0.1 if that is 0)",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=13,
+        metavar="PIXELS",
+        help="side of the square of pixels that each pixel attends to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--patch",
+        type=_number(int, lambda patch: patch >= 3 and patch % 2 == 1, "3 or a larger odd number"),
+        default=5,
+        metavar="PIXELS",
+        help="side of the patches that are compared (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-side",
+        type=_number(int, lambda side: side >= 1, "positive"),
+        default=1024,
+        metavar="PIXELS",
+        help="an image with a longer side is reduced to this (default: %(default)s)",
+    )
+    parser.add_argument("--backend", help="the backend to use (default: the fastest)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("cuneigh-demo.png"),
+        metavar="PNG",
+        help="where to write the picture (default: %(default)s)",
+    )
+
+
+def _number(
+    convert: Callable[[str], Any], legal: Callable[[Any], bool], rule: str
+) -> Callable[[str], Any]:
+    """An argparse type: a number that obeys a rule."""
+
+    def parse(text: str) -> Any:
+        number = convert(text)
+        if not legal(number):
+            raise argparse.ArgumentTypeError(f"{text} is not {rule}")
+        return number
+
+    parse.__name__ = convert.__name__  # argparse says "invalid float value"
+    return parse
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        _run(options)
+    except ImportError as error:
+        message = f"{error.name} is missing; pip install 'cuneigh[demo]' brings it"
+    except (OSError, RuntimeError, ValueError) as error:
+        message = str(error)
+    else:
+        return 0
+    print(f"cuneigh demo: {message}", file=sys.stderr)
+    return 1
+
+
+def _run(options: argparse.Namespace) -> None:
+    sigma, strength = options.sigma, options.strength or options.sigma or 0.1
+    original = reduce(read(options.image), options.max_side)
+    noise = np.random.default_rng(0).normal(scale=sigma, size=original.shape)
+    noisy = original + noise.astype(original.dtype)
+
+    xp, device = array_library(options.backend)
+    tensors = tensors_of(xp.asarray(noisy), options.patch, xp)
+    problem = _problem(tensors, options.window)
+    backend = choose(problem, device, options.backend).NAME
+    print(f"image    {options.image or 'chelsea.png'}, {' x '.join(map(str, original.shape))}")
+    for name, tensor in tensors._asdict().items():
+        print(f"{name:8} {list(tensor.shape)} {tensor.dtype}")
+    print(f"window   {options.window} x {options.window}")
+    print(f"backend  {backend} on {device.name or 'the CPU'}")
+
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        output = denoise(tensors, options.window, strength, backend)
+        if device.kind == "cuda":
+            xp.cuda.get_current_stream().synchronize()
+        seconds.append(time.perf_counter() - begin)
+    rate = problem.flops() / seconds[1] / 1e9
+    print(f"time     {seconds[1]:.3g} s, {rate:.0f} GFLOP/s (first call {seconds[0]:.3g} s)")
+
+    denoised = output if xp is np else output.get()
+    if sigma:
+        before, after = psnr(noisy, original), psnr(denoised, original)
+        print(f"PSNR     {before:.2f} dB before, {after:.2f} dB after")
+        panels = {
+            f"Noisy, {before:.1f} dB": noisy,
+            f"Denoised, {after:.1f} dB": denoised,
+            "Original": original,
+        }
+    else:
+        panels = {"Original": original, "Denoised": denoised}
+    draw(panels, options.output)
+    print(f"wrote    {options.output}")
+
+
+def _problem(tensors: Tensors, window: int) -> Problem:
+    specs = (Spec(tensor.shape, tensor.dtype.name) for tensor in tensors)
+    axes = window_arguments("na2d", 2, window, 1, 1, False)
+    return attention_problem("na2d", "forward", *specs, axes, None)
