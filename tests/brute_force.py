@@ -1,0 +1,210 @@
+"""Neighborhood attention in plain Python loops, straight from the rules and for tiny problems.
+
+It shares nothing with the library but the fields of `Problem` and `Axis`: visibility is written out
+again, softmax and its gradient are taken term by term. `dense` is the other independent road,
+masked softmax attention on whole matrices.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from cuneigh._problem import Operands, Problem
+from cuneigh._window import Axis
+
+
+def sees(axis: Axis, x: int, y: int) -> bool:
+    """Whether query token x sees key token y along one axis."""
+    k, s, d = axis.kernel_size, axis.stride, axis.dilation
+    if x % d != y % d:
+        return False
+    group = x % d
+    queries = math.ceil((axis.length - group) / d)
+    keys = math.ceil((axis.key_length - group) / d)
+    i = x // d
+    if axis.is_causal:
+        leader = min((i // s) * s + s - 1, queries - 1)
+        start, end = max(leader - k + 1, 0), i + 1
+    else:
+        leader = min((i // s) * s + s // 2, queries - 1)
+        start = leader - k // 2
+        if start < 0:
+            start = 0
+        if start > keys - k:
+            start = keys - k
+        end = start + k
+    return start <= y // d < end
+
+
+def visible_keys(axis: Axis, x: int) -> list[int]:
+    """Key tokens that query token x sees along one axis, in the order of their slots."""
+    return [y for y in range(axis.key_length) if sees(axis, x, y)]
+
+
+def visible_mask(problem: Problem) -> np.ndarray:
+    """[queries, keys]: what is seen on every axis; additional keys are not among the keys."""
+    mask = np.ones((1, 1), bool)
+    for axis in problem.axes:
+        along = [[sees(axis, x, y) for y in range(axis.key_length)] for x in range(axis.length)]
+        mask = np.kron(mask, np.array(along, bool).reshape(axis.length, axis.key_length))
+    return mask
+
+
+def queries(problem: Problem):
+    """Indices (b, x, h) of every query head, and the kv head that it reads."""
+    for b in range(problem.batch):
+        for x in itertools.product(*(range(n) for n in problem.tokens)):
+            for h in range(problem.heads):
+                yield b, x, h, h // (problem.heads // problem.kv_heads)
+
+
+def neighbors(problem: Problem, x: tuple[int, ...]):
+    """(slot, where, offset) of every key that query token x sees.
+
+    `where` is ("token", y) or ("additional", j), `offset` the index into rpb of a token.
+    """
+    along = [
+        list(enumerate(visible_keys(axis, xi))) for axis, xi in zip(problem.axes, x, strict=True)
+    ]
+    for combination in itertools.product(*along):
+        slot = 0
+        for (a, _), axis in zip(combination, problem.axes, strict=True):
+            slot = slot * axis.kernel_size + a
+        y = tuple(token for _, token in combination)
+        offset = tuple(
+            yi // axis.dilation - xi // axis.dilation + axis.kernel_size - 1
+            for yi, xi, axis in zip(y, x, problem.axes, strict=True)
+        )
+        yield slot, ("token", y), offset
+    for j in range(problem.additional or 0):
+        yield math.prod(axis.kernel_size for axis in problem.axes) + j, ("additional", j), None
+
+
+def dot(a, b) -> float:
+    return math.fsum(float(ai) * float(bi) for ai, bi in zip(a, b, strict=True))
+
+
+def row_of(tokens, additional, b, where, kv):
+    """The key or value vector at `where`; writing to it writes to the array."""
+    kind, position = where
+    return tokens[(b, *position, kv)] if kind == "token" else additional[b, position, kv]
+
+
+def logit(problem: Problem, operands: Operands, b, x, h, kv, where, offset) -> float:
+    key = row_of(operands.key, operands.additional_keys, b, where, kv)
+    result = problem.scale * dot(operands.query[(b, *x, h)], key)
+    if offset is not None and operands.rpb is not None:
+        result += float(operands.rpb[(h, *offset)])
+    return result
+
+
+def forward(problem: Problem, operands: Operands):
+    output = np.zeros(problem.output.shape)
+    lse = np.full(problem.lse.shape, -np.inf)
+    for b, x, h, kv in queries(problem):
+        keys = list(neighbors(problem, x))
+        logits = [logit(problem, operands, b, x, h, kv, where, offset) for _, where, offset in keys]
+        top = max(logits)
+        if top == -math.inf:
+            continue
+        lse[(b, *x, h)] = top + math.log(math.fsum(math.exp(value - top) for value in logits))
+        for (_, where, _), value in zip(keys, logits, strict=True):
+            weight = math.exp(value - lse[(b, *x, h)])
+            row = row_of(operands.value, operands.additional_values, b, where, kv)
+            output[(b, *x, h)] += weight * np.asarray(row, np.float64)
+    return output, lse
+
+
+def backward(problem: Problem, operands: Operands, grad_output, grad_lse) -> Operands:
+    """Through the whole Jacobian of softmax: dS_i = sum_j dP_j P_j (delta_ij - P_i) + dlse P_i."""
+    gradients = zeros(problem)
+    for b, x, h, kv in queries(problem):
+        keys = list(neighbors(problem, x))
+        logits = [logit(problem, operands, b, x, h, kv, where, offset) for _, where, offset in keys]
+        top = max(logits)
+        if top == -math.inf:
+            continue
+        total = math.fsum(math.exp(value - top) for value in logits)
+        weights = [math.exp(value - top) / total for value in logits]
+        d_output = np.asarray(grad_output[(b, *x, h)], np.float64)
+        d_weights = [
+            dot(d_output, row_of(operands.value, operands.additional_values, b, where, kv))
+            for _, where, _ in keys
+        ]
+        for i, (_, where, offset) in enumerate(keys):
+            d_logit = weights[i] * float(grad_lse[(b, *x, h)]) + math.fsum(
+                d_weights[j] * weights[j] * ((i == j) - weights[i]) for j in range(len(keys))
+            )
+            d_value = row_of(gradients.value, gradients.additional_values, b, where, kv)
+            d_value += weights[i] * d_output
+            add_logit(problem, operands, gradients, b, x, h, kv, where, offset, d_logit)
+    return gradients
+
+
+def qk(problem: Problem, operands: Operands) -> np.ndarray:
+    logits = np.full(problem.logits.shape, -np.inf)
+    for b, x, h, kv in queries(problem):
+        for slot, where, offset in neighbors(problem, x):
+            logits[(b, *x, h, slot)] = logit(problem, operands, b, x, h, kv, where, offset)
+    return logits
+
+
+def qk_backward(problem: Problem, operands: Operands, grad_logits) -> Operands:
+    gradients = zeros(problem)
+    for b, x, h, kv in queries(problem):
+        for slot, where, offset in neighbors(problem, x):
+            d_logit = float(grad_logits[(b, *x, h, slot)])
+            add_logit(problem, operands, gradients, b, x, h, kv, where, offset, d_logit)
+    return gradients
+
+
+def av(problem: Problem, weights, operands: Operands) -> np.ndarray:
+    output = np.zeros(problem.output.shape)
+    for b, x, h, kv in queries(problem):
+        for slot, where, _ in neighbors(problem, x):
+            row = row_of(operands.value, operands.additional_values, b, where, kv)
+            output[(b, *x, h)] += float(weights[(b, *x, h, slot)]) * np.asarray(row, np.float64)
+    return output
+
+
+def av_backward(problem: Problem, weights, operands: Operands, grad_output):
+    grad_weights, gradients = np.zeros(problem.logits.shape), zeros(problem)
+    for b, x, h, kv in queries(problem):
+        d_output = np.asarray(grad_output[(b, *x, h)], np.float64)
+        for slot, where, _ in neighbors(problem, x):
+            row = row_of(operands.value, operands.additional_values, b, where, kv)
+            grad_weights[(b, *x, h, slot)] = dot(d_output, row)
+            d_value = row_of(gradients.value, gradients.additional_values, b, where, kv)
+            d_value += float(weights[(b, *x, h, slot)]) * d_output
+    return grad_weights, gradients
+
+
+def add_logit(problem, operands, gradients, b, x, h, kv, where, offset, d_logit) -> None:
+    """What the gradient of one logit means for query, key and rpb."""
+    key = row_of(operands.key, operands.additional_keys, b, where, kv)
+    query = operands.query[(b, *x, h)]
+    gradients.query[(b, *x, h)] += problem.scale * d_logit * np.asarray(key, np.float64)
+    d_key = row_of(gradients.key, gradients.additional_keys, b, where, kv)
+    d_key += problem.scale * d_logit * np.asarray(query, np.float64)
+    if offset is not None and gradients.rpb is not None:
+        gradients.rpb[(h, *offset)] += d_logit
+
+
+def zeros(problem: Problem) -> Operands:
+    return Operands(*(None if spec is None else np.zeros(spec.shape) for spec in problem.specs))
+
+
+def dense(query, key, value, mask, scale):
+    """Masked softmax attention: ``(output, lse)``.
+
+    query [batch, queries, heads, dim], key and value [batch, keys, heads, dim], mask [queries,
+    keys] True where seen; every query sees something.
+    """
+    logits = scale * np.einsum("bnhd,bmhd->bhnm", query, key)
+    logits = np.where(mask, logits, -np.inf)
+    lse = np.logaddexp.reduce(logits, axis=-1)
+    output = np.einsum("bhnm,bmhd->bnhd", np.exp(logits - lse[..., None]), value)
+    return output, np.moveaxis(lse, 1, 2)

@@ -1,0 +1,87 @@
+"""How the tests run: hypothesis profiles, GPU tests where there is a GPU, the count of examples.
+
+A plain run draws the same examples every time, so that a failure is the change's and not the day's.
+``--examples N`` draws N fresh ones in every property test. The summary states how many examples
+passed, since the number of tests says little about property tests.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, is_hypothesis_test, settings
+
+# Building problems and arrays is slow beside hypothesis's own examples, on busy machines above all.
+slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("plain", max_examples=50, derandomize=True, print_blob=True, **slow)
+
+examples: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--examples", type=int, help="draw this many fresh examples a property test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    count = config.getoption("--examples")
+    if count is None:
+        settings.load_profile("plain")
+    else:
+        settings.register_profile("fresh", max_examples=count, print_blob=True, **slow)
+        settings.load_profile("fresh")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    properties = {item.function for item in items if is_hypothesis_test(item.function)}
+    for function in properties:
+        function.hypothesis.inner_test = count_calls(function.hypothesis.inner_test)
+    reason = no_gpu_reason() if any(item.get_closest_marker("gpu") for item in items) else None
+    if reason is not None:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {reason}"))
+
+
+def count_calls(test):
+    """`test` with every example that passes counted."""
+
+    @functools.wraps(test)
+    def counting(*args, **kwargs):
+        result = test(*args, **kwargs)
+        examples["passed"] += 1
+        return result
+
+    return counting
+
+
+def no_gpu_reason() -> str | None:
+    """Why GPU tests cannot run; None when they can."""
+    try:
+        import cupy
+    except ImportError as error:
+        return str(error)
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return str(error)
+    return None if count else "the driver lists none"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"hypothesis: {examples['passed']} examples passed")
+
+
+# With pytest-xdist the tests run in worker processes, which hand their counts to the main one.
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["examples passed"] = examples["passed"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    examples["passed"] += getattr(node, "workeroutput", {}).get("examples passed", 0)

@@ -1,0 +1,284 @@
+"""Hypothesis strategies for the whole parameter space: problems and their arrays.
+
+`problems` draws a `Problem`; `inputs` makes arrays for it, in any memory layout. What a problem
+costs is bounded by a budget, so that the same strategies serve a slow interpreter and a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+
+from cuneigh._problem import (
+    DTYPES,
+    Operands,
+    Problem,
+    Spec,
+    Window,
+    attention_problem,
+    av_problem,
+    dense_problem,
+    qk_problem,
+)
+
+OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
+LAYOUTS = ("contiguous", "packed", "heads_first", "reversed", "broadcast", "padded", "mixed")
+SMALL_DIMS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 32)
+LARGE_DIMS = (33, 40, 64, 65, 80, 96, 128, 200, 256)
+BUDGET = 200_000
+"""Multiplications of one product of a forward: a few milliseconds of the oracle."""
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+# Problems
+
+
+def biased(low: int, high: int) -> st.SearchStrategy[int]:
+    """An integer from low to high, both ends more often than what lies between."""
+    return st.one_of(st.just(low), st.integers(low, high), st.just(high))
+
+
+@st.composite
+def windows(draw, tokens: tuple[int, ...], rpb: bool = False) -> Window:
+    """Legal window arguments for a layout; with rpb those that a bias can be combined with."""
+    axes = []
+    for length in tokens:
+        dilation = draw(st.one_of(st.just(1), st.integers(1, max(length, 1))))
+        kernel_size = draw(biased(1, max(length // dilation, 1)))
+        stride = 1 if rpb else draw(st.one_of(st.just(1), biased(1, kernel_size)))
+        axes.append((kernel_size, stride, dilation, not rpb and draw(st.booleans())))
+    return Window(*zip(*axes, strict=True))
+
+
+@st.composite
+def token_counts(draw, rank: int, most: int) -> tuple[int, ...]:
+    """Axis lengths whose product is at most `most`."""
+    tokens = []
+    for left in range(rank, 0, -1):
+        longest = most if left == 1 else min(math.ceil(2 * most ** (1 / left)), most)
+        tokens.append(draw(st.integers(1, longest)))
+        most //= tokens[-1]
+    return tuple(tokens)
+
+
+def scales() -> st.SearchStrategy[float]:
+    return st.one_of(
+        st.sampled_from([1.0, 0.0, -1.0, 0.125]), st.floats(-2.0, 2.0, width=32, allow_nan=False)
+    )
+
+
+@st.composite
+def problems(
+    draw,
+    operations: tuple[str, ...] = OPERATIONS,
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+    ranks: tuple[int, ...] = (1, 2, 3),
+    most_tokens: int = 200,
+    budget: int = BUDGET,
+    cross: bool = True,
+) -> Problem:
+    """A problem that is not empty. With `cross`, some are attention of N queries to M keys."""
+    operation, dtype = draw(st.sampled_from(operations)), draw(st.sampled_from(dtypes))
+    dense = cross and operation in ("forward", "backward") and draw(st.integers(0, 7)) == 7
+    rank = 1 if dense else draw(st.sampled_from(ranks))
+    most_tokens = min(most_tokens, math.isqrt(budget))
+    tokens = draw(token_counts(rank, most_tokens))
+    has_rpb = not dense and operation[:2] != "av" and draw(st.booleans())
+    keys, additional = tokens, None
+    if dense:
+        is_causal = draw(st.booleans())
+        keys = tokens if is_causal else draw(token_counts(1, most_tokens))
+        slots = keys[0]
+    else:
+        window = draw(windows(tokens, rpb=has_rpb))
+        additional = draw(st.none() | st.integers(0, 5))
+        slots = math.prod(window.kernel_size) + (additional or 0)
+    # What is left of the budget goes to the channels, the heads and the batch, in a drawn order.
+    left = max(budget // (math.prod(tokens) * slots), 1)
+    sizes = {}
+    for name in draw(st.permutations(["dims", "heads", "batch"])):
+        if name == "dims":
+            choices = [dim for dim in SMALL_DIMS + LARGE_DIMS if dim <= left] or [1]
+            head_dim, value_dim = (
+                (draw(st.sampled_from(choices)),) * 2
+                if draw(st.booleans())
+                else (draw(st.sampled_from(choices)), draw(st.sampled_from(choices)))
+            )
+            left //= max(head_dim, value_dim)
+        elif name == "heads":
+            kv_heads = draw(st.integers(1, max(min(3, left), 1)))
+            group_size = draw(st.integers(1, max(min(4, left // kv_heads), 1)))
+            left //= kv_heads * group_size
+        else:
+            sizes["batch"] = draw(st.integers(1, max(min(3, left), 1)))
+            left //= sizes["batch"]
+    batch, heads = sizes["batch"], kv_heads * group_size
+    query = Spec((batch, *tokens, heads, head_dim), dtype)
+    key = Spec((batch, *keys, kv_heads, head_dim), dtype)
+    value = Spec((batch, *keys, kv_heads, value_dim), dtype)
+    scale = draw(scales())
+    if dense:
+        return dense_problem("attention", operation, query, key, value, is_causal, scale)
+    extra_keys = extra_values = bias = None
+    if additional is not None:
+        extra_keys = Spec((batch, additional, kv_heads, head_dim), dtype)
+        extra_values = Spec((batch, additional, kv_heads, value_dim), dtype)
+    if has_rpb:
+        shape = (heads, *(2 * k - 1 for k in window.kernel_size))
+        bias = Spec(shape, draw(st.sampled_from([dtype, "float32"])))
+    call = f"na{rank}d"
+    if operation[:2] == "qk":
+        return qk_problem(call, operation, query, key, window, scale, bias, extra_keys)
+    if operation[:2] == "av":
+        weights = Spec((batch, *tokens, heads, slots), dtype)
+        return av_problem(call, operation, weights, value, window, extra_values)
+    return attention_problem(
+        call, operation, query, key, value, window, scale, extra_keys, extra_values, bias
+    )
+
+
+@st.composite
+def empty_problems(draw, **arguments: Any) -> Problem:
+    """A problem of which the batch, the heads or a token axis have size zero."""
+    problem = draw(problems(**arguments))
+    emptied = draw(st.sampled_from(["batch", "heads", "all heads", *range(problem.rank)]))
+    if emptied == "batch":
+        return replace(problem, batch=0)
+    if emptied == "heads":
+        return replace(problem, heads=0)
+    if emptied == "all heads":
+        return replace(problem, heads=0, kv_heads=0)
+    axes = list(problem.axes)
+    is_cross = axes[emptied].length != axes[emptied].key_length
+    side = draw(st.sampled_from(["length", "key_length"])) if is_cross else None
+    zero = {side: 0} if side else {"length": 0, "key_length": 0}
+    axes[emptied] = replace(axes[emptied], **zero)
+    return replace(problem, axes=tuple(axes))
+
+
+# Arrays
+
+
+class Inputs(NamedTuple):
+    """NumPy arrays for every input of an operation; None for what it does not take."""
+
+    operands: Operands
+    weights: Any = None
+    grad_output: Any = None
+    grad_lse: Any = None
+    grad_logits: Any = None
+    wants_lse: bool = True
+    """Whether a forward is asked for its lse."""
+
+
+def layouts() -> st.SearchStrategy[str]:
+    return st.sampled_from(LAYOUTS)
+
+
+def generators() -> st.SearchStrategy[np.random.Generator]:
+    """Seeded generators: hypothesis draws the structure of an example, these its numbers."""
+    return st.integers(0, 2**32 - 1).map(np.random.default_rng)
+
+
+def array(spec: Spec, rng: np.random.Generator, layout: str = "contiguous") -> np.ndarray:
+    """Normally distributed numbers laid out in memory as `layout` says.
+
+    Whatever lies in memory between the elements of a strided array is NaN.
+    """
+    dtype = numpy_dtype(spec.dtype)
+    if layout == "mixed":
+        layout = str(rng.choice([name for name in LAYOUTS if name != "mixed"]))
+    if layout == "broadcast":
+        repeated = rng.random(len(spec.shape)) < 0.5
+        kept = tuple(
+            min(n, 1) if again else n for n, again in zip(spec.shape, repeated, strict=True)
+        )
+        return np.broadcast_to(rng.standard_normal(kept).astype(dtype), spec.shape)
+    numbers = rng.standard_normal(spec.shape).astype(dtype)
+    if layout == "reversed":
+        turned = tuple(slice(None, None, -1 if rng.random() < 0.5 else 1) for _ in spec.shape)
+        return np.ascontiguousarray(numbers[turned])[turned]
+    if layout == "heads_first":  # [batch, heads, tokens, dim] in memory
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(numbers, -2, 1)), 1, -2)
+    if layout == "packed":  # one of query, key and value in [batch, tokens, 3, heads, dim]
+        memory = np.full((*spec.shape[:-2], 3, *spec.shape[-2:]), np.nan, dtype)
+        place = memory[..., int(rng.integers(3)), :, :]
+        place[...] = numbers
+        return place
+    if layout == "padded":  # every second element of rows that are longer than they need be
+        memory = np.full((*spec.shape[:-1], 2 * spec.shape[-1] + 3), np.nan, dtype)
+        place = memory[..., 1 : 1 + 2 * spec.shape[-1] : 2]
+        place[...] = numbers
+        return place
+    assert layout == "contiguous", layout
+    return numbers
+
+
+def operands(problem: Problem, rng: np.random.Generator, layout: str = "contiguous") -> Operands:
+    """The arguments of a problem; now and then rpb hides some neighbors with -inf, or all."""
+    drawn = Operands(
+        *(None if spec is None else array(spec, rng, layout) for spec in problem.specs)
+    )
+    if drawn.rpb is not None and rng.random() < 0.3:
+        hidden = rng.random(drawn.rpb.shape) < rng.choice([0.1, 0.5, 1.0])
+        drawn = drawn._replace(rpb=np.where(hidden, -np.inf, drawn.rpb).astype(drawn.rpb.dtype))
+    return drawn
+
+
+def inputs(problem: Problem, rng: np.random.Generator, layout: str = "contiguous") -> Inputs:
+    """Everything that the operation of `problem` reads.
+
+    Weights and the gradient of logits hold NaN in hidden slots, which nobody may read.
+    """
+    arguments = operands(problem, rng, layout)
+    match problem.operation:
+        case "forward":
+            return Inputs(arguments, wants_lse=bool(rng.random() < 0.7))
+        case "backward":
+            grad_lse = array(problem.lse, rng, layout) if rng.random() < 0.5 else None
+            return Inputs(
+                arguments, grad_output=array(problem.output, rng, layout), grad_lse=grad_lse
+            )
+        case "qk":
+            return Inputs(arguments)
+        case "qk_backward":
+            return Inputs(arguments, grad_logits=poisoned_logits(problem, rng, layout))
+        case "av":
+            return Inputs(arguments, weights=poisoned_logits(problem, rng, layout))
+        case "av_backward":
+            return Inputs(
+                arguments,
+                weights=poisoned_logits(problem, rng, layout),
+                grad_output=array(problem.output, rng, layout),
+            )
+
+
+def poisoned_logits(problem: Problem, rng: np.random.Generator, layout: str) -> np.ndarray:
+    """An array like the logits of a problem, NaN in hidden slots."""
+    numbers = array(problem.logits, rng, layout)
+    visible = visible_slots(problem)
+    if visible.all():
+        return numbers
+    if not numbers.flags.writeable:  # broadcast over queries, some of which see less than others
+        numbers = numbers.copy()
+    numbers[np.broadcast_to(~visible[..., None, :], numbers.shape)] = np.nan
+    return numbers
+
+
+def visible_slots(problem: Problem) -> np.ndarray:
+    """[X1..Xr, slots]: False past a causal end."""
+    visible = np.ones((1, 1), bool)
+    for axis in problem.axes:
+        start, end = axis.windows()
+        along = start[:, None] + np.arange(axis.kernel_size) < end[:, None]
+        visible = np.kron(visible, along)
+    extra = np.ones((len(visible), problem.additional or 0), bool)
+    return np.hstack([visible, extra]).reshape(*problem.tokens, problem.slots)
