@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -41,9 +41,12 @@ class Operands(NamedTuple):
     rpb: Any = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
-    """One neighborhood attention operation, apart from the numbers in its arrays."""
+    """One neighborhood attention operation, apart from the numbers in its arrays.
+
+    What follows from the fields is computed once: a problem is kept and serves every call like it.
+    """
 
     operation: Operation
     dtype: str
@@ -62,11 +65,11 @@ class Problem:
     def rank(self) -> int:
         return len(self.axes)
 
-    @property
+    @cached_property
     def tokens(self) -> tuple[int, ...]:
         return tuple(axis.length for axis in self.axes)
 
-    @property
+    @cached_property
     def key_tokens(self) -> tuple[int, ...]:
         return tuple(axis.key_length for axis in self.axes)
 
@@ -85,17 +88,17 @@ class Problem:
         """Length of one query's row of logits: its window slots, then the additional keys."""
         return self.window_size + (self.additional or 0)
 
-    @property
+    @cached_property
     def is_empty(self) -> bool:
         """Whether a batch, head or token axis has size zero, so that nothing is computed."""
         return 0 in (self.batch, self.heads, *self.tokens, *self.key_tokens)
 
-    @property
+    @cached_property
     def accumulator(self) -> str:
         """The dtype of lse, and the least precise one in which sums are taken."""
         return "float64" if self.dtype == "float64" else "float32"
 
-    @property
+    @cached_property
     def specs(self) -> Operands:
         """The `Spec` of every array argument; None for what this problem does not take."""
         batch, tokens, keys, kv = self.batch, self.tokens, self.key_tokens, self.kv_heads
@@ -120,15 +123,15 @@ class Problem:
             rpb=Spec((self.heads, *bias), self.rpb_dtype) if self.rpb_dtype else None,
         )
 
-    @property
+    @cached_property
     def output(self) -> Spec:
         return Spec((self.batch, *self.tokens, self.heads, self.value_dim), self.dtype)
 
-    @property
+    @cached_property
     def lse(self) -> Spec:
         return Spec((self.batch, *self.tokens, self.heads), self.accumulator)
 
-    @property
+    @cached_property
     def logits(self) -> Spec:
         return Spec((self.batch, *self.tokens, self.heads, self.slots), self.dtype)
 
@@ -190,7 +193,7 @@ def window_arguments(
         _per_axis(call, "kernel_size", kernel_size, rank, _integer),
         _per_axis(call, "stride", stride, rank, _integer),
         _per_axis(call, "dilation", dilation, rank, _integer),
-        _per_axis(call, "is_causal", is_causal, rank, _boolean),
+        _per_axis(call, "is_causal", is_causal, rank, boolean),
     )
 
 
@@ -215,7 +218,7 @@ def _integer(call: str, name: str, value: Any) -> int:
     raise TypeError(f"{call}: {name}={value!r} is {_type_name(value)}, not an int")
 
 
-def _boolean(call: str, name: str, value: Any) -> bool:
+def boolean(call: str, name: str, value: Any) -> bool:
     if _boolean_like(value):
         return bool(value)
     raise TypeError(f"{call}: {name}={value!r} is {_type_name(value)}, not a bool")

@@ -1,0 +1,285 @@
+"""Arrays of every framework: borrowed without a copy, and results of the same kind.
+
+A backend knows two kinds of native array, NumPy's on the CPU and CuPy's on a GPU. A `Face` stands
+between them and one framework. Those of NumPy and CuPy are here; `cuneigh.torch` and `cuneigh.jax`
+hold theirs and enter them with `register` when they are imported, which `examine` does at the first
+array of theirs. No framework is ever imported for a user who has not imported it already.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from cuneigh import _device
+from cuneigh._problem import DTYPES, Spec
+
+
+class Face(Protocol):
+    """How cuneigh reads and makes the arrays of one framework.
+
+    A *place* is the framework's own name for a device: it can be compared and printed.
+    """
+
+    def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
+        """Raise unless `array` is a plain array of the framework.
+
+        When it is to be `borrowed`, its memory must also lie on one device that cuneigh knows, and
+        no automatic differentiation or tracing of the framework may be watching it.
+        """
+
+    def spec(self, array: Any) -> Spec:
+        """Shape and dtype."""
+
+    def place(self, array: Any) -> Any:
+        """Where `array` is; None if that is not one device, which a borrowed array never says."""
+
+    def device(self, place: Any) -> _device.Device:
+        """What cuneigh knows of `place`."""
+
+    def launching(self, place: Any) -> AbstractContextManager[Any]:
+        """Within it `place` is the current device, and the caller's current stream the stream."""
+
+    def borrow(self, array: Any) -> Any:
+        """A native array on the memory of `array`, or of a result of `empty`; while launching."""
+
+    def empty(self, place: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        """An uninitialized contiguous array, from the framework's allocator; while launching."""
+
+    def deliver(self, place: Any, array: Any) -> Any:
+        """What the caller receives for a result of `empty` once it is filled."""
+
+    def full(self, place: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
+        """A contiguous array of the framework that holds `value` everywhere."""
+
+    def operations(self, place: Any) -> AbstractContextManager[Any]:
+        """Gives the module with the framework's ``exp``, ``log``, ``maximum`` and ``where``."""
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        """`array` converted by the framework's own, differentiable operation."""
+
+
+class Arguments(NamedTuple):
+    """The array arguments of a call, which are of one framework and in one place."""
+
+    face: Face
+    place: Any
+    arrays: dict[str, Any]
+    specs: dict[str, Spec]
+
+
+def examine(
+    call: str,
+    required: Mapping[str, Any],
+    optional: Mapping[str, Any] | None = None,
+    *,
+    borrowed: bool = True,
+) -> Arguments:
+    """What the arguments of `call` are; those in `optional` that are None are left out.
+
+    Raises TypeError or ValueError for anything that is not an array, for an array that cannot be
+    used, and for arrays of different frameworks or places.
+    """
+    arrays = dict(required)
+    if optional is not None:
+        arrays.update((name, array) for name, array in optional.items() if array is not None)
+    face: Face | None = None
+    first, place = "", None
+    for name, array in arrays.items():
+        own = _faces.get(type(array)) or _face_of(call, name, array)
+        own.check(call, name, array, borrowed=borrowed)
+        own_place = own.place(array)
+        if face is None:
+            first, face, place = name, own, own_place
+        elif own is not face:
+            raise TypeError(
+                f"{call}: {name} is of type {type_name(array)}, but {first} is of type "
+                f"{type_name(arrays[first])}: all arrays must be of one framework"
+            )
+        elif own_place != place and own_place is not None and place is not None:
+            raise ValueError(
+                f"{call}: {name} is on device {own_place}, but {first} is on device {place}: all "
+                f"arrays must be on one device"
+            )
+    assert face is not None, "a call has at least one array"
+    return Arguments(face, place, arrays, {name: face.spec(a) for name, a in arrays.items()})
+
+
+_faces: dict[type, Face] = {}
+"""The face of every array type that has been seen."""
+
+_by_framework: dict[str, Face] = {}
+"""The face of every framework that has one, by the name of its root module."""
+
+
+def register(face: Face, *roots: str) -> None:
+    """Enter the face of the framework whose types are defined below the modules `roots`."""
+    _by_framework.update(dict.fromkeys(roots, face))
+
+
+def _face_of(call: str, name: str, array: object) -> Face:
+    """The face for `array`, by the root module of its type, which is then remembered."""
+    root = type(array).__module__.partition(".")[0]
+    if root not in _by_framework:
+        if root == "cupy":
+            register(CuPyFace(), "cupy")
+        elif root == "torch":
+            importlib.import_module("cuneigh.torch")
+        elif root in ("jax", "jaxlib"):
+            importlib.import_module("cuneigh.jax")
+        else:
+            refuse(call, name, array)
+    face = _by_framework[root]
+    face.check(call, name, array, borrowed=False)
+    return _faces.setdefault(type(array), face)
+
+
+def refuse(call: str, name: str, array: object, instead: str = "") -> NoReturn:
+    """Raise for something that is not an array cuneigh can use; `instead` says what would be."""
+    instead = instead or "a NumPy, CuPy, PyTorch or JAX array is needed"
+    raise TypeError(f"{call}: {name} is of type {type_name(array)}; {instead}")
+
+
+def type_name(value: object) -> str:
+    """The full name of the type of `value`, as in ``numpy.ndarray`` or ``list``."""
+    kind = type(value)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return module + kind.__qualname__
+
+
+_NUMPY_DTYPES = {
+    name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in DTYPES
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items()}
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype called `name`, that of ml_dtypes for bfloat16."""
+    return _NUMPY_DTYPES[name] if name in _NUMPY_DTYPES else np.dtype(name)
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a NumPy dtype; of one that is not supported, byte order and all."""
+    return _DTYPE_NAMES.get(dtype) or str(dtype)
+
+
+def import_cupy() -> Any:
+    """The module cupy, for arrays of other frameworks that live on a GPU."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            "cuneigh works on CUDA arrays through CuPy, which is not installed: "
+            "pip install 'cuneigh[cuda13]', or 'cuneigh[cuda12]' for a CUDA 12 driver"
+        ) from error
+    return cupy
+
+
+HERE: AbstractContextManager[None] = nullcontext()
+"""Nothing to enter: the CPU, or a device that is current already."""
+
+
+class NumPyFace:
+    """NumPy arrays, which are native."""
+
+    def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
+        if type(array) not in (np.ndarray, np.memmap):
+            refuse(call, name, array, "a plain numpy.ndarray is needed")
+
+    def spec(self, array: npt.NDArray[Any]) -> Spec:
+        return Spec(array.shape, dtype_name(array.dtype))
+
+    def place(self, array: npt.NDArray[Any]) -> str:
+        return "cpu"
+
+    def device(self, place: str) -> _device.Device:
+        return _device.CPU
+
+    def launching(self, place: str) -> AbstractContextManager[None]:
+        return HERE
+
+    def borrow(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array
+
+    def empty(self, place: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+        return np.empty(shape, numpy_dtype(dtype))
+
+    def deliver(self, place: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array
+
+    def full(
+        self, place: str, shape: tuple[int, ...], dtype: str, value: float
+    ) -> npt.NDArray[Any]:
+        return np.full(shape, value, numpy_dtype(dtype))
+
+    def operations(self, place: str) -> AbstractContextManager[Any]:
+        return nullcontext(np)
+
+    def cast(self, array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+        return array.astype(numpy_dtype(dtype), copy=False)
+
+
+class CuPyFace:
+    """CuPy arrays, which are native. A place is the number of a CUDA device."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._cupy = cupy
+
+    def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
+        if type(array) is not self._cupy.ndarray:
+            refuse(call, name, array, "a plain cupy.ndarray is needed")
+        if array.data.ptr % array.itemsize:
+            # A kernel that reads across the boundary takes the whole CUDA context down.
+            raise ValueError(
+                f"{call}: {name} starts at {array.data.ptr:#x}, which is not a multiple of its "
+                f"item size {array.itemsize}"
+            )
+
+    def spec(self, array: Any) -> Spec:
+        return Spec(array.shape, dtype_name(array.dtype))
+
+    def place(self, array: Any) -> int:
+        index: int = array.data.device_id
+        return index
+
+    def device(self, place: int) -> _device.Device:
+        return _device.cuda(place)
+
+    def launching(self, place: int) -> AbstractContextManager[Any]:
+        cuda = self._cupy.cuda
+        if cuda.runtime.getDevice() == place:
+            return HERE
+        device: AbstractContextManager[Any] = cuda.Device(place)
+        return device
+
+    def borrow(self, array: Any) -> Any:
+        return array
+
+    def empty(self, place: int, shape: tuple[int, ...], dtype: str) -> Any:
+        return self._cupy.empty(shape, numpy_dtype(dtype))
+
+    def deliver(self, place: int, array: Any) -> Any:
+        return array
+
+    def full(self, place: int, shape: tuple[int, ...], dtype: str, value: float) -> Any:
+        with self.launching(place):
+            return self._cupy.full(shape, value, numpy_dtype(dtype))
+
+    @contextmanager
+    def operations(self, place: int) -> Iterator[Any]:
+        with self.launching(place):
+            yield self._cupy
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        return array.astype(numpy_dtype(dtype), copy=False)
+
+
+register(NumPyFace(), "numpy")

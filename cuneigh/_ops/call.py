@@ -1,0 +1,105 @@
+"""What every public function shares: its three ranks, and the way from arguments to results."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from cuneigh._arrays import Arguments
+from cuneigh._backends import Allocate, Backend, choose
+from cuneigh._problem import Operands, Problem, Spec, finite_scale
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Sizes = int | Sequence[int]
+"""An integer for each token axis, or one for all of them."""
+
+Flags = bool | Sequence[bool]
+"""A bool for each token axis, or one for all of them."""
+
+Launch = Callable[[Backend, Operands, Mapping[str, Any], Sequence[Any], Allocate], None]
+"""Calls a backend with native operands, all native arguments by name, and native results."""
+
+
+def for_each_rank(
+    core: Callable[Concatenate[int, P], R],
+) -> tuple[Callable[P, R], Callable[P, R], Callable[P, R]]:
+    """The public functions for one, two and three token axes, all of which are `core`.
+
+    `core` takes the number of axes before everything else. Its name lacks the rank, and its
+    documentation is that of the function for two axes.
+    """
+
+    def of_rank(rank: int) -> Callable[P, R]:
+        def function(*args: P.args, **kwargs: P.kwargs) -> R:
+            return core(rank, *args, **kwargs)
+
+        function.__module__ = "cuneigh"
+        function.__name__ = function.__qualname__ = core.__name__.replace("na", f"na{rank}d", 1)
+        function.__doc__ = _reworded(core.__doc__ or "", rank)
+        whole = inspect.signature(core, eval_str=True)
+        seen = whole.replace(parameters=list(whole.parameters.values())[1:])
+        function.__signature__ = seen  # type: ignore[attr-defined]
+        return function
+
+    return of_rank(1), of_rank(2), of_rank(3)
+
+
+_WORDING = (
+    ("na1d", "na2d", "na3d"),
+    ("1-D", "2-D", "3-D"),
+    ("X1", "X1, X2", "X1, X2, X3"),
+    ("K1", "K1 * K2", "K1 * K2 * K3"),
+    ("2 * K1 - 1", "2 * K1 - 1, 2 * K2 - 1", "2 * K1 - 1, 2 * K2 - 1, 2 * K3 - 1"),
+    ("8", "8, 8", "8, 8, 8"),
+)
+"""How the documentation words the same thing for one, two and three token axes."""
+
+
+def _reworded(documentation: str, rank: int) -> str:
+    for wording in _WORDING:
+        documentation = documentation.replace(wording[1], wording[rank - 1])
+    return documentation
+
+
+def scale_or_default(call: str, scale: object) -> float | None:
+    """`scale`, checked; None, which stands for ``head_dim ** -0.5``, stays None."""
+    return None if scale is None else finite_scale(call, scale)
+
+
+def compute(
+    call: str,
+    arguments: Arguments,
+    problem: Problem,
+    backend: str | None,
+    results: Sequence[Spec | None],
+    launch: Launch,
+    when_empty: Iterable[float] = repeat(0.0),
+) -> list[Any]:
+    """Arrays of the caller's framework for `results`, filled by `launch` on the chosen backend.
+
+    A problem that is empty launches nothing: its results hold the values `when_empty`.
+    """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"{call}: backend={backend!r} is {type(backend).__name__}, not a str")
+    face, place = arguments.face, arguments.place
+    chosen = choose(problem, face.device(place), backend)
+    if problem.is_empty:
+        return [
+            None if spec is None else face.full(place, *spec, value)
+            for spec, value in zip(results, when_empty, strict=False)
+        ]
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
+        return face.borrow(face.empty(place, shape, dtype))
+
+    with face.launching(place):
+        given = {name: face.borrow(array) for name, array in arguments.arrays.items()}
+        operands = Operands(*map(given.get, Operands._fields))
+        made = [None if spec is None else face.empty(place, *spec) for spec in results]
+        native = [None if array is None else face.borrow(array) for array in made]
+        launch(chosen, operands, given, native, allocate)
+    return [None if array is None else face.deliver(place, array) for array in made]

@@ -1,0 +1,177 @@
+"""Attention over all keys, and the merge of attention over parts of them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cuneigh._arrays import examine, type_name
+from cuneigh._ops.call import compute, scale_or_default
+from cuneigh._problem import DTYPES, Spec, boolean, dense_problem, require
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention of every query to every key: self attention, cross attention, causal attention.
+
+    Together with `merge_attentions` it extends neighborhood attention by keys from elsewhere.
+    Arrays are as in `na2d`, but for the number of keys, which may differ from that of queries.
+
+    Parameters
+    ----------
+    query : array [B, N, H, D]
+    key : array [B, M, H_kv, D]
+    value : array [B, M, H_kv, D_v]
+    is_causal : bool
+        Whether keys after the query are hidden; needs N == M.
+    scale : float, optional
+        Factor of the logits; ``D ** -0.5`` if not given.
+    return_lse : bool
+    backend : str, optional
+
+    Returns
+    -------
+    output : array [B, N, H, D_v]
+        Zeros if there are no keys.
+    lse : array [B, N, H]
+        With `return_lse` only, as in `na2d`. It is -inf if there are no keys.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `na2d` does.
+
+    Examples
+    --------
+    >>> import cuneigh, numpy
+    >>> random = numpy.random.default_rng(0)
+    >>> image, text = random.standard_normal((1, 64, 2, 16)), random.standard_normal((1, 7, 2, 16))
+    >>> cuneigh.attention(image, text, text).shape
+    (1, 64, 2, 16)
+    """
+    call = "attention"
+    arguments = examine(call, {"query": query, "key": key, "value": value})
+    specs = arguments.specs
+    problem = dense_problem(
+        call,
+        "forward",
+        specs["query"],
+        specs["key"],
+        specs["value"],
+        boolean(call, "is_causal", is_causal),
+        scale_or_default(call, scale),
+    )
+    with_lse = boolean(call, "return_lse", return_lse)
+    output, lse = compute(
+        call,
+        arguments,
+        problem,
+        backend,
+        (problem.output, problem.lse if with_lse else None),
+        lambda chosen, operands, given, results, allocate: chosen.forward(
+            problem, operands, results[0], results[1], allocate
+        ),
+        when_empty=(0.0, -math.inf),
+    )
+    return (output, lse) if with_lse else output
+
+
+def merge_attentions(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
+    """The attention over all keys, from the attentions of the same queries to parts of them.
+
+    ``lse = logsumexp(lses)`` and ``output = sum(exp(lse_i - lse) * output_i)``, in the arrays' own
+    framework, whose automatic differentiation and transformations pass through it.
+
+    Parameters
+    ----------
+    outputs : sequence of arrays [.., D_v]
+        At least one; all of the same shape, dtype, framework and device.
+    lses : sequence of arrays [..]
+        One for each output: float32 (float64 for float64 outputs). An lse of -inf stands for no
+        keys at all, whatever the output holds.
+
+    Returns
+    -------
+    output : array [.., D_v]
+        Of the dtype of `outputs`, summed in float32 at least. 0 where every lse is -inf.
+    lse : array [..]
+        Of the dtype of `lses`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an illegal argument; the message names it.
+
+    Examples
+    --------
+    >>> import cuneigh, numpy
+    >>> query, key, value = numpy.random.default_rng(0).standard_normal((3, 1, 64, 2, 16))
+    >>> first = cuneigh.attention(query, key[:, :40], value[:, :40], return_lse=True)
+    >>> second = cuneigh.attention(query, key[:, 40:], value[:, 40:], return_lse=True)
+    >>> output, lse = cuneigh.merge_attentions(*zip(first, second))
+    >>> numpy.allclose(output, cuneigh.attention(query, key, value))
+    True
+    """
+    call = "merge_attentions"
+    for name, given in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(given, (tuple, list)):
+            raise TypeError(
+                f"{call}: {name} is of type {type_name(given)}; a tuple or list of arrays is needed"
+            )
+    if len(outputs) != len(lses) or not outputs:
+        raise ValueError(
+            f"{call}: there are {len(outputs)} outputs and {len(lses)} lses; at least one of "
+            f"each, and as many of either, are needed"
+        )
+    arguments = examine(
+        call,
+        {f"outputs[{i}]": output for i, output in enumerate(outputs)}
+        | {f"lses[{i}]": lse for i, lse in enumerate(lses)},
+        borrowed=False,
+    )
+    face, specs = arguments.face, arguments.specs
+    first = specs["outputs[0]"]
+    accumulator = _check_merge(call, len(outputs), specs)
+
+    with face.operations(arguments.place) as xp:
+        # Where every lse is -inf, so is their maximum: 0 takes its place, that of the total is
+        # taken by 1, and neither a value nor a derivative becomes NaN.
+        highest = functools.reduce(xp.maximum, lses)
+        highest = xp.where(highest == -math.inf, 0.0, highest)
+        terms = [xp.exp(lse - highest) for lse in lses]
+        total = sum(terms)
+        nothing = total == 0
+        total = xp.where(nothing, 1.0, total)
+        merged_lse = xp.where(nothing, -math.inf, highest + xp.log(total))
+        merged = sum(
+            (term / total)[..., None]
+            * xp.where((lse == -math.inf)[..., None], 0.0, face.cast(output, accumulator))
+            for term, lse, output in zip(terms, lses, outputs, strict=True)
+        )
+        return face.cast(merged, first.dtype), face.cast(merged_lse, accumulator)
+
+
+def _check_merge(call: str, count: int, specs: dict[str, Spec]) -> str:
+    """The dtype of the sums; raises unless all outputs and all lses are alike."""
+    first = specs["outputs[0]"]
+    if first.dtype not in DTYPES:
+        raise TypeError(
+            f"{call}: outputs[0] has dtype {first.dtype}, which is not one of {', '.join(DTYPES)}"
+        )
+    if not first.shape:
+        raise ValueError(f"{call}: outputs[0] has 0 axes, but at least 1 is needed")
+    accumulator = "float64" if first.dtype == "float64" else "float32"
+    lse = Spec(first.shape[:-1], accumulator)
+    for i in range(count):
+        require(call, f"outputs[{i}]", specs[f"outputs[{i}]"], first)
+        require(call, f"lses[{i}]", specs[f"lses[{i}]"], lse)
+    return accumulator

@@ -1,0 +1,270 @@
+"""Neighborhood attention and its gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+from cuneigh._arrays import examine
+from cuneigh._ops.call import Flags, Sizes, compute, for_each_rank, scale_or_default
+from cuneigh._problem import (
+    Operands,
+    Problem,
+    Spec,
+    Window,
+    attention_problem,
+    boolean,
+    require,
+    window_arguments,
+)
+
+
+class Gradients(NamedTuple):
+    """Gradients with respect to the arrays that were given; None for the others."""
+
+    query: Any
+    key: Any
+    value: Any
+    additional_keys: Any
+    additional_values: Any
+    rpb: Any
+
+
+def na(
+    rank: int,
+    query: Any,
+    key: Any,
+    value: Any,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    rpb: Any = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """2-D neighborhood attention: every query attends to the keys of a window around it.
+
+    ``softmax(scale * query @ keys.T + rpb) @ values`` over the window of each query and the
+    additional keys. Arrays may be NumPy's, CuPy's, PyTorch's or JAX's, all of one framework, device
+    and dtype: float16, bfloat16 (that of ml_dtypes in NumPy and CuPy), float32 or float64. They are
+    read where they are, whatever their strides.
+
+    Parameters
+    ----------
+    query : array [B, X1, X2, H, D]
+    key : array [B, X1, X2, H_kv, D]
+        H must be a multiple of H_kv: query head h reads key head ``h // (H / H_kv)``.
+    value : array [B, X1, X2, H_kv, D_v]
+    kernel_size : int, or one per token axis
+        Keys that a query sees along an axis. The window is pushed inwards at the borders, so that
+        its size is the same everywhere; an even one has one more key before the query than after.
+        ``kernel_size * dilation`` must not exceed the length of the axis.
+    stride : int, or one per token axis
+        Neighboring queries that share one window, at most kernel_size. 1 is a sliding window,
+        kernel_size is blocked attention.
+    dilation : int, or one per token axis
+        Step between the keys of a window, in tokens.
+    is_causal : bool, or one per token axis
+        Whether keys after the query are hidden along an axis.
+    scale : float, optional
+        Factor of the logits; ``D ** -0.5`` if not given. Any finite number.
+    additional_keys, additional_values : arrays [B, n, H_kv, D] and [B, n, H_kv, D_v], optional
+        Keys that every query sees besides its window.
+    rpb : array [H, 2 * K1 - 1, 2 * K2 - 1], optional
+        Relative positional bias, where K is the kernel_size of an axis: entry
+        ``key - query + K - 1``, counted in steps of dilation, is added to the scaled logit. Its
+        dtype is the query's or float32. It needs stride 1 and no causal axis.
+    return_lse : bool
+        Whether to return the logarithm of the sum of the exponentials of all logits as well.
+    backend : str, optional
+        Name of the backend to use: "cpu" or "naive". The best one for the problem if not given.
+
+    Returns
+    -------
+    output : array [B, X1, X2, H, D_v]
+        Contiguous, of the query's dtype.
+    lse : array [B, X1, X2, H]
+        With `return_lse` only: natural logarithm, float32 (float64 for float64 arrays).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an illegal argument; the message names it, the axis, and what would be legal.
+    RuntimeError
+        If no backend can run the problem, or if a PyTorch tensor would lose its gradient.
+
+    Notes
+    -----
+    The operator is from [1]_, dilation from [2]_ and causal and strided windows from [3]_. The
+    parameters mean what they mean in NATTEN, the authors' library.
+
+    References
+    ----------
+    .. [1] Hassani et al., "Neighborhood Attention Transformer", CVPR 2023.
+    .. [2] Hassani and Shi, "Dilated Neighborhood Attention Transformer", 2022.
+    .. [3] Hassani et al., "Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self
+       Attention at the Threadblock Level", NeurIPS 2024.
+
+    Examples
+    --------
+    >>> import cuneigh, numpy
+    >>> random = numpy.random.default_rng(0)
+    >>> query, key, value = random.standard_normal((3, 1, 8, 8, 2, 16))
+    >>> cuneigh.na2d(query, key, value, kernel_size=5).shape
+    (1, 8, 8, 2, 16)
+    >>> output, lse = cuneigh.na2d(query, key, value, 4, dilation=2, return_lse=True)
+    >>> lse.shape
+    (1, 8, 8, 2)
+    """
+    call = f"na{rank}d"
+    arguments = examine(
+        call,
+        {"query": query, "key": key, "value": value},
+        {"additional_keys": additional_keys, "additional_values": additional_values, "rpb": rpb},
+    )
+    window = window_arguments(call, rank, kernel_size, stride, dilation, is_causal)
+    problem = _problem(call, "forward", arguments.specs, window, scale)
+    with_lse = boolean(call, "return_lse", return_lse)
+    output, lse = compute(
+        call,
+        arguments,
+        problem,
+        backend,
+        (problem.output, problem.lse if with_lse else None),
+        lambda chosen, operands, given, results, allocate: chosen.forward(
+            problem, operands, results[0], results[1], allocate
+        ),
+        when_empty=(0.0, -math.inf),
+    )
+    return (output, lse) if with_lse else output
+
+
+def na_backward(
+    rank: int,
+    grad_output: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    output: Any,
+    lse: Any,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    rpb: Any = None,
+    grad_lse: Any = None,
+    backend: str | None = None,
+) -> Gradients:
+    """Gradients of `na2d` with respect to every array that it was given.
+
+    Parameters
+    ----------
+    grad_output : array [B, X1, X2, H, D_v]
+        Gradient of a scalar with respect to the output.
+    query, key, value, additional_keys, additional_values, rpb : arrays
+        What `na2d` was given.
+    output, lse : arrays [B, X1, X2, H, D_v] and [B, X1, X2, H]
+        What `na2d` returned with ``return_lse=True``.
+    kernel_size, stride, dilation, is_causal, scale
+        What `na2d` was given.
+    grad_lse : array [B, X1, X2, H], optional
+        Gradient of the same scalar with respect to lse, of its dtype; zero if not given.
+    backend : str, optional
+        As in `na2d`; it need not be the one that ran forward.
+
+    Returns
+    -------
+    Gradients
+        A named tuple of contiguous arrays, each of the shape and dtype of what it belongs to; None
+        for what was not given.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `na2d` does.
+
+    Examples
+    --------
+    >>> import cuneigh, numpy
+    >>> random = numpy.random.default_rng(0)
+    >>> query, key, value, grad_output = random.standard_normal((4, 1, 8, 8, 2, 16))
+    >>> output, lse = cuneigh.na2d(query, key, value, 5, return_lse=True)
+    >>> gradients = cuneigh.na2d_backward(grad_output, query, key, value, output, lse, 5)
+    >>> gradients.key.shape
+    (1, 8, 8, 2, 16)
+    """
+    call = f"na{rank}d_backward"
+    arguments = examine(
+        call,
+        {
+            "grad_output": grad_output,
+            "query": query,
+            "key": key,
+            "value": value,
+            "output": output,
+            "lse": lse,
+        },
+        {
+            "additional_keys": additional_keys,
+            "additional_values": additional_values,
+            "rpb": rpb,
+            "grad_lse": grad_lse,
+        },
+    )
+    specs = arguments.specs
+    window = window_arguments(call, rank, kernel_size, stride, dilation, is_causal)
+    problem = _problem(call, "backward", specs, window, scale)
+    require(call, "grad_output", specs["grad_output"], problem.output)
+    require(call, "output", specs["output"], problem.output)
+    require(call, "lse", specs["lse"], problem.lse)
+    require(call, "grad_lse", specs.get("grad_lse", problem.lse), problem.lse)
+    gradients = compute(
+        call,
+        arguments,
+        problem,
+        backend,
+        problem.specs,
+        lambda chosen, operands, given, results, allocate: chosen.backward(
+            problem,
+            operands,
+            given["grad_output"],
+            given["output"],
+            given["lse"],
+            given.get("grad_lse"),
+            Operands(*results),
+            allocate,
+        ),
+    )
+    return Gradients(*gradients)
+
+
+def _problem(
+    call: str,
+    operation: Literal["forward", "backward"],
+    specs: dict[str, Spec],
+    window: Window,
+    scale: object,
+) -> Problem:
+    return attention_problem(
+        call,
+        operation,
+        specs["query"],
+        specs["key"],
+        specs["value"],
+        window,
+        scale_or_default(call, scale),
+        specs.get("additional_keys"),
+        specs.get("additional_values"),
+        specs.get("rpb"),
+    )
+
+
+na1d, na2d, na3d = for_each_rank(na)
+na1d_backward, na2d_backward, na3d_backward = for_each_rank(na_backward)
