@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,11 +212,13 @@ def run(options: argparse.Namespace) -> int:
         message = str(error)
     else:
         return 0
-    print(f"cuneigh demo: {message}", file=sys.stderr)
+    print(f"python -m cuneigh demo: {message}", file=sys.stderr)
     return 1
 
 
 def _run(options: argparse.Namespace) -> None:
+    for package in ("skimage", "matplotlib"):  # before any work is done
+        import_module(package)
     sigma, strength = options.sigma, options.strength or options.sigma or 0.1
     original = reduce(read(options.image), options.max_side)
     noise = np.random.default_rng(0).normal(scale=sigma, size=original.shape)
