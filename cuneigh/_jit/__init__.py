@@ -16,7 +16,7 @@ from cuneigh._jit._build import compile, precompile
 from cuneigh._jit._cache import Cache, Compiled, default_directory
 from cuneigh._jit._compiler import CompilationError, Resources, unavailable
 from cuneigh._jit._load import load
-from cuneigh._jit._sources import Kernel, Sources
+from cuneigh._jit._sources import Kernel, Sources, packaged
 
 __all__ = [
     "Cache",
@@ -28,6 +28,7 @@ __all__ = [
     "compile",
     "default_directory",
     "load",
+    "packaged",
     "precompile",
     "unavailable",
 ]

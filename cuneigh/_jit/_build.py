@@ -57,7 +57,7 @@ def precompile(
     cache_dir: str | os.PathLike[str] | None = None,
     *,
     jobs: int | None = None,
-) -> list[Compiled]:
+) -> dict[tuple[Kernel, str], Compiled]:
     """Fill a cache directory, the usual one by default, with every kernel for every architecture.
 
     Needs no GPU. `jobs` kernels are compiled at a time, one per processor by default. Raises
@@ -65,6 +65,7 @@ def precompile(
     """
     cache = Cache(default_directory() if cache_dir is None else Path(cache_dir))
     # Once each: problems of one model have many kernels in common.
-    tasks = dict.fromkeys(itertools.product(kernels, archs))
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        return list(pool.map(lambda task: compile(*task, cache=cache), tasks))
+    tasks = list(dict.fromkeys(itertools.product(kernels, archs)))
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:  # NVRTC releases the GIL
+        compiled = pool.map(lambda task: compile(*task, cache=cache), tasks)
+        return dict(zip(tasks, compiled, strict=True))

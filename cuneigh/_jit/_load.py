@@ -63,8 +63,8 @@ def choose(kernel: Kernel, device: Device) -> Compiled:
         if arch.rstrip("a") in known:
             return compile(kernel, arch)
     raise CompilationError(
-        f"NVRTC {_compiler.version()} compiles for no architecture that runs on {device.name}, "
-        f"which is {device.arch}; update it: {_compiler.INSTALL}"
+        f"NVRTC {_compiler.version()} compiles for {', '.join(known)}, and none of these runs on "
+        f"{device.name}, which is {device.arch}: install another CUDA version"
     )
 
 

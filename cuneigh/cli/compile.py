@@ -1,0 +1,124 @@
+"""`python -m cuneigh compile`: fill a cache of compiled kernels ahead of time, without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from cuneigh import _jit
+from cuneigh._backends import BACKENDS
+from cuneigh._problem import DTYPES, Operation, Problem
+from cuneigh._window import Axis
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "compile",
+        help="compile kernels ahead of time, without a GPU",
+        description="Compile the kernels of the given operations, so that a machine with the same "
+        "cache directory needs neither NVRTC nor time to compile them. Sizes, windows, strides and "
+        "dilations are no part of a kernel. Where an option takes several values, every "
+        "combination is compiled.",
+    )
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        action="extend",
+        required=True,
+        help="architectures of the GPUs, such as sm_80 or sm_90a",
+    )
+    parser.add_argument(
+        "--rank", nargs="+", action="extend", type=int, choices=(1, 2, 3), required=True
+    )
+    parser.add_argument("--dtype", nargs="+", action="extend", choices=DTYPES, required=True)
+    parser.add_argument("--head-dim", nargs="+", action="extend", type=_positive, required=True)
+    parser.add_argument("--value-dim", type=_positive, help="default: the head_dim")
+    parser.add_argument(
+        "--operation",
+        nargs="+",
+        action="extend",
+        choices=get_args(Operation),
+        help="default: forward backward",
+    )
+    parser.add_argument(
+        "--additional-keys", action="store_true", help="the calls pass additional keys"
+    )
+    parser.add_argument(
+        "--rpb",
+        choices=("same", "float32"),
+        help="the calls pass a relative positional bias, of the query's dtype or of float32",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=_jit.default_directory(),
+        metavar="DIR",
+        help="where the kernels go; set CUNEIGH_CACHE_DIR to it where they are used "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--jobs", type=_positive, metavar="N", help="default: the number of processors"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    kernels = [kernel for problem in _problems(options) for kernel in _kernels(problem)]
+    start = time.perf_counter()
+    try:
+        compiled = _jit.precompile(kernels, options.arch, options.cache_dir, jobs=options.jobs)
+    except (_jit.CompilationError, OSError) as error:
+        print(f"python -m cuneigh compile: {error}", file=sys.stderr)
+        return 1
+    seconds = time.perf_counter() - start
+    for (kernel, arch), result in compiled.items():
+        resources = result.resources
+        spilled = resources.spill_stores + resources.spill_loads
+        print(
+            f"{arch:8} {kernel.name:28} {resources.registers:3} registers"
+            + (f", {spilled} bytes spilled" if spilled else "")
+        )
+    print(f"{len(compiled)} kernels in {options.cache_dir}, {seconds:.1f} s")
+    return 0
+
+
+def _problems(options: argparse.Namespace) -> list[Problem]:
+    """A problem for every combination of options; sizes and windows are the smallest."""
+    operations = options.operation or ("forward", "backward")
+    return [
+        Problem(
+            operation=operation,
+            dtype=dtype,
+            batch=1,
+            heads=1,
+            kv_heads=1,
+            head_dim=head_dim,
+            value_dim=options.value_dim or head_dim,
+            axes=(Axis(1, 1, 1, 1, 1, False),) * rank,
+            scale=1.0,
+            additional=1 if options.additional_keys else None,
+            rpb_dtype=dtype if options.rpb == "same" else options.rpb,
+        )
+        for operation, dtype, rank, head_dim in itertools.product(
+            operations, options.dtype, options.rank, options.head_dim
+        )
+    ]
+
+
+def _kernels(problem: Problem) -> list[_jit.Kernel]:
+    """The kernels of every backend that has any."""
+    lists = [getattr(backend, "kernels", None) for backend in BACKENDS]
+    return [kernel for of_problem in lists if of_problem for kernel in of_problem(problem)]
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+_positive.__name__ = "positive int"  # argparse says "invalid positive int value"
