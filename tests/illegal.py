@@ -68,15 +68,14 @@ def call_of(problem: Problem) -> Call:
     return Call(f"na{problem.rank}d{suffix}", {**arrays, **window}, problem)
 
 
-def legal_calls(operations: tuple[str, ...] = OPERATIONS) -> st.SearchStrategy[Call]:
+@st.composite
+def legal_calls(draw, operations: tuple[str, ...] = OPERATIONS) -> Call:
     """Legal calls; `attention` is among them with the operation "forward"."""
-
-    def has_public_function(problem: Problem) -> bool:
-        is_cross = any(axis.length != axis.key_length for axis in problem.axes)
-        return not is_cross or problem.operation == "forward"
-
-    small = problems(operations=operations, most_tokens=60, budget=5_000)
-    return small.filter(has_public_function).map(call_of)
+    operation = draw(st.sampled_from(operations))
+    small = {"operations": (operation,), "most_tokens": 60, "budget": 5_000}
+    # `attention` has no public backward.
+    cross = operation == "forward" and draw(st.booleans())
+    return call_of(draw(problems(cross=cross, **small)))
 
 
 @st.composite
@@ -99,14 +98,19 @@ Break = Callable[[Callable[[st.SearchStrategy[Any]], Any], Call], Illegal]
 class Rule:
     break_: Break
     applies: Callable[[Call], bool]
+    operations: tuple[str, ...] = OPERATIONS
+    """Those among whose calls there are some to which the rule applies."""
 
 
 RULES: list[Rule] = []
+HAVE_BIAS = ("forward", "backward", "qk", "qk_backward")
 
 
-def rule(applies: Callable[[Call], bool]) -> Callable[[Break], Break]:
+def rule(
+    applies: Callable[[Call], bool], operations: tuple[str, ...] = OPERATIONS
+) -> Callable[[Break], Break]:
     def register(break_: Break) -> Break:
-        RULES.append(Rule(break_, applies))
+        RULES.append(Rule(break_, applies, operations))
         return break_
 
     return register
@@ -197,7 +201,7 @@ def window_argument_of_a_wrong_length(draw, call: Call) -> Illegal:
     return Illegal(call.but(**{name: entries}), ValueError, words)
 
 
-@rule(lambda call: call.is_dense)
+@rule(lambda call: call.is_dense, operations=("forward",))
 def causal_attention_to_other_keys(draw, call: Call) -> Illegal:
     lengths = [call.arguments[name].shape[1] for name in ("query", "key")]
     return Illegal(call.but(is_causal=True), ValueError, ("is_causal=True", *map(str, lengths)))
@@ -322,7 +326,7 @@ def mixed_dtypes(draw, call: Call) -> Illegal:
     return Illegal(broken, TypeError, (name, dtype, spec.dtype))
 
 
-@rule(has("rpb"))
+@rule(has("rpb"), HAVE_BIAS)
 def rpb_of_another_dtype(draw, call: Call) -> Illegal:
     own = call.problem.dtype
     dtype = draw(st.sampled_from([name for name in DTYPES if name not in (own, "float32")]))
@@ -330,14 +334,14 @@ def rpb_of_another_dtype(draw, call: Call) -> Illegal:
     return Illegal(broken, TypeError, ("rpb", dtype, own))
 
 
-@rule(has("rpb"))
+@rule(has("rpb"), HAVE_BIAS)
 def rpb_on_a_causal_axis(draw, call: Call) -> Illegal:
     axis = some_axis(draw, call)
     broken = with_entry(call, "is_causal", axis, True)
     return Illegal(broken, ValueError, ("rpb", "is_causal=True", f"axis {axis}"))
 
 
-@rule(lambda call: "rpb" in call.arguments and max(call.arguments["kernel_size"]) > 1)
+@rule(lambda call: "rpb" in call.arguments and max(call.arguments["kernel_size"]) > 1, HAVE_BIAS)
 def rpb_with_a_stride(draw, call: Call) -> Illegal:
     wide = [axis for axis, size in enumerate(call.arguments["kernel_size"]) if size > 1]
     axis = draw(st.sampled_from(wide))
@@ -346,7 +350,7 @@ def rpb_with_a_stride(draw, call: Call) -> Illegal:
     return Illegal(broken, ValueError, ("rpb", f"stride={stride}", f"axis {axis}"))
 
 
-@rule(has("additional_keys", "additional_values"))
+@rule(has("additional_keys", "additional_values"), operations=("forward", "backward"))
 def half_of_the_additional_tokens(draw, call: Call) -> Illegal:
     missing = draw(st.sampled_from(["additional_keys", "additional_values"]))
     broken = call.but(**{missing: None})

@@ -83,17 +83,22 @@ def problems(
     ranks: tuple[int, ...] = (1, 2, 3),
     most_tokens: int = 200,
     budget: int = BUDGET,
-    cross: bool = True,
+    cross: bool | None = None,
 ) -> Problem:
-    """A problem that is not empty. With `cross`, some are attention of N queries to M keys."""
+    """A problem that is not empty.
+
+    Whether it is the attention of N queries to M keys, as `attention` makes it, is drawn unless
+    `cross` says so.
+    """
     operation, dtype = draw(st.sampled_from(operations)), draw(st.sampled_from(dtypes))
-    dense = cross and operation in ("forward", "backward") and draw(st.integers(0, 7)) == 7
-    rank = 1 if dense else draw(st.sampled_from(ranks))
+    if cross is None:
+        cross = operation in ("forward", "backward") and draw(st.integers(0, 7)) == 7
+    rank = 1 if cross else draw(st.sampled_from(ranks))
     most_tokens = min(most_tokens, math.isqrt(budget))
     tokens = draw(token_counts(rank, most_tokens))
-    has_rpb = not dense and operation[:2] != "av" and draw(st.booleans())
+    has_rpb = not cross and operation[:2] != "av" and draw(st.booleans())
     keys, additional = tokens, None
-    if dense:
+    if cross:
         is_causal = draw(st.booleans())
         keys = tokens if is_causal else draw(token_counts(1, most_tokens))
         slots = keys[0]
@@ -125,7 +130,7 @@ def problems(
     key = Spec((batch, *keys, kv_heads, head_dim), dtype)
     value = Spec((batch, *keys, kv_heads, value_dim), dtype)
     scale = draw(scales())
-    if dense:
+    if cross:
         return dense_problem("attention", operation, query, key, value, is_causal, scale)
     extra_keys = extra_values = bias = None
     if additional is not None:
