@@ -67,12 +67,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       for (int i = 0; i < kBatch; ++i) {
         const int place = smaller(begin + i, count - 1);
         logit[i] = scale * Lanes::sum(logit[i]) + bias(place);
-        const Number grad_logit =
-            exponential(logit[i] - shift) * (Lanes::sum(grad_weight[i]) - delta);
-        if (begin + i < count) {
-          if (Plan::kWide) row[i].load(key + place * key_step + slice, slice_size);
-          grad_query.add(grad_logit, row[i]);
-        }
+        const Number weight = begin + i < count ? exponential(logit[i] - shift) : Number(0);
+        if (Plan::kWide) row[i].load(key + place * key_step + slice, slice_size);
+        grad_query.add(weight * (Lanes::sum(grad_weight[i]) - delta), row[i]);
       }
     }
   };

@@ -43,9 +43,13 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
                     long long value_step, int count, auto bias) {
     for (int begin = 0; begin < count; begin += kBatch) {
       Number weight[kBatch];
+      ValueRow<Plan> row[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        weight[i] = query.dot(key + smaller(begin + i, count - 1) * key_step);
+      for (int i = 0; i < kBatch; ++i) {
+        const int place = smaller(begin + i, count - 1);  // the last key again past the end
+        weight[i] = query.dot(key + place * key_step);
+        row[i].load(value + place * value_step, slice_size);
+      }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const Number logit = scale * Lanes::sum(weight[i]) + bias(smaller(begin + i, count - 1));
@@ -53,13 +57,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       }
       output.scale(softmax.update(weight));
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (begin + i < count) {
-          ValueRow<Plan> row;
-          row.load(value + (begin + i) * value_step, slice_size);
-          output.add(weight[i], row);
-        }
-      }
+      for (int i = 0; i < kBatch; ++i) output.add(weight[i], row[i]);
     }
   };
 

@@ -9,12 +9,15 @@ from functools import lru_cache
 
 from cuneigh._problem import DTYPES, Problem
 
-THREADS = 256
+THREADS = 128
 """Threads of a block."""
 
-ELEMENTS_PER_LANE = 16
+ELEMENTS_PER_LANE = {"float16": 16, "bfloat16": 16, "float32": 8, "float64": 4}
 """Elements of a head vector that a lane holds: more of them mean fewer shuffles for each product,
-but more registers, and so less memory traffic in flight."""
+but more registers, and so less memory traffic in flight. Measured on an H200 (bench/NOTES.md)."""
+
+MOST_ELEMENTS_PER_LANE = {"float16": 16, "bfloat16": 16, "float32": 16, "float64": 8}
+"""The same where 32 lanes are not enough; still longer vectors are cut into slices."""
 
 PACKET_BYTES = 16
 """The widest load of a thread."""
@@ -30,8 +33,10 @@ class RowPlan:
     lanes: int
     key_vector: int
     key_chunks: int
+    key_exact: bool
     value_vector: int
     value_chunks: int
+    value_exact: bool
     wide: bool
 
     @property
@@ -59,7 +64,8 @@ class RowPlan:
             "kValueChunks": self.value_chunks,
         }
         lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
-        for name, flag in {"kWide": self.wide, **flags}.items():
+        own = {"kKeyExact": self.key_exact, "kValueExact": self.value_exact, "kWide": self.wide}
+        for name, flag in {**own, **flags}.items():
             lines.append(f"static constexpr bool {name} = {str(flag).lower()};")
         lines.append(f"using Element = {self.element};")
         lines.append(f"using Bias = {self.bias or 'void'};")
@@ -82,24 +88,34 @@ def row_plan(
     allows, a power of two.
     """
     size = DTYPES[element]
-    per_lane = ELEMENTS_PER_LANE // (2 if element == "float64" else 1)
     longest = max(head_dim, value_dim)
-    lanes = min(32, next_power_of_two(math.ceil(longest / per_lane)))
+    lanes = min(32, next_power_of_two(math.ceil(longest / ELEMENTS_PER_LANE[element])))
+    most = MOST_ELEMENTS_PER_LANE[element]
 
     def packets(dim: int, width: int) -> tuple[int, int]:
         if dim == 0:
             return 1, 1
-        vector = min(width // size, next_power_of_two(dim), per_lane)
+        vector = width // size
         while dim % vector:
             vector //= 2
-        return vector, min(math.ceil(dim / (vector * lanes)), per_lane // vector)
+        return vector, min(math.ceil(dim / (vector * lanes)), most // vector)
 
     key_vector, key_chunks = packets(head_dim, key_bytes)
     value_vector, value_chunks = packets(value_dim, value_bytes)
-    wide = head_dim > key_vector * key_chunks * lanes
-    wide |= value_dim > value_vector * value_chunks * lanes
+    key_capacity = lanes * key_vector * key_chunks
+    value_capacity = lanes * value_vector * value_chunks
     return RowPlan(
-        rank, element, bias, lanes, key_vector, key_chunks, value_vector, value_chunks, wide
+        rank,
+        element,
+        bias,
+        lanes,
+        key_vector,
+        key_chunks,
+        head_dim == key_capacity,
+        value_vector,
+        value_chunks,
+        value_dim == value_capacity,
+        wide=head_dim > key_capacity or value_dim > value_capacity,
     )
 
 

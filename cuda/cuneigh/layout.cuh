@@ -24,7 +24,7 @@ struct View {
   }
 };
 
-// Everything that no array says. Its twin is `problem_record` in cuneigh/_backends/naive.py.
+// Everything that no array says. Its twin is `_record` in cuneigh/_backends/naive.py.
 template <int kRank>
 struct Problem {
   Axis axes[kRank];
@@ -38,6 +38,8 @@ struct Problem {
   int additional;  // number of additional keys
   double scale;
 };
+static_assert(sizeof(Problem<1>) == 64 && sizeof(Problem<2>) == 96 && sizeof(Problem<3>) == 128,
+              "the record that cuneigh/_backends/naive.py packs has these sizes");
 
 // The token of one batch entry and one head that a group of lanes works on.
 template <int kRank>

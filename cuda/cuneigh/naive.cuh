@@ -6,7 +6,8 @@
 //   static constexpr int kLanes;        lanes that share one token
 //   static constexpr int kKeyVector;    elements of query and key vectors that move together
 //   static constexpr int kKeyChunks;    such packets that a lane holds
-//   static constexpr int kValueVector, kValueChunks;   the same for value vectors
+//   static constexpr bool kKeyExact;    their dimension fills those packets exactly
+//   kValueVector, kValueChunks, kValueExact: the same for value vectors
 //   static constexpr bool kWide;        a vector may be longer than its Row
 //   using Element;                      dtype of the tensors
 //   using Bias;                         dtype of rpb, or void when there is none
@@ -19,9 +20,11 @@
 namespace cuneigh {
 
 template <typename Plan>
-using KeyRow = Row<typename Plan::Element, Plan::kKeyVector, Plan::kLanes, Plan::kKeyChunks>;
+using KeyRow =
+    Row<typename Plan::Element, Plan::kKeyVector, Plan::kLanes, Plan::kKeyChunks, Plan::kKeyExact>;
 template <typename Plan>
-using ValueRow = Row<typename Plan::Element, Plan::kValueVector, Plan::kLanes, Plan::kValueChunks>;
+using ValueRow = Row<typename Plan::Element, Plan::kValueVector, Plan::kLanes, Plan::kValueChunks,
+                     Plan::kValueExact>;
 
 template <typename Plan>
 using ConstView = View<const typename Plan::Element, Plan::kRank>;

@@ -20,8 +20,8 @@ __device__ Number block_sum(Number x) {
 
 // Writes the first `size` elements of the sum of the rows of all groups of the block to `sum`.
 // Every thread must call it.
-template <int kThreads, typename Element, int kVector, int kLanes, int kChunks>
-__device__ void store_block_sum(const Row<Element, kVector, kLanes, kChunks>& row,
+template <int kThreads, typename Element, int kVector, int kLanes, int kChunks, bool kExact>
+__device__ void store_block_sum(const Row<Element, kVector, kLanes, kChunks, kExact>& row,
                                 Accumulator<Element>* sum, int size) {
   __shared__ Accumulator<Element> row_smem[kThreads];
 #pragma unroll

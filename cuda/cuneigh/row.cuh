@@ -29,8 +29,8 @@ struct alignas(sizeof(Element) * kVector) Packet {
 };
 
 // Up to kCapacity elements of a head vector in the accumulator's precision: lane l of a group holds
-// the packets l, l + kLanes, l + 2 kLanes ..
-template <typename Element_, int kVector, int kLanes, int kChunks>
+// the packets l, l + kLanes, l + 2 kLanes .. kExact promises vectors of exactly kCapacity elements.
+template <typename Element_, int kVector, int kLanes, int kChunks, bool kExact>
 struct Row {
   using Element = Element_;
   using Number = Accumulator<Element>;
@@ -43,7 +43,7 @@ struct Row {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int first = (c * kLanes + Group<kLanes>::lane()) * kVector;
-      if (first < size) {
+      if (kExact || first < size) {
         const auto packet = *reinterpret_cast<const Packet<Element, kVector>*>(row + first);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) value[c][i] = convert<Number>(packet.element[i]);
@@ -58,7 +58,7 @@ struct Row {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int first = (c * kLanes + Group<kLanes>::lane()) * kVector;
-      if (first < size) {
+      if (kExact || first < size) {
         Packet<Element, kVector> packet;
 #pragma unroll
         for (int i = 0; i < kVector; ++i) packet.element[i] = convert<Element>(value[c][i]);

@@ -1,0 +1,82 @@
+"""Every naive kernel on small shapes, for compute-sanitizer: no pool hides a stray access.
+
+compute-sanitizer --tool memcheck python tests/small_shapes.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import cupy
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from accuracy import check_backend
+from gpu_arrays import allocate, to_cupy, to_numpy
+from strategies import OPERATIONS, inputs
+
+from cuneigh._backends import naive
+from cuneigh._problem import (
+    DTYPES,
+    Problem,
+    Spec,
+    Window,
+    attention_problem,
+    av_problem,
+    qk_problem,
+)
+
+WINDOWS = {
+    1: ((13,), Window((5,), (2,), (2,), (True,)), Window((4,), (1,), (3,), (False,))),
+    2: (
+        (7, 6),
+        Window((3, 2), (2, 1), (2, 1), (False, True)),
+        Window((3, 4), (1, 1), (2, 1), (False, False)),
+    ),
+    3: (
+        (3, 5, 4),
+        Window((2, 3, 1), (2, 1, 1), (1, 1, 4), (True, False, False)),
+        Window((3, 2, 2), (1, 1, 1), (1, 2, 1), (False, False, False)),
+    ),
+}
+
+
+def problem_of(operation: str, dtype: str, rank: int, dims: tuple[int, int], rpb: bool) -> Problem:
+    """Two batch entries, four query heads on two key heads, three additional keys."""
+    tokens, plain, unit_stride = WINDOWS[rank]
+    window = unit_stride if rpb else plain
+    query = Spec((2, *tokens, 4, dims[0]), dtype)
+    key, value = (Spec((2, *tokens, 2, dim), dtype) for dim in dims)
+    extra_keys, extra_values = (Spec((2, 3, 2, dim), dtype) for dim in dims)
+    bias = Spec((4, *(2 * k - 1 for k in window.kernel_size)), dtype) if rpb else None
+    if operation[:2] == "qk":
+        return qk_problem("small", operation, query, key, window, 0.5, bias, extra_keys)
+    if operation[:2] == "av":
+        weights = Spec((2, *tokens, 4, int(np.prod(window.kernel_size)) + 3), dtype)
+        return av_problem("small", operation, weights, value, window, extra_values)
+    return attention_problem(
+        "small", operation, query, key, value, window, 0.5, extra_keys, extra_values, bias
+    )
+
+
+def main() -> None:
+    cupy.cuda.set_allocator(None)
+    count = 0
+    for operation, dtype, rank in itertools.product(OPERATIONS, DTYPES, WINDOWS):
+        for dims, rpb, layout in (((32, 32), True, "contiguous"), ((7, 520), False, "packed")):
+            if rpb and operation[:2] == "av":
+                continue
+            problem = problem_of(operation, dtype, rank, dims, rpb)
+            given = inputs(problem, np.random.default_rng(count), layout)
+            check_backend(
+                naive, problem, given, to_native=to_cupy, to_numpy=to_numpy, allocate=allocate
+            )
+            count += 1
+    print(f"{count} problems agree with the oracle")
+
+
+if __name__ == "__main__":
+    main()
