@@ -12,7 +12,7 @@ mkdir -p "$OUT"
 failed=0
 
 tests() {
-  python3 -m pytest -m "gpu" -n "${JOBS:-8}" -p no:cacheprovider -q --tb=short -rs 2>&1 |
+  python3 -m pytest -m "gpu" -n "${JOBS:-8}" -p no:cacheprovider -p no:benchmark -q --tb=short -rs 2>&1 |
     tee "$OUT/gpu-tests.txt" | tail -n 60
   return "${PIPESTATUS[0]}"
 }
