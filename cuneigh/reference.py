@@ -282,7 +282,8 @@ def _scatter(rows: Floats, row: Integers, seen: Booleans, terms: Floats) -> None
 
 
 def _float64(array: npt.ArrayLike) -> Floats:
-    return np.asarray(array).astype(np.float64)
+    """A contiguous copy, so that sums do not depend on the strides of an input."""
+    return np.array(array, np.float64, order="C")
 
 
 def _zeros(problem: Problem) -> Operands:
@@ -295,7 +296,7 @@ def _flat(array: Floats) -> Floats:
 
 
 def _rows(operands: Operands) -> Rows:
-    """The operands of a problem that is not empty, copied."""
+    """The operands of a problem that is not empty, as contiguous copies."""
     query, key, value, additional_keys, additional_values, rpb = (
         None if array is None else _float64(array) for array in operands
     )
