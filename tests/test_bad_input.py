@@ -1,0 +1,205 @@
+"""Illegal input: the right exception, which names what is wrong, before anything is allocated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from illegal import Call, illegal_calls, legal_calls, placeholder
+
+import cuneigh
+from cuneigh._arrays import NumPyFace
+from cuneigh._ops import call as call_module
+from cuneigh._problem import Spec
+
+
+@contextmanager
+def nothing_allocated() -> Iterator[None]:
+    """Fails the test when a backend is asked for or an array is made."""
+    with (
+        mock.patch.object(call_module, "choose", side_effect=AssertionError("chose a backend")),
+        mock.patch.object(NumPyFace, "empty", side_effect=AssertionError("allocated")),
+        mock.patch.object(NumPyFace, "full", side_effect=AssertionError("allocated")),
+        mock.patch.object(NumPyFace, "cast", side_effect=AssertionError("allocated")),
+    ):
+        yield
+
+
+def run(call: Call) -> Any:
+    arguments = {
+        name: placeholder(value) if isinstance(value, Spec) else value
+        for name, value in call.arguments.items()
+    }
+    return getattr(cuneigh, call.function)(**arguments)
+
+
+@given(illegal_calls())
+def test_every_illegal_call_is_refused(illegal):
+    with nothing_allocated(), pytest.raises(illegal.error) as caught:
+        run(illegal.call)
+    message = str(caught.value)
+    assert message.startswith(f"{illegal.call.function}: ")
+    for word in illegal.words:
+        assert word in message, message
+
+
+@given(legal_calls())
+def test_the_calls_that_are_broken_were_legal(call):
+    run(call)
+
+
+# What is not an array, or not of a kind that can be used
+
+
+class SpeaksDLPack:
+    """An array of a framework that cuneigh does not know."""
+
+    def __dlpack__(self, **_: Any) -> None: ...
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+class Measured(np.ndarray):
+    """A NumPy array that means more than its elements, such as a quantity with a unit."""
+
+
+def not_arrays() -> st.SearchStrategy[tuple[Any, str]]:
+    """Something in place of an array, and how the error calls it."""
+    return st.sampled_from(
+        [
+            ([[1.0]], "list"),
+            ((1.0,), "tuple"),
+            (1.0, "float"),
+            (True, "bool"),
+            ("query", "str"),
+            (memoryview(b"1234"), "memoryview"),
+            (np.float32(1), "numpy.float32"),
+            (np.ma.ones((1, 5, 1, 1)), "numpy.ma.MaskedArray"),
+            (np.ones((1, 5)).view(np.matrix), "numpy.matrix"),
+            (np.random.default_rng(0), "numpy.random._generator.Generator"),
+            (np.ones((1, 5, 1, 1)).view(Measured), "Measured"),
+            (SpeaksDLPack(), "SpeaksDLPack"),
+        ]
+    )
+
+
+def array_arguments(call: Call) -> list[str]:
+    return sorted(name for name, value in call.arguments.items() if isinstance(value, Spec))
+
+
+@given(legal_calls(), not_arrays(), st.data())
+def test_only_arrays_are_arrays(call, odd, data):
+    value, kind = odd
+    name = data.draw(st.sampled_from(array_arguments(call)))
+    words = f"{call.function}: {name} is of type .*{re.escape(kind)}; .*array is needed"
+    with nothing_allocated(), pytest.raises(TypeError, match=words):
+        run(call.but(**{name: value}))
+
+
+@given(legal_calls(), st.data())
+def test_required_arrays_cannot_be_none(call, data):
+    optional = {"additional_keys", "additional_values", "rpb", "grad_lse"}
+    name = data.draw(st.sampled_from([*set(array_arguments(call)) - optional]))
+    words = f"{call.function}: {name} is of type NoneType; .*array is needed"
+    with nothing_allocated(), pytest.raises(TypeError, match=words):
+        run(call.but(**{name: None}))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("bool", "int8", "int64", "uint16", "complex64", "object", "datetime64[s]", "S4"),
+        *(ml_dtypes.float8_e4m3fn, ml_dtypes.int4, [("x", "f4")]),
+        *(">f2", ">f4", ">f8"),
+        pytest.param(
+            "longdouble",
+            marks=pytest.mark.skipif(np.longdouble(0).itemsize == 8, reason="is float64"),
+        ),
+    ],
+    ids=str,
+)
+def test_other_dtypes_are_refused(dtype):
+    query = np.zeros((1, 9, 1, 4), dtype)
+    words = f"query has dtype {re.escape(str(query.dtype))}, which is not one of float16, bfloat16"
+    with nothing_allocated(), pytest.raises(TypeError, match=words):
+        cuneigh.na1d(query, query, query, 3)
+
+
+def test_sparse_matrices_are_refused():
+    sparse = pytest.importorskip("scipy.sparse")
+    query = np.zeros((1, 9, 1, 4), np.float32)
+    matrix = sparse.csr_array(np.eye(3, dtype=np.float32))
+    with pytest.raises(TypeError, match=r"key is of type scipy\.sparse.*csr_array; .*needed"):
+        cuneigh.na1d(query, matrix, query, 3)
+
+
+# The other arguments
+
+
+QUERY = np.zeros((1, 9, 1, 4), np.float32)
+
+
+@pytest.mark.parametrize("value", [1, 0, None, "yes", np.zeros(1, bool)], ids=repr)
+def test_flags_must_be_bools(value):
+    words = re.escape(f"={value!r} is {type(value).__name__}, not a bool")
+    with nothing_allocated():
+        with pytest.raises(TypeError, match=f"na1d: return_lse{words}"):
+            cuneigh.na1d(QUERY, QUERY, QUERY, 3, return_lse=value)
+        with pytest.raises(TypeError, match=f"attention: return_lse{words}"):
+            cuneigh.attention(QUERY, QUERY, QUERY, return_lse=value)
+        with pytest.raises(TypeError, match=f"attention: is_causal{words}"):
+            cuneigh.attention(QUERY, QUERY, QUERY, is_causal=value)
+
+
+@pytest.mark.parametrize("value", [0, True, b"cpu", ["cpu"]], ids=repr)
+def test_a_backend_is_named_by_a_string(value):
+    words = re.escape(f"na1d: backend={value!r} is {type(value).__name__}, not a str")
+    with nothing_allocated(), pytest.raises(TypeError, match=words):
+        cuneigh.na1d(QUERY, QUERY, QUERY, 3, backend=value)
+
+
+# Merging
+
+
+OUTPUT, LSE = np.zeros((2, 5, 3), np.float32), np.zeros((2, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "lses", "error", "words"),
+    [
+        (OUTPUT, [LSE], TypeError, "outputs is of type numpy.ndarray; a tuple or list of arrays"),
+        ([OUTPUT], LSE, TypeError, "lses is of type numpy.ndarray; a tuple or list of arrays"),
+        ([OUTPUT], iter([LSE]), TypeError, "lses is of type list_iterator; a tuple or list"),
+        ([], [], ValueError, "0 outputs and 0 lses"),
+        ([OUTPUT] * 2, [LSE], ValueError, "2 outputs and 1 lses"),
+        ([OUTPUT, None], [LSE] * 2, TypeError, "outputs[1] is of type NoneType"),
+        ([OUTPUT], [[LSE]], TypeError, "lses[0] is of type list"),
+        ([OUTPUT.astype(int)], [LSE], TypeError, "outputs[0] has dtype int64"),
+        (
+            [OUTPUT] * 2,
+            [LSE, LSE.astype("f2")],
+            TypeError,
+            "lses[1] has dtype float16",
+        ),
+        ([OUTPUT.astype("f8")], [LSE], TypeError, "lses[0] has dtype float32, but float64"),
+        ([OUTPUT, OUTPUT.astype("f2")], [LSE] * 2, TypeError, "outputs[1] has dtype float16"),
+        ([OUTPUT, OUTPUT[:1]], [LSE] * 2, ValueError, "outputs[1] has size 1 on axis 0, but 2"),
+        ([OUTPUT, OUTPUT[0]], [LSE] * 2, ValueError, "outputs[1] has 2 axes, but 3 are needed"),
+        ([OUTPUT], [LSE[:, :4]], ValueError, "lses[0] has size 4 on axis 1, but 5 is needed"),
+        ([OUTPUT], [OUTPUT], ValueError, "lses[0] has 3 axes, but 2 are needed"),
+        ([np.array(0.0)], [np.array(0.0)], ValueError, "outputs[0] has 0 axes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_merged(outputs, lses, error, words):
+    words = "merge_attentions: .*" + re.escape(words)
+    with nothing_allocated(), pytest.raises(error, match=words):
+        cuneigh.merge_attentions(outputs, lses)
