@@ -64,6 +64,7 @@ def precompile(
     CompilationError, or OSError when the directory cannot be written to.
     """
     cache = Cache(default_directory() if cache_dir is None else Path(cache_dir))
+    cache.root.mkdir(parents=True, exist_ok=True)  # fails now rather than after the first kernel
     # Once each: problems of one model have many kernels in common.
     tasks = list(dict.fromkeys(itertools.product(kernels, archs)))
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:  # NVRTC releases the GIL
