@@ -296,9 +296,15 @@ def test_traced_arrays_are_refused(jax):
     def call(query):
         return cuneigh.na2d(query, query, query, 3)
 
-    for transformed in (jax.jit(call), jax.vmap(call), jax.grad(lambda q: call(q).sum())):
+    gradient = jax.grad(lambda query: call(query).sum())
+    for transformed, argument in (
+        (jax.jit(call), query),
+        (jax.vmap(call), query[None]),
+        (gradient, query),
+        (jax.jit(gradient), query),
+    ):
         with pytest.raises(NotImplementedError, match=r"query is being traced .*jax\.jit"):
-            transformed(query[None] if transformed.__name__ == "call" else query)
+            transformed(argument)
 
 
 def test_concrete_arrays_may_be_used_while_tracing(jax):
