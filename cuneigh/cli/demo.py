@@ -78,15 +78,18 @@ def psnr(image: Image, original: Image) -> float:
 
 def read(path: str | None) -> Image:
     """The image at `path`, without transparency, or a photograph out of scikit-image."""
+    import PIL.Image
+    import PIL.ImageOps
     import skimage
+    from matplotlib.image import pil_to_array
 
-    image = skimage.data.chelsea() if path is None else skimage.io.imread(path)
-    image = skimage.util.img_as_float32(image)
-    if image.ndim == 2:
-        image = image[:, :, None]
-    if image.ndim != 3 or image.shape[-1] > 4:
-        raise ValueError(f"{path} has shape {image.shape}, which is not that of a photograph")
-    return np.ascontiguousarray(image[:, :, : 3 if image.shape[-1] > 2 else 1])
+    if path is None:
+        pixels = skimage.data.chelsea()
+    else:
+        with PIL.Image.open(path) as file:
+            pixels = pil_to_array(PIL.ImageOps.exif_transpose(file))
+    image: Image = skimage.util.img_as_float32(pixels)
+    return image[:, :, :3] if image.ndim == 3 else image[:, :, None]
 
 
 def reduce(image: Image, longest: int) -> Image:
