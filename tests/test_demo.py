@@ -8,7 +8,7 @@ import numpy.typing as npt
 import PIL.ExifTags
 import PIL.Image
 import pytest
-from skimage import data, io
+from skimage import data
 from skimage.restoration import denoise_nl_means
 
 from cuneigh import cli
@@ -89,18 +89,37 @@ def test_query_and_value_have_different_dims() -> None:
     assert value.shape == (1, 16, 18, 1, 3)
 
 
+def facts_of(printed: str) -> dict[str, str]:
+    """What the command printed, by the word that each line begins with."""
+    return dict(line.split(maxsplit=1) for line in printed.splitlines())
+
+
+def decibels(facts: dict[str, str]) -> tuple[float, ...]:
+    """PSNR before and after."""
+    return tuple(float(part.split()[0]) for part in facts["PSNR"].split(", "))
+
+
 def test_runs_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--backend", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    facts = dict(line.split(maxsplit=1) for line in printed.splitlines())
+    assert cli.main(["demo", "--backend=cpu"]) == 0
+    facts = facts_of(capsys.readouterr().out)
     assert facts["backend"] == "cpu on the CPU"
     assert facts["query"] == "[1, 300, 451, 1, 76] float32"
     assert facts["value"] == "[1, 300, 451, 1, 3] float32"
-    before, after = (float(part.split()[0]) for part in facts["PSNR"].split(", "))
+    before, after = decibels(facts)
     assert after > before + 8
-    picture = io.imread(tmp_path / "cuneigh-demo.png")
+    picture = np.asarray(PIL.Image.open(tmp_path / "cuneigh-demo.png"))
     assert picture.shape[0] > 300
     assert picture.shape[1] > 3 * 451
+
+
+@pytest.mark.gpu
+def test_runs_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--backend=cpu"]) == 0
+    on_cpu = facts_of(capsys.readouterr().out)
+    assert cli.main(["demo", "--backend=naive"]) == 0
+    on_gpu = facts_of(capsys.readouterr().out)
+    assert on_gpu["backend"].startswith("naive on ")
+    assert decibels(on_gpu) == pytest.approx(decibels(on_cpu), abs=0.011)  # two digits are printed
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 3), ("P", 3)])
@@ -123,7 +142,7 @@ def test_sixteen_bits_are_read_as_such() -> None:
 def test_without_added_noise_there_is_no_psnr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    io.imsave("photograph.png", data.chelsea()[:40, :40])
+    PIL.Image.fromarray(data.chelsea()[:40, :40]).save("photograph.png")
     options = ["--sigma=0", "--strength=0.05", "--backend=cpu"]
     assert cli.main(["demo", "photograph.png", *options]) == 0
     assert "PSNR" not in capsys.readouterr().out
