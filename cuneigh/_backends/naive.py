@@ -8,16 +8,16 @@ A non-finite value reaches only the queries whose window holds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cuneigh import _jit
+from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
 from cuneigh._device import Device, cuda
 from cuneigh._plan import THREADS, RowPlan, box_of, row_plan
-from cuneigh._problem import DTYPES, Operands, Problem
+from cuneigh._problem import Operands, Problem
 
 if TYPE_CHECKING:
     from cuneigh._backends import Allocate
@@ -39,9 +39,9 @@ def unsupported(problem: Problem, device: Device) -> str | None:
 def forward(
     problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Allocate
 ) -> None:
-    operands = Operands(*(_readable(array, allocate) for array in operands))
+    operands = Operands(*(readable(array, allocate) for array in operands))
     plan = _attention_plan(problem, operands, values=(output,))
-    views = _Views(problem.rank)
+    views = Views(problem.rank)
     views.vectors(*operands[:3])
     views.additional(operands.additional_keys, operands.additional_values)
     views.bias(operands.rpb)
@@ -66,8 +66,8 @@ def backward(
     gradients: Operands,
     allocate: Allocate,
 ) -> None:
-    operands = Operands(*(_readable(array, allocate) for array in operands))
-    grad_output, output = _readable(grad_output, allocate), _readable(output, allocate)
+    operands = Operands(*(readable(array, allocate) for array in operands))
+    grad_output, output = readable(grad_output, allocate), readable(output, allocate)
     plan = _attention_plan(
         problem,
         operands,
@@ -79,7 +79,7 @@ def backward(
     slices = max(key_slices, value_slices)
     delta = allocate(lse.shape, problem.accumulator)
 
-    views = _Views(problem.rank)
+    views = Views(problem.rank)
     views.vectors(*operands[:3])
     views.additional(operands.additional_keys, operands.additional_values)
     views.bias(operands.rpb)
@@ -94,7 +94,7 @@ def backward(
         _grid(problem, plan, keys=False, slices=key_slices),
     )
 
-    views = _Views(problem.rank)
+    views = Views(problem.rank)
     views.vectors(*operands[:3])
     views.bias(operands.rpb)
     views.vectors(grad_output)
@@ -113,7 +113,7 @@ def backward(
         count = _shares(rows, math.prod(problem.tokens), plan)
         key_shares = allocate((count, *gradients.additional_keys.shape), problem.accumulator)
         value_shares = allocate((count, *gradients.additional_values.shape), problem.accumulator)
-        views = _Views(problem.rank)
+        views = Views(problem.rank)
         views.vectors(operands.query)
         views.additional(operands.additional_keys, operands.additional_values)
         views.vectors(grad_output)
@@ -130,7 +130,7 @@ def backward(
         _sum(value_shares, gradients.additional_values, problem)
 
     if operands.rpb is not None:
-        views = _Views(problem.rank)
+        views = Views(problem.rank)
         views.vectors(*operands[:3])
         views.bias(operands.rpb)
         views.vectors(grad_output)
@@ -140,7 +140,7 @@ def backward(
 
 
 def qk(problem: Problem, operands: Operands, logits: Any, allocate: Allocate) -> None:
-    operands = Operands(*(_readable(array, allocate) for array in operands))
+    operands = Operands(*(readable(array, allocate) for array in operands))
     _multiply(problem, operands, logits, dim=problem.head_dim, scale=problem.scale)
 
 
@@ -151,7 +151,7 @@ def qk_backward(
     gradients: Operands,
     allocate: Allocate,
 ) -> None:
-    operands = Operands(*(_readable(array, allocate) for array in operands))
+    operands = Operands(*(readable(array, allocate) for array in operands))
     dim, scale = problem.head_dim, problem.scale
     _gather(
         problem, grad_logits, operands.key, operands.additional_keys, gradients.query, dim, scale
@@ -163,13 +163,13 @@ def qk_backward(
         )
     if operands.rpb is not None:
         plan = row_plan(problem.rank, problem.dtype, None, 0, 0)
-        views = _Views(problem.rank)
+        views = Views(problem.rank)
         views.vectors(*(None,) * 7, grad_logits)
         _rpb_gradient(problem, plan, views, gradients.rpb, stored=True, allocate=allocate)
 
 
 def av(problem: Problem, weights: Any, operands: Operands, output: Any, allocate: Allocate) -> None:
-    operands = Operands(*(_readable(array, allocate) for array in operands))
+    operands = Operands(*(readable(array, allocate) for array in operands))
     dim = problem.value_dim
     _gather(problem, weights, operands.value, operands.additional_values, output, dim, 1.0)
 
@@ -183,8 +183,8 @@ def av_backward(
     gradients: Operands,
     allocate: Allocate,
 ) -> None:
-    operands = Operands(*(_readable(array, allocate) for array in operands))
-    grad_output = _readable(grad_output, allocate)
+    operands = Operands(*(readable(array, allocate) for array in operands))
+    grad_output = readable(grad_output, allocate)
     dim = problem.value_dim
     products = Operands(
         query=grad_output, key=operands.value, additional_keys=operands.additional_values
@@ -252,10 +252,10 @@ def _multiply(
     hidden_is_zero: bool = False,
 ) -> None:
     """Pointwise-neighborhood: `logits` of every query with the keys of its window."""
-    width = _width((operands.query, operands.key, operands.additional_keys))
+    width = load_width((operands.query, operands.key, operands.additional_keys))
     bias = problem.rpb_dtype if operands.rpb is not None else None
     plan = row_plan(problem.rank, problem.dtype, bias, dim, 0, key_bytes=width)
-    views = _Views(problem.rank)
+    views = Views(problem.rank)
     views.vectors(operands.query, operands.key)
     views.additional(operands.additional_keys)
     views.bias(operands.rpb)
@@ -280,7 +280,7 @@ def _gather(
 ) -> None:
     """Neighborhood-neighborhood: `output` of every query from the values of its window."""
     plan = _value_plan(problem, dim, value, additional_values, output)
-    views = _Views(problem.rank)
+    views = Views(problem.rank)
     views.vectors(weights, value)
     views.additional(additional_values)
     views.vectors(output)
@@ -298,7 +298,7 @@ def _scatter(
 ) -> None:
     """Inverse-neighborhood: `output` of every key from the rows of the queries that see it."""
     plan = _value_plan(problem, dim, rows, output)
-    views = _Views(problem.rank)
+    views = Views(problem.rank)
     views.vectors(weights, rows, output)
     _launch(
         "naive_inverse",
@@ -323,7 +323,7 @@ def _scatter_additional(
     places = problem.batch * (problem.additional or 0) * problem.kv_heads
     count = _shares(places, math.prod(problem.tokens), plan)
     shares = allocate((count, *output.shape), problem.accumulator)
-    views = _Views(problem.rank)
+    views = Views(problem.rank)
     views.vectors(weights, rows)
     views.pointers(shares)
     _launch(
@@ -339,7 +339,7 @@ def _scatter_additional(
 def _rpb_gradient(
     problem: Problem,
     plan: RowPlan,
-    views: _Views,
+    views: Views,
     gradient: Any,
     stored: bool,
     allocate: Allocate,
@@ -387,72 +387,7 @@ def _shares(rows: int, queries: int, plan: RowPlan) -> int:
     return max(1, min(math.ceil(blocks / rows), useful))
 
 
-# From arrays and problems to what a kernel receives.
-
-
-class _Views:
-    """The `View`s of cuda/cuneigh/layout.cuh that a kernel takes, packed as 64-bit integers."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self.words: list[int] = []
-
-    def vectors(self, *arrays: Any) -> None:
-        """Append arrays [batch, x1..xr, heads, inner], or None."""
-        for array in arrays:
-            if array is None:
-                self._append()
-            else:
-                batch, *token, head, inner = self._steps(array)
-                self._append(array.data.ptr, batch, token, head, inner)
-
-    def scalars(self, *arrays: Any) -> None:
-        """Append arrays [batch, x1..xr, heads], or None."""
-        for array in arrays:
-            if array is None:
-                self._append()
-            else:
-                batch, *token, head = self._steps(array)
-                self._append(array.data.ptr, batch, token, head)
-
-    def additional(self, *arrays: Any) -> None:
-        """Append arrays [batch, n, heads, inner], or None; n takes the place of the first axis."""
-        for array in arrays:
-            if array is None:
-                self._append()
-            else:
-                batch, n, head, inner = self._steps(array)
-                self._append(array.data.ptr, batch, [n], head, inner)
-
-    def bias(self, rpb: Any) -> None:
-        """Append rpb [heads, 2*K1-1, ..], or None."""
-        if rpb is None:
-            self._append()
-        else:
-            head, *token = self._steps(rpb)
-            self._append(rpb.data.ptr, 0, token, head)
-
-    def pointers(self, *arrays: Any) -> None:
-        """Append contiguous arrays that a kernel indexes by itself."""
-        for array in arrays:
-            self._append(array.data.ptr)
-
-    def _steps(self, array: Any) -> list[int]:
-        return [stride // array.itemsize for stride in array.strides]
-
-    def _append(
-        self,
-        pointer: int = 0,
-        batch: int = 0,
-        token: Sequence[int] = (),
-        head: int = 0,
-        inner: int = 0,
-    ) -> None:
-        self.words += [pointer, batch, *token, *(0,) * (self.rank - len(token)), head, inner]
-
-    def pack(self) -> np.ndarray[Any, Any]:
-        """One value that CuPy passes by value."""
-        return np.array(self.words, dtype=np.int64).view(f"V{8 * len(self.words)}")
+# From problems to what a kernel receives.
 
 
 @lru_cache(maxsize=1024)
@@ -466,12 +401,11 @@ def _record(
 ) -> np.ndarray[Any, Any]:
     """`Problem` of cuda/cuneigh/layout.cuh; the defaults are those of the problem itself."""
     rank = problem.rank
-    axis = np.dtype([(name, "i4") for name in AXIS_FIELDS] + [("is_causal", "?")], align=True)
     record = np.zeros(
         1,
         np.dtype(
             [
-                ("axes", axis, (rank,)),
+                ("axes", AXIS, (rank,)),
                 ("box", "i4", (rank,)),
                 ("boxes", "i4", (rank,)),
                 *((name, "i4") for name in ("batch", "heads", "group_size")),
@@ -482,9 +416,7 @@ def _record(
         ),
     )
     box = box_of(problem, keys, plan.groups)
-    for r, given in enumerate(problem.axes):
-        for name in (*AXIS_FIELDS, "is_causal"):
-            record["axes"][name][0, r] = getattr(given, name)
+    record["axes"] = [axis_record(axis) for axis in problem.axes]
     record["box"] = box
     record["boxes"] = _boxes(problem, keys, box)
     record["batch"], record["heads"] = problem.batch, problem.heads
@@ -494,9 +426,6 @@ def _record(
     record["additional"] = problem.additional or 0
     record["scale"] = problem.scale if scale is None else scale
     return record
-
-
-AXIS_FIELDS = ("length", "key_length", "kernel_size", "stride", "dilation")
 
 
 def _boxes(problem: Problem, keys: bool, box: tuple[int, ...]) -> tuple[int, ...]:
@@ -514,7 +443,7 @@ def _slices(dim: int, capacity: int) -> int:
 
 
 def _launch(
-    name: str, source: str, record: np.ndarray[Any, Any], views: _Views, grid: tuple[int, int]
+    name: str, source: str, record: np.ndarray[Any, Any], views: Views, grid: tuple[int, int]
 ) -> None:
     import cupy
 
@@ -531,32 +460,11 @@ def _attention_plan(
         problem.rpb_dtype,
         problem.head_dim,
         problem.value_dim,
-        _width((operands.query, operands.key, operands.additional_keys, *keys)),
-        _width((operands.value, operands.additional_values, *values)),
+        load_width((operands.query, operands.key, operands.additional_keys, *keys)),
+        load_width((operands.value, operands.additional_values, *values)),
     )
 
 
 def _value_plan(problem: Problem, dim: int, *arrays: Any) -> RowPlan:
-    width = _width(arrays)
+    width = load_width(arrays)
     return row_plan(problem.rank, problem.dtype, None, 0, dim, value_bytes=width)
-
-
-def _width(arrays: tuple[Any, ...]) -> int:
-    """Bytes that one load can take of every head vector of `arrays`: a power of two up to 16."""
-    bits = 16
-    for array in arrays:
-        if array is not None:
-            bits |= array.data.ptr | array.shape[-1] * array.itemsize
-            for stride in array.strides[:-1]:
-                bits |= stride
-    return bits & -bits
-
-
-def _readable(array: Any, allocate: Allocate) -> Any:
-    """`array`, or a copy of it if its head vectors are not contiguous."""
-    if array is None or array.shape[-1] <= 1 or array.strides[-1] == array.itemsize:
-        return array
-    copy = allocate(array.shape, array.dtype.name)
-    bits = f"u{DTYPES[array.dtype.name]}"  # CuPy copies integers of any layout
-    copy.view(bits)[...] = array.view(bits)
-    return copy
