@@ -8,7 +8,10 @@ precision under test says what that precision can do, and a backend may err
 over a whole tensor. `eps` is that of the accumulator, the ulp that of the result's dtype. For a
 gradient, and for the unfused operations, the largest absolute sum of the terms of one element takes
 the place of max|v|; lse is a sum of weights, so that 1 takes its place there. The unfused
-operations take no exponentials, so they have no factor for logits.
+operations take no exponentials, so they have no factor for logits. A logit is a sum itself and its
+rounding is in proportion to its terms, so that |logit| too is measured by their absolute sum: with
+what is left when they cancel, two orders of summation of the obvious computation differed by more
+than the tolerance in 2 of 11,000 examples.
 """
 
 from __future__ import annotations
@@ -109,7 +112,7 @@ def ulp(magnitude: float, dtype: str) -> float:
 
 
 def expect(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected], float]:
-    """Every result of the operation by name, and the largest logit that it exponentiates."""
+    """Every result of the operation by name, and the largest logit that is exponentiated."""
     with np.errstate(all="ignore"):  # non-finite inputs are legal
         return EXPECT[problem.operation](problem, inputs)
 
@@ -122,7 +125,7 @@ def expect_forward(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected
         "output": Expected(output, obvious_output, largest(exact.values), problem.dtype),
         "lse": Expected(lse, obvious_lse, 1.0, problem.accumulator),
     }
-    return results, largest(logits_of(exact))
+    return results, largest(logit_terms(problem, inputs.operands))
 
 
 def expect_backward(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected], float]:
@@ -133,8 +136,7 @@ def expect_backward(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expecte
 
     exact = gather(problem, operands, "float64")
     exact_lse = head_major(reference.forward(problem, operands)[1][..., None], "float64")
-    logits = logits_of(exact)
-    weights = np.where(exact_lse == -np.inf, 0, np.exp(logits - exact_lse))
+    weights = np.where(exact_lse == -np.inf, 0, np.exp(logits_of(exact) - exact_lse))
     sizes = gather(problem, magnitudes(operands), "float64")
     d_output = np.abs(head_major(inputs.grad_output, "float64"))
     d_weights = (d_output[..., None, :] * sizes.values).sum(-1)
@@ -142,15 +144,13 @@ def expect_backward(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expecte
     if inputs.grad_lse is not None:
         delta = delta + np.abs(head_major(inputs.grad_lse[..., None], "float64"))
     terms = gradients_of(sizes, weights * (d_weights + delta), weights, d_output)
-    return expect_gradients(problem, oracle, obvious, terms), largest(logits)
+    max_logit = largest(logit_terms(problem, operands))
+    return expect_gradients(problem, oracle, obvious, terms), max_logit
 
 
 def expect_qk(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected], float]:
     held = gather(problem, inputs.operands, problem.accumulator)
-    sizes = gather(problem, magnitudes(inputs.operands), "float64")
-    terms = abs(problem.scale) * (sizes.query[..., None, :] * sizes.keys).sum(-1)
-    if sizes.bias is not None:
-        terms = terms + np.where(np.isfinite(sizes.bias), sizes.bias, 0)
+    terms = logit_terms(problem, inputs.operands)
     oracle = reference.qk(problem, inputs.operands)
     obvious = token_major(logits_of(held), problem.logits)
     return {"logits": Expected(oracle, obvious, largest(terms), problem.dtype)}, 0.0
@@ -243,6 +243,15 @@ def forward_results(problem: Problem, operands: Operands) -> tuple[np.ndarray, n
     """The output and lse that a perfect forward saves for its backward."""
     output, lse = reference.forward(problem, operands)
     return output.astype(numpy_dtype(problem.dtype)), lse.astype(problem.accumulator)
+
+
+def logit_terms(problem: Problem, operands: Operands) -> np.ndarray:
+    """The absolute sum of the terms of every logit: [batch, heads, queries, slots]."""
+    sizes = gather(problem, magnitudes(operands), "float64")
+    terms = abs(problem.scale) * (sizes.query[..., None, :] * sizes.keys).sum(-1)
+    if sizes.bias is not None:
+        terms = terms + np.where(np.isfinite(sizes.bias), sizes.bias, 0)
+    return terms
 
 
 def largest(array: np.ndarray) -> float:
