@@ -37,11 +37,6 @@ using ConstNumberView = View<const Accumulator<typename Plan::Element>, Plan::kR
 template <typename Plan>
 using BiasView = View<const typename Plan::Bias, Plan::kRank>;
 
-template <typename A, typename B>
-constexpr bool kSame = false;
-template <typename A>
-constexpr bool kSame<A, A> = true;
-
 // The bias of every pair of a line, as a function of the neighbor's place in the line. On each axis
 // rpb is indexed by key less query plus kernel_size - 1; kKeys says that the item is the key and
 // the neighbors are queries.

@@ -23,6 +23,11 @@ struct AccumulatorOf<float64> {
 template <typename Element>
 using Accumulator = typename AccumulatorOf<Element>::Type;
 
+template <typename A, typename B>
+constexpr bool kSame = false;
+template <typename A>
+constexpr bool kSame<A, A> = true;
+
 template <typename To, typename From>
 __device__ To convert(From x) {
   return static_cast<To>(x);

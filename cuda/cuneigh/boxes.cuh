@@ -1,0 +1,51 @@
+// Boxes of queries and keys: how the fused kernels cut a dilation group, and what a box can see.
+#pragma once
+
+#include "cuneigh/window.cuh"
+
+namespace cuneigh {
+
+__device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Along one axis: the dilation group of a query box and the group index that it starts at.
+__device__ inline Place box_place(const Axis& axis, int box, int size) {
+  if (axis.dilation == 1) return {0, box * size};
+  const int shorter = axis.length / axis.dilation;
+  const int longer_groups = axis.length % axis.dilation;
+  const int per_longer = ceil_div(shorter + 1, size), per_shorter = ceil_div(shorter, size);
+  const int in_longer = longer_groups * per_longer;
+  if (box < in_longer) return {box / per_longer, box % per_longer * size};
+  box -= in_longer;
+  return {longer_groups + box / per_shorter, box % per_shorter * size};
+}
+
+// What several queries see along one axis.
+struct Sight {
+  Range any;  // keys that at least one of them sees
+  Range all;  // keys that all of them see
+
+  __device__ static Sight nothing() { return {{1 << 30, 0}, {0, 1 << 30}}; }
+  __device__ void add(Range window) {
+    any = {smaller(any.begin, window.begin), larger(any.end, window.end)};
+    all = {larger(all.begin, window.begin), smaller(all.end, window.end)};
+  }
+  __device__ void add(const Sight& other) {
+    any = {smaller(any.begin, other.any.begin), larger(any.end, other.any.end)};
+    all = {larger(all.begin, other.all.begin), smaller(all.end, other.all.end)};
+  }
+  __device__ Sight of_warp() const {
+    Sight sight = *this;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+      sight.add({{__shfl_xor_sync(0xffffffffu, sight.any.begin, step),
+                  __shfl_xor_sync(0xffffffffu, sight.any.end, step)},
+                 {__shfl_xor_sync(0xffffffffu, sight.all.begin, step),
+                  __shfl_xor_sync(0xffffffffu, sight.all.end, step)}});
+    return sight;
+  }
+  // Whether none, all or some of the pairs with the keys [begin, end) are visible.
+  __device__ bool misses(int begin, int end) const { return begin >= any.end || end <= any.begin; }
+  __device__ bool covers(int begin, int end) const { return all.begin <= begin && end <= all.end; }
+};
+
+}  // namespace cuneigh

@@ -1,0 +1,171 @@
+"""How the fused kernels cut a problem into boxes: exact counts and a cost model, no GPU needed.
+
+A block takes a box of queries, one part of it a warp, and walks over boxes of keys that start where
+the union of the block's windows starts. A warp skips a box of keys that none of its queries sees.
+All of that is separable: what is counted along each axis multiplies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from cuneigh._problem import Problem
+from cuneigh._window import Axis
+
+WARPS = 4
+"""Warps of a block: one on each scheduler of a multiprocessor, and two blocks beside each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedPlan:
+    """The boxes of one problem. Areas are compiled in, shapes are run-time arguments."""
+
+    row_tiles: int
+    """Sixteens of queries that a warp takes."""
+    keys: int
+    """Keys of a box, places past its end included."""
+    warp_box: tuple[int, ...]
+    warps: tuple[int, ...]
+    key_box: tuple[int, ...]
+
+    @property
+    def query_box(self) -> tuple[int, ...]:
+        return tuple(size * count for size, count in zip(self.warp_box, self.warps, strict=True))
+
+
+class Counts(NamedTuple):
+    """What is walked along one axis, or over a whole layout."""
+
+    blocks: int
+    """Query boxes."""
+    tiles: int
+    """Pairs of a query box and a box of keys that it loads."""
+    visits: int
+    """Pairs of a warp and a box of keys of which it sees something."""
+    full: int
+    """Those in which every query of the warp sees every key."""
+
+
+@lru_cache(maxsize=8192)
+def count_axis(axis: Axis, warp_box: int, warps: int, key_box: int) -> Counts:
+    """The counts along one axis, by the kernel's own rules."""
+    size = warp_box * warps
+    blocks = tiles = visits = full = 0
+    longer = axis.length % axis.dilation
+    for group, groups in ((0, longer), (longer, axis.dilation - longer)):
+        if not groups:
+            continue
+        length = axis.group_length(group)
+        index = np.arange(length, dtype=np.int64)
+        begin, end = axis.window(index, np.full_like(index, group))
+        first = np.arange(0, length, size)
+        reach = begin[first], end[np.minimum(first + size, length) - 1]
+        boxes = -(-(reach[1] - reach[0]) // key_box)
+        blocks += groups * len(first)
+        tiles += groups * int(boxes.sum())
+        for warp in range(warps):
+            mine = first + warp * warp_box
+            has = mine < length
+            low, high = mine[has], np.minimum(mine[has] + warp_box, length) - 1
+            any_begin, any_end = begin[low] - reach[0][has], end[high] - reach[0][has]
+            all_begin, all_end = begin[high] - reach[0][has], end[low] - reach[0][has]
+            visits += groups * int((-(-any_end // key_box) - any_begin // key_box).sum())
+            whole = np.maximum(all_end // key_box - -(-all_begin // key_box), 0)
+            full += groups * int(whole.sum())
+    return Counts(blocks, tiles, visits, full)
+
+
+def count(problem: Problem, plan: FusedPlan) -> Counts:
+    """The counts of one (batch, head), the additional keys left out."""
+    along = [
+        count_axis(axis, *sizes)
+        for axis, *sizes in zip(problem.axes, plan.warp_box, plan.warps, plan.key_box, strict=True)
+    ]
+    totals = Counts(*(math.prod(values) for values in zip(*along, strict=True)))
+    # Places past the end of a box are masked, so that a box that has some is never full.
+    return totals if math.prod(plan.key_box) == plan.keys else totals._replace(full=0)
+
+
+# Cycles of one scheduler, of which a multiprocessor has four; fitted on an H200 (bench/NOTES.md).
+PRODUCT = 1 / 320
+"""A multiply-add of the tensor cores."""
+EXPONENTIAL = 0.4
+"""One logit's way through the softmax."""
+MASK = 0.12
+"""Masking one logit."""
+COPY = 0.08
+"""Bringing 16 bytes of a key or value to shared memory."""
+VISIT = 120.0
+"""What a warp does once for each box of keys that it looks into."""
+TILE = 250.0
+"""What a block does once for each box of keys: waiting and meeting."""
+BLOCK = 4000.0
+"""What a block does once."""
+
+
+def cost(problem: Problem, plan: FusedPlan) -> float:
+    """Predicted cycles of one (batch, head) on one scheduler of a multiprocessor."""
+    counts = count(problem, plan)
+    rows = 16 * plan.row_tiles
+    dims = problem.head_dim + problem.value_dim
+    visit = rows * plan.keys * (dims * PRODUCT + EXPONENTIAL) + VISIT
+    partial = rows * plan.keys * MASK
+    tile = plan.keys * dims / 8 * COPY + TILE
+    # The warps of a block wait for each other, each on its own scheduler.
+    return (
+        counts.blocks * BLOCK
+        + counts.tiles * tile
+        + (counts.visits * visit + (counts.visits - counts.full) * partial) / WARPS
+    )
+
+
+@lru_cache(maxsize=1024)
+def plan(problem: Problem) -> FusedPlan:
+    """The cheapest plan of all candidates."""
+    return min(candidates(problem), key=lambda candidate: cost(problem, candidate))
+
+
+def candidates(problem: Problem) -> Iterator[FusedPlan]:
+    longest = max(problem.head_dim, problem.value_dim)
+    for row_tiles, keys in areas(longest):
+        for warp_box in shapes(problem.rank, 16 * row_tiles):
+            for warps in shapes(problem.rank, WARPS):
+                for key_box in key_shapes(problem, keys):
+                    yield FusedPlan(row_tiles, keys, warp_box, warps, key_box)
+
+
+def areas(longest: int) -> tuple[tuple[int, int], ...]:
+    """(row_tiles, keys) whose registers and shared memory serve head vectors of this length."""
+    if longest <= 64:
+        return ((1, 64), (2, 64), (1, 32))
+    if longest <= 128:
+        return ((2, 32), (1, 64))
+    return ((1, 32),)
+
+
+@lru_cache(maxsize=64)
+def shapes(rank: int, area: int) -> tuple[tuple[int, ...], ...]:
+    """Boxes of exactly `area`, a power of two."""
+    sizes = [1 << i for i in range(area.bit_length())]
+    return tuple(box for box in itertools.product(sizes, repeat=rank) if math.prod(box) == area)
+
+
+@lru_cache(maxsize=1024)
+def key_shapes(problem: Problem, area: int) -> tuple[tuple[int, ...], ...]:
+    """Boxes of at most `area` keys that leave less than a quarter of it unused."""
+    longest = [min(area, axis.key_group_length(0)) for axis in problem.axes]
+    leading = itertools.product(*(range(1, most + 1) for most in longest[:-1]))
+    boxes = {
+        (*box, min(longest[-1], area // math.prod(box)))
+        for box in leading
+        if math.prod(box) <= area
+    }
+    good = [box for box in boxes if math.prod(box) > area * 3 // 4]
+    return tuple(sorted(good or [max(boxes, key=math.prod)]))

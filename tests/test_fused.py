@@ -1,0 +1,128 @@
+"""The fused backend: its planning anywhere, its kernels on a GPU against the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from accuracy import check_backend, run_backend
+from gpu_arrays import allocate, to_cupy, to_numpy
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import generators, inputs, layouts, problems
+
+from cuneigh import _device, _fused_plan
+from cuneigh._backends import fused
+from cuneigh._problem import Spec, attention_problem, window_arguments
+
+NATIVE = {"to_native": to_cupy, "to_numpy": to_numpy, "allocate": allocate}
+H200 = _device.Device("cuda", 0, "NVIDIA H200", (9, 0), 132)
+HALVES = ("float16", "bfloat16")
+
+
+def supported(**arguments):
+    """Problems that this backend runs."""
+    return problems(operations=("forward",), dtypes=HALVES, **arguments)
+
+
+# Planning
+
+
+def pairs_of_a_walk(problem, plan):
+    """(blocks, tiles, visits, full) and the visible pairs, by walking as the kernel does."""
+    blocks = tiles = visits = full = 0
+    seen = {}
+    axis, (warp_box,), (warps,), (key_box,) = (
+        problem.axes[0],
+        plan.warp_box,
+        plan.warps,
+        plan.key_box,
+    )
+    for group in range(min(axis.dilation, axis.length)):
+        length = axis.group_length(group)
+        for first in range(0, length, warp_box * warps):
+            blocks += 1
+            rows = range(first, min(first + warp_box * warps, length))
+            windows = {i: axis.window(i, group) for i in rows}
+            low = min(begin for begin, _ in windows.values())
+            high = max(end for _, end in windows.values())
+            for start in range(low, high, key_box):
+                tiles += 1
+                keys = range(start, min(start + key_box, high))
+                for warp in range(warps):
+                    mine = [i for i in rows if (i - first) // warp_box == warp]
+                    pairs = [(i, j) for i in mine for j in keys if j in range(*windows[i])]
+                    for pair in pairs:
+                        seen[group, pair] = seen.get((group, pair), 0) + 1
+                    visits += bool(pairs)
+                    full += bool(mine) and len(pairs) == len(mine) * key_box
+    return (blocks, tiles, visits, full), seen
+
+
+@given(
+    problem=problems(operations=("forward",), ranks=(1,), most_tokens=60),
+    sizes=st.tuples(*[st.sampled_from([1, 2, 4, 8])] * 2, st.integers(1, 9)),
+)
+def test_counts_and_coverage_by_enumeration(problem, sizes):
+    warp_box, warps, key_box = sizes
+    plan = _fused_plan.FusedPlan(1, key_box, (warp_box,), (warps,), (key_box,))
+    counts, seen = pairs_of_a_walk(problem, plan)
+    assert tuple(_fused_plan.count_axis(problem.axes[0], *sizes)) == counts
+    # Every visible pair is visited exactly once.
+    assert set(seen.values()) <= {1}
+    assert len(seen) == problem.axes[0].visible_pairs()
+
+
+@given(problem=supported())
+def test_a_plan_fits_the_kernel(problem):
+    plan = _fused_plan.plan(problem)
+    assert np.prod(plan.warp_box) == 16 * plan.row_tiles
+    assert np.prod(plan.warps) == _fused_plan.WARPS
+    assert np.prod(plan.key_box) <= plan.keys <= 64
+    assert plan.keys % 16 == 0
+    assert fused.shared_memory(problem, plan) <= 227 * 1024
+
+
+# Kernels
+
+
+@pytest.mark.gpu
+@given(data=st.data(), rng=generators(), layout=layouts())
+def test_forward_agrees_with_the_oracle(data, rng, layout):
+    problem = data.draw(supported())
+    assume(fused.unsupported(problem, H200) is None)
+    check_backend(fused, problem, inputs(problem, rng, layout), **NATIVE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim(head_dim):
+    value_dim = (head_dim * 7) % 256 + 1
+    for dims in ((head_dim, head_dim), (head_dim, value_dim)):
+        query, value = (Spec((1, 9, 10, 2, dim), "bfloat16") for dim in dims)
+        window = window_arguments("test", 2, (5, 4), 1, (1, 2), False)
+        problem = attention_problem("test", "forward", query, query, value, window, None)
+        check_backend(fused, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+
+
+@pytest.mark.gpu
+@given(data=st.data(), rng=generators(), poison=st.sampled_from([np.nan, np.inf, 1e3]))
+def test_a_key_reaches_only_the_queries_that_see_it(data, rng, poison):
+    problem = data.draw(supported(cross=False))
+    given_inputs = inputs(problem, rng)._replace(wants_lse=True)
+    plain = run_backend(fused, problem, given_inputs, **NATIVE)
+    token = tuple(data.draw(st.integers(0, length - 1)) for length in problem.tokens)
+    names = ("key", "value") if np.isfinite(poison) else ("key",)
+    changed = {name: getattr(given_inputs.operands, name).copy() for name in names}
+    for array in changed.values():
+        array[(slice(None), *token)] = poison
+    touched_inputs = given_inputs._replace(operands=given_inputs.operands._replace(**changed))
+    touched = run_backend(fused, problem, touched_inputs, **NATIVE)
+    sees = np.ones((1,) * problem.rank, bool)
+    for r, (axis, y) in enumerate(zip(problem.axes, token, strict=True)):
+        begin, end = axis.windows()
+        index, group = y // axis.dilation, y % axis.dilation
+        along = (np.arange(axis.length) % axis.dilation == group) & (begin <= index) & (index < end)
+        sees = sees & along.reshape(*(-1 if r == other else 1 for other in range(problem.rank)))
+    blind = np.broadcast_to(~sees, problem.tokens)
+    for name in plain:
+        np.testing.assert_array_equal(plain[name][:, blind], touched[name][:, blind])
