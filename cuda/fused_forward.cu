@@ -7,9 +7,10 @@
 //
 // struct Plan {
 //   static constexpr int kRank;                  token axes
-//   static constexpr int kWarps, kRowTiles;      warps of a block; each takes kRowTiles * 16
-//   queries static constexpr int kKeys;                  keys of a box, a multiple of 16 up to 64
+//   static constexpr int kWarps, kRowTiles;      warps of a block; each takes kRowTiles * 16 queries
+//   static constexpr int kKeys;                  keys of a box, a multiple of 16 up to 64
 //   static constexpr int kHeadDim, kValueDim;    head dimensions, padded to multiples of 16
+//   static constexpr bool kKeyExact, kValueExact; they needed no padding
 //   static constexpr int kKeyBytes, kValueBytes; widths of the loads that the alignment allows
 //   static constexpr int kSharedBytes;           of FusedSmem, as the launcher counts them
 //   using Element;                               float16 or bfloat16
@@ -32,90 +33,70 @@ __global__ void __launch_bounds__(Plan::kWarps * 32)
   constexpr int kKeyTiles = Plan::kKeys / 8;
   constexpr bool kHasBias = !kSame<typename Plan::Bias, void>;
   static_assert(sizeof(FusedSmem<Plan>) == Plan::kSharedBytes,
-                "`shared_memory` in cuneigh/_backends/fused.py counts what FusedSmem holds");
+                "'shared_memory' in cuneigh/_backends/fused.py counts what FusedSmem holds");
   extern __shared__ __align__(16) char memory_smem[];
   auto& smem = *reinterpret_cast<FusedSmem<Plan>*>(memory_smem);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const QueryBox<kRank> box = query_box(problem);
   const int kv_head = box.head / problem.group_size;
-
-  // Tables: the token and the window of every query, the place of every key in its box, and the
-  // keys that lie before a coordinate along an axis, as bits
-  Range reach[kRank];
-  int key_boxes[kRank], tiles = 1;
-#pragma unroll
-  for (int r = 0; r < kRank; ++r) {
-    reach[r] = reach_of(problem, box, r);
-    key_boxes[r] = ceil_div(reach[r].end - reach[r].begin, problem.key_box[r]);
-    tiles *= key_boxes[r];
-  }
   fill_tables<Plan>(problem, arguments, box, smem);
   __syncthreads();
 
-  // After the boxes of the window come those of the additional keys
-  const int all_tiles = tiles + ceil_div(problem.additional, Plan::kKeys);
-  auto load = [&](int tile) {
-    const KeyBox<kRank> keys = key_box<Plan>(problem, reach, key_boxes, tile, tiles, smem);
-    load_keys<Plan::kHeadDim, Plan::kKeyBytes, &KeyPlace<kRank>::key>(
+  // Boxes of keys and values arrive in two buffers by turns
+  auto load = [&](const KeyBox<kRank>& keys, int buffer) {
+    load_keys<Plan::kHeadDim, Plan::kKeyBytes, Plan::kKeyExact, &KeyPlace<kRank>::key>(
         problem, keys, arguments.key, arguments.additional_keys, problem.head_dim, box, kv_head,
-        smem, smem.key[tile % 2]);
-    load_keys<Plan::kValueDim, Plan::kValueBytes, &KeyPlace<kRank>::value>(
+        smem, smem.key[buffer]);
+    load_keys<Plan::kValueDim, Plan::kValueBytes, Plan::kValueExact, &KeyPlace<kRank>::value>(
         problem, keys, arguments.value, arguments.additional_values, problem.value_dim, box,
-        kv_head, smem, smem.value[tile % 2]);
+        kv_head, smem, smem.value[buffer]);
     cp_async_commit();
   };
+  KeyBox<kRank> next = first_keys<Plan>(problem, smem);
   load_queries<Plan>(problem, arguments.query, box, smem);
-  load(0);
-
-  // What this warp's queries see
-  Sight sight[kRank];
-#pragma unroll
-  for (int r = 0; r < kRank; ++r) {
-    sight[r] = Sight::nothing();
-    for (int row = lane; row < 16 * kRowTiles; row += 32)
-      if (smem.query_token[warp * 16 * kRowTiles + row][0] >= 0)
-        sight[r].add(smem.window[warp * 16 * kRowTiles + row][r]);
-    sight[r] = sight[r].of_warp();
-  }
-
-  // Rows lane / 4 and lane / 4 + 8 of every 16 are this thread's, in columns 2 * (lane % 4) + {0,
-  // 1} of every 8 keys or dimensions
-  const int first_row = warp * 16 * kRowTiles + lane / 4;
-  float output_rmem[kRowTiles][Plan::kValueDim / 8][4] = {};
-  float maximum[kRowTiles][2], sum[kRowTiles][2];
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) maximum[m][half] = -infinity<float>(), sum[m][half] = 0;
-  const float scale = problem.scale * 1.44269504f;  // logits in base 2
-
-  for (int tile = 0; tile < all_tiles; ++tile) {
-    // This box has arrived, and everyone is done with the one before, whose memory the next takes
+  load(next, 0);
+  if (problem.sign != 1) {
     cp_async_wait<0>();
     __syncthreads();
-    if (tile == 0) sign_queries<Plan>(problem, smem, warp, lane);
-    if (tile + 1 < all_tiles) load(tile + 1);
+    sign_queries<Plan>(problem, smem, warp, lane);
+  }
 
-    const KeyBox<kRank> keys = key_box<Plan>(problem, reach, key_boxes, tile, tiles, smem);
-    const Visibility visibility = visibility_of<Plan>(problem, keys, sight);
+  // Rows lane / 4 and lane / 4 + 8 of every 16 are this thread's, in columns 2 * (lane % 4) and the
+  // one after of every 8 keys or dimensions
+  const int first_row = warp * 16 * kRowTiles + lane / 4;
+  float output_rmem[kRowTiles][Plan::kValueDim / 8][4] = {};
+  float maximum[kRowTiles][2], sum[kRowTiles][2] = {};
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) maximum[m][0] = maximum[m][1] = -infinity<float>();
+  const float scale = problem.scale * 1.44269504f;  // logits in base 2
+
+  bool more = true;
+  for (int buffer = 0; more; buffer ^= 1) {
+    // This box has arrived, and everyone is done with the one before, whose memory the next takes
+    const KeyBox<kRank> keys = next;
+    cp_async_wait<0>();
+    __syncthreads();
+    more = advance<Plan>(problem, smem, next);
+    if (more) load(next, buffer ^ 1);
+
+    const Visibility visibility = visibility_of<Plan>(problem, keys, smem, warp);
     if (visibility == Visibility::kNone) continue;
-    float logit_rmem[kRowTiles][kKeyTiles][4] = {};
+
     // S = Q K^T
+    float logit_rmem[kRowTiles][kKeyTiles][4] = {};
 #pragma unroll
     for (int d = 0; d < Plan::kHeadDim; d += 16) {
       unsigned query_rmem[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
-        ldmatrix_x4(query_rmem[m],
-                    shared_address(
-                        &smem.query[(warp * kRowTiles + m) * 16 + lane % 16][d + lane / 16 * 8]));
+        ldmatrix_x4(query_rmem[m], shared_address(&smem.query[(warp * kRowTiles + m) * 16 +
+                                                              lane % 16][d + lane / 16 * 8]));
 #pragma unroll
       for (int n = 0; n < Plan::kKeys; n += 16) {
         unsigned key_rmem[4];
-        ldmatrix_x4(key_rmem,
-                    shared_address(
-                        &smem.key[tile % 2][n + lane / 16 * 8 + lane % 8][d + lane / 8 % 2 * 8]));
+        ldmatrix_x4(key_rmem, shared_address(&smem.key[buffer][n + lane / 16 * 8 + lane % 8]
+                                                      [d + lane / 8 % 2 * 8]));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           mma_m16n8k16(logit_rmem[m][n / 8], query_rmem[m], key_rmem[0], key_rmem[1], Element());
@@ -125,12 +106,12 @@ __global__ void __launch_bounds__(Plan::kWarps * 32)
       }
     }
 
+    // Bias and mask
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = first_row + m * 16 + half * 8;
-        // Bias and mask
         unsigned long long visible = ~0ull;
         if (visibility == Visibility::kSome)
           visible = visible_keys<Plan>(problem, keys, smem, row, lane);
@@ -145,38 +126,55 @@ __global__ void __launch_bounds__(Plan::kWarps * 32)
               if (!(visible >> (n * 8 + i) & 1))
                 logit_rmem[m][n][2 * half + i] = -infinity<float>();
         }
-
-        // Running softmax of one row, which four lanes share
-        const float factor = kHasBias ? 1.0f : scale;
-        float next = logit_rmem[m][0][2 * half];
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) next = fmaxf(next, logit_rmem[m][n][2 * half + i]);
-        next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 1));
-        next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 2));
-        next = fmaxf(maximum[m][half], next * factor);
-        const float shift = next == -infinity<float>() ? 0.0f : next;
-        const float decay = ex2_approx(maximum[m][half] - shift);
-        maximum[m][half] = next;
-        sum[m][half] *= decay;
-        // The maximum seldom moves after the first boxes
-        if (__any_sync(0xffffffffu, decay != 1.0f)) {
-#pragma unroll
-          for (int d = 0; d < Plan::kValueDim / 8; ++d)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) output_rmem[m][d][2 * half + i] *= decay;
-        }
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& weight = logit_rmem[m][n][2 * half + i];
-            weight = ex2_approx(fmaf(weight, factor, -shift));
-            sum[m][half] += weight;
-          }
       }
     }
+
+    // Running softmax; four lanes share a row. The rows go side by side: a chain alone is slow
+    const float factor = kHasBias ? 1.0f : scale;
+    float shift[kRowTiles][2], decay[kRowTiles][2];
+    bool moved = false;
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float pair = fmaxf(logit_rmem[m][n][2 * half], logit_rmem[m][n][2 * half + 1]);
+          shift[m][half] = n == 0 ? pair : fmaxf(shift[m][half], pair);
+        }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float top = shift[m][half];
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        top = fmaxf(maximum[m][half], top * factor);
+        shift[m][half] = top == -infinity<float>() ? 0.0f : top;
+        decay[m][half] = ex2_approx(maximum[m][half] - shift[m][half]);
+        maximum[m][half] = top;
+        sum[m][half] *= decay[m][half];
+        moved |= decay[m][half] != 1.0f;
+      }
+    // The maximum seldom moves after the first boxes
+    if (__any_sync(0xffffffffu, moved)) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int d = 0; d < Plan::kValueDim / 8; ++d)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) output_rmem[m][d][i] *= decay[m][i / 2];
+    }
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& weight = logit_rmem[m][n][i];
+          weight = ex2_approx(fmaf(weight, factor, -shift[m][i / 2]));
+          sum[m][i / 2] += weight;
+        }
 
     // O += P V
 #pragma unroll
@@ -194,8 +192,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32)
 #pragma unroll
       for (int d = 0; d < Plan::kValueDim; d += 16) {
         unsigned value_rmem[4];
-        ldmatrix_x4_trans(value_rmem,
-                          shared_address(&smem.value[tile % 2][n + lane % 16][d + lane / 16 * 8]));
+        ldmatrix_x4_trans(value_rmem, shared_address(&smem.value[buffer][n + lane % 16]
+                                                                [d + lane / 16 * 8]));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           mma_m16n8k16(output_rmem[m][d / 8], weight_rmem[m], value_rmem[0], value_rmem[1],

@@ -48,24 +48,6 @@ struct KeyPlace {
   int bias;
 };
 
-template <typename Plan>
-struct FusedSmem {
-  using Element = typename Plan::Element;
-  static constexpr int kQueries = Plan::kWarps * Plan::kRowTiles * 16;
-  static constexpr int kQueryDim =
-      Plan::kHeadDim > Plan::kValueDim ? Plan::kHeadDim : Plan::kValueDim;
-
-  Element query[kQueries][padded(kQueryDim)];  // in the end the output
-  Element key[2][Plan::kKeys][padded(Plan::kHeadDim)];
-  Element value[2][Plan::kKeys][padded(Plan::kValueDim)];
-  unsigned long long before[Plan::kRank][Plan::kKeys + 1];  // bits of the keys of a box whose
-                                                            // coordinate is less than an index
-  KeyPlace<Plan::kRank> place[Plan::kKeys];
-  Range window[kQueries][Plan::kRank];     // empty for a row without a query
-  int query_token[kQueries][Plan::kRank];  // -1 for a row without a query
-  int bias[kQueries];                      // step in rpb
-};
-
 // The queries of a block.
 template <int kRank>
 struct QueryBox {
@@ -88,6 +70,26 @@ __device__ QueryBox<kRank> query_box(const FusedProblem<kRank>& problem) {
   return box;
 }
 
+template <typename Plan>
+struct FusedSmem {
+  using Element = typename Plan::Element;
+  static constexpr int kQueries = Plan::kWarps * Plan::kRowTiles * 16;
+  static constexpr int kQueryDim =
+      Plan::kHeadDim > Plan::kValueDim ? Plan::kHeadDim : Plan::kValueDim;
+
+  Element query[kQueries][padded(kQueryDim)];  // in the end the output
+  Element key[2][Plan::kKeys][padded(Plan::kHeadDim)];
+  Element value[2][Plan::kKeys][padded(Plan::kValueDim)];
+  unsigned long long before[Plan::kRank][Plan::kKeys + 1];  // bits of the keys of a box whose
+                                                            // coordinate is less than an index
+  KeyPlace<Plan::kRank> place[Plan::kKeys];
+  Range reach[Plan::kRank];                // keys that the block sees
+  Sight sight[Plan::kWarps][Plan::kRank];  // keys that every warp sees
+  Range window[kQueries][Plan::kRank];     // empty for a row without a query
+  int query_token[kQueries][Plan::kRank];  // -1 for a row without a query
+  int bias[kQueries];                      // step in rpb
+};
+
 // The keys that at least one query of the box sees along axis r.
 template <int kRank>
 __device__ Range reach_of(const FusedProblem<kRank>& problem, const QueryBox<kRank>& box, int r) {
@@ -106,29 +108,60 @@ struct KeyBox {
   bool additional;
 };
 
-// The boxes of keys that cover the reach of a block come first, in raster order.
+// Sets `exists` of a box of keys.
 template <typename Plan>
-__device__ KeyBox<Plan::kRank> key_box(const FusedProblem<Plan::kRank>& problem,
-                                       const Range (&reach)[Plan::kRank],
-                                       const int (&key_boxes)[Plan::kRank], int tile, int tiles,
-                                       const FusedSmem<Plan>& smem) {
-  KeyBox<Plan::kRank> box;
-  box.additional = tile >= tiles;
-  box.exists = ~0ull;
-  if (box.additional) {
-    box.begin[0] = (tile - tiles) * Plan::kKeys;
-    const int left = problem.additional - box.begin[0];
-    if (left < 64) box.exists >>= 64 - left;
-    return box;
+__device__ void bound(const FusedProblem<Plan::kRank>& problem, const FusedSmem<Plan>& smem,
+                      KeyBox<Plan::kRank>& keys) {
+  keys.exists = ~0ull;
+  if (keys.additional) {
+    const int left = problem.additional - keys.begin[0];
+    if (left < 64) keys.exists >>= 64 - left;
+    return;
   }
 #pragma unroll
-  for (int r = Plan::kRank - 1; r >= 0; --r) {
-    const int place = r == 0 ? tile : tile % key_boxes[r];
-    tile /= key_boxes[r];
-    box.begin[r] = reach[r].begin + place * problem.key_box[r];
-    box.exists &= smem.before[r][smaller(reach[r].end - box.begin[r], problem.key_box[r])];
+  for (int r = 0; r < Plan::kRank; ++r)
+    keys.exists &= smem.before[r][smaller(smem.reach[r].end - keys.begin[r], problem.key_box[r])];
+}
+
+// The first box of keys. Those that cover the reach of the block come in raster order, then those
+// of the additional keys.
+template <typename Plan>
+__device__ KeyBox<Plan::kRank> first_keys(const FusedProblem<Plan::kRank>& problem,
+                                          const FusedSmem<Plan>& smem) {
+  KeyBox<Plan::kRank> keys;
+  keys.additional = false;
+#pragma unroll
+  for (int r = 0; r < Plan::kRank; ++r) keys.begin[r] = smem.reach[r].begin;
+  bound<Plan>(problem, smem, keys);
+  return keys;
+}
+
+// Moves on to the next box of keys; false after the last.
+template <typename Plan>
+__device__ bool advance(const FusedProblem<Plan::kRank>& problem, const FusedSmem<Plan>& smem,
+                        KeyBox<Plan::kRank>& keys) {
+  if (keys.additional) {
+    keys.begin[0] += Plan::kKeys;
+  } else {
+    int r = Plan::kRank - 1;
+#pragma unroll
+    for (int axis = Plan::kRank - 1; axis >= 0; --axis) {
+      if (r == axis) {
+        keys.begin[axis] += problem.key_box[axis];
+        if (keys.begin[axis] >= smem.reach[axis].end) {
+          keys.begin[axis] = smem.reach[axis].begin;
+          r = axis - 1;
+        }
+      }
+    }
+    if (r < 0) {
+      keys.additional = true;
+      keys.begin[0] = 0;
+    }
   }
-  return box;
+  if (keys.additional && keys.begin[0] >= problem.additional) return false;
+  bound<Plan>(problem, smem, keys);
+  return true;
 }
 
 // Fills everything in shared memory that does not depend on the box of keys.
@@ -138,6 +171,10 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
                             FusedSmem<Plan>& smem) {
   constexpr int kRank = Plan::kRank, kThreads = Plan::kWarps * 32;
   constexpr int kWarpRows = Plan::kRowTiles * 16;
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int r = 0; r < kRank; ++r) smem.reach[r] = reach_of(problem, box, r);
+  }
 
   // Queries: every warp takes a box of its own
   for (int row = threadIdx.x; row < FusedSmem<Plan>::kQueries; row += kThreads) {
@@ -184,6 +221,17 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
     smem.place[place].bias = int(bias);
   }
   __syncthreads();
+
+  // What the queries of every warp see together
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < kRank; ++r) {
+    Sight sight = Sight::nothing();
+    for (int row = warp * kWarpRows + lane; row < (warp + 1) * kWarpRows; row += 32)
+      if (smem.query_token[row][0] >= 0) sight.add(smem.window[row][r]);
+    sight = sight.of_warp();
+    if (lane == 0) smem.sight[warp][r] = sight;
+  }
 #pragma unroll
   for (int r = 0; r < kRank; ++r) {
     for (int index = threadIdx.x; index <= problem.key_box[r]; index += kThreads) {
@@ -198,8 +246,8 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
 }
 
 // Copies the rows of a box of keys or values; zeros stand for keys that nobody sees. `kStep` names
-// the member of KeyPlace that leads from key to key of a window.
-template <int kDim, int kBytes, auto kStep, typename Plan, typename Element>
+// the member of KeyPlace that leads from key to key of a window; kExact promises dim == kDim.
+template <int kDim, int kBytes, bool kExact, auto kStep, typename Plan, typename Element>
 __device__ void load_keys(const FusedProblem<Plan::kRank>& problem, const KeyBox<Plan::kRank>& keys,
                           const View<const Element, Plan::kRank>& window,
                           const View<const Element, Plan::kRank>& additional, int dim,
@@ -221,8 +269,9 @@ __device__ void load_keys(const FusedProblem<Plan::kRank>& problem, const KeyBox
     if (Plan::kKeys * kChunks % kThreads && i >= Plan::kKeys * kChunks) break;
     const int row = i / kChunks, first = i % kChunks * 8;
     const long long step = keys.additional ? row * additional.token[0] : smem.place[row].*kStep;
+    const int valid = kExact ? 16 : (dim - first) * 2;
     copy_16_bytes<kBytes>(&rows_smem[row][first], first_key + step + first,
-                          keys.exists >> row & 1 ? (dim - first) * 2 : 0);
+                          keys.exists >> row & 1 ? valid : 0);
   }
 }
 
@@ -260,15 +309,16 @@ enum class Visibility { kNone, kSome, kAll };
 // How much of a box of keys a warp sees.
 template <typename Plan>
 __device__ Visibility visibility_of(const FusedProblem<Plan::kRank>& problem,
-                                    const KeyBox<Plan::kRank>& keys,
-                                    const Sight (&sight)[Plan::kRank]) {
+                                    const KeyBox<Plan::kRank>& keys, const FusedSmem<Plan>& smem,
+                                    int warp) {
   bool all = keys.exists << (64 - Plan::kKeys) == ~0ull << (64 - Plan::kKeys);
   if (!keys.additional) {
 #pragma unroll
     for (int r = 0; r < Plan::kRank; ++r) {
+      const Sight sight = smem.sight[warp][r];
       const int end = keys.begin[r] + problem.key_box[r];
-      if (sight[r].misses(keys.begin[r], end)) return Visibility::kNone;
-      all &= sight[r].covers(keys.begin[r], end);
+      if (sight.misses(keys.begin[r], end)) return Visibility::kNone;
+      all &= sight.covers(keys.begin[r], end);
     }
   }
   return all ? Visibility::kAll : Visibility::kSome;

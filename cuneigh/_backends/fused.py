@@ -85,6 +85,8 @@ def source(problem: Problem, plan: FusedPlan, key_bytes: int, value_bytes: int) 
         "kSharedBytes": shared_memory(problem, plan),
     }
     lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
+    for name, dim in (("kKeyExact", problem.head_dim), ("kValueExact", problem.value_dim)):
+        lines.append(f"static constexpr bool {name} = {str(dim == padded(dim)).lower()};")
     lines.append(f"using Element = {problem.dtype};")
     lines.append(f"using Bias = {problem.rpb_dtype or 'void'};")
     return "\n".join(lines)
@@ -107,7 +109,9 @@ def shared_memory(problem: Problem, plan: FusedPlan) -> int:
     size += 2 * plan.keys * (rows(head_dim) + rows(value_dim))
     size += 8 * rank * (plan.keys + 1)
     size += plan.keys * 8 * math.ceil((16 + 4 * rank + 4) / 8)
-    return size + queries * (8 * rank + 4 * rank + 4)
+    size += 8 * rank + 16 * rank * WARPS
+    size += queries * (8 * rank + 4 * rank + 4)
+    return math.ceil(size / 8) * 8
 
 
 def _kernel(problem: Problem, plan: FusedPlan, key_bytes: int, value_bytes: int) -> Any:
