@@ -91,7 +91,7 @@ def test_a_wrong_element_fails(problem, rng):
 
 @given(problems(), generators())
 def test_the_obvious_computation_is_near_the_oracle(problem, rng):
-    """Were it not, no backend would fail. No sum has more terms than there are pairs or channels."""
+    """Were it not, nothing would fail. No sum has more terms than there are pairs or channels."""
     given_inputs = inputs(problem, rng)
     expected, max_logit = expect(problem, given_inputs)
     pairs = problem.batch * problem.heads * problem.slots * math.prod(problem.tokens)
