@@ -7,8 +7,8 @@
 //
 // struct Plan {
 //   static constexpr int kRank;                  token axes
-//   static constexpr int kWarps, kRowTiles;      warps of a block; each takes kRowTiles * 16 queries
-//   static constexpr int kKeys;                  keys of a box, a multiple of 16 up to 64
+//   static constexpr int kWarps, kRowTiles;      warps of a block; each takes kRowTiles * 16
+//   queries static constexpr int kKeys;                  keys of a box, a multiple of 16 up to 64
 //   static constexpr int kHeadDim, kValueDim;    head dimensions, padded to multiples of 16
 //   static constexpr bool kKeyExact, kValueExact; they needed no padding
 //   static constexpr int kKeyBytes, kValueBytes; widths of the loads that the alignment allows
@@ -45,10 +45,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32)
 
   // Boxes of keys and values arrive in two buffers by turns
   auto load = [&](const KeyBox<kRank>& keys, int buffer) {
-    load_keys<Plan::kHeadDim, Plan::kKeyBytes, Plan::kKeyExact, &KeyPlace<kRank>::key>(
+    load_keys<Plan::kHeadDim, Plan::kKeyBytes, Plan::kKeyExact, &KeyPlace::key>(
         problem, keys, arguments.key, arguments.additional_keys, problem.head_dim, box, kv_head,
         smem, smem.key[buffer]);
-    load_keys<Plan::kValueDim, Plan::kValueBytes, Plan::kValueExact, &KeyPlace<kRank>::value>(
+    load_keys<Plan::kValueDim, Plan::kValueBytes, Plan::kValueExact, &KeyPlace::value>(
         problem, keys, arguments.value, arguments.additional_values, problem.value_dim, box,
         kv_head, smem, smem.value[buffer]);
     cp_async_commit();
@@ -90,13 +90,15 @@ __global__ void __launch_bounds__(Plan::kWarps * 32)
       unsigned query_rmem[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
-        ldmatrix_x4(query_rmem[m], shared_address(&smem.query[(warp * kRowTiles + m) * 16 +
-                                                              lane % 16][d + lane / 16 * 8]));
+        ldmatrix_x4(query_rmem[m],
+                    shared_address(
+                        &smem.query[(warp * kRowTiles + m) * 16 + lane % 16][d + lane / 16 * 8]));
 #pragma unroll
       for (int n = 0; n < Plan::kKeys; n += 16) {
         unsigned key_rmem[4];
-        ldmatrix_x4(key_rmem, shared_address(&smem.key[buffer][n + lane / 16 * 8 + lane % 8]
-                                                      [d + lane / 8 % 2 * 8]));
+        ldmatrix_x4(
+            key_rmem,
+            shared_address(&smem.key[buffer][n + lane / 16 * 8 + lane % 8][d + lane / 8 % 2 * 8]));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           mma_m16n8k16(logit_rmem[m][n / 8], query_rmem[m], key_rmem[0], key_rmem[1], Element());
@@ -192,8 +194,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32)
 #pragma unroll
       for (int d = 0; d < Plan::kValueDim; d += 16) {
         unsigned value_rmem[4];
-        ldmatrix_x4_trans(value_rmem, shared_address(&smem.value[buffer][n + lane % 16]
-                                                                [d + lane / 16 * 8]));
+        ldmatrix_x4_trans(value_rmem,
+                          shared_address(&smem.value[buffer][n + lane % 16][d + lane / 16 * 8]));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           mma_m16n8k16(output_rmem[m][d / 8], weight_rmem[m], value_rmem[0], value_rmem[1],

@@ -134,19 +134,19 @@ def plan(problem: Problem) -> FusedPlan:
 
 def candidates(problem: Problem) -> Iterator[FusedPlan]:
     longest = max(problem.head_dim, problem.value_dim)
-    for row_tiles, keys in areas(longest):
+    for row_tiles, keys in areas(problem.rank, longest):
         for warp_box in shapes(problem.rank, 16 * row_tiles):
             for warps in shapes(problem.rank, WARPS):
                 for key_box in key_shapes(problem, keys):
                     yield FusedPlan(row_tiles, keys, warp_box, warps, key_box)
 
 
-def areas(longest: int) -> tuple[tuple[int, int], ...]:
+def areas(rank: int, longest: int) -> tuple[tuple[int, int], ...]:
     """(row_tiles, keys) whose registers and shared memory serve head vectors of this length."""
     if longest <= 64:
-        return ((1, 64), (2, 64), (1, 32))
+        return ((1, 16), (1, 32), (1, 64), (2, 32))
     if longest <= 128:
-        return ((2, 32), (1, 64))
+        return ((2, 64) if rank < 3 else (2, 48), (1, 64))
     return ((1, 32),)
 
 

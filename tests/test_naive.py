@@ -158,8 +158,8 @@ def test_a_key_reaches_only_the_queries_that_see_it(data, rng, poison):
     blind = np.broadcast_to(~sees, problem.tokens)
     for name in plain:
         np.testing.assert_array_equal(plain[name][:, blind], touched[name][:, blind])
-    if not np.isfinite(poison) and problem.scale != 0:
-        assert not np.isfinite(touched["lse"][:, ~blind].astype(float)).any()
+    if np.isnan(poison):  # an infinite key may well have the logit -inf
+        assert np.isnan(touched["lse"][:, ~blind].astype(float)).all()
 
 
 @pytest.mark.gpu

@@ -39,12 +39,9 @@ struct FusedForward {
 // Rows of an odd number of 16-byte chunks: eight rows at the same chunk hit different banks.
 constexpr int padded(int dim) { return dim / 8 % 2 ? dim : dim + 8; }
 
-// Place of a key in its box: its coordinates, and the steps from the first key of the box in the
-// memory of key, value and rpb.
-template <int kRank>
+// Steps from the first key of a box to one of the others in the memory of key, value and rpb.
 struct KeyPlace {
   long long key, value;
-  int coordinate[kRank];
   int bias;
 };
 
@@ -82,7 +79,7 @@ struct FusedSmem {
   Element value[2][Plan::kKeys][padded(Plan::kValueDim)];
   unsigned long long before[Plan::kRank][Plan::kKeys + 1];  // bits of the keys of a box whose
                                                             // coordinate is less than an index
-  KeyPlace<Plan::kRank> place[Plan::kKeys];
+  KeyPlace place[Plan::kKeys];
   Range reach[Plan::kRank];                // keys that the block sees
   Sight sight[Plan::kWarps][Plan::kRank];  // keys that every warp sees
   Range window[kQueries][Plan::kRank];     // empty for a row without a query
@@ -211,7 +208,6 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
       const int coordinate = r == 0 ? rest : rest % problem.key_box[r];
       rest /= problem.key_box[r];
       const long long tokens = (long long)coordinate * problem.axes[r].dilation;
-      smem.place[place].coordinate[r] = coordinate;
       key += tokens * arguments.key.token[r];
       value += tokens * arguments.value.token[r];
       bias += coordinate * arguments.rpb.token[r];
@@ -232,16 +228,22 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
     sight = sight.of_warp();
     if (lane == 0) smem.sight[warp][r] = sight;
   }
+  // In raster order an axis repeats its pattern for every coordinate of the axes before it
+  int inner = 1;
 #pragma unroll
-  for (int r = 0; r < kRank; ++r) {
+  for (int r = kRank - 1; r >= 0; --r) {
+    const int period = inner * problem.key_box[r];
+    int area = 1;
+#pragma unroll
+    for (int other = 0; other < kRank; ++other) area *= problem.key_box[other];
     for (int index = threadIdx.x; index <= problem.key_box[r]; index += kThreads) {
+      const int bits = index * inner;
+      const unsigned long long pattern = bits < 64 ? (1ull << bits) - 1 : ~0ull;
       unsigned long long before = 0;
-      for (int place = 0; place < Plan::kKeys; ++place)
-        if (smem.place[place].coordinate[r] < index &&
-            smem.place[place].coordinate[0] < problem.key_box[0])
-          before |= 1ull << place;
+      for (int start = 0; start < area; start += period) before |= pattern << start;
       smem.before[r][index] = before;
     }
+    inner = period;
   }
 }
 

@@ -108,7 +108,7 @@ def shared_memory(problem: Problem, plan: FusedPlan) -> int:
     size = queries * rows(max(head_dim, value_dim))
     size += 2 * plan.keys * (rows(head_dim) + rows(value_dim))
     size += 8 * rank * (plan.keys + 1)
-    size += plan.keys * 8 * math.ceil((16 + 4 * rank + 4) / 8)
+    size += 24 * plan.keys
     size += 8 * rank + 16 * rank * WARPS
     size += queries * (8 * rank + 4 * rank + 4)
     return math.ceil(size / 8) * 8

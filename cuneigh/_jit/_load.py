@@ -32,9 +32,9 @@ def _load(kernel: Kernel, device: Device) -> Any:
 
     compiled = choose(kernel, device)
     with cupy.cuda.Device(device.index):
-        function = cupy.RawModule(path=str(compiled.cubin)).get_function(compiled.entry)
         try:
-            function.kernel  # noqa: B018 - loads the module, which CuPy puts off to the first use
+            function = cupy.RawModule(path=str(compiled.cubin)).get_function(compiled.entry)
+            function.kernel  # noqa: B018 - loads the module, which CuPy may put off until now
         except cupy.cuda.driver.CUDADriverError as error:
             driver = cupy.cuda.runtime.driverGetVersion()
             raise CompilationError(
