@@ -22,7 +22,7 @@ LAYERS = (
     {"_window"},
     {"_problem"},
     {"_device", "reference"},
-    {"_fused_plan", "_plan"},
+    {"_fused_plan", "_gemm_plan", "_plan"},
     {"_jit"},
     {"_arrays", "_backends"},
     {"_ops"},
