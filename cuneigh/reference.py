@@ -4,8 +4,10 @@ Every backend is tested against this module, so it does the obvious thing: list 
 query's window, gather the keys and values that they hold, and apply softmax attention to them. It
 is slow, and it needs memory for queries times slots times head_dim of one head at a time.
 
-All functions take a `Problem` and arrays of any supported dtype, strides included, and return
-float64 arrays whose shapes are those of `Problem.specs`, `output`, `lse` and `logits`:
+All functions take a `Problem` and arrays of any supported dtype and strides. They compute in
+float64, and for a float64 problem in extended precision where the platform has it, since a judge
+must see more than what is judged. The results are float64 arrays whose shapes are those of
+`Problem.specs`, `output`, `lse` and `logits`:
 
     query   [batch, X1..Xr, heads, head_dim]         output  [batch, X1..Xr, heads, value_dim]
     key     [batch, Y1..Yr, kv_heads, head_dim]      lse     [batch, X1..Xr, heads]
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +37,9 @@ from cuneigh._problem import Operands, Problem
 from cuneigh._window import Axis
 
 Floats = npt.NDArray[np.float64]
+Wide = npt.NDArray[np.floating[Any]]
+"""What is computed with: float64, or extended precision."""
+Array = TypeVar("Array", Floats, Wide)
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 
@@ -51,7 +56,7 @@ class Slots(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Operands, or their gradients, in float64 with the token axes as one; None where absent."""
+    """Operands, or their gradients, with the token axes as one; None where absent."""
 
     query: Any
     """[batch, queries, heads, head_dim]"""
@@ -86,7 +91,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[Floats, Floats]:
     output, lse = np.zeros(problem.output.shape), np.full(problem.lse.shape, -np.inf)
     if problem.is_empty:
         return output, lse
-    slots, rows = window_slots(problem), _rows(operands)
+    slots, rows = window_slots(problem), _rows(problem, operands)
     for b, h, kv in _heads(problem):
         head = rows.head(b, h, kv)
         weights, row_lse, seen = _softmax(_logits(problem, slots, head), slots.visible)
@@ -109,10 +114,11 @@ def backward(
     """
     if problem.is_empty:
         return _zeros(problem)
-    slots, rows, gradients = window_slots(problem), _rows(operands), _rows(_zeros(problem))
-    d_outputs = _flat(_float64(grad_output))
+    slots, rows = window_slots(problem), _rows(problem, operands)
+    gradients = _rows(problem, _zeros(problem))
+    d_outputs = _flat(_wide(problem, grad_output))
     d_lses = _flat(
-        _float64(np.zeros(problem.lse.shape) if grad_lse is None else grad_lse)[..., None]
+        _wide(problem, np.zeros(problem.lse.shape) if grad_lse is None else grad_lse)[..., None]
     )
     for b, h, kv in _heads(problem):
         head, gradient = rows.head(b, h, kv), gradients.head(b, h, kv)
@@ -135,7 +141,7 @@ def qk(problem: Problem, operands: Operands) -> Floats:
     logits = np.zeros(problem.logits.shape)
     if problem.is_empty:
         return logits
-    slots, rows = window_slots(problem), _rows(operands)
+    slots, rows = window_slots(problem), _rows(problem, operands)
     for b, h, kv in _heads(problem):
         _flat(logits)[b, :, h] = _logits(problem, slots, rows.head(b, h, kv))
     return logits
@@ -146,8 +152,9 @@ def qk_backward(problem: Problem, operands: Operands, grad_logits: npt.ArrayLike
     """Gradients of `qk` with respect to its operands; `grad_logits` in hidden slots is ignored."""
     if problem.is_empty:
         return _zeros(problem)
-    slots, rows, gradients = window_slots(problem), _rows(operands), _rows(_zeros(problem))
-    given = _flat(_float64(grad_logits))
+    slots, rows = window_slots(problem), _rows(problem, operands)
+    gradients = _rows(problem, _zeros(problem))
+    given = _flat(_wide(problem, grad_logits))
     for b, h, kv in _heads(problem):
         head, gradient = rows.head(b, h, kv), gradients.head(b, h, kv)
         d_logits = np.where(slots.visible, given[b, :, h], 0.0)
@@ -164,7 +171,8 @@ def av(problem: Problem, weights: npt.ArrayLike, operands: Operands) -> Floats:
     output = np.zeros(problem.output.shape)
     if problem.is_empty:
         return output
-    slots, rows, given = window_slots(problem), _rows(operands), _flat(_float64(weights))
+    slots, rows = window_slots(problem), _rows(problem, operands)
+    given = _flat(_wide(problem, weights))
     for b, h, kv in _heads(problem):
         values = _gather(rows.head(b, h, kv).values, slots.row, slots.visible)
         read = np.where(slots.visible, given[b, :, h], 0.0)
@@ -180,8 +188,9 @@ def av_backward(
     grad_weights = np.zeros(problem.logits.shape)
     if problem.is_empty:
         return grad_weights, _zeros(problem)
-    slots, rows, gradients = window_slots(problem), _rows(operands), _rows(_zeros(problem))
-    given, d_outputs = _flat(_float64(weights)), _flat(_float64(grad_output))
+    slots, rows = window_slots(problem), _rows(problem, operands)
+    gradients = _rows(problem, _zeros(problem))
+    given, d_outputs = _flat(_wide(problem, weights)), _flat(_wide(problem, grad_output))
     for b, h, kv in _heads(problem):
         head, gradient = rows.head(b, h, kv), gradients.head(b, h, kv)
         d_output = d_outputs[b, :, h]
@@ -237,7 +246,7 @@ def _heads(problem: Problem) -> Iterator[tuple[int, int, int]]:
         yield b, h, h // problem.group_size
 
 
-def _logits(problem: Problem, slots: Slots, head: Rows) -> Floats:
+def _logits(problem: Problem, slots: Slots, head: Rows) -> Wide:
     """[queries, slots]"""
     keys = _gather(head.keys, slots.row, slots.visible)
     logits = problem.scale * np.einsum("nd,nsd->ns", head.query, keys)
@@ -247,7 +256,7 @@ def _logits(problem: Problem, slots: Slots, head: Rows) -> Floats:
 
 
 def _logits_backward(
-    problem: Problem, slots: Slots, head: Rows, seen: Booleans, d_logits: Floats, gradient: Rows
+    problem: Problem, slots: Slots, head: Rows, seen: Booleans, d_logits: Wide, gradient: Rows
 ) -> None:
     """Add to `gradient` what `d_logits`, which is 0 where not `seen`, means for the operands."""
     keys = _gather(head.keys, slots.row, seen)
@@ -258,7 +267,7 @@ def _logits_backward(
         np.add.at(gradient.bias, slots.offset, d_logits[:, : problem.window_size])
 
 
-def _softmax(logits: Floats, visible: Booleans) -> tuple[Floats, Floats, Booleans]:
+def _softmax(logits: Wide, visible: Booleans) -> tuple[Wide, Wide, Booleans]:
     """Weights, lse, and which slots take part: none in a row whose logits are all -inf."""
     top = logits.max(-1)
     alive = top != -np.inf
@@ -269,36 +278,37 @@ def _softmax(logits: Floats, visible: Booleans) -> tuple[Floats, Floats, Boolean
     return weights, top + np.log(total), visible & alive[:, None]
 
 
-def _gather(rows: Floats, row: Integers, seen: Booleans) -> Floats:
+def _gather(rows: Wide, row: Integers, seen: Booleans) -> Wide:
     """``rows[row]`` where `seen` and 0 elsewhere, so that no 0 * NaN arises in hidden slots."""
-    gathered = np.zeros((*row.shape, rows.shape[-1]))
+    gathered = np.zeros((*row.shape, rows.shape[-1]), rows.dtype)
     gathered[seen] = rows[row[seen]]
     return gathered
 
 
-def _scatter(rows: Floats, row: Integers, seen: Booleans, terms: Floats) -> None:
+def _scatter(rows: Wide, row: Integers, seen: Booleans, terms: Wide) -> None:
     """Add `terms` to ``rows[row]`` where `seen`: the transpose of `_gather`."""
     np.add.at(rows, row[seen], terms[seen])
 
 
-def _float64(array: npt.ArrayLike) -> Floats:
-    """A contiguous copy, so that sums do not depend on the strides of an input."""
-    return np.array(array, np.float64, order="C")
+def _wide(problem: Problem, array: npt.ArrayLike) -> Wide:
+    """A copy to compute with; contiguous, so that sums do not depend on an input's strides."""
+    dtype = np.longdouble if problem.dtype == "float64" else np.float64
+    return np.array(array, dtype, order="C")
 
 
 def _zeros(problem: Problem) -> Operands:
     return Operands(*(None if spec is None else np.zeros(spec.shape) for spec in problem.specs))
 
 
-def _flat(array: Floats) -> Floats:
+def _flat(array: Array) -> Array:
     """[batch, X1..Xr, heads, dim] as [batch, X1 * .. * Xr, heads, dim]."""
     return array.reshape(array.shape[0], -1, *array.shape[-2:])
 
 
-def _rows(operands: Operands) -> Rows:
+def _rows(problem: Problem, operands: Operands) -> Rows:
     """The operands of a problem that is not empty, as contiguous copies."""
     query, key, value, additional_keys, additional_values, rpb = (
-        None if array is None else _float64(array) for array in operands
+        None if array is None else _wide(problem, array) for array in operands
     )
     return Rows(
         query=None if query is None else _flat(query),
@@ -308,14 +318,14 @@ def _rows(operands: Operands) -> Rows:
     )
 
 
-def _join(tokens: Floats | None, additional: Floats | None) -> Floats | None:
+def _join(tokens: Wide | None, additional: Wide | None) -> Wide | None:
     if tokens is None:
         return None
     return _flat(tokens) if additional is None else np.hstack([_flat(tokens), additional])
 
 
 def _operands(problem: Problem, rows: Rows) -> Operands:
-    """The inverse of `_rows`."""
+    """The inverse of `_rows`, rounded to float64."""
     split = [math.prod(problem.key_tokens)]
     key, additional_keys = (None, None) if rows.keys is None else np.split(rows.keys, split, 1)
     value, additional_values = (
@@ -324,7 +334,7 @@ def _operands(problem: Problem, rows: Rows) -> Operands:
     parts = rows.query, key, value, additional_keys, additional_values, rows.bias
     return Operands(
         *(
-            None if spec is None or part is None else part.reshape(spec.shape)
+            None if spec is None or part is None else part.reshape(spec.shape).astype(np.float64)
             for part, spec in zip(parts, problem.specs, strict=True)
         )
     )
