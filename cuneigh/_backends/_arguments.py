@@ -70,6 +70,14 @@ class Views:
         for array in arrays:
             self._append(array.data.ptr)
 
+    def addresses(self, *arrays: Any) -> None:
+        """Append bare pointers; None is null."""
+        self.words += [0 if array is None else array.data.ptr for array in arrays]
+
+    def numbers(self, *numbers: int) -> None:
+        """Append 64-bit integers."""
+        self.words += numbers
+
     def _steps(self, array: Any) -> list[int]:
         return [stride // array.itemsize for stride in array.strides]
 

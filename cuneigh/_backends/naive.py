@@ -130,13 +130,7 @@ def backward(
         _sum(value_shares, gradients.additional_values, problem)
 
     if operands.rpb is not None:
-        views = Views(problem.rank)
-        views.vectors(*operands[:3])
-        views.bias(operands.rpb)
-        views.vectors(grad_output)
-        views.scalars(lse, delta)
-        views.vectors(None)
-        _rpb_gradient(problem, plan, views, gradients.rpb, stored=False, allocate=allocate)
+        rpb_gradient(problem, operands, grad_output, lse, delta, gradients.rpb, allocate)
 
 
 def qk(problem: Problem, operands: Operands, logits: Any, allocate: Allocate) -> None:
@@ -162,10 +156,7 @@ def qk_backward(
             problem, grad_logits, operands.query, gradients.additional_keys, dim, scale, allocate
         )
     if operands.rpb is not None:
-        plan = row_plan(problem.rank, problem.dtype, None, 0, 0)
-        views = Views(problem.rank)
-        views.vectors(*(None,) * 7, grad_logits)
-        _rpb_gradient(problem, plan, views, gradients.rpb, stored=True, allocate=allocate)
+        stored_rpb_gradient(problem, grad_logits, gradients.rpb, allocate)
 
 
 def av(problem: Problem, weights: Any, operands: Operands, output: Any, allocate: Allocate) -> None:
@@ -334,6 +325,36 @@ def _scatter_additional(
         (places * count, _slices(dim, plan.value_capacity)),
     )
     _sum(shares, output, problem)
+
+
+def rpb_gradient(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    lse: Any,
+    delta: Any,
+    gradient: Any,
+    allocate: Allocate,
+) -> None:
+    """The gradient of the bias, from what a backward is given and delta."""
+    plan = _attention_plan(problem, operands, values=(grad_output,))
+    views = Views(problem.rank)
+    views.vectors(*operands[:3])
+    views.bias(operands.rpb)
+    views.vectors(grad_output)
+    views.scalars(lse, delta)
+    views.vectors(None)
+    _rpb_gradient(problem, plan, views, gradient, stored=False, allocate=allocate)
+
+
+def stored_rpb_gradient(
+    problem: Problem, grad_logits: Any, gradient: Any, allocate: Allocate
+) -> None:
+    """The gradient of the bias, from that of the logits."""
+    plan = row_plan(problem.rank, problem.dtype, None, 0, 0)
+    views = Views(problem.rank)
+    views.vectors(*(None,) * 7, grad_logits)
+    _rpb_gradient(problem, plan, views, gradient, stored=True, allocate=allocate)
 
 
 def _rpb_gradient(

@@ -1,0 +1,202 @@
+"""The backends on the problems of the source paper, against its own kernels, on one H200.
+
+The problems and the times of the paper's kernels are those of `paper-kernels-h200.json`; a 3-D grid
+is added, for which the paper has no kernels. Every call is checked before it is timed.
+
+    python bench/paper_grid.py --output bench/results/paper-grid.json
+    python bench/paper_grid.py --plot bench/results/paper-grid.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+
+RUNS = {
+    "naive": ("naive", ("float16", "float32")),
+    "gemm": ("gemm", ("float16", "float32")),
+    "gemm_tf32": ("gemm", ("float32",)),
+    "fused": ("fused", ("float16", "float32")),
+}
+"""What is timed: the backend and the dtypes."""
+
+PAPER = {"naive": "naive_softmax_ms", "gemm": "gemm_softmax_ms", "gemm_tf32": "gemm_softmax_ms"}
+"""The paper's kernel of the same family; its float32 GEMM kernels compute in TF32."""
+PAPER["fused"] = "fused_ms"
+
+BASELINE = "naive_softmax_ms"
+PAPER_GEMM = "the paper's GEMM"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
+    parser.add_argument("--plot", type=Path, help="draw a figure from such a file, and run nothing")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=["naive", "gemm", "gemm_tf32"])
+    parser.add_argument("--dim", type=int, help="only the problems with this head_dim")
+    parser.add_argument("--dilation", type=int, help="only the problems with this dilation")
+    parser.add_argument("--budget-ms", type=float, default=40.0, help="time to spend on repeats")
+    arguments = parser.parse_args()
+    if arguments.plot:
+        plot(arguments.plot)
+        return
+
+    entries = json.loads((ROOT / "paper-kernels-h200.json").read_text())["problems"]
+    results = []
+    for entry in entries + volumes():
+        if arguments.dim not in (None, entry["dim"]):
+            continue
+        if arguments.dilation not in (None, entry["dilation"][0]):
+            continue
+        result = run(entry, arguments.runs, arguments.budget_ms)
+        results.append(result)
+        times = [
+            f"{name} {result[f'{name}_ms']}" for name in arguments.runs if f"{name}_ms" in result
+        ]
+        paper = [f"{name.removesuffix('_ms')} {ms}" for name, ms in result["paper"].items()]
+        print(
+            f"{entry['tokens']} k={entry['kernel'][0]} d={entry['dilation'][0]} D={entry['dim']} "
+            f"{entry['dtype']}: {', '.join(times)} ms; the paper's {', '.join(paper)}",
+            flush=True,
+        )
+    summary = summarize(results)
+    for rank, dtypes in summary.items():
+        for dtype, names in dtypes.items():
+            for name, figures in names.items():
+                print(rank, dtype, name, figures["forward"])
+    if arguments.output:
+        from harness import provenance
+
+        document = {**provenance(), "problems": results, "summary": summary}
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def volumes() -> list[dict[str, Any]]:
+    """The 3-D grid."""
+    return [
+        {
+            "tokens": [16, 32, 32],
+            "kernel": [kernel] * 3,
+            "dilation": [1] * 3,
+            "dim": dim,
+            "batch": 4,
+            "heads": 8,
+            "dtype": dtype,
+        }
+        for kernel, dim, dtype in itertools.product(
+            (3, 5, 7, 9, 11, 13), (32, 64), ("float16", "float32")
+        )
+    ]
+
+
+def run(entry: dict[str, Any], runs: list[str], budget_ms: float) -> dict[str, Any]:
+    """Check and time one problem; a time is the smaller of the plain call's and its graph's."""
+    import cupy
+    import numpy as np
+    from harness import check, measure
+
+    import cuneigh
+    from cuneigh import _problem
+    from cuneigh._problem import Operands, Spec
+
+    tokens, dtype = entry["tokens"], entry["dtype"]
+    rank = len(tokens)
+    shape = (entry["batch"], *tokens, entry["heads"], entry["dim"])
+    rng = cupy.random.default_rng(1)
+    operands = [rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(3)]
+    window = {"kernel_size": tuple(entry["kernel"]), "dilation": tuple(entry["dilation"])}
+    spec = Spec(shape, dtype)
+    problem = _problem.attention_problem(
+        "bench",
+        "forward",
+        spec,
+        spec,
+        spec,
+        _problem.window_arguments(
+            "bench", rank, window["kernel_size"], 1, window["dilation"], False
+        ),
+        None,
+    )
+    function = (cuneigh.na1d, cuneigh.na2d, cuneigh.na3d)[rank - 1]
+    result = {name: value for name, value in entry.items() if not name.endswith("_ms")}
+    result["paper"] = {name: value for name, value in entry.items() if name.endswith("_ms")}
+    for name in runs:
+        backend, dtypes = RUNS[name]
+        if dtype not in dtypes:
+            continue
+        os.environ["CUNEIGH_ALLOW_TF32"] = str(int(name == "gemm_tf32"))
+
+        def call(backend: str = backend) -> Any:
+            return function(*operands, **window, backend=backend)
+
+        if name != "gemm_tf32":
+            check(problem, Operands(*operands), call())
+        result[f"{name}_ms"] = min(measure(call, budget_ms).values())
+    os.environ.pop("CUNEIGH_ALLOW_TF32", None)
+    return result
+
+
+def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The paper's statistic for each rank, dtype and backend: percent over its naive kernels."""
+    summary: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
+    kinds = defaultdict(list)
+    for result in results:
+        for name in RUNS:
+            if f"{name}_ms" in result and BASELINE in result["paper"]:
+                kinds[f"{len(result['tokens'])}d", result["dtype"], name].append(result)
+    for (rank, dtype, name), group in kinds.items():
+        faster = [100 * (r["paper"][BASELINE] / r[f"{name}_ms"] - 1) for r in group]
+        ratios = [r["paper"][PAPER[name]] / r[f"{name}_ms"] for r in group]
+        summary[rank][dtype][name] = {
+            "forward": {
+                "mean": round(statistics.fmean(faster), 1),
+                "min": round(min(faster), 1),
+                "max": round(max(faster), 1),
+                "problems": len(group),
+                "geomean_vs_paper": round(statistics.geometric_mean(ratios), 3),
+            }
+        }
+    return summary
+
+
+def plot(path: Path) -> None:
+    """Improvement over the paper's naive kernels by kernel size, one panel a rank and dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    problems = [p for p in json.loads(path.read_text())["problems"] if BASELINE in p["paper"]]
+    kinds = sorted({(len(p["tokens"]), p["dtype"]) for p in problems})
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 4), sharey=True)
+    for panel, (rank, dtype) in zip(panels, kinds, strict=True):
+        group = [p for p in problems if (len(p["tokens"]), p["dtype"]) == (rank, dtype)]
+        for name in (*RUNS, PAPER_GEMM):
+            points = defaultdict(list)
+            for p in group:
+                ms = p["paper"]["gemm_softmax_ms"] if name == PAPER_GEMM else p.get(f"{name}_ms")
+                if ms is not None:
+                    points[p["kernel"][0]].append(p["paper"][BASELINE] / ms)
+            if points:
+                sizes = sorted(points)
+                means = [statistics.geometric_mean(points[size]) for size in sizes]
+                style = "--" if name == PAPER_GEMM else "-"
+                panel.plot(sizes, means, style, marker="o", label=name)
+        panel.set(xscale="log", yscale="log", title=f"{rank}-D {dtype}", xlabel="kernel_size")
+        panel.axhline(1, color="gray", linewidth=0.5)
+        panel.legend()
+    panels[0].set_ylabel("times as fast as the paper's naive kernel")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+// What the kernels around the batched products share: tiles, their rows and their columns.
+//
+// A tile is a box of queries of one dilation group, for one batch entry and the query heads that
+// share a key head, and its halo: a box of keys that holds every window of those queries. Rows of a
+// tile are queries (member of the head group, then box in raster order), columns are keys (halo in
+// raster order, then the additional keys, then padding). The products of a tile are dense; the
+// kernels here turn them into what attention needs of them, where a hidden pair is a zero.
+//
+// struct Plan {
+//   static constexpr int kRank, kThreads;
+//   using Element;  dtype of the tensors
+//   ...             what one kernel alone knows
+// };
+#pragma once
+
+#include "cuneigh/boxes.cuh"
+#include "cuneigh/layout.cuh"
+#include "cuneigh/row.cuh"
+
+namespace cuneigh {
+
+// Its twin is `_record` in cuneigh/_backends/gemm. Problem::box and Problem::boxes are those of the
+// queries.
+template <int kRank>
+struct Tiles {
+  Problem<kRank> problem;
+  int halo[kRank];  // keys along each axis
+  int columns;      // row length of the matrices [tiles, rows, columns]
+  long long first;  // the first tile of this chunk
+  long long count;
+};
+static_assert(sizeof(Tiles<1>) == 88 && sizeof(Tiles<2>) == 128 && sizeof(Tiles<3>) == 160,
+              "the record that cuneigh/_backends/gemm packs has these sizes");
+
+template <typename Plan>
+using ConstView = View<const typename Plan::Element, Plan::kRank>;
+template <typename Plan>
+using MutableView = View<typename Plan::Element, Plan::kRank>;
+template <typename Plan>
+using NumberView = View<Accumulator<typename Plan::Element>, Plan::kRank>;
+template <typename Plan>
+using ConstNumberView = View<const Accumulator<typename Plan::Element>, Plan::kRank>;
+template <typename Plan>
+using BiasView = View<const typename Plan::Bias, Plan::kRank>;
+
+// Along one axis: the group index of the first key of the halo of the box that begins at `first`.
+// It is moved inwards so that no halo reaches past the end of a group that is long enough for it.
+__device__ inline int halo_begin(const Axis& axis, Place first, int halo) {
+  const int latest = axis.key_group_length(first.group) - halo;
+  return larger(0, smaller(axis.window(first.index, first.group).begin, latest));
+}
+
+// Where a tile lies.
+template <int kRank>
+struct Tile {
+  int batch, kv_head;
+  Place first[kRank];  // its first query
+  int halo[kRank];     // group index of its first key
+
+  __device__ Tile(const Tiles<kRank>& tiles, long long tile) {
+    const Problem<kRank>& problem = tiles.problem;
+#pragma unroll
+    for (int r = kRank - 1; r >= 0; --r) {
+      first[r] = box_place(problem.axes[r], int(tile % problem.boxes[r]), problem.box[r]);
+      halo[r] = halo_begin(problem.axes[r], first[r], tiles.halo[r]);
+      tile /= problem.boxes[r];
+    }
+    const int kv_heads = problem.heads / problem.group_size;
+    kv_head = int(tile % kv_heads);
+    batch = int(tile / kv_heads);
+  }
+};
+
+template <int kRank>
+__device__ int volume(const int (&extent)[kRank]) {
+  int product = 1;
+#pragma unroll
+  for (int r = 0; r < kRank; ++r) product *= extent[r];
+  return product;
+}
+
+// Coordinates in a box of the given extents.
+template <int kRank>
+struct Coordinates {
+  int at[kRank];
+
+  __device__ Coordinates(unsigned place, const int (&extent)[kRank]) {
+#pragma unroll
+    for (int r = kRank - 1; r > 0; --r) {
+      at[r] = place % unsigned(extent[r]);
+      place /= unsigned(extent[r]);
+    }
+    at[0] = place;
+  }
+  // To the next place in raster order.
+  __device__ void advance(const int (&extent)[kRank]) {
+    ++at[kRank - 1];
+#pragma unroll
+    for (int r = kRank - 1; r > 0; --r)
+      if (at[r] == extent[r]) {
+        at[r] = 0;
+        ++at[r - 1];
+      }
+  }
+};
+
+// What a row of a tile sees along one axis.
+struct Span {
+  int begin, end;  // visible keys, counted from the first of the halo
+  int relative;    // entry of rpb for the first key of the halo
+  int token;       // of the query; -1 past the end of the group
+};
+
+// The spans of all queries of a tile, axis by axis.
+template <int kRank, int kMostQueries>
+struct Spans {
+  Span span[kRank][kMostQueries];
+
+  // Every thread of the block must call it.
+  __device__ void fill(const Tiles<kRank>& tiles, const Tile<kRank>& tile) {
+#pragma unroll
+    for (int r = 0; r < kRank; ++r) {
+      const Axis& axis = tiles.problem.axes[r];
+      const int group = tile.first[r].group;
+      for (int i = threadIdx.x; i < tiles.problem.box[r]; i += blockDim.x) {
+        const int index = tile.first[r].index + i;
+        const bool exists = index < axis.group_length(group);
+        const Range window = axis.window(index, group);
+        span[r][i] = {window.begin - tile.halo[r], window.end - tile.halo[r],
+                      tile.halo[r] - index + axis.kernel_size - 1,
+                      exists ? axis.token({group, index}) : -1};
+      }
+    }
+    __syncthreads();
+  }
+};
+
+// One row of a tile.
+template <int kRank>
+struct TileRow {
+  int head;
+  bool exists;
+  Span span[kRank];
+  int token[kRank];
+
+  template <int kMostQueries>
+  __device__ TileRow(const Tiles<kRank>& tiles, const Tile<kRank>& tile,
+                     const Spans<kRank, kMostQueries>& spans, unsigned row) {
+    const unsigned queries = volume(tiles.problem.box);
+    head = tile.kv_head * tiles.problem.group_size + row / queries;
+    const Coordinates<kRank> query(row % queries, tiles.problem.box);
+    exists = true;
+#pragma unroll
+    for (int r = 0; r < kRank; ++r) {
+      span[r] = spans.span[r][query.at[r]];
+      token[r] = span[r].token;
+      exists &= token[r] >= 0;
+    }
+  }
+
+  // Whether it sees the key at these coordinates of the halo.
+  __device__ bool sees(const Coordinates<kRank>& key) const {
+    bool seen = true;
+#pragma unroll
+    for (int r = 0; r < kRank; ++r) seen &= key.at[r] >= span[r].begin && key.at[r] < span[r].end;
+    return seen;
+  }
+};
+
+// Calls visit(row) for the rows that this block takes of its tile. Block `blockIdx.x` takes a slice
+// of tile `blockIdx.x / slices`; a team of kLanes lanes takes a row.
+template <typename Plan, typename Visit>
+__device__ void for_each_row(const Tiles<Plan::kRank>& tiles, int slices, Visit visit) {
+  constexpr int kTeams = Plan::kThreads / Plan::kLanes;
+  __shared__ Spans<Plan::kRank, Plan::kMostQueries> spans_smem;
+  const unsigned tile_index = blockIdx.x / unsigned(slices);
+  const Tile<Plan::kRank> tile(tiles, tiles.first + tile_index);
+  spans_smem.fill(tiles, tile);
+  const int rows = volume(tiles.problem.box) * tiles.problem.group_size;
+  const int first = blockIdx.x % unsigned(slices) * kTeams + threadIdx.x / Plan::kLanes;
+  for (int row = first; row < rows; row += slices * kTeams)
+    visit(tile, TileRow<Plan::kRank>(tiles, tile, spans_smem, row),
+          ((long long)tile_index * rows + row) * tiles.columns);
+}
+
+// Which of the keys that kVector neighboring columns stand for a row sees, and their bias.
+template <typename Plan, int kVector>
+struct Sights {
+  using Number = Accumulator<typename Plan::Element>;
+  bool seen[kVector];
+  Number bias[kVector];
+  bool any;
+
+  __device__ Sights(const Tiles<Plan::kRank>& tiles, const TileRow<Plan::kRank>& row, int column,
+                    int keys, const BiasView<Plan>& rpb) {
+    Coordinates<Plan::kRank> key(column, tiles.halo);
+    any = false;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const bool in_halo = column + i < keys;
+      seen[i] =
+          row.exists && (in_halo ? row.sees(key) : column + i < keys + tiles.problem.additional);
+      any |= seen[i];
+      bias[i] = 0;
+      if constexpr (!kSame<typename Plan::Bias, void>) {
+        if (seen[i] && in_halo) {
+          int relative[Plan::kRank];
+#pragma unroll
+          for (int r = 0; r < Plan::kRank; ++r) relative[r] = row.span[r].relative + key.at[r];
+          bias[i] = convert<Number>(*rpb.at(0, relative, row.head));
+        }
+      }
+      key.advance(tiles.halo);
+    }
+  }
+};
+
+// What the weights of a tile are multiplied by where they are stored: in float16 small weights
+// would be subnormal. The product with the values takes it back.
+template <typename Element>
+__device__ constexpr float weight_factor() {
+  return kSame<Element, float16> ? 32768.0f : 1.0f;
+}
+
+}  // namespace cuneigh

@@ -1,0 +1,125 @@
+// Turns the dense logits of tiles into weights: scales them, adds the bias, takes the softmax over
+// the keys that each row sees and writes zeros for the others. Rows that stand for no query become
+// zeros. Weights may take the place of the logits.
+//
+// blockIdx.x: (tile, slice of its rows). A team of Plan::kLanes lanes takes a row and holds it in
+// Plan::kPackets packets a lane; if that is 0 the row is too long and is read twice.
+
+#include "cuneigh/gemm.cuh"
+#include "cuneigh/softmax.cuh"
+
+namespace cuneigh {
+
+template <typename Plan>
+struct SoftmaxArguments {
+  BiasView<Plan> rpb;
+  NumberView<Plan> lse;                               // may be null
+  const Accumulator<typename Plan::Element>* logits;  // [tiles, rows, columns]
+  typename Plan::Element* weights;                    // the same
+  long long slices;
+};
+
+template <int kLanes, typename Number>
+__device__ Number team_maximum(Number x) {
+  const unsigned first = threadIdx.x % 32 / kLanes * kLanes;
+  const unsigned mask = (0xffffffffu >> (32 - kLanes)) << first;
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const Number other = __shfl_xor_sync(mask, x, step);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+template <typename Plan>
+__global__ void __launch_bounds__(Plan::kThreads, 1)
+    gemm_softmax(const Tiles<Plan::kRank> tiles, const SoftmaxArguments<Plan> arguments) {
+  using Element = typename Plan::Element;
+  using Number = Accumulator<Element>;
+  using Lanes = Group<Plan::kLanes>;
+  constexpr int kVector = 16 / sizeof(Number);
+  constexpr int kStep = Plan::kLanes * kVector;  // columns of one packet of every lane
+  constexpr int kHeld = Plan::kPackets ? Plan::kPackets : 1;
+  using Logits = Packet<Number, kVector>;
+  using Weights = Packet<Element, kVector>;
+
+  const int keys = volume(tiles.halo);
+  const Number scale = Number(tiles.problem.scale);
+
+  for_each_row<Plan>(
+      tiles, arguments.slices,
+      [&](const Tile<Plan::kRank>& tile, const TileRow<Plan::kRank>& row, long long place) {
+        // The logits at `column` and what follows, -inf where the row does not see the key
+        auto load = [&](int column, Number(&logit)[kVector]) {
+          const Sights<Plan, kVector> sights(tiles, row, column, keys, arguments.rpb);
+          Logits packet;
+          if (sights.any)
+            packet = *reinterpret_cast<const Logits*>(arguments.logits + place + column);
+#pragma unroll
+          for (int i = 0; i < kVector; ++i)
+            logit[i] =
+                sights.seen[i] ? scale * packet.element[i] + sights.bias[i] : -infinity<Number>();
+        };
+        auto store = [&](int column, const Number(&weight)[kVector], Number factor) {
+          Weights packet;
+#pragma unroll
+          for (int i = 0; i < kVector; ++i)
+            packet.element[i] = convert<Element>(weight[i] * factor);
+          *reinterpret_cast<Weights*>(arguments.weights + place + column) = packet;
+        };
+        const int first = Lanes::lane() * kVector;
+        Number maximum = -infinity<Number>(), sum = 0;
+
+        if constexpr (Plan::kPackets > 0) {
+          Number held[kHeld][kVector];
+#pragma unroll
+          for (int p = 0; p < kHeld; ++p) {
+            if (first + p * kStep < tiles.columns) {
+              load(first + p * kStep, held[p]);
+            } else {
+#pragma unroll
+              for (int i = 0; i < kVector; ++i) held[p][i] = -infinity<Number>();
+            }
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) maximum = held[p][i] > maximum ? held[p][i] : maximum;
+          }
+          maximum = team_maximum<Plan::kLanes>(maximum);
+          const Number shift = maximum == -infinity<Number>() ? Number(0) : maximum;
+#pragma unroll
+          for (int p = 0; p < kHeld; ++p)
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+              held[p][i] = exponential(held[p][i] - shift);
+              sum += held[p][i];
+            }
+          sum = Lanes::sum(sum);
+          const Number factor = sum == 0 ? Number(0) : Number(weight_factor<Element>()) / sum;
+#pragma unroll
+          for (int p = 0; p < kHeld; ++p)
+            if (first + p * kStep < tiles.columns) store(first + p * kStep, held[p], factor);
+        } else {
+          Softmax<Number> softmax;
+          for (int column = first; column < tiles.columns; column += kStep) {
+            Number logit[kVector];
+            load(column, logit);
+            softmax.update(logit);
+          }
+          maximum = team_maximum<Plan::kLanes>(softmax.maximum);
+          const Number shift = maximum == -infinity<Number>() ? Number(0) : maximum;
+          sum = Lanes::sum(softmax.sum * exponential(softmax.maximum - shift));
+          const Number factor = sum == 0 ? Number(0) : Number(weight_factor<Element>()) / sum;
+          for (int column = first; column < tiles.columns; column += kStep) {
+            Number weight[kVector];
+            load(column, weight);
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) weight[i] = exponential(weight[i] - shift);
+            store(column, weight, factor);
+          }
+        }
+        if (arguments.lse.data && row.exists && Lanes::lane() == 0)
+          *arguments.lse.at(tile.batch, row.token, row.head) =
+              sum == 0 ? -infinity<Number>() : maximum + logarithm(sum);
+      });
+}
+
+}  // namespace cuneigh

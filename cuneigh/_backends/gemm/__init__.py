@@ -1,0 +1,346 @@
+"""Neighborhood attention as batched matrix products: the source paper's first formulation.
+
+Boxes of queries are multiplied with the halos of keys that they see, on cuBLAS; kernels around the
+products (`cuda/gemm_*.cu`) gather boxes and halos, turn dense logits into weights, and sum the
+gradients of halos per key in a fixed order. `_gemm_plan` cuts, `_walk` launches, `_cublas` calls.
+
+The products are dense, and hidden pairs are zeros in them: a non-finite *value* may reach queries
+whose halo held it though their window did not (0 * NaN is NaN), and so may, in gradients, any other
+non-finite operand. In a forward a non-finite key reaches only the queries whose window holds it.
+
+float32 is multiplied in float32. `CUNEIGH_ALLOW_TF32=1` in the environment allows cuBLAS to round
+the factors to TF32, about 2.5 times as fast. A call takes at most `CUNEIGH_WORKSPACE_BYTES` of
+workspace (512 MiB by default) and walks over its tiles in chunks that fit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from cuneigh import _gemm_plan, _jit
+from cuneigh._backends import naive
+from cuneigh._backends._arguments import Views, load_width, readable
+from cuneigh._backends.gemm import _walk
+from cuneigh._backends.gemm._walk import Matrix, Walk, held_packets, move_source, row_source
+from cuneigh._device import Device
+from cuneigh._gemm_plan import GemmPlan
+from cuneigh._problem import DTYPES, Operands, Problem
+
+if TYPE_CHECKING:
+    from cuneigh._backends import Allocate
+
+NAME = "gemm"
+
+
+def unsupported(problem: Problem, device: Device) -> str | None:
+    """Why this backend cannot run `problem` on `device`; None when it can."""
+    reason = naive.unsupported(problem, device)
+    if reason is not None or problem.is_empty:
+        return reason
+    limit = _gemm_plan.workspace_limit()
+    plan = plan_of(problem, contiguous=True)
+    if plan.bytes > limit:
+        return (
+            f"needs {plan.bytes} bytes of workspace, but may take {limit}; "
+            "CUNEIGH_WORKSPACE_BYTES raises that"
+        )
+    return None
+
+
+def predicted_ms(problem: Problem, device: Device) -> float:
+    """How long a call is expected to take, in milliseconds."""
+    return plan_of(problem, contiguous=True).milliseconds
+
+
+def plan_of(problem: Problem, contiguous: bool) -> GemmPlan:
+    return _gemm_plan.plan(
+        problem, _gemm_plan.workspace_limit(), _gemm_plan.allows_tf32(), contiguous
+    )
+
+
+def forward(
+    problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Allocate
+) -> None:
+    operands = Operands(*(readable(array, allocate) for array in operands))
+    walk = _walk_over(problem, allocate, *operands[:3], output)
+    query = walk.queries(operands.query)
+    key = walk.keys(operands.key, operands.additional_keys)
+    value = walk.keys(operands.value, operands.additional_values)
+    result = walk.queries(output)
+    logits = walk.dense(problem.accumulator)
+    weights = _in_place_of(logits, walk)
+    source = row_source(
+        problem, walk.plan, problem.rpb_dtype, packets=held_packets(problem, walk.plan)
+    )
+    views = Views(problem.rank)
+    views.bias(operands.rpb)
+    views.scalars(lse)
+    views.addresses(logits.buffer, weights.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(query, key, value)
+        chunk.multiply(logits, query, key, transpose_right=True)
+        chunk.row_kernel("gemm_softmax", source, views)
+        chunk.multiply(result, weights, value, factor=1 / weight_factor(problem))
+        chunk.scatter(result)
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    output: Any,
+    lse: Any,
+    grad_lse: Any,
+    gradients: Operands,
+    allocate: Allocate,
+) -> None:
+    operands = Operands(*(readable(array, allocate) for array in operands))
+    grad_output, output = readable(grad_output, allocate), readable(output, allocate)
+    walk = _walk_over(problem, allocate, *operands[:3], grad_output, gradients.query)
+    query = walk.queries(operands.query)
+    key = walk.keys(operands.key, operands.additional_keys)
+    value = walk.keys(operands.value, operands.additional_values)
+    grad_rows = walk.queries(grad_output)
+    grad_query = walk.queries(gradients.query)
+    logits, grad_weights = (walk.dense(problem.accumulator) for _ in range(2))
+    weights, grad_logits = _in_place_of(logits, walk), _in_place_of(grad_weights, walk)
+    sums = _HaloSums(walk, gradients)
+    delta = allocate(lse.shape, problem.accumulator) if problem.rpb_dtype else None
+    source = row_source(problem, walk.plan, problem.rpb_dtype)
+    views = Views(problem.rank)
+    views.bias(operands.rpb)
+    views.vectors(grad_output, output)
+    views.scalars(lse, grad_lse, delta)
+    views.addresses(logits.buffer, grad_weights.buffer, weights.buffer, grad_logits.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(query, key, value, grad_rows)
+        chunk.multiply(logits, query, key, transpose_right=True)
+        chunk.multiply(grad_weights, grad_rows, value, transpose_right=True)
+        chunk.row_kernel("gemm_gradient", source, views)
+        chunk.multiply(grad_query, grad_logits, key, factor=problem.scale)
+        chunk.scatter(grad_query)
+        sums.add_keys(chunk, grad_logits, query, problem.scale)
+        sums.add_values(chunk, weights, grad_rows, 1 / weight_factor(problem))
+    if problem.rpb_dtype:
+        naive.rpb_gradient(problem, operands, grad_output, lse, delta, gradients.rpb, allocate)
+
+
+def qk(problem: Problem, operands: Operands, logits: Any, allocate: Allocate) -> None:
+    operands = Operands(*(readable(array, allocate) for array in operands))
+    walk = _walk_over(problem, allocate, operands.query, operands.key)
+    query = walk.queries(operands.query)
+    key = walk.keys(operands.key, operands.additional_keys)
+    products = walk.dense(problem.accumulator)
+    source = row_source(problem, walk.plan, problem.rpb_dtype, kHiddenIsZero=False)
+    views = Views(problem.rank)
+    views.bias(operands.rpb)
+    views.vectors(logits)
+    views.addresses(products.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(query, key)
+        chunk.multiply(products, query, key, transpose_right=True)
+        chunk.row_kernel("gemm_select", source, views)
+
+
+def qk_backward(
+    problem: Problem,
+    operands: Operands,
+    grad_logits: Any,
+    gradients: Operands,
+    allocate: Allocate,
+) -> None:
+    operands = Operands(*(readable(array, allocate) for array in operands))
+    walk = _walk_over(problem, allocate, operands.query, operands.key, gradients.query)
+    query = walk.queries(operands.query)
+    key = walk.keys(operands.key, operands.additional_keys)
+    grad_query = walk.queries(gradients.query)
+    products = walk.dense(problem.dtype)
+    sums = _HaloSums(walk, gradients)
+    source = row_source(problem, walk.plan, None)
+    views = Views(problem.rank)
+    views.vectors(grad_logits)
+    views.addresses(products.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(query, key)
+        chunk.row_kernel("gemm_spread", source, views)
+        chunk.multiply(grad_query, products, key, factor=problem.scale)
+        chunk.scatter(grad_query)
+        sums.add_keys(chunk, products, query, problem.scale)
+    if problem.rpb_dtype:
+        naive.stored_rpb_gradient(problem, grad_logits, gradients.rpb, allocate)
+
+
+def av(problem: Problem, weights: Any, operands: Operands, output: Any, allocate: Allocate) -> None:
+    operands = Operands(*(readable(array, allocate) for array in operands))
+    walk = _walk_over(problem, allocate, operands.value, output)
+    value = walk.keys(operands.value, operands.additional_values)
+    result = walk.queries(output)
+    products = walk.dense(problem.dtype)
+    source = row_source(problem, walk.plan, None)
+    views = Views(problem.rank)
+    views.vectors(weights)
+    views.addresses(products.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(value)
+        chunk.row_kernel("gemm_spread", source, views)
+        chunk.multiply(result, products, value)
+        chunk.scatter(result)
+
+
+def av_backward(
+    problem: Problem,
+    weights: Any,
+    operands: Operands,
+    grad_output: Any,
+    grad_weights: Any,
+    gradients: Operands,
+    allocate: Allocate,
+) -> None:
+    operands = Operands(*(readable(array, allocate) for array in operands))
+    grad_output = readable(grad_output, allocate)
+    walk = _walk_over(problem, allocate, operands.value, grad_output)
+    value = walk.keys(operands.value, operands.additional_values)
+    grad_rows = walk.queries(grad_output)
+    products, spread = walk.dense(problem.accumulator), walk.dense(problem.dtype)
+    sums = _HaloSums(walk, gradients)
+    spread_source = row_source(problem, walk.plan, None)
+    select_source = row_source(problem, walk.plan, None, kHiddenIsZero=True)
+    spread_views, select_views = Views(problem.rank), Views(problem.rank)
+    spread_views.vectors(weights)
+    spread_views.addresses(spread.buffer)
+    select_views.bias(None)
+    select_views.vectors(grad_weights)
+    select_views.addresses(products.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(value, grad_rows)
+        chunk.multiply(products, grad_rows, value, transpose_right=True)
+        chunk.row_kernel("gemm_select", select_source, select_views)
+        chunk.row_kernel("gemm_spread", spread_source, spread_views)
+        sums.add_values(chunk, spread, grad_rows, 1.0)
+
+
+class _HaloSums:
+    """The gradients of keys and values, summed over the halos of all chunks."""
+
+    def __init__(self, walk: Walk, gradients: Operands) -> None:
+        self.gradients = gradients
+        uses_key, uses_value = _gemm_plan.USES[walk.problem.operation]
+        self.keys = walk.halo(walk.problem.head_dim) if uses_key else None
+        self.values = walk.halo(walk.problem.value_dim) if uses_value else None
+        self.partial: dict[Matrix, Any] = {}
+        if walk.plan.chunk < walk.plan.pair_tiles:
+            keys = math.prod(walk.problem.key_tokens) + (walk.problem.additional or 0)
+            for halo in (self.keys, self.values):
+                if halo is not None:
+                    self.partial[halo] = walk.allocate((keys, halo.width), halo.dtype)
+
+    def add_keys(
+        self, chunk: _walk.Chunk, grad_logits: Matrix, query: Matrix, factor: float
+    ) -> None:
+        assert self.keys is not None
+        chunk.multiply(self.keys, grad_logits, query, factor, transpose_left=True)
+        chunk.sum_halos(
+            self.keys,
+            self.gradients.key,
+            self.gradients.additional_keys,
+            self.partial.get(self.keys),
+        )
+
+    def add_values(
+        self, chunk: _walk.Chunk, weights: Matrix, grad_rows: Matrix, factor: float
+    ) -> None:
+        assert self.values is not None
+        chunk.multiply(self.values, weights, grad_rows, factor, transpose_left=True)
+        chunk.sum_halos(
+            self.values,
+            self.gradients.value,
+            self.gradients.additional_values,
+            self.partial.get(self.values),
+        )
+
+
+def weight_factor(problem: Problem) -> float:
+    """What weights are multiplied by where they are stored; cuda/cuneigh/gemm.cuh says why."""
+    return 32768.0 if problem.dtype == "float16" else 1.0
+
+
+def _in_place_of(product: Matrix, walk: Walk) -> Matrix:
+    """Where what becomes of a product is stored: in its place if numbers have the same size."""
+    return product if product.dtype == walk.problem.dtype else walk.dense(walk.problem.dtype)
+
+
+def _walk_over(problem: Problem, allocate: Allocate, *tokens: Any) -> Walk:
+    """A walk over `problem`, which reads and writes `tokens`."""
+    aligned = load_width(tokens) == 16
+    return Walk(problem, plan_of(problem, contiguous=aligned and _forward_steps(tokens)), allocate)
+
+
+def _forward_steps(tokens: tuple[Any, ...]) -> bool:
+    """Whether rows follow each other in memory without overlap, as cuBLAS asks."""
+    return all(
+        array.ndim == 4 and array.strides[1] >= array.shape[-1] * array.itemsize for array in tokens
+    )
+
+
+def kernels(problem: Problem) -> list[_jit.Kernel]:
+    """The kernels that `problem` needs when its arrays are contiguous."""
+    plan = plan_of(problem, contiguous=True)
+    rows = row_source(problem, plan, None)
+    biased = row_source(problem, plan, problem.rpb_dtype)
+    uses_key, uses_value = _gemm_plan.USES[problem.operation]
+    names: list[tuple[str, str]] = []
+    match problem.operation:
+        case "forward":
+            packets = held_packets(problem, plan)
+            source = row_source(problem, plan, problem.rpb_dtype, packets=packets)
+            names = [("gemm_softmax", source)]
+        case "backward":
+            names = [("gemm_gradient", biased)]
+        case "qk":
+            source = row_source(problem, plan, problem.rpb_dtype, kHiddenIsZero=False)
+            names = [("gemm_select", source)]
+        case "qk_backward" | "av":
+            names = [("gemm_spread", rows)]
+        case "av_backward":
+            source = row_source(problem, plan, None, kHiddenIsZero=True)
+            names = [("gemm_spread", rows), ("gemm_select", source)]
+    size = DTYPES[problem.dtype]
+    dims = [problem.head_dim] * uses_key + [problem.value_dim] * uses_value
+    if plan.direct:
+        names.append(("gemm_addresses", _walk.address_source()))
+    else:
+        gathered, scattered = {
+            "forward": ([problem.head_dim], [problem.value_dim]),
+            "backward": (dims, [problem.head_dim]),
+            "qk": (dims, []),
+            "qk_backward": (dims, dims),
+            "av": ([], dims),
+            "av_backward": (dims, []),
+        }[problem.operation]
+        for keys, packed in ((True, dims), (False, gathered)):
+            names += [
+                ("gemm_pack", move_source(problem, _vector(dim, size), kKeys=keys))
+                for dim in packed
+            ]
+        names += [("gemm_unpack", move_source(problem, _vector(dim, size))) for dim in scattered]
+    if problem.operation.endswith("backward"):
+        most = 16 // DTYPES[problem.accumulator]
+        names += [
+            ("gemm_halo_sum", move_source(problem, vector))
+            for vector in {min(_vector(dim, size), most) for dim in dims}
+        ]
+    found = [_jit.Kernel(name, source) for name, source in dict.fromkeys(names)]
+    if problem.rpb_dtype and problem.operation in ("backward", "qk_backward"):
+        found += [kernel for kernel in naive.kernels(problem) if kernel.name in NAIVE_KERNELS]
+    return found
+
+
+NAIVE_KERNELS = ("naive_backward_rpb", "naive_sum")
+"""Kernels of the naive backend that compute the gradient of rpb."""
+
+
+def _vector(dim: int, size: int) -> int:
+    """Elements of a contiguous row of `dim` that move together."""
+    bits = 16 | dim * size
+    return (bits & -bits) // size

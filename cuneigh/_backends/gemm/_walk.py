@@ -1,0 +1,352 @@
+"""A walk over the tiles of a problem, chunk by chunk: its matrices and what runs on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cuneigh import _gemm_plan, _jit
+from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width
+from cuneigh._backends.gemm import _cublas
+from cuneigh._device import cuda
+from cuneigh._gemm_plan import MOST_MATRICES, MOST_QUERIES, GemmPlan
+from cuneigh._problem import DTYPES, Problem
+
+if TYPE_CHECKING:
+    from cuneigh._backends import Allocate
+
+THREADS = 128
+"""Threads of a block of every kernel here."""
+
+ITEMS = 8
+"""Packets that a thread of the gathering kernels moves, rows that a team works on."""
+
+HELD_PACKETS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24)
+"""Packets of a row of logits that a lane can hold."""
+
+
+@dataclass(eq=False)
+class Matrix:
+    """One matrix [rows, width] of every tile: packed or computed in the workspace, or in place."""
+
+    rows: int
+    width: int
+    dtype: str
+    buffer: Any
+    """Workspace for the tiles of a chunk, or None in place."""
+    tokens: Any = None
+    """The array [batch, x1..xr, heads, width] whose tokens these are."""
+    additional: Any = None
+    is_halo: bool = False
+
+
+class Walk:
+    """The matrices of a problem, and its chunks. Matrices are declared first, then walked over."""
+
+    def __init__(self, problem: Problem, plan: GemmPlan, allocate: Allocate) -> None:
+        self.problem = problem
+        self.plan = plan
+        self.allocate = allocate
+        self.matrices: list[Matrix] = []
+        self.addresses: Any = None
+        """[matrices, tiles of a chunk], if tokens are multiplied in place."""
+
+    # Matrices
+
+    def dense(self, dtype: str) -> Matrix:
+        """A product of queries and keys: [rows, columns]."""
+        return self._declare(self._workspace(self.plan.rows, self.plan.columns, dtype))
+
+    def queries(self, tokens: Any) -> Matrix:
+        """The rows of the tile's queries in `tokens`, to be read or to be written."""
+        return self._declare(self._tokens(tokens, self.plan.rows))
+
+    def keys(self, tokens: Any, additional: Any) -> Matrix:
+        """The rows of the halo in `tokens`, and the additional ones."""
+        matrix = self._tokens(tokens, self.plan.columns)
+        matrix.additional, matrix.is_halo = additional, True
+        return self._declare(matrix)
+
+    def halo(self, width: int) -> Matrix:
+        """Gradients of the keys of the halo, to be summed."""
+        return self._declare(self._workspace(self.plan.columns, width, self.problem.accumulator))
+
+    def _tokens(self, tokens: Any, rows: int) -> Matrix:
+        if self.plan.direct:
+            return Matrix(rows, tokens.shape[-1], tokens.dtype.name, None, tokens)
+        matrix = self._workspace(rows, tokens.shape[-1], tokens.dtype.name)
+        matrix.tokens = tokens
+        return matrix
+
+    def _workspace(self, rows: int, width: int, dtype: str) -> Matrix:
+        return Matrix(rows, width, dtype, self.allocate((self.plan.chunk, rows, width), dtype))
+
+    def _declare(self, matrix: Matrix) -> Matrix:
+        self.matrices.append(matrix)
+        return matrix
+
+    def chunks(self) -> Iterator[Chunk]:
+        if self.plan.direct:
+            # Addresses are 64 bits long, for which every framework has float64
+            self.addresses = self.allocate((len(self.matrices), self.plan.chunk), "float64")
+        for tiles in self.plan.chunks():
+            chunk = Chunk(self, tiles)
+            if self.plan.direct:
+                chunk.locate()
+            yield chunk
+
+
+class Chunk:
+    """Some tiles of a walk. Everything is launched on the current stream."""
+
+    def __init__(self, walk: Walk, tiles: range) -> None:
+        self.walk = walk
+        self.problem, self.plan = walk.problem, walk.plan
+        self.tiles = tiles
+
+    def multiply(
+        self,
+        result: Matrix,
+        left: Matrix,
+        right: Matrix,
+        factor: float = 1.0,
+        transpose_left: bool = False,
+        transpose_right: bool = False,
+    ) -> None:
+        """``result = factor * left @ right`` in every tile."""
+        inner = left.rows if transpose_left else left.width
+        _cublas.multiply(
+            self._batch(result),
+            self._batch(left),
+            self._batch(right),
+            (result.rows, result.width, inner),
+            len(self.tiles),
+            factor,
+            compute_type(self.problem.dtype),
+            transpose_left,
+            transpose_right,
+        )
+
+    def _batch(self, matrix: Matrix) -> _cublas.Matrices:
+        if not self.plan.direct:
+            step = matrix.rows * matrix.width
+            return _cublas.Matrices(matrix.buffer.data.ptr, matrix.width, step, matrix.dtype)
+        row = matrix.width
+        if matrix.buffer is None:
+            row = matrix.tokens.strides[1] // matrix.tokens.itemsize
+            row *= self.problem.axes[0].dilation
+        place = self.walk.matrices.index(matrix)
+        data = self.walk.addresses.data.ptr + 8 * place * len(self.tiles)
+        return _cublas.Matrices(data, row, None, matrix.dtype)
+
+    def locate(self) -> None:
+        """Write the addresses of every matrix of every tile."""
+        located = np.zeros((MOST_MATRICES, 6), np.int64)
+        for words, matrix in zip(located, self.walk.matrices, strict=False):
+            if matrix.buffer is not None:
+                step = matrix.rows * matrix.width * DTYPES[matrix.dtype]
+                words[:] = matrix.buffer.data.ptr, 0, 0, 0, step, 0
+            else:
+                batch, token, head, _ = matrix.tokens.strides
+                words[:] = matrix.tokens.data.ptr, batch, token, head, 0, matrix.is_halo
+        words = np.append(located.ravel(), self.walk.addresses.data.ptr)
+        self._run(
+            "gemm_addresses",
+            address_source(),
+            (math.ceil(len(self.tiles) / THREADS), len(self.walk.matrices)),
+            words.view(f"V{words.nbytes}"),
+        )
+
+    def gather(self, *matrices: Matrix) -> None:
+        """Pack the tokens of these matrices, unless they are multiplied in place."""
+        for matrix in matrices:
+            if matrix.buffer is None:
+                continue
+            vector = load_width((matrix.tokens, matrix.additional)) // DTYPES[matrix.dtype]
+            views = Views(self.problem.rank)
+            views.vectors(matrix.tokens)
+            views.additional(matrix.additional)
+            views.addresses(matrix.buffer)
+            slices = _slices(matrix.rows * matrix.width // vector, THREADS * ITEMS)
+            self._launch(
+                "gemm_pack",
+                move_source(self.problem, vector, kKeys=matrix.is_halo),
+                views,
+                slices,
+                matrix.width,
+                slices,
+            )
+
+    def scatter(self, *matrices: Matrix) -> None:
+        """Bring computed rows of queries back to their tokens."""
+        for matrix in matrices:
+            if matrix.buffer is None:
+                continue
+            vector = load_width((matrix.tokens,)) // DTYPES[matrix.dtype]
+            views = Views(self.problem.rank)
+            views.vectors(matrix.tokens)
+            views.addresses(matrix.buffer)
+            slices = _slices(matrix.rows * matrix.width // vector, THREADS * ITEMS)
+            self._launch(
+                "gemm_unpack",
+                move_source(self.problem, vector),
+                views,
+                slices,
+                matrix.width,
+                slices,
+            )
+
+    def sum_halos(self, halo: Matrix, target: Any, additional: Any, partial: Any) -> None:
+        """Add the gradients of the halos of this chunk up into those of the keys."""
+        problem, plan = self.problem, self.plan
+        width = load_width((target, additional))
+        vector = min(width // DTYPES[problem.dtype], 16 // DTYPES[problem.accumulator])
+        views = Views(problem.rank)
+        views.vectors(target)
+        views.additional(additional)
+        views.addresses(halo.buffer, partial)
+        first = self.tiles.start // plan.pair_tiles
+        pairs = (self.tiles.stop - 1) // plan.pair_tiles + 1 - first
+        keys = math.prod(problem.key_tokens) + (problem.additional or 0)
+        threads = pairs * keys * halo.width // vector
+        self._launch(
+            "gemm_halo_sum",
+            move_source(problem, vector),
+            views,
+            None,
+            halo.width,
+            self.tiles.start % plan.pair_tiles != 0,
+            self.tiles.stop % plan.pair_tiles == 0,
+            blocks=math.ceil(threads / THREADS),
+        )
+
+    def row_kernel(self, name: str, source: str, views: Views) -> None:
+        """Launch a kernel that takes the rows of the tiles one by one."""
+        slices = _slices(self.plan.rows, ITEMS * THREADS // lanes(self.problem, self.plan))
+        self._launch(name, source, views, slices, slices)
+
+    def _launch(
+        self,
+        name: str,
+        source: str,
+        views: Views,
+        slices: int | None,
+        *numbers: int,
+        blocks: int = 0,
+    ) -> None:
+        """Launch `slices` blocks a tile, or `blocks`; `numbers` follow the views."""
+        words = np.array([*views.words, *numbers], np.int64)
+        if slices is not None:
+            blocks = slices * len(self.tiles)
+        self._run(name, source, (blocks, 1), words.view(f"V{words.nbytes}"))
+
+    def _run(self, name: str, source: str, grid: tuple[int, int], arguments: Any) -> None:
+        import cupy
+
+        record = _record(self.problem, self.plan).copy()
+        record["first"], record["count"] = self.tiles.start, len(self.tiles)
+        kernel = _jit.load(_jit.Kernel(name, source), cuda(cupy.cuda.device.get_device_id()))
+        kernel(grid, (THREADS,), (record, arguments))
+
+
+def _slices(work: int, share: int) -> int:
+    return max(1, math.ceil(work / share))
+
+
+def compute_type(dtype: str) -> int:
+    """The precision in which cuBLAS multiplies."""
+    if dtype == "float64":
+        return _cublas.FLOAT64
+    if dtype == "float32":
+        return _cublas.FLOAT32_TF32 if _gemm_plan.allows_tf32() else _cublas.FLOAT32_EXACT
+    return _cublas.FLOAT32
+
+
+# What is compiled into the kernels
+
+
+def move_source(problem: Problem, vector: int, **flags: bool) -> str:
+    """`struct Plan` of the kernels that move rows of tokens."""
+    return _source(problem, {"kVector": vector}, flags)
+
+
+def row_source(
+    problem: Problem, plan: GemmPlan, bias: str | None, packets: int | None = None, **flags: bool
+) -> str:
+    """`struct Plan` of the kernels that take the rows of tiles."""
+    numbers = {"kLanes": lanes(problem, plan), "kMostQueries": MOST_QUERIES}
+    if packets is not None:
+        numbers["kPackets"] = packets
+    return f"{_source(problem, numbers, flags)}\nusing Bias = {bias or 'void'};"
+
+
+def address_source() -> str:
+    return (
+        f"static constexpr int kThreads = {THREADS};\nstatic constexpr int kMost = {MOST_MATRICES};"
+    )
+
+
+def _source(problem: Problem, numbers: dict[str, int], flags: dict[str, bool]) -> str:
+    numbers = {"kRank": problem.rank, "kThreads": THREADS, **numbers}
+    lines = [f"static constexpr int {name} = {value};" for name, value in numbers.items()]
+    lines += [
+        f"static constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()
+    ]
+    lines.append(f"using Element = {problem.dtype};")
+    return "\n".join(lines)
+
+
+def lanes(problem: Problem, plan: GemmPlan) -> int:
+    """Lanes that share a row: as few as hold it in four packets each."""
+    packets = plan.columns * DTYPES[problem.accumulator] // 16
+    return next((lanes for lanes in (4, 8, 16) if packets <= 4 * lanes), 32)
+
+
+def held_packets(problem: Problem, plan: GemmPlan) -> int:
+    """Packets of a row that a lane holds; 0 if a row is too long for that."""
+    packets = plan.columns * DTYPES[problem.accumulator] // 16
+    needed = math.ceil(packets / lanes(problem, plan))
+    return next((held for held in HELD_PACKETS if held >= needed), 0)
+
+
+@lru_cache(maxsize=1024)
+def _record(problem: Problem, plan: GemmPlan) -> np.ndarray[Any, Any]:
+    """`Tiles` of cuda/cuneigh/gemm.cuh."""
+    rank = problem.rank
+    inner = np.dtype(
+        [
+            ("axes", AXIS, (rank,)),
+            ("box", "i4", (rank,)),
+            ("boxes", "i4", (rank,)),
+            *((name, "i4") for name in ("batch", "heads", "group_size")),
+            *((name, "i4") for name in ("head_dim", "value_dim", "additional")),
+            ("scale", "f8"),
+        ],
+        align=True,
+    )
+    record = np.zeros(
+        1,
+        np.dtype(
+            [
+                ("problem", inner),
+                ("halo", "i4", (rank,)),
+                ("columns", "i4"),
+                ("first", "i8"),
+                ("count", "i8"),
+            ],
+            align=True,
+        ),
+    )
+    fields = record["problem"]
+    fields["axes"] = [axis_record(axis) for axis in problem.axes]
+    fields["box"], fields["boxes"] = plan.box, plan.boxes
+    for name in ("batch", "heads", "group_size", "head_dim", "value_dim", "scale"):
+        fields[name] = getattr(problem, name)
+    fields["additional"] = problem.additional or 0
+    record["halo"], record["columns"] = plan.halo, plan.columns
+    return record
