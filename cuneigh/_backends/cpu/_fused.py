@@ -1,0 +1,177 @@
+"""Neighborhood attention and its backward, box by box.
+
+Softmax needs no maximum as long as exponentials and sums stay in the range of the dtype, which one
+look at the sums tells. Only a box in which they do not is computed again, with the maximum of each
+row that needs it subtracted; whether a row does depends on what that row sees and on nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cuneigh._backends.cpu._gradients import Parts, Sums, bias_part, halo_parts
+from cuneigh._backends.cpu._products import (
+    Halo,
+    Workspace,
+    drop_repeated_queries,
+    for_each_box,
+    hide,
+    read_halo,
+    read_tile,
+    tables,
+    transposed,
+    view_tile,
+    visible,
+    write_tile,
+)
+from cuneigh._backends.cpu._rows import Array, Rows
+from cuneigh._backends.cpu._tiles import Box
+from cuneigh._problem import Operands, Problem
+
+LOWEST_SUM, HIGHEST_SUM = 1e-10, 1e20
+"""Between these, the sum of a row's exponentials shows that it needs no maximum."""
+
+HIGHEST_PEAK = 47.0
+"""Magnitude of a row's maximum from which it is subtracted. A row whose sum is between the bounds
+has a smaller one, unless it has 1e10 keys, so that it gets the same bits either way."""
+
+
+@np.errstate(all="ignore")
+def forward(
+    problem: Problem, operands: Operands, output: Array, lse: Array | None, allocate: Any
+) -> None:
+    inputs = tables(operands)
+    bias = flat_bias(problem, operands.rpb)
+    out_rows, lse_rows = Rows(output), None if lse is None else Rows(lse[..., None])
+
+    def compute(box: Box, space: Workspace) -> None:
+        keys = read_halo(box, inputs.key, inputs.additional_keys, space, "key", vectors=False)
+        values = read_halo(
+            box, inputs.value, inputs.additional_values, space, "value", vectors=True
+        )
+        tile = view_tile(box, inputs.query, space, "query")
+        columns = transposed(box, tile, problem.scale, space, "query columns")
+        weights = space("weights", *box.lead, box.keys, box.width)
+
+        out = space("output", *box.lead, box.width, problem.value_dim)
+
+        def fill() -> None:
+            fill_logits(box, keys, columns, bias, weights)
+            hide(box, weights)
+
+        def attend() -> tuple[Array, Array]:
+            np.exp(weights, out=weights)
+            return column_sums(weights), values.sums(box, weights, out)
+
+        fill()
+        shift: Array | int = 0
+        total, sums = attend()
+        finite = np.isfinite(sums)
+        if not (finite.all() and total.min() >= LOWEST_SUM and total.max() <= HIGHEST_SUM):
+            fill()
+            peak = weights.max(-2)
+            needed = ~finite.all(-1) | (np.abs(peak) > HIGHEST_PEAK)
+            shift = np.where(needed & (peak != -np.inf), peak, 0)
+            np.subtract(weights, shift[..., None, :], out=weights)
+            total, sums = attend()
+        sums *= (1 / np.where(total == 0, 1, total))[..., None]
+        write_tile(box, out_rows, sums)
+        if lse_rows is not None:
+            write_tile(box, lse_rows, (np.log(total) + shift)[..., None])
+
+    for_each_box(problem, allocate, compute)
+
+
+@np.errstate(all="ignore")
+def backward(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Array,
+    output: Array,
+    lse: Array,
+    grad_lse: Array | None,
+    gradients: Operands,
+    allocate: Any,
+) -> None:
+    inputs = tables(operands)
+    bias = flat_bias(problem, operands.rpb)
+    out_rows, grad_rows, query_gradient = Rows(output), Rows(grad_output), Rows(gradients.query)
+    lse_rows = Rows(lse[..., None])
+    grad_lse_rows = None if grad_lse is None else Rows(grad_lse[..., None])
+
+    def compute(box: Box, space: Workspace) -> Parts:
+        keys = read_halo(box, inputs.key, inputs.additional_keys, space, "key", vectors=True)
+        values = read_halo(
+            box, inputs.value, inputs.additional_values, space, "value", vectors=False
+        )
+        query = read_tile(box, inputs.query, space, "query")
+        grad_out = read_tile(box, grad_rows, space, "grad output")
+        delta = row_sums(grad_out, read_tile(box, out_rows, space, "output"))
+        if grad_lse_rows is not None:
+            delta -= read_tile(box, grad_lse_rows, space, "grad lse")[..., 0]
+        drop_repeated_queries(box, grad_out)
+        drop_repeated_queries(box, delta[..., None])
+
+        columns = transposed(box, query, problem.scale, space, "query columns")
+        weights = space("weights", *box.lead, box.keys, box.width)
+        row_lse = read_tile(box, lse_rows, space, "lse")[..., 0]
+        row_lse[row_lse == -np.inf] = 0
+        fill_logits(box, keys, columns, bias, weights)
+        weights -= row_lse[..., None, :]
+        hide(box, weights)
+        np.exp(weights, out=weights)
+        value, additional_values = halo_parts(box, weights, grad_out, space, "grad value")
+
+        columns = transposed(box, grad_out, 1, space, "grad output columns")
+        slopes = values.times(columns, space("slopes", *weights.shape))
+        slopes -= delta[..., None, :]
+        slopes *= weights
+        if not np.isfinite(column_sums(slopes)).all():
+            np.copyto(slopes[..., : box.halo, :], 0, where=~visible(box))  # not 0 * inf
+        grad_query = keys.sums(box, slopes, space("grad query", *query.shape))
+        grad_query *= problem.scale
+        write_tile(box, query_gradient, grad_query)
+        query *= problem.scale
+        key, additional_keys = halo_parts(box, slopes, query, space, "grad key")
+        rpb = None if bias is None else bias_part(box, slopes)
+        return Parts(box, key, value, additional_keys, additional_values, rpb)
+
+    shared = Sums(problem, gradients, allocate)
+    for_each_box(problem, allocate, compute, shared.add)
+    shared.store()
+
+
+def flat_bias(problem: Problem, rpb: Array | None) -> Array | None:
+    """``[heads, offsets]``: rpb in the dtype of the accumulator."""
+    return None if rpb is None else rpb.reshape(problem.heads, -1).astype(problem.accumulator)
+
+
+def fill_logits(box: Box, keys: Halo, columns: Array, bias: Array | None, logits: Array) -> None:
+    """Fill ``logits[lead, keys, width]`` from scaled queries ``columns[lead, dim, width]``."""
+    keys.times(columns, logits)
+    if bias is not None:
+        grouped = logits.reshape(*box.lead, box.keys, box.group_size, box.queries)
+        grouped[..., : box.halo, :, :] += tile_bias(box, bias)
+
+
+def tile_bias(box: Box, bias: Array) -> Array:
+    """``[tiles.., kv_heads, keys of the halo, group_size, queries]`` of `bias`."""
+    index = box.bias_index
+    by_head = bias[box.heads.start : box.heads.stop, index]
+    grouped = by_head.reshape(-1, box.group_size, *index.shape)
+    rank = len(box.strips)
+    return np.moveaxis(grouped, (0, 1), (rank, rank + 2))
+
+
+def column_sums(array: Array) -> Array:
+    """``array.sum(-2)``, on BLAS: several times as fast."""
+    sums: Array = np.ones(array.shape[-2], array.dtype) @ array
+    return sums
+
+
+def row_sums(a: Array, b: Array) -> Array:
+    """The sums of ``a * b`` over the last axis."""
+    sums: Array = np.einsum("...i,...i->...", a, b)
+    return sums

@@ -1,0 +1,117 @@
+"""Gradients of what many boxes share: keys, values, additional ones and rpb.
+
+A box computes its part of each; `Sums` adds the parts of all boxes in the order of the boxes, so
+that the sums do not depend on the threads that computed them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuneigh._backends.cpu._products import Workspace, confined_product, visible
+from cuneigh._backends.cpu._rows import Array
+from cuneigh._backends.cpu._tiles import Box
+from cuneigh._problem import Operands, Problem
+
+
+class Parts(NamedTuple):
+    """What one box adds to the gradients; None where it adds nothing."""
+
+    box: Box
+    key: Array | None = None
+    """``[lead, keys of the halo, dim]``, like `value`."""
+    value: Array | None = None
+    additional_keys: Array | None = None
+    """``[batch, additional keys, kv_heads, dim]``, like `additional_values`."""
+    additional_values: Array | None = None
+    rpb: Array | None = None
+    """``[heads, offsets]``"""
+
+
+def halo_parts(
+    box: Box, weights: Array, rows: Array, space: Workspace, name: str
+) -> tuple[Array, Array | None]:
+    """The gradients that ``weights[lead, keys, width]`` bring to the keys of the halos and to the
+    additional ones, laid out as in `Parts`, from what the queries hold, ``rows[lead, width, dim]``.
+    """
+    out = space(name, *box.lead, box.halo, rows.shape[-1])
+    part = confined_product(weights[..., : box.halo, :], rows, lambda: visible(box), out)
+    if not box.additional:
+        return part, None
+    tiles = tuple(range(1, 1 + len(box.strips)))
+    return part, np.matmul(weights[..., box.halo :, :], rows).sum(tiles).swapaxes(1, 2)
+
+
+def bias_part(box: Box, gradients: Array) -> Array:
+    """``[heads, offsets]`` from the gradients of the logits, which are [lead, keys, width]."""
+    index = box.bias_index
+    rank, group_size = len(box.strips), box.group_size
+    gradients = gradients[..., : box.halo, :]
+    grouped = gradients.reshape(*gradients.shape[:-1], group_size, box.queries)
+    # Tiles in which every pair has the same offset are summed first.
+    alike = (r + 1 for r in range(rank) if index.shape[r] == 1)
+    grouped = grouped.sum((0, *alike), keepdims=True)[0]
+    by_head = np.moveaxis(grouped, (rank, rank + 2), (0, 1)).reshape(-1, *index.shape)
+    offsets = index.ravel()
+    count = math.prod(2 * strip.axis.kernel_size - 1 for strip in box.strips)
+    return np.array([np.bincount(offsets, head.ravel(), count) for head in by_head])
+
+
+class Sums:
+    """The gradients that boxes share, of which every box adds its part."""
+
+    def __init__(self, problem: Problem, gradients: Operands, allocate: Any) -> None:
+        self._gradients = gradients._replace(query=None)
+        self._sums = Operands(
+            *(
+                None if gradient is None else self._zeros(gradient, problem, allocate)
+                for gradient in self._gradients
+            )
+        )
+
+    @staticmethod
+    def _zeros(gradient: Array, problem: Problem, allocate: Any) -> Array:
+        """Zeros to add to: the gradient itself, unless its dtype is too narrow."""
+        if gradient.dtype != problem.accumulator:
+            gradient = allocate(gradient.shape, problem.accumulator)
+        gradient[...] = 0
+        return gradient
+
+    def add(self, parts: Parts) -> None:
+        box = parts.box
+        batch = slice(box.batch.start, box.batch.stop)
+        kv_heads = slice(box.kv_heads.start, box.kv_heads.stop)
+        heads = slice(box.heads.start, box.heads.stop)
+        if parts.key is not None:
+            add_halos(box, self._sums.key[batch, ..., kv_heads, :], parts.key)
+        if parts.value is not None:
+            add_halos(box, self._sums.value[batch, ..., kv_heads, :], parts.value)
+        if parts.additional_keys is not None:
+            self._sums.additional_keys[batch, :, kv_heads] += parts.additional_keys
+        if parts.additional_values is not None:
+            self._sums.additional_values[batch, :, kv_heads] += parts.additional_values
+        if parts.rpb is not None:
+            self._sums.rpb[heads] += parts.rpb.reshape(self._sums.rpb[heads].shape)
+
+    def store(self) -> None:
+        """Bring the sums to where they belong."""
+        for gradient, total in zip(self._gradients, self._sums, strict=True):
+            if gradient is not None and gradient is not total:
+                gradient[...] = total
+
+
+def add_halos(box: Box, total: Array, part: Array) -> None:
+    """Add ``part[lead, keys of the halo, dim]`` to ``total[batch, tokens.., kv_heads, dim]``."""
+    batch, *tiles, kv_heads = box.lead
+    sizes = [strip.keys for strip in box.strips]
+    part = part.reshape(batch, *tiles, kv_heads, *sizes, part.shape[-1])
+    part = np.moveaxis(part, (0, 1 + len(tiles)), (len(tiles), -2))
+    slices = [strip.key_slices() for strip in box.strips]
+    for tile in itertools.product(*map(range, tiles)):
+        tokens = (along[n] for along, n in zip(slices, tile, strict=True))
+        place = total[slice(None), *tokens]
+        place += part[tile][*(slice(size) for size in place.shape)]

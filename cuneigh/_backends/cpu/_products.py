@@ -1,0 +1,211 @@
+"""The arrays of a box: what its queries and its halos hold, their products, who sees whom.
+
+`lead` stands for the leading axes ``batch, tiles_1, .., tiles_R, kv_heads`` of a box (`Box.lead`)
+and `width` for the query heads of a key head times the queries of a tile. Logits are laid out
+``[lead, keys, width]``, the additional keys last: for this order only the small matrix of queries
+must be transposed before OpenBLAS multiplies at full speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from cuneigh._backends.cpu._rows import Array, Rows
+from cuneigh._backends.cpu._threads import in_order
+from cuneigh._backends.cpu._tiles import Booleans, Box, boxes
+from cuneigh._problem import Operands, Problem
+
+Result = TypeVar("Result")
+
+ALIGNMENT = 64
+"""Bytes of a vector register. Products of unaligned matrices take up to a third longer."""
+
+
+class Workspace:
+    """Aligned arrays by name, which are used again from box to box; they may hold anything."""
+
+    def __init__(self, allocate: Any, dtype: str) -> None:
+        self._allocate = allocate
+        self._name, self.dtype = dtype, np.dtype(dtype)
+        self._spare = ALIGNMENT // self.dtype.itemsize
+        self._arrays: dict[str, Array] = {}
+
+    def __call__(self, name: str, *shape: int) -> Array:
+        size = math.prod(shape)
+        array = self._arrays.get(name)
+        if array is None or array.size < size:
+            array = self._allocate((size + self._spare,), self._name)
+            start = -array.ctypes.data % ALIGNMENT // array.itemsize
+            self._arrays[name] = array = array[start : start + size]
+        return array[:size].reshape(shape)
+
+
+def for_each_box(
+    problem: Problem,
+    allocate: Any,
+    compute: Callable[[Box, Workspace], Result],
+    collect: Callable[[Result], None] = lambda result: None,
+) -> None:
+    """``collect(compute(box, space))`` for all boxes of `problem`, `compute` in several threads."""
+    in_order(compute, boxes(problem), lambda: Workspace(allocate, problem.accumulator), collect)
+
+
+# What queries and halos hold
+
+
+def tables(operands: Operands) -> Operands:
+    """`Rows` of every operand but rpb; None for those that are absent or empty."""
+    arrays = operands._replace(rpb=None)
+    present = (array is not None and array.size > 0 for array in arrays)
+    return Operands(*(Rows(a) if there else None for a, there in zip(arrays, present, strict=True)))
+
+
+def read_tile(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
+    """``[lead, width, dim]``: what the queries of `box` hold."""
+    out = space(name, *tile_shape(box), rows.dim)
+    return rows.read(box.query_place, out).reshape(*box.lead, box.width, rows.dim)
+
+
+def view_tile(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
+    """``[batch, tiles.., heads, queries, dim]``: the same, without a copy where possible."""
+    view = rows.view(box.query_place)
+    return read_tile(box, rows, space, name) if view is None else view
+
+
+def write_tile(box: Box, rows: Rows, values: Array) -> None:
+    """Store ``values[lead, width, dim]`` for the queries of `box`."""
+    rows.write(box.query_place, values.reshape(*tile_shape(box), rows.dim))
+
+
+def tile_shape(box: Box) -> tuple[int, ...]:
+    """``batch, tiles.., heads, queries``"""
+    return *box.lead[:-1], len(box.heads), box.queries
+
+
+def drop_repeated_queries(box: Box, tile: Array) -> None:
+    """Set ``tile[lead, width, dim]`` to 0 for the queries that fill up the last tile of a group."""
+    valid = box.query_place.valid
+    if valid is not None:
+        grouped = tile.reshape(*box.lead, -1, box.queries, tile.shape[-1])
+        np.copyto(grouped, 0, where=~valid[..., None, None, :, None])
+
+
+def transposed(box: Box, tile: Array, factor: float, space: Workspace, name: str) -> Array:
+    """``[lead, dim, width]``: `factor` times what `read_tile` or `view_tile` returned."""
+    dim = tile.shape[-1]
+    grouped = tile.reshape(*box.lead, box.group_size, box.queries, dim)
+    out = space(name, *box.lead, dim, box.width)
+    np.copyto(out.reshape(*box.lead, dim, -1, box.queries), np.moveaxis(grouped, -1, -3))
+    return np.multiply(out, factor, out=out)
+
+
+class Halo(NamedTuple):
+    """``[lead, keys, dim]``: what the keys of the halos hold, and what the additional ones do."""
+
+    tokens: Array
+    additional: Array | None
+
+    def times(self, columns: Array, out: Array) -> Array:
+        """``[lead, keys, width]``: the product with `columns`, [lead, dim, width]."""
+        size = self.tokens.shape[-2]
+        np.matmul(self.tokens, columns, out=out[..., :size, :])
+        if self.additional is not None:
+            np.matmul(self.additional, columns, out=out[..., size:, :])
+        return out
+
+    def sums(self, box: Box, weights: Array, out: Array) -> Array:
+        """``[lead, width, dim]``: sums over keys by `weights`, which are [lead, keys, width]."""
+        weights = weights.swapaxes(-1, -2)
+
+        def seen() -> Booleans:
+            return visible(box).swapaxes(-1, -2)
+
+        confined_product(weights[..., : box.halo], self.tokens, seen, out)
+        if self.additional is not None:
+            out += np.matmul(weights[..., box.halo :], self.additional)
+        return out
+
+
+def read_halo(
+    box: Box, rows: Rows, additional: Rows | None, space: Workspace, name: str, *, vectors: bool
+) -> Halo:
+    """What the keys of `box` hold in `rows` and `additional`.
+
+    `vectors` says that `Halo.sums` will be called: BLAS then loads whole vectors, which want to be
+    aligned, while single numbers for `Halo.times` may come from anywhere.
+    """
+    tokens = None if vectors else view_halo(box, rows, space)
+    if tokens is None:
+        tokens = copy_halo(box, rows, space, name)
+    if additional is None:
+        return Halo(tokens, None)
+    batch, *tiles, kv_heads = box.lead
+    out = space(f"additional {name}", batch, 1, kv_heads, box.additional, rows.dim)
+    additional.read(box.additional_place, out)
+    return Halo(tokens, out.reshape(batch, *(1 for _ in tiles), *out.shape[2:]))
+
+
+def view_halo(box: Box, rows: Rows, space: Workspace) -> Array | None:
+    """``[lead, keys of the halo, dim]``; None unless BLAS can read the array as it is."""
+    view = rows.view(box.key_place)
+    if view is None or view.dtype != space.dtype:
+        return None
+    return view if view.strides[-2] >= rows.dim * view.itemsize else None
+
+
+def copy_halo(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
+    """``[lead, keys of the halo, dim]``; what overlaps along the first axis is copied once."""
+    if box.key_region is None:
+        return rows.read(box.key_place, space(name, *box.lead, box.halo, rows.dim))
+    place, step = box.key_region
+    batch, along, *tiles, kv_heads = box.lead
+    size = step * (along - 1) + box.halo
+    region = rows.read(place, space(name, batch, 1, *tiles, kv_heads, size, rows.dim))
+    strides = list(region.strides)
+    strides[1] = step * strides[-2]
+    return as_strided(region, (*box.lead, box.halo, rows.dim), strides)
+
+
+# Who sees whom
+
+
+def hide(box: Box, logits: Array) -> None:
+    """Set the ``logits[lead, keys, width]`` of hidden pairs to -inf, whatever they are.
+
+    NaN becomes inf where it is seen, which softmax makes NaN again.
+    """
+    grouped = logits.reshape(*logits.shape[:-1], -1, box.queries)
+    for keys, bound in box.bounds:
+        part = grouped[..., keys, :, :]
+        np.fmin(part, bound[..., None, :, None, :], out=part)
+
+
+def visible(box: Box) -> Booleans:
+    """``[tiles.., 1, keys of the halo, width]``: who sees whom; axes of length 1 stand for any."""
+    visible = np.repeat(box.visible()[..., None, :, None, :], box.group_size, -2)
+    return visible.reshape(*visible.shape[:-2], box.width)
+
+
+def confined_product(
+    weights: Array, rows: Array, seen: Callable[[], Booleans], out: Array
+) -> Array:
+    """``weights @ rows``, where 0 * inf counts as 0 in terms that are not `seen`.
+
+    Their weights are 0, so that this concerns infinities and NaN in `rows` alone.
+    """
+    np.matmul(weights, rows, out=out)
+    if np.isfinite(out).all():
+        return out
+    stray = ~np.isfinite(rows)
+    np.matmul(weights, np.where(stray, 0, rows), out=out)
+    visible = seen()
+    for term in np.flatnonzero(stray.any(axis=(*range(stray.ndim - 2), -1))):
+        reached = visible[..., term, None] & stray[..., None, term, :]
+        product = weights[..., term, None] * rows[..., None, term, :]
+        np.add(out, product, out=out, where=reached)
+    return out
