@@ -1,7 +1,7 @@
-// Addresses of the matrices of every tile of a chunk, for products that read tokens where they are.
-// 1-D only, for there the tokens of a box and those of a halo are rows at one step.
+// Addresses of the matrices of every tile of a chunk, for products that read tokens where they are:
+// where boxes and halos are whole along all axes but the first, their tokens lie at one step.
 //
-// One thread a tile; blockIdx.y: the matrix. Plan: kThreads, kMost (matrices).
+// One thread a tile; blockIdx.y: the matrix. Plan: kRank, kThreads, kMost (matrices).
 
 #include "cuneigh/gemm.cuh"
 
@@ -10,7 +10,7 @@ namespace cuneigh {
 // Matrices of one kind, strides in bytes.
 struct Located {
   long long data;
-  long long batch, token, head;  // of tokens; or all 0, and
+  long long batch, token, head;  // of tokens along the first axis; or all 0, and
   long long step;                // from tile to tile
   long long is_halo;
 };
@@ -23,10 +23,10 @@ struct AddressArguments {
 
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kThreads, 1)
-    gemm_addresses(const Tiles<1> tiles, const AddressArguments<Plan> arguments) {
+    gemm_addresses(const Tiles<Plan::kRank> tiles, const AddressArguments<Plan> arguments) {
   const long long i = blockIdx.x * (long long)Plan::kThreads + threadIdx.x;
   if (i >= tiles.count) return;
-  const Tile<1> tile(tiles, tiles.first + i);
+  const Tile<Plan::kRank> tile(tiles, tiles.first + i);
   const Located& located = arguments.located[blockIdx.y];
   const int index = located.is_halo ? tile.halo[0] : tile.first[0].index;
   const int token = tiles.problem.axes[0].token({tile.first[0].group, index});

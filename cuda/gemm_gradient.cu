@@ -54,12 +54,15 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
           shift = *arguments.lse.at(tile.batch, row.token, row.head);
           if (shift == -infinity<Number>()) shift = infinity<Number>();  // all weights are 0
         }
+#pragma unroll 2
         for (int column = Lanes::lane() * kVector; column < tiles.columns;
              column += Plan::kLanes * kVector) {
-          const Sights<Plan, kVector> sights(tiles, row, column, keys, arguments.rpb);
+          const unsigned seen = seen_keys<kVector>(tiles, row, column, keys);
+          Number bias[kVector];
+          load_bias<Plan>(tiles, row, column, keys, seen, arguments.rpb, bias);
           Numbers logit, grad_weight;
           Elements weight, grad_logit;
-          if (sights.any) {
+          if (seen) {
             logit = *reinterpret_cast<const Numbers*>(arguments.logits + place + column);
             grad_weight =
                 *reinterpret_cast<const Numbers*>(arguments.grad_weights + place + column);
@@ -67,8 +70,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
             Number w = 0, g = 0;
-            if (sights.seen[i]) {
-              w = exponential(scale * logit.element[i] + sights.bias[i] - shift);
+            if (seen >> i & 1) {
+              w = exponential(scale * logit.element[i] + bias[i] - shift);
               g = w * (grad_weight.element[i] - delta);
             }
             weight.element[i] = convert<Element>(w * Number(weight_factor<Element>()));

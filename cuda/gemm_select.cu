@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 #pragma unroll
                            for (int r = 0; r < kRank; ++r) {
                              const int at = row.span[r].begin + offset.at[r];
-                             seen &= at < row.span[r].end;
+                             seen &= offset.at[r] < row.span[r].count;
                              column = column * tiles.halo[r] + at;
                              relative[r] = row.span[r].relative + at;
                            }

@@ -49,37 +49,54 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   for_each_row<Plan>(
       tiles, arguments.slices,
       [&](const Tile<Plan::kRank>& tile, const TileRow<Plan::kRank>& row, long long place) {
-        // The logits at `column` and what follows, -inf where the row does not see the key
-        auto load = [&](int column, Number(&logit)[kVector]) {
-          const Sights<Plan, kVector> sights(tiles, row, column, keys, arguments.rpb);
-          Logits packet;
-          if (sights.any)
-            packet = *reinterpret_cast<const Logits*>(arguments.logits + place + column);
+        constexpr bool kBiased = !kSame<typename Plan::Bias, void>;
+        const Number* source = arguments.logits + place;
+        Element* target = arguments.weights + place;
+
+        // Products to logits, -inf where the row does not see the key
+        auto finish = [&](int column, unsigned seen, Number(&logit)[kVector]) {
+          if constexpr (kBiased) {
+            Number bias[kVector];
+            load_bias<Plan>(tiles, row, column, keys, seen, arguments.rpb, bias);
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) logit[i] = scale * logit[i] + bias[i];
+          } else {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) logit[i] *= scale;
+          }
 #pragma unroll
           for (int i = 0; i < kVector; ++i)
-            logit[i] =
-                sights.seen[i] ? scale * packet.element[i] + sights.bias[i] : -infinity<Number>();
+            if (!(seen >> i & 1)) logit[i] = -infinity<Number>();
+        };
+        auto load = [&](int column, Number(&product)[kVector]) {
+          const Logits packet = *reinterpret_cast<const Logits*>(source + column);
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) product[i] = packet.element[i];
         };
         auto store = [&](int column, const Number(&weight)[kVector], Number factor) {
           Weights packet;
 #pragma unroll
           for (int i = 0; i < kVector; ++i)
             packet.element[i] = convert<Element>(weight[i] * factor);
-          *reinterpret_cast<Weights*>(arguments.weights + place + column) = packet;
+          *reinterpret_cast<Weights*>(target + column) = packet;
         };
         const int first = Lanes::lane() * kVector;
         Number maximum = -infinity<Number>(), sum = 0;
 
         if constexpr (Plan::kPackets > 0) {
+          // All loads are in flight together; packets of which nothing is seen are not read.
           Number held[kHeld][kVector];
+          unsigned seen[kHeld];
 #pragma unroll
           for (int p = 0; p < kHeld; ++p) {
-            if (first + p * kStep < tiles.columns) {
-              load(first + p * kStep, held[p]);
-            } else {
+            const int column = first + p * kStep;
+            seen[p] = 0;
+            if (column < tiles.columns) seen[p] = seen_keys<kVector>(tiles, row, column, keys);
+            if (seen[p]) load(column, held[p]);
+          }
 #pragma unroll
-              for (int i = 0; i < kVector; ++i) held[p][i] = -infinity<Number>();
-            }
+          for (int p = 0; p < kHeld; ++p) {
+            finish(first + p * kStep, seen[p], held[p]);
 #pragma unroll
             for (int i = 0; i < kVector; ++i) maximum = held[p][i] > maximum ? held[p][i] : maximum;
           }
@@ -98,10 +115,15 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
           for (int p = 0; p < kHeld; ++p)
             if (first + p * kStep < tiles.columns) store(first + p * kStep, held[p], factor);
         } else {
+          auto logits_at = [&](int column, Number(&logit)[kVector]) {
+            const unsigned seen = seen_keys<kVector>(tiles, row, column, keys);
+            if (seen) load(column, logit);
+            finish(column, seen, logit);
+          };
           Softmax<Number> softmax;
           for (int column = first; column < tiles.columns; column += kStep) {
             Number logit[kVector];
-            load(column, logit);
+            logits_at(column, logit);
             softmax.update(logit);
           }
           maximum = team_maximum<Plan::kLanes>(softmax.maximum);
@@ -110,7 +132,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
           const Number factor = sum == 0 ? Number(0) : Number(weight_factor<Element>()) / sum;
           for (int column = first; column < tiles.columns; column += kStep) {
             Number weight[kVector];
-            load(column, weight);
+            logits_at(column, weight);
 #pragma unroll
             for (int i = 0; i < kVector; ++i) weight[i] = exponential(weight[i] - shift);
             store(column, weight, factor);

@@ -196,15 +196,12 @@ def make(
 ) -> GemmPlan | None:
     """The plan for given boxes; None if its matrices would be too long.
 
-    `direct` is a wish: it needs one token axis, groups of one length that the boxes divide, halos
-    that keep the matrices aligned, and no additional keys or shared key heads.
+    `direct` is a wish, granted where `in_place` allows it.
     """
     additional = problem.additional or 0
     if direct:
-        aligned = round_up(cuts[0].halo, COLUMNS)
-        direct = can_be_direct(problem, cuts[0].size, aligned)
-        if direct:
-            cuts = (cuts[0]._replace(halo=aligned),)
+        direct_cuts = in_place(problem, cuts)
+        cuts, direct = direct_cuts or cuts, direct_cuts is not None
     rows = problem.group_size * math.prod(cut.size for cut in cuts)
     columns = round_up(math.prod(cut.halo for cut in cuts) + additional, COLUMNS)
     if columns > MOST_COLUMNS:
@@ -225,19 +222,33 @@ def make(
     return GemmPlan(cuts, rows, columns, tiles, tile_bytes, fixed, chunk, direct, milliseconds)
 
 
-def can_be_direct(problem: Problem, size: int, halo: int) -> bool:
-    axis = problem.axes[0]
+def in_place(problem: Problem, cuts: tuple[Cut, ...]) -> tuple[Cut, ...] | None:
+    """The cuts that let products read and write tokens where they are; None if these cannot be.
+
+    The rows of a matrix must lie at one step. So boxes and halos are whole along all axes but the
+    first, nothing but a single axis is dilated, and no two heads or kinds of keys share a matrix.
+    Boxes are full, halos stay inside the layout, and every matrix begins at 16 bytes.
+    """
+    axis, *inner = problem.axes
+    cut, *inner_cuts = cuts
     packet = 16 // DTYPES[problem.dtype]
-    return (
-        problem.rank == 1
-        and problem.group_size == 1
+    inner_tokens = math.prod(other.length for other in inner)
+    halo = round_up(cut.halo, COLUMNS // math.gcd(inner_tokens, COLUMNS))
+    if (
+        problem.group_size == 1
         and not problem.additional
         and axis.length == axis.key_length
-        and axis.length % (axis.dilation * size) == 0
+        and axis.length % (axis.dilation * cut.size) == 0
         and halo <= axis.length // axis.dilation
+        and (axis.dilation == 1 or not inner)
+        and all(other.dilation == 1 for other in inner)
+        and all(other.length == taken.size for other, taken in zip(inner, inner_cuts, strict=True))
         and problem.head_dim % packet == 0
         and problem.value_dim % packet == 0
-    )
+    ):
+        whole = (taken._replace(halo=taken.size) for taken in inner_cuts)
+        return (cut._replace(halo=halo), *whole)
+    return None
 
 
 def balanced(total: int, most: int, unit: int) -> int:
@@ -303,13 +314,15 @@ def sum_bytes(problem: Problem) -> int:
 
 # The cost model, in milliseconds on an H200 (bench/NOTES.md says how it was measured).
 
-BYTES_PER_MS = 3.9e9
-TFLOPS = {"float16": 250.0, "bfloat16": 250.0, "tf32": 150.0, "float32": 36.0, "float64": 40.0}
-"""What the products reach on the multiply-adds of whole blocks."""
+BYTES_PER_MS = 4.1e9
+TFLOPS = {"float16": 500.0, "bfloat16": 500.0, "tf32": 500.0, "float32": 30.0, "float64": 30.0}
+"""What the products add to their traffic, counted in whole blocks."""
+BLOCKS = {"float32": (32, 32), "float64": (32, 32)}
 BLOCK = (64, 128)
-"""Rows and columns of a block of a product."""
+"""Rows and columns of a block of a product; float32 products have small ones."""
+TILE_MS = 4e-6
 CHUNK_MS = 0.02
-"""Starting and ending the launches of a chunk."""
+"""Starting and ending a tile, and the launches of a chunk."""
 
 
 def predicted(
@@ -326,10 +339,10 @@ def predicted(
     kind = "tf32" if tf32 and problem.dtype == "float32" else problem.dtype
     uses_key, uses_value = USES[problem.operation]
     dims = uses_key * problem.head_dim + uses_value * problem.value_dim
-    entries = rows * columns
-    blocks = round_up(rows, BLOCK[0]) * round_up(columns, BLOCK[1])
+    block_rows, block_columns = BLOCKS.get(kind, BLOCK)
+    area = round_up(rows, block_rows) * round_up(columns, block_columns)
     products = {"backward": 2.5, "qk_backward": 2.0, "av_backward": 2.0}.get(problem.operation, 1.0)
-    flops = 2.0 * blocks * dims * products
+    flops = 2.0 * area * dims * products
     # Dense matrices are written by a product and read and written by a kernel, or the reverse.
     passes = {
         "forward": 2 * number + 2 * element,
@@ -339,13 +352,10 @@ def predicted(
         "av": 2 * element,
         "av_backward": 2 * number + 2 * element,
     }[problem.operation]
-    traffic = entries * passes + rows * dims * element * 2
+    traffic = rows * columns * passes + 2 * rows * dims * element
     if not direct:  # gathered: read (mostly from the cache), written, and read by the product
         traffic += (2 * columns + 3 * rows) * dims * element
     if problem.operation.endswith("backward"):
         traffic += 3 * columns * dims * number
-    return (
-        tiles * max(traffic / BYTES_PER_MS, 0.0)
-        + tiles * flops / (TFLOPS[kind] * 1e9)
-        + chunks * CHUNK_MS
-    )
+    tile_ms = traffic / BYTES_PER_MS + flops / (TFLOPS[kind] * 1e9) + TILE_MS
+    return tiles * tile_ms + chunks * CHUNK_MS

@@ -106,10 +106,13 @@ def test_a_plan_covers_the_problem(problem, limit, contiguous):
         assert plan.direct or cut.halo == counted.halo
     if plan.direct:
         assert contiguous
-        (axis,), (cut,) = problem.axes, plan.cuts
+        assert plan.columns == plan.keys
+        axis, *inner = problem.axes
         lengths = {axis.group_length(group) for group in range(axis.dilation)}
         assert len(lengths) == 1
-        assert lengths.pop() % cut.size == 0
+        assert lengths.pop() % plan.box[0] == 0
+        whole = tuple(other.length for other in inner)
+        assert plan.box[1:] == plan.halo[1:] == whole
 
 
 @given(problem=problems(), limit=LIMITS)
@@ -153,20 +156,41 @@ def test_the_cpu_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("length", "kernel_size", "dilation", "direct"),
+    ("tokens", "kernel_size", "dilation", "direct"),
     [
-        (2048, 7, 1, True),
-        (2048, 7, 4, True),
-        (2048, 2047, 1, True),
-        (2039, 7, 1, False),  # a prime: no box of a useful size divides it
-        (2048, 7, 3, False),  # groups of two lengths
+        ((2048,), 7, 1, True),
+        ((2048,), 7, 4, True),
+        ((2048,), 2047, 1, True),
+        ((2039,), 7, 1, False),  # a prime: no box of a useful size divides it
+        ((2048,), 7, 3, False),  # groups of two lengths
+        ((28, 28), 7, 1, True),
+        ((28, 28), 7, 2, False),  # the tokens of a halo do not lie at one step
+        ((8, 8, 8), 3, 1, True),
     ],
 )
-def test_tokens_of_one_axis_are_multiplied_in_place(length, kernel_size, dilation, direct):
-    problem = attention((length,), kernel_size, (64, 64), "float16", dilation=dilation)
+def test_tokens_are_multiplied_in_place_where_they_lie_at_one_step(
+    tokens, kernel_size, dilation, direct
+):
+    problem = attention(tokens, kernel_size, (64, 64), "float16", dilation=dilation)
     assert _gemm_plan.plan(problem).direct == direct
     assert not _gemm_plan.plan(problem, contiguous=False).direct
     assert not _gemm_plan.plan(replace(problem, additional=2)).direct
+
+
+@pytest.mark.parametrize(
+    ("view", "one_step"),
+    [
+        (lambda a: a, True),
+        (lambda a: a[:, :, :, :, ::2], True),  # every second head
+        (lambda a: np.moveaxis(np.ascontiguousarray(np.moveaxis(a, -2, 1)), 1, -2), True),
+        (lambda a: a[:, :, :, 1:], False),  # a part of the last token axis
+        (lambda a: a[:, ::2], False),
+        (lambda a: a[:, ::-1, ::-1, ::-1], False),
+        (lambda a: np.broadcast_to(a[:, :1, :1, :1], a.shape), False),
+    ],
+)
+def test_whether_tokens_lie_at_one_step(view, one_step):
+    assert gemm._one_step((view(np.zeros((2, 3, 4, 5, 6, 8), np.float32)),)) == one_step
 
 
 @given(problem=problems())
@@ -227,6 +251,26 @@ def test_tokens_in_place_agree_with_the_oracle(
     workspace(limit)
     assert gemm.plan_of(problem, contiguous=True).direct
     check_backend(gemm, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", OPERATIONS)
+@given(data=st.data(), rng=generators(), layout=layouts())
+def test_every_operation_in_place_agrees_with_the_oracle(operation, data, rng, layout):
+    """Problems drawn so that tokens can be multiplied in place if the layout allows it."""
+    rank = data.draw(st.integers(1, 3))
+    tokens = (data.draw(st.sampled_from([8, 16, 24])), *(4, 6)[: rank - 1])
+    dilation = data.draw(st.sampled_from([1, 2])) if rank == 1 else 1
+    causal = data.draw(st.booleans())
+    dtype, dims = data.draw(st.sampled_from(list(DTYPES))), data.draw(st.sampled_from([8, 16]))
+    axes = []
+    for length in tokens:
+        kernel_size = data.draw(st.integers(1, length // dilation))
+        stride = data.draw(st.integers(1, kernel_size))
+        axes.append(Axis(length, length, kernel_size, stride, dilation, causal))
+    base = attention(tokens, 1, (dims, dims), dtype, "forward", heads=2, batch=2)
+    problem = replace(base, operation=operation, axes=tuple(axes))
+    check_backend(gemm, problem, inputs(problem, rng, layout), **NATIVE)
 
 
 @pytest.mark.gpu

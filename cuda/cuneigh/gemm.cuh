@@ -106,9 +106,9 @@ struct Coordinates {
 
 // What a row of a tile sees along one axis.
 struct Span {
-  int begin, end;  // visible keys, counted from the first of the halo
-  int relative;    // entry of rpb for the first key of the halo
-  int token;       // of the query; -1 past the end of the group
+  int begin, count;  // visible keys, counted from the first of the halo
+  int relative;      // entry of rpb for the first key of the halo
+  int token;         // of the query; -1 past the end of the group
 };
 
 // The spans of all queries of a tile, axis by axis.
@@ -126,7 +126,7 @@ struct Spans {
         const int index = tile.first[r].index + i;
         const bool exists = index < axis.group_length(group);
         const Range window = axis.window(index, group);
-        span[r][i] = {window.begin - tile.halo[r], window.end - tile.halo[r],
+        span[r][i] = {window.begin - tile.halo[r], exists ? window.end - window.begin : 0,
                       tile.halo[r] - index + axis.kernel_size - 1,
                       exists ? axis.token({group, index}) : -1};
       }
@@ -158,11 +158,12 @@ struct TileRow {
     }
   }
 
-  // Whether it sees the key at these coordinates of the halo.
+  // Whether it sees the key at these coordinates of the halo. A query past the end sees none.
   __device__ bool sees(const Coordinates<kRank>& key) const {
     bool seen = true;
 #pragma unroll
-    for (int r = 0; r < kRank; ++r) seen &= key.at[r] >= span[r].begin && key.at[r] < span[r].end;
+    for (int r = 0; r < kRank; ++r)
+      seen &= unsigned(key.at[r] - span[r].begin) < unsigned(span[r].count);
     return seen;
   }
 };
@@ -183,37 +184,50 @@ __device__ void for_each_row(const Tiles<Plan::kRank>& tiles, int slices, Visit 
           ((long long)tile_index * rows + row) * tiles.columns);
 }
 
-// Which of the keys that kVector neighboring columns stand for a row sees, and their bias.
-template <typename Plan, int kVector>
-struct Sights {
-  using Number = Accumulator<typename Plan::Element>;
-  bool seen[kVector];
-  Number bias[kVector];
-  bool any;
+// Which keys of kVector neighboring columns a row sees: bit i for the i-th.
+template <int kVector, int kRank>
+__device__ unsigned seen_keys(const Tiles<kRank>& tiles, const TileRow<kRank>& row, int column,
+                              int keys) {
+  Coordinates<kRank> key(column, tiles.halo);
+  unsigned seen = 0;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (row.sees(key)) seen |= 1u << i;
+    key.advance(tiles.halo);
+  }
+  if (column + kVector > keys) {  // past the halo: additional keys, and padding
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (column + i >= keys) {
+        seen &= ~(1u << i);
+        if (row.exists && column + i < keys + tiles.problem.additional) seen |= 1u << i;
+      }
+  }
+  return seen;
+}
 
-  __device__ Sights(const Tiles<Plan::kRank>& tiles, const TileRow<Plan::kRank>& row, int column,
-                    int keys, const BiasView<Plan>& rpb) {
+// The bias of those keys; 0 for keys that are not seen, and for additional ones.
+template <typename Plan, int kVector>
+__device__ void load_bias(const Tiles<Plan::kRank>& tiles, const TileRow<Plan::kRank>& row,
+                          int column, int keys, unsigned seen, const BiasView<Plan>& rpb,
+                          Accumulator<typename Plan::Element> (&bias)[kVector]) {
+  using Number = Accumulator<typename Plan::Element>;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) bias[i] = 0;
+  if constexpr (!kSame<typename Plan::Bias, void>) {
     Coordinates<Plan::kRank> key(column, tiles.halo);
-    any = false;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const bool in_halo = column + i < keys;
-      seen[i] =
-          row.exists && (in_halo ? row.sees(key) : column + i < keys + tiles.problem.additional);
-      any |= seen[i];
-      bias[i] = 0;
-      if constexpr (!kSame<typename Plan::Bias, void>) {
-        if (seen[i] && in_halo) {
-          int relative[Plan::kRank];
+      if ((seen >> i & 1) && column + i < keys) {
+        int relative[Plan::kRank];
 #pragma unroll
-          for (int r = 0; r < Plan::kRank; ++r) relative[r] = row.span[r].relative + key.at[r];
-          bias[i] = convert<Number>(*rpb.at(0, relative, row.head));
-        }
+        for (int r = 0; r < Plan::kRank; ++r) relative[r] = row.span[r].relative + key.at[r];
+        bias[i] = convert<Number>(*rpb.at(0, relative, row.head));
       }
       key.advance(tiles.halo);
     }
   }
-};
+}
 
 // What the weights of a tile are multiplied by where they are stored: in float16 small weights
 // would be subnormal. The product with the values takes it back.

@@ -273,14 +273,19 @@ def _in_place_of(product: Matrix, walk: Walk) -> Matrix:
 def _walk_over(problem: Problem, allocate: Allocate, *tokens: Any) -> Walk:
     """A walk over `problem`, which reads and writes `tokens`."""
     aligned = load_width(tokens) == 16
-    return Walk(problem, plan_of(problem, contiguous=aligned and _forward_steps(tokens)), allocate)
+    return Walk(problem, plan_of(problem, contiguous=aligned and _one_step(tokens)), allocate)
 
 
-def _forward_steps(tokens: tuple[Any, ...]) -> bool:
-    """Whether rows follow each other in memory without overlap, as cuBLAS asks."""
-    return all(
-        array.ndim == 4 and array.strides[1] >= array.shape[-1] * array.itemsize for array in tokens
-    )
+def _one_step(tokens: tuple[Any, ...]) -> bool:
+    """Whether the tokens of every array lie at one step without overlap, as cuBLAS asks of rows."""
+    for array in tokens:
+        steps, counts = array.strides[1:-2], array.shape[1:-2]
+        if steps[-1] < array.shape[-1] * array.itemsize:
+            return False
+        inner = zip(steps[1:], counts[1:], strict=True)
+        if any(step != below * count for step, (below, count) in zip(steps, inner, strict=False)):
+            return False
+    return True
 
 
 def kernels(problem: Problem) -> list[_jit.Kernel]:
@@ -308,7 +313,7 @@ def kernels(problem: Problem) -> list[_jit.Kernel]:
     size = DTYPES[problem.dtype]
     dims = [problem.head_dim] * uses_key + [problem.value_dim] * uses_value
     if plan.direct:
-        names.append(("gemm_addresses", _walk.address_source()))
+        names.append(("gemm_addresses", _walk.address_source(problem)))
     else:
         gathered, scattered = {
             "forward": ([problem.head_dim], [problem.value_dim]),

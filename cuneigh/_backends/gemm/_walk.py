@@ -138,8 +138,8 @@ class Chunk:
             return _cublas.Matrices(matrix.buffer.data.ptr, matrix.width, step, matrix.dtype)
         row = matrix.width
         if matrix.buffer is None:
-            row = matrix.tokens.strides[1] // matrix.tokens.itemsize
-            row *= self.problem.axes[0].dilation
+            row = matrix.tokens.strides[-3] // matrix.tokens.itemsize
+            row *= self.problem.axes[-1].dilation
         place = self.walk.matrices.index(matrix)
         data = self.walk.addresses.data.ptr + 8 * place * len(self.tiles)
         return _cublas.Matrices(data, row, None, matrix.dtype)
@@ -152,12 +152,12 @@ class Chunk:
                 step = matrix.rows * matrix.width * DTYPES[matrix.dtype]
                 words[:] = matrix.buffer.data.ptr, 0, 0, 0, step, 0
             else:
-                batch, token, head, _ = matrix.tokens.strides
+                batch, token, *_, head, _ = matrix.tokens.strides
                 words[:] = matrix.tokens.data.ptr, batch, token, head, 0, matrix.is_halo
         words = np.append(located.ravel(), self.walk.addresses.data.ptr)
         self._run(
             "gemm_addresses",
-            address_source(),
+            address_source(self.problem),
             (math.ceil(len(self.tiles) / THREADS), len(self.walk.matrices)),
             words.view(f"V{words.nbytes}"),
         )
@@ -285,8 +285,10 @@ def row_source(
     return f"{_source(problem, numbers, flags)}\nusing Bias = {bias or 'void'};"
 
 
-def address_source() -> str:
+def address_source(problem: Problem) -> str:
+    """`struct Plan` of the kernel that locates matrices."""
     return (
+        f"static constexpr int kRank = {problem.rank};\n"
         f"static constexpr int kThreads = {THREADS};\nstatic constexpr int kMost = {MOST_MATRICES};"
     )
 
