@@ -10,6 +10,7 @@ import pytest
 
 import cuneigh
 from cuneigh import cli
+from cuneigh._backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,6 +39,11 @@ def test_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         name, *arguments = shlex.split(command)
         monkeypatch.setattr(cli.COMMANDS[name], "run", lambda options: 0)
         assert cli.main([name, *arguments]) == 0
+
+
+def test_backends_are_those_of_the_code() -> None:
+    table = README.split("## Backends")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [each.NAME for each in BACKENDS]
 
 
 def test_environment_variables_are_those_of_the_code() -> None:
