@@ -9,7 +9,8 @@ array of theirs. No framework is ever imported for a user who has not imported i
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -18,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cuneigh import _device
-from cuneigh._problem import DTYPES, Spec
+from cuneigh._problem import DTYPES, Problem, Spec
 
 
 class Face(Protocol):
-    """How cuneigh reads and makes the arrays of one framework.
+    """How cuneigh reads the arrays of one framework; it is a `Borrower` or a `Launcher` as well.
 
     A *place* is the framework's own name for a device: it can be compared and printed.
     """
@@ -31,7 +32,7 @@ class Face(Protocol):
         """Raise unless `array` is a plain array of the framework.
 
         When it is to be `borrowed`, its memory must also lie on one device that cuneigh knows, and
-        no automatic differentiation or tracing of the framework may be watching it.
+        no automatic differentiation or tracing that a call cannot serve may be watching it.
         """
 
     def spec(self, array: Any) -> Spec:
@@ -40,8 +41,21 @@ class Face(Protocol):
     def place(self, array: Any) -> Any:
         """Where `array` is; None if that is not one device, which a borrowed array never says."""
 
-    def device(self, place: Any) -> _device.Device:
-        """What cuneigh knows of `place`."""
+    def device(self, place: Any) -> _device.Device | None:
+        """What cuneigh knows of `place`; None, from a `Launcher` only, where that is None."""
+
+    def full(self, place: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
+        """A contiguous array of the framework that holds `value` everywhere."""
+
+    def operations(self, place: Any) -> AbstractContextManager[Any]:
+        """Gives the module with the framework's ``exp``, ``log``, ``maximum`` and ``where``."""
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        """`array` converted by the framework's own, differentiable operation."""
+
+
+class Borrower(Face, Protocol):
+    """A face that gives the memory of its arrays, and of new ones, to whoever launches."""
 
     def launching(self, place: Any) -> AbstractContextManager[Any]:
         """Within it `place` is the current device, and the caller's current stream the stream."""
@@ -55,14 +69,19 @@ class Face(Protocol):
     def deliver(self, place: Any, array: Any) -> Any:
         """What the caller receives for a result of `empty` once it is filled."""
 
-    def full(self, place: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
-        """A contiguous array of the framework that holds `value` everywhere."""
 
-    def operations(self, place: Any) -> AbstractContextManager[Any]:
-        """Gives the module with the framework's ``exp``, ``log``, ``maximum`` and ``where``."""
+class Launcher(ABC):
+    """A face whose framework launches by itself, now or when a program that it traces runs."""
 
-    def cast(self, array: Any, dtype: str) -> Any:
-        """`array` converted by the framework's own, differentiable operation."""
+    @abstractmethod
+    def launch(
+        self,
+        arguments: Arguments,
+        problem: Problem,
+        backend: str | None,
+        results: Sequence[Spec | None],
+    ) -> list[Any]:
+        """Arrays for `results`, None where that is None, of a problem that is not empty."""
 
 
 class Arguments(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from cuneigh._arrays import Arguments
+from cuneigh._arrays import Arguments, Borrower, Launcher
 from cuneigh._backends import Allocate, Backend, choose
 from cuneigh._problem import Operands, Problem, Spec, finite_scale
 
@@ -19,9 +19,6 @@ Sizes = int | Sequence[int]
 
 Flags = bool | Sequence[bool]
 """A bool for each token axis, or one for all of them."""
-
-Launch = Callable[[Backend, Operands, Mapping[str, Any], Sequence[Any], Allocate], None]
-"""Calls a backend with native operands, all native arguments by name, and native results."""
 
 
 def for_each_rank(
@@ -76,30 +73,83 @@ def compute(
     problem: Problem,
     backend: str | None,
     results: Sequence[Spec | None],
-    launch: Launch,
     when_empty: Iterable[float] = repeat(0.0),
 ) -> list[Any]:
-    """Arrays of the caller's framework for `results`, filled by `launch` on the chosen backend.
+    """Arrays of the caller's framework for `results`, filled by the chosen backend.
 
     A problem that is empty launches nothing: its results hold the values `when_empty`.
     """
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"{call}: backend={backend!r} is {type(backend).__name__}, not a str")
-    face, place = arguments.face, arguments.place
-    chosen = choose(problem, face.device(place), backend)
+    place = arguments.place
+    device = arguments.face.device(place)
+    chosen = None if device is None else choose(problem, device, backend)
     if problem.is_empty:
         return [
-            None if spec is None else face.full(place, *spec, value)
+            None if spec is None else arguments.face.full(place, *spec, value)
             for spec, value in zip(results, when_empty, strict=False)
         ]
+    if isinstance(arguments.face, Launcher):
+        return arguments.face.launch(arguments, problem, backend, results)
+    assert chosen is not None, "only a launcher hides where its arrays are"
+    face = cast(Borrower, arguments.face)
 
     def allocate(shape: tuple[int, ...], dtype: str) -> Any:
         return face.borrow(face.empty(place, shape, dtype))
 
     with face.launching(place):
         given = {name: face.borrow(array) for name, array in arguments.arrays.items()}
-        operands = Operands(*map(given.get, Operands._fields))
         made = [None if spec is None else face.empty(place, *spec) for spec in results]
         native = [None if array is None else face.borrow(array) for array in made]
-        launch(chosen, operands, given, native, allocate)
+        launch(chosen, problem, given, native, allocate)
     return [None if array is None else face.deliver(place, array) for array in made]
+
+
+def launch(
+    chosen: Backend,
+    problem: Problem,
+    given: Mapping[str, Any],
+    results: Sequence[Any],
+    allocate: Allocate,
+) -> None:
+    """Have `chosen` fill the native arrays `results` from native arguments, `given` by name.
+
+    Results are in the order in which the public function returns them, None where not wanted.
+    """
+    operands = Operands(*map(given.get, Operands._fields))
+    match problem.operation:
+        case "forward":
+            output, lse = results
+            chosen.forward(problem, operands, output, lse, allocate)
+        case "backward":
+            chosen.backward(
+                problem,
+                operands,
+                given["grad_output"],
+                given["output"],
+                given["lse"],
+                given.get("grad_lse"),
+                Operands(*results),
+                allocate,
+            )
+        case "qk":
+            (logits,) = results
+            chosen.qk(problem, operands, logits, allocate)
+        case "qk_backward":
+            chosen.qk_backward(
+                problem, operands, given["grad_logits"], Operands(*results), allocate
+            )
+        case "av":
+            (output,) = results
+            chosen.av(problem, given["weights"], operands, output, allocate)
+        case "av_backward":
+            grad_weights, *gradients = results
+            chosen.av_backward(
+                problem,
+                given["weights"],
+                operands,
+                given["grad_output"],
+                grad_weights,
+                Operands(*gradients),
+                allocate,
+            )

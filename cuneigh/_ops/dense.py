@@ -77,9 +77,6 @@ def attention(
         problem,
         backend,
         (problem.output, problem.lse if with_lse else None),
-        lambda chosen, operands, given, results, allocate: chosen.forward(
-            problem, operands, results[0], results[1], allocate
-        ),
         when_empty=(0.0, -math.inf),
     )
     return (output, lse) if with_lse else output

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 from cuneigh._arrays import examine
 from cuneigh._ops.call import Flags, Sizes, compute, for_each_rank, scale_or_default
 from cuneigh._problem import (
-    Operands,
     Problem,
     Spec,
     Window,
@@ -135,9 +134,6 @@ def na(
         problem,
         backend,
         (problem.output, problem.lse if with_lse else None),
-        lambda chosen, operands, given, results, allocate: chosen.forward(
-            problem, operands, results[0], results[1], allocate
-        ),
         when_empty=(0.0, -math.inf),
     )
     return (output, lse) if with_lse else output
@@ -231,16 +227,6 @@ def na_backward(
         problem,
         backend,
         problem.specs,
-        lambda chosen, operands, given, results, allocate: chosen.backward(
-            problem,
-            operands,
-            given["grad_output"],
-            given["output"],
-            given["lse"],
-            given.get("grad_lse"),
-            Operands(*results),
-            allocate,
-        ),
     )
     return Gradients(*gradients)
 

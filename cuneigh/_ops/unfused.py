@@ -97,9 +97,6 @@ def na_qk(
         problem,
         backend,
         (problem.logits,),
-        lambda chosen, operands, given, results, allocate: chosen.qk(
-            problem, operands, results[0], allocate
-        ),
     )
     return logits
 
@@ -163,9 +160,6 @@ def na_qk_backward(
         problem,
         backend,
         problem.specs,
-        lambda chosen, operands, given, results, allocate: chosen.qk_backward(
-            problem, operands, given["grad_logits"], Operands(*results), allocate
-        ),
     )
     of = Operands(*gradients)
     return QKGradients(of.query, of.key, of.additional_keys, of.rpb)
@@ -228,9 +222,6 @@ def na_av(
         problem,
         backend,
         (problem.output,),
-        lambda chosen, operands, given, results, allocate: chosen.av(
-            problem, given["weights"], operands, results[0], allocate
-        ),
     )
     return output
 
@@ -292,15 +283,6 @@ def na_av_backward(
         problem,
         backend,
         (problem.logits, *problem.specs),
-        lambda chosen, operands, given, results, allocate: chosen.av_backward(
-            problem,
-            given["weights"],
-            operands,
-            given["grad_output"],
-            results[0],
-            Operands(*results[1:]),
-            allocate,
-        ),
     )
     of = Operands(*gradients)
     return AVGradients(grad_weights, of.value, of.additional_values)
