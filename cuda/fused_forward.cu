@@ -25,7 +25,7 @@
 namespace cuneigh {
 
 template <typename Plan>
-__global__ void __launch_bounds__(Plan::kWarps * 32)
+__global__ void __launch_bounds__(Plan::kWarps * 32, 1)
     fused_forward(const FusedProblem<Plan::kRank> problem, const FusedForward<Plan> arguments) {
   using Element = typename Plan::Element;
   constexpr int kRank = Plan::kRank;

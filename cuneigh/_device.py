@@ -16,6 +16,8 @@ class Device:
     name: str = ""
     capability: tuple[int, int] = (0, 0)
     sm_count: int = 0
+    shared_memory: int = 0
+    """Bytes of shared memory that one block may have."""
 
     @property
     def arch(self) -> str:
@@ -39,4 +41,5 @@ def cuda(index: int) -> Device:
         name=properties["name"].decode(),
         capability=(properties["major"], properties["minor"]),
         sm_count=properties["multiProcessorCount"],
+        shared_memory=properties["sharedMemPerBlockOptin"],
     )

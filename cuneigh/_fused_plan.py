@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cuneigh._device import Device
 from cuneigh._problem import Problem
 from cuneigh._window import Axis
 
@@ -127,27 +128,60 @@ def cost(problem: Problem, plan: FusedPlan) -> float:
 
 
 @lru_cache(maxsize=1024)
-def plan(problem: Problem) -> FusedPlan:
-    """The cheapest plan of all candidates."""
-    return min(candidates(problem), key=lambda candidate: cost(problem, candidate))
+def plan(problem: Problem, device: Device) -> FusedPlan | None:
+    """The cheapest plan for `device`; None if nothing fits."""
+    fitting = (
+        candidate
+        for area in areas(problem, device.capability)
+        if shared_bytes(problem, *area) <= device.shared_memory
+        for candidate in candidates(problem, *area)
+    )
+    return min(fitting, key=lambda candidate: cost(problem, candidate), default=None)
 
 
-def candidates(problem: Problem) -> Iterator[FusedPlan]:
+def candidates(problem: Problem, row_tiles: int, keys: int) -> Iterator[FusedPlan]:
+    """The shapes that these areas can have."""
+    for warp_box in shapes(problem.rank, 16 * row_tiles):
+        for warps in shapes(problem.rank, WARPS):
+            for key_box in key_shapes(problem, keys):
+                yield FusedPlan(row_tiles, keys, warp_box, warps, key_box)
+
+
+def areas(problem: Problem, capability: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """(row_tiles, keys) that the compiler fits into registers, seen in what it reports."""
     longest = max(problem.head_dim, problem.value_dim)
-    for row_tiles, keys in areas(problem.rank, longest):
-        for warp_box in shapes(problem.rank, 16 * row_tiles):
-            for warps in shapes(problem.rank, WARPS):
-                for key_box in key_shapes(problem, keys):
-                    yield FusedPlan(row_tiles, keys, warp_box, warps, key_box)
-
-
-def areas(rank: int, longest: int) -> tuple[tuple[int, int], ...]:
-    """(row_tiles, keys) whose registers and shared memory serve head vectors of this length."""
     if longest <= 64:
         return ((1, 16), (1, 32), (1, 64), (2, 32))
-    if longest <= 128:
-        return ((2, 64) if rank < 3 else (2, 48), (1, 64))
-    return ((1, 32),)
+    if longest > 128:
+        return ((1, 32), (1, 16))
+    if problem.rpb_dtype:
+        return ((1, 64), (1, 32))
+    if capability[0] != 9:
+        return ((2, 32), (1, 64), (1, 32))
+    return ((2, 64) if problem.rank < 3 else (2, 48), (1, 64), (1, 32))
+
+
+def padded(dim: int) -> int:
+    """The head dimension that a kernel is compiled for."""
+    return math.ceil(dim / 16) * 16
+
+
+def shared_bytes(problem: Problem, row_tiles: int, keys: int) -> int:
+    """Bytes of `FusedSmem` of cuda/cuneigh/fused.cuh."""
+    head_dim, value_dim = padded(problem.head_dim), padded(problem.value_dim)
+    rank = problem.rank
+    queries = 16 * row_tiles * WARPS
+
+    def row(dim: int) -> int:  # an odd number of 16-byte chunks
+        return 2 * (dim if dim // 8 % 2 else dim + 8)
+
+    size = queries * row(max(head_dim, value_dim))
+    size += 2 * keys * (row(head_dim) + row(value_dim))
+    size += 8 * rank * (keys + 1)  # bits of the keys before a coordinate
+    size += 24 * keys  # places of the keys
+    size += 8 * rank + 16 * rank * WARPS  # what block and warps see
+    size += queries * (8 * rank + 4 * rank + 4)  # windows, tokens and biases of the queries
+    return math.ceil(size / 8) * 8
 
 
 @lru_cache(maxsize=64)

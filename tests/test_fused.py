@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from accuracy import check_backend, run_backend
@@ -10,12 +12,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import generators, inputs, layouts, problems
 
-from cuneigh import _device, _fused_plan
+from cuneigh import _device, _fused_plan, _jit
 from cuneigh._backends import fused
-from cuneigh._problem import Spec, attention_problem, window_arguments
+from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
+from cuneigh._window import Axis
 
 NATIVE = {"to_native": to_cupy, "to_numpy": to_numpy, "allocate": allocate}
-H200 = _device.Device("cuda", 0, "NVIDIA H200", (9, 0), 132)
+H200 = _device.Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)
 HALVES = ("float16", "bfloat16")
 
 
@@ -72,14 +75,58 @@ def test_counts_and_coverage_by_enumeration(problem, sizes):
     assert len(seen) == problem.axes[0].visible_pairs()
 
 
-@given(problem=supported())
-def test_a_plan_fits_the_kernel(problem):
-    plan = _fused_plan.plan(problem)
+DEVICES = [
+    _device.Device("cuda", 0, "a GPU", capability, 100, kilobytes * 1024)
+    for capability, kilobytes in (
+        ((7, 5), 64),
+        ((8, 0), 163),
+        ((8, 6), 99),
+        ((8, 9), 99),
+        ((9, 0), 227),
+        ((10, 0), 227),
+        ((12, 0), 99),
+    )
+]
+
+
+@given(problem=supported(), device=st.sampled_from(DEVICES))
+def test_a_plan_fits_the_kernel(problem, device):
+    plan = _fused_plan.plan(problem, device)
+    if plan is None:
+        assert device.arch == "sm_75"
+        assert max(problem.head_dim, problem.value_dim) > 240
+        return
+    area = (plan.row_tiles, plan.keys)
+    assert area in _fused_plan.areas(problem, device.capability)
     assert np.prod(plan.warp_box) == 16 * plan.row_tiles
     assert np.prod(plan.warps) == _fused_plan.WARPS
     assert np.prod(plan.key_box) <= plan.keys <= 64
     assert plan.keys % 16 == 0
-    assert fused.shared_memory(problem, plan) <= 227 * 1024
+    assert _fused_plan.shared_bytes(problem, *area) <= device.shared_memory
+
+
+@pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
+@pytest.mark.parametrize(
+    ("device", "head_dim"),
+    # 128 takes the most registers; all else is compiled for the oldest and one newer architecture.
+    [(device, 128) for device in DEVICES]
+    + [(device, dim) for device in (DEVICES[0], DEVICES[4]) for dim in (32, 72, 256)],
+    ids=lambda value: getattr(value, "arch", str(value)),
+)
+def test_kernels_do_not_spill(device, head_dim, tmp_path):
+    axes = (Axis(1, 1, 1, 1, 1, False),) * 3
+    kernels = []
+    for rpb_dtype in (None, "float32"):
+        problem = Problem(
+            "forward", "float16", 1, 1, 1, head_dim, head_dim, axes, 1.0, None, rpb_dtype
+        )
+        areas = _fused_plan.areas(problem, device.capability)
+        made = fused.kernels(problem, device.capability)
+        fits = [_fused_plan.shared_bytes(problem, *area) <= device.shared_memory for area in areas]
+        kernels += itertools.compress(made, fits)
+    for (kernel, _), compiled in _jit.precompile(kernels, [device.arch], tmp_path).items():
+        spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
+        assert spilled == 0, f"{spilled} bytes on {device.arch}:\n{kernel.plan}"
 
 
 # Kernels

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from cuneigh._backends import cpu, naive
+from cuneigh._backends import cpu, fused, gemm, naive
 from cuneigh._device import Device
 from cuneigh._problem import Operands, Problem
 
@@ -79,7 +79,7 @@ class Backend(Protocol):
         """Fill `grad_weights` and every array of `gradients`."""
 
 
-BACKENDS: tuple[Backend, ...] = (naive, cpu)
+BACKENDS: tuple[Backend, ...] = (fused, naive, gemm, cpu)
 
 
 def choose(problem: Problem, device: Device, name: str | None) -> Backend:

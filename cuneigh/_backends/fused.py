@@ -7,7 +7,6 @@ only the queries whose window holds it.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from cuneigh import _fused_plan, _jit
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
 from cuneigh._device import Device, cuda
-from cuneigh._fused_plan import WARPS, FusedPlan
+from cuneigh._fused_plan import WARPS, FusedPlan, padded
 from cuneigh._problem import Operands, Problem
 
 if TYPE_CHECKING:
@@ -30,7 +29,11 @@ LONGEST = 256
 def unsupported(problem: Problem, device: Device) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
     if device.kind != "cuda":
-        return "needs arrays on a CUDA device, but these are on the CPU"
+        return (
+            "needs arrays on a CUDA device, but these are on the CPU; with an NVIDIA GPU, install "
+            "'cuneigh[cuda12]' or 'cuneigh[cuda13]' and pass CuPy, PyTorch or JAX arrays that live "
+            "on it"
+        )
     if problem.operation != "forward":
         return f"computes the forward alone, not {problem.operation}"
     if device.capability < (7, 5):
@@ -42,89 +45,74 @@ def unsupported(problem: Problem, device: Device) -> str | None:
     for name in ("head_dim", "value_dim"):
         if getattr(problem, name) > LONGEST:
             return f"takes head dimensions up to {LONGEST}, not {name}={getattr(problem, name)}"
+    if _fused_plan.plan(problem, device) is None:
+        return f"needs more shared memory than the {device.shared_memory} bytes of {device.name}"
     return None
 
 
 def forward(
     problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Allocate
 ) -> None:
+    import cupy
+
     operands = Operands(*(readable(array, allocate) for array in operands))
     key_bytes = load_width((operands.query, operands.key, operands.additional_keys))
     value_bytes = load_width((operands.value, operands.additional_values, output))
-    plan = _fused_plan.plan(problem)
+    device = cuda(cupy.cuda.device.get_device_id())
+    plan = _fused_plan.plan(problem, device)
+    assert plan is not None, "`unsupported` has seen that one fits"
     views = Views(problem.rank)
     views.vectors(*operands[:3])
     views.additional(operands.additional_keys, operands.additional_values)
     views.bias(operands.rpb)
     views.vectors(output)
     views.scalars(lse)
+    kernel = _jit.load(_kernel(problem, plan.row_tiles, plan.keys, key_bytes, value_bytes), device)
+    size = _fused_plan.shared_bytes(problem, plan.row_tiles, plan.keys)
+    if kernel.max_dynamic_shared_size_bytes < size:
+        kernel.max_dynamic_shared_size_bytes = size
     blocks = _fused_plan.count(problem, plan).blocks * problem.batch * problem.heads
-    _kernel(problem, plan, key_bytes, value_bytes)(
-        (blocks,), (WARPS * 32,), (_record(problem, plan), views.pack())
-    )
+    kernel((blocks,), (WARPS * 32,), (_record(problem, plan), views.pack()), shared_mem=size)
 
 
-def kernels(problem: Problem) -> list[_jit.Kernel]:
-    """The kernels that `problem` needs when its arrays are contiguous."""
-    plan = _fused_plan.plan(problem)
-    widths = [min(16, 2 * (dim & -dim)) for dim in (problem.head_dim, problem.value_dim)]
-    return [_jit.Kernel("fused_forward", source(problem, plan, *widths))]
+def kernels(problem: Problem, capability: tuple[int, int] = (9, 0)) -> list[_jit.Kernel]:
+    """The kernels that `problem` may need when its arrays are contiguous, whatever its windows."""
+    if problem.operation != "forward" or problem.dtype not in ("float16", "bfloat16"):
+        return []
+    dims = problem.head_dim, problem.value_dim
+    if max(dims) > LONGEST:
+        return []
+    widths = [min(16, 2 * (dim & -dim)) for dim in dims]
+    areas = _fused_plan.areas(problem, capability)
+    return [_kernel(problem, *area, *widths) for area in areas]
 
 
-def source(problem: Problem, plan: FusedPlan, key_bytes: int, value_bytes: int) -> str:
+@lru_cache(maxsize=1024)
+def _kernel(
+    problem: Problem, row_tiles: int, keys: int, key_bytes: int, value_bytes: int
+) -> _jit.Kernel:
     """The members of `struct Plan` of cuda/fused_forward.cu."""
+    head_dim, value_dim = padded(problem.head_dim), padded(problem.value_dim)
     constants = {
         "kRank": problem.rank,
         "kWarps": WARPS,
-        "kRowTiles": plan.row_tiles,
-        "kKeys": plan.keys,
-        "kHeadDim": padded(problem.head_dim),
-        "kValueDim": padded(problem.value_dim),
+        "kRowTiles": row_tiles,
+        "kKeys": keys,
+        "kHeadDim": head_dim,
+        "kValueDim": value_dim,
         "kKeyBytes": key_bytes,
         "kValueBytes": value_bytes,
-        "kSharedBytes": shared_memory(problem, plan),
+        "kSharedBytes": _fused_plan.shared_bytes(problem, row_tiles, keys),
     }
     lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
-    for name, dim in (("kKeyExact", problem.head_dim), ("kValueExact", problem.value_dim)):
-        lines.append(f"static constexpr bool {name} = {str(dim == padded(dim)).lower()};")
+    for name, exact in (
+        ("kKeyExact", head_dim == problem.head_dim),
+        ("kValueExact", value_dim == problem.value_dim),
+    ):
+        lines.append(f"static constexpr bool {name} = {str(exact).lower()};")
     lines.append(f"using Element = {problem.dtype};")
     lines.append(f"using Bias = {problem.rpb_dtype or 'void'};")
-    return "\n".join(lines)
-
-
-def padded(dim: int) -> int:
-    """The head dimension that a kernel is compiled for."""
-    return math.ceil(dim / 16) * 16
-
-
-def shared_memory(problem: Problem, plan: FusedPlan) -> int:
-    """Bytes of `FusedSmem`."""
-    head_dim, value_dim = padded(problem.head_dim), padded(problem.value_dim)
-    rank, queries = problem.rank, 16 * plan.row_tiles * WARPS
-
-    def rows(dim: int) -> int:
-        return 2 * (dim if dim // 8 % 2 else dim + 8)
-
-    size = queries * rows(max(head_dim, value_dim))
-    size += 2 * plan.keys * (rows(head_dim) + rows(value_dim))
-    size += 8 * rank * (plan.keys + 1)
-    size += 24 * plan.keys
-    size += 8 * rank + 16 * rank * WARPS
-    size += queries * (8 * rank + 4 * rank + 4)
-    return math.ceil(size / 8) * 8
-
-
-def _kernel(problem: Problem, plan: FusedPlan, key_bytes: int, value_bytes: int) -> Any:
-    import cupy
-
-    device = cuda(cupy.cuda.device.get_device_id())
-    kernel = _jit.load(
-        _jit.Kernel("fused_forward", source(problem, plan, key_bytes, value_bytes)), device
-    )
-    size = shared_memory(problem, plan)
-    if kernel.max_dynamic_shared_size_bytes < size:
-        kernel.max_dynamic_shared_size_bytes = size
-    return lambda grid, block, arguments: kernel(grid, block, arguments, shared_mem=size)
+    return _jit.Kernel("fused_forward", "\n".join(lines))
 
 
 @lru_cache(maxsize=1024)

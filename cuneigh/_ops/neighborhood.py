@@ -80,7 +80,8 @@ def na(
     return_lse : bool
         Whether to return the logarithm of the sum of the exponentials of all logits as well.
     backend : str, optional
-        Name of the backend to use: "cpu" or "naive". The best one for the problem if not given.
+        Name of the backend to use: "fused", "naive" or "cpu". The best one for the problem if not
+        given.
 
     Returns
     -------
