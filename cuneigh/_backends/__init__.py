@@ -8,7 +8,7 @@ takes workspace only through `allocate`, which draws on the caller's framework.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from cuneigh._backends import cpu, fused, gemm, naive
 from cuneigh._device import Device
@@ -79,7 +79,8 @@ class Backend(Protocol):
         """Fill `grad_weights` and every array of `gradients`."""
 
 
-BACKENDS: tuple[Backend, ...] = (fused, naive, gemm, cpu)
+# `fused` has only the functions of the operations that its `unsupported` does not refuse.
+BACKENDS: tuple[Backend, ...] = (cast(Backend, fused), naive, gemm, cpu)
 
 
 def choose(problem: Problem, device: Device, name: str | None) -> Backend:
