@@ -130,7 +130,7 @@ def run(entry: dict[str, Any], runs: list[str], budget_ms: float) -> dict[str, A
     result["paper"] = {name: value for name, value in entry.items() if name.endswith("_ms")}
     for name in runs:
         backend, dtypes = RUNS[name]
-        if dtype not in dtypes:
+        if dtype not in dtypes or not supported(problem, backend):
             continue
         os.environ["CUNEIGH_ALLOW_TF32"] = str(int(name == "gemm_tf32"))
 
@@ -142,6 +142,13 @@ def run(entry: dict[str, Any], runs: list[str], budget_ms: float) -> dict[str, A
         result[f"{name}_ms"] = min(measure(call, budget_ms).values())
     os.environ.pop("CUNEIGH_ALLOW_TF32", None)
     return result
+
+
+def supported(problem: Any, backend: str) -> bool:
+    from cuneigh import _backends, _device
+
+    (module,) = (module for module in _backends.BACKENDS if backend == module.NAME)
+    return module.unsupported(problem, _device.cuda(0)) is None
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:

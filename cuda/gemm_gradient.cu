@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   const Problem<Plan::kRank>& problem = tiles.problem;
   const int keys = volume(tiles.halo);
+  const Extents<Plan::kRank> halo(tiles.halo);
   const Number scale = Number(problem.scale);
 
   for_each_row<Plan>(
@@ -57,9 +58,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 #pragma unroll 2
         for (int column = Lanes::lane() * kVector; column < tiles.columns;
              column += Plan::kLanes * kVector) {
-          const unsigned seen = seen_keys<kVector>(tiles, row, column, keys);
+          const unsigned seen = seen_keys<kVector>(tiles, halo, row, column, keys);
           Number bias[kVector];
-          load_bias<Plan>(tiles, row, column, keys, seen, arguments.rpb, bias);
+          load_bias<Plan>(halo, row, column, keys, seen, arguments.rpb, bias);
           Numbers logit, grad_weight;
           Elements weight, grad_logit;
           if (seen) {

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   Element* target;
   if (key < keys) {
-    const Coordinates<kRank> token(key, key_tokens);
+    const Coordinates<kRank> token(key, Extents<kRank>(key_tokens));
     int first[kRank], count[kRank], group[kRank], index[kRank];
     int total = 1;
 #pragma unroll
@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       count[r] = is_seen ? ceil_div(queries.end, problem.box[r]) - first[r] : 0;
       total *= count[r];
     }
+    const Extents<kRank> counts(count);
     for (int i = 0; i < total; ++i) {
-      const Coordinates<kRank> which(i, count);
+      const Coordinates<kRank> which(i, counts);
       int box = 0, column = 0;
 #pragma unroll
       for (int r = 0; r < kRank; ++r) {

@@ -27,30 +27,26 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const unsigned slices = arguments.slices;
   const unsigned tile_index = blockIdx.x / slices;
   const Tile<kRank> tile(tiles, tiles.first + tile_index);
+  const auto tokens = TileTokens<kRank>::template of<Plan::kKeys>(tiles, tile);
   const unsigned places = Plan::kKeys ? volume(tiles.halo) : volume(problem.box);
   const unsigned rows = Plan::kKeys ? tiles.columns : places * problem.group_size;
-  const unsigned packets = unsigned(arguments.dim) / Plan::kVector;  // of a row
-  Move* target = reinterpret_cast<Move*>(arguments.target) + (long long)tile_index * rows * packets;
+  const Divisor packets(unsigned(arguments.dim) / Plan::kVector);  // of a row
+  const Extents<kRank> extents(Plan::kKeys ? tiles.halo : problem.box);
+  const Divisor queries(places);
+  Move* target =
+      reinterpret_cast<Move*>(arguments.target) + (long long)tile_index * rows * packets.value;
 
-  for (unsigned i = blockIdx.x % slices * Plan::kThreads + threadIdx.x; i < rows * packets;
+  for (unsigned i = blockIdx.x % slices * Plan::kThreads + threadIdx.x; i < rows * packets.value;
        i += slices * Plan::kThreads) {
-    const unsigned row = i / packets;
-    const unsigned element = i % packets * Plan::kVector;
+    unsigned row = i;
+    const int element = packets.divide(row) * Plan::kVector;
     const typename Plan::Element* source = nullptr;
     if (!Plan::kKeys || row < places) {
-      const Coordinates<kRank> place(row % places, Plan::kKeys ? tiles.halo : problem.box);
+      unsigned member = row;  // of the head group
+      const Coordinates<kRank> place(Plan::kKeys ? row : queries.divide(member), extents);
       int token[kRank];
-      bool exists = true;
-#pragma unroll
-      for (int r = 0; r < kRank; ++r) {
-        const Axis& axis = problem.axes[r];
-        const int group = tile.first[r].group;
-        const int index = (Plan::kKeys ? tile.halo[r] : tile.first[r].index) + place.at[r];
-        exists &= index < (Plan::kKeys ? axis.key_group_length(group) : axis.group_length(group));
-        token[r] = axis.token({group, index});
-      }
-      const int head =
-          Plan::kKeys ? tile.kv_head : tile.kv_head * problem.group_size + row / places;
+      const bool exists = tokens.find(place.at, token);
+      const int head = Plan::kKeys ? tile.kv_head : tile.kv_head * problem.group_size + member;
       if (exists) source = arguments.source.at(tile.batch, token, head);
     } else if (row < places + problem.additional) {
       source = arguments.additional.at(tile.batch, tile.kv_head) +

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 #pragma unroll
   for (int r = 0; r < kRank; ++r) window[r] = problem.axes[r].kernel_size;
   const int window_size = volume(window);
+  const Extents<kRank> extents(window);
 
   for_each_row<Plan>(tiles, arguments.slices,
                      [&](const Tile<kRank>& tile, const TileRow<kRank>& row, long long place) {
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
                          bool seen = true;
                          Number bias = 0;
                          if (slot < window_size) {
-                           const Coordinates<kRank> offset(slot, window);
+                           const Coordinates<kRank> offset(slot, extents);
                            int relative[kRank];
                            column = 0;
 #pragma unroll

@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   using Weights = Packet<Element, kVector>;
 
   const int keys = volume(tiles.halo);
+  const Extents<Plan::kRank> halo(tiles.halo);
   const Number scale = Number(tiles.problem.scale);
 
   for_each_row<Plan>(
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
         auto finish = [&](int column, unsigned seen, Number(&logit)[kVector]) {
           if constexpr (kBiased) {
             Number bias[kVector];
-            load_bias<Plan>(tiles, row, column, keys, seen, arguments.rpb, bias);
+            load_bias<Plan>(halo, row, column, keys, seen, arguments.rpb, bias);
 #pragma unroll
             for (int i = 0; i < kVector; ++i) logit[i] = scale * logit[i] + bias[i];
           } else {
@@ -91,7 +92,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
           for (int p = 0; p < kHeld; ++p) {
             const int column = first + p * kStep;
             seen[p] = 0;
-            if (column < tiles.columns) seen[p] = seen_keys<kVector>(tiles, row, column, keys);
+            if (column < tiles.columns)
+              seen[p] = seen_keys<kVector>(tiles, halo, row, column, keys);
             if (seen[p]) load(column, held[p]);
           }
 #pragma unroll
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
             if (first + p * kStep < tiles.columns) store(first + p * kStep, held[p], factor);
         } else {
           auto logits_at = [&](int column, Number(&logit)[kVector]) {
-            const unsigned seen = seen_keys<kVector>(tiles, row, column, keys);
+            const unsigned seen = seen_keys<kVector>(tiles, halo, row, column, keys);
             if (seen) load(column, logit);
             finish(column, seen, logit);
           };

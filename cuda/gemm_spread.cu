@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   const Problem<kRank>& problem = tiles.problem;
   const int keys = volume(tiles.halo);
+  const Extents<kRank> halo(tiles.halo);
   int window_size = 1;
 #pragma unroll
   for (int r = 0; r < kRank; ++r) window_size *= problem.axes[r].kernel_size;
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
           int slot = column - keys + window_size;
           bool seen = row.exists && column < keys + problem.additional;
           if (seen && column < keys) {
-            const Coordinates<kRank> key(column, tiles.halo);
+            const Coordinates<kRank> key(column, halo);
             seen = row.sees(key);
             slot = 0;
 #pragma unroll

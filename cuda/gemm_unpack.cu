@@ -25,28 +25,24 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const unsigned slices = arguments.slices;
   const unsigned tile_index = blockIdx.x / slices;
   const Tile<kRank> tile(tiles, tiles.first + tile_index);
+  const auto tokens = TileTokens<kRank>::template of<false>(tiles, tile);
   const unsigned places = volume(problem.box);
   const unsigned rows = places * problem.group_size;
-  const unsigned packets = unsigned(arguments.dim) / Plan::kVector;  // of a row
-  const Move* source =
-      reinterpret_cast<const Move*>(arguments.source) + (long long)tile_index * rows * packets;
+  const Divisor packets(unsigned(arguments.dim) / Plan::kVector);  // of a row
+  const Divisor queries(places);
+  const Extents<kRank> box(problem.box);
+  const Move* source = reinterpret_cast<const Move*>(arguments.source) +
+                       (long long)tile_index * rows * packets.value;
 
-  for (unsigned i = blockIdx.x % slices * Plan::kThreads + threadIdx.x; i < rows * packets;
+  for (unsigned i = blockIdx.x % slices * Plan::kThreads + threadIdx.x; i < rows * packets.value;
        i += slices * Plan::kThreads) {
-    const unsigned row = i / packets;
-    const unsigned element = i % packets * Plan::kVector;
-    const Coordinates<kRank> place(row % places, problem.box);
+    unsigned row = i;
+    const int element = packets.divide(row) * Plan::kVector;
+    unsigned member = row;  // of the head group
+    const Coordinates<kRank> place(queries.divide(member), box);
     int token[kRank];
-    bool exists = true;
-#pragma unroll
-    for (int r = 0; r < kRank; ++r) {
-      const Axis& axis = problem.axes[r];
-      const int group = tile.first[r].group;
-      const int index = tile.first[r].index + place.at[r];
-      exists &= index < axis.group_length(group);
-      token[r] = axis.token({group, index});
-    }
-    const int head = tile.kv_head * problem.group_size + row / places;
+    const bool exists = tokens.find(place.at, token);
+    const int head = tile.kv_head * problem.group_size + member;
     if (exists)
       *reinterpret_cast<Move*>(arguments.target.at(tile.batch, token, head) + element) = source[i];
   }

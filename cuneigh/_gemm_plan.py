@@ -315,11 +315,9 @@ def sum_bytes(problem: Problem) -> int:
 # The cost model, in milliseconds on an H200 (bench/NOTES.md says how it was measured).
 
 BYTES_PER_MS = 4.1e9
-TFLOPS = {"float16": 500.0, "bfloat16": 500.0, "tf32": 500.0, "float32": 30.0, "float64": 30.0}
-"""What the products add to their traffic, counted in whole blocks."""
-BLOCKS = {"float32": (32, 32), "float64": (32, 32)}
-BLOCK = (64, 128)
-"""Rows and columns of a block of a product; float32 products have small ones."""
+CACHE_BYTES_PER_MS = 15e9
+FLOPS_PER_MS = {"float32": 38e9, "float64": 38e9}
+"""What products reach that are bound by arithmetic; those on matrix units are not."""
 TILE_MS = 4e-6
 CHUNK_MS = 0.02
 """Starting and ending a tile, and the launches of a chunk."""
@@ -334,28 +332,40 @@ def predicted(
     tf32: bool,
     direct: bool,
 ) -> float:
-    """Milliseconds of one call: every product and every pass over memory, one after another."""
+    """Milliseconds of one call: its products and its passes over memory, one after another."""
     element, number = DTYPES[problem.dtype], DTYPES[problem.accumulator]
-    kind = "tf32" if tf32 and problem.dtype == "float32" else problem.dtype
     uses_key, uses_value = USES[problem.operation]
     dims = uses_key * problem.head_dim + uses_value * problem.value_dim
-    block_rows, block_columns = BLOCKS.get(kind, BLOCK)
-    area = round_up(rows, block_rows) * round_up(columns, block_columns)
-    products = {"backward": 2.5, "qk_backward": 2.0, "av_backward": 2.0}.get(problem.operation, 1.0)
-    flops = 2.0 * area * dims * products
-    # Dense matrices are written by a product and read and written by a kernel, or the reverse.
-    passes = {
-        "forward": 2 * number + 2 * element,
-        "backward": 4 * number + 7 * element,
-        "qk": 2 * number,
-        "qk_backward": 3 * element,
-        "av": 2 * element,
-        "av_backward": 2 * number + 2 * element,
+    gradients = problem.operation.endswith("backward")
+    # Bytes of one entry of a dense product that matrix products move, and that kernels move.
+    in_products, in_kernels = {
+        "forward": (number + element, number + element),
+        "backward": (2 * number + 3 * element, 2 * number + 2 * element),
+        "qk": (number, number),
+        "qk_backward": (2 * element, element),
+        "av": (element, element),
+        "av_backward": (number + element, number + element),
     }[problem.operation]
-    traffic = rows * columns * passes + 2 * rows * dims * element
-    if not direct:  # gathered: read (mostly from the cache), written, and read by the product
-        traffic += (2 * columns + 3 * rows) * dims * element
-    if problem.operation.endswith("backward"):
-        traffic += 3 * columns * dims * number
-    tile_ms = traffic / BYTES_PER_MS + flops / (TFLOPS[kind] * 1e9) + TILE_MS
-    return tiles * tile_ms + chunks * CHUNK_MS
+    entries = rows * columns
+    traffic: float = entries * in_products + 2 * rows * dims * element
+    if gradients:
+        traffic += columns * dims * number
+    key_bytes = columns * dims * element
+    if problem.dtype in FLOPS_PER_MS and not (tf32 and problem.dtype == "float32"):
+        products = {"backward": 2.5, "forward": 1.0}.get(problem.operation, 1.0 + gradients)
+        # Blocks of a product overhang its matrices, and each has a beginning and an end.
+        area = (round_up(rows, 8) + 8) * (round_up(columns, 32) + 16)
+        arithmetic = 2.0 * area * dims * products / FLOPS_PER_MS[problem.dtype]
+    else:
+        arithmetic = 0.0
+        traffic += traffic * (round_up(rows, 64) / rows - 1) / 2
+    moved = traffic / BYTES_PER_MS
+    kernels = entries * in_kernels / BYTES_PER_MS
+    if direct:
+        moved += key_bytes / CACHE_BYTES_PER_MS
+    else:  # gathered: read mostly from the cache, written, read by the product; and scattered
+        moved += key_bytes / BYTES_PER_MS
+        kernels += (1.4 * key_bytes + 3 * rows * dims * element) / BYTES_PER_MS
+    if gradients:
+        kernels += columns * dims * number / BYTES_PER_MS
+    return tiles * (max(moved, arithmetic) + kernels + TILE_MS) + chunks * CHUNK_MS

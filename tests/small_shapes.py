@@ -1,6 +1,6 @@
-"""Every naive kernel on small shapes, for compute-sanitizer: no pool hides a stray access.
+"""Every naive and GEMM kernel on small shapes, for compute-sanitizer: no pool hides a stray access.
 
-compute-sanitizer --tool memcheck python tests/small_shapes.py
+compute-sanitizer --tool memcheck python tests/small_shapes.py [BACKEND ..]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from accuracy import check_backend
 from gpu_arrays import allocate, to_cupy, to_numpy
 from strategies import OPERATIONS, inputs
 
-from cuneigh._backends import naive
+from cuneigh._backends import gemm, naive
 from cuneigh._problem import (
     DTYPES,
     Problem,
@@ -62,21 +62,41 @@ def problem_of(operation: str, dtype: str, rank: int, dims: tuple[int, int], rpb
     )
 
 
-def main() -> None:
+def plain_problem_of(operation: str, dtype: str, rank: int) -> Problem:
+    """One that the GEMM backend can multiply in place."""
+    query = Spec((2, *(16, 4, 2)[:rank], 2, 16), dtype)
+    window = Window(*((value,) * rank for value in (2, 1, 1, False)))
+    if operation[:2] == "qk":
+        return qk_problem("small", operation, query, query, window, 0.5, None, None)
+    if operation[:2] == "av":
+        weights = Spec((*query.shape[:-1], 2**rank), dtype)
+        return av_problem("small", operation, weights, query, window, None)
+    return attention_problem("small", operation, query, query, query, window, 0.5)
+
+
+def main(names: list[str]) -> None:
     cupy.cuda.set_allocator(None)
     count = 0
     for operation, dtype, rank in itertools.product(OPERATIONS, DTYPES, WINDOWS):
-        for dims, rpb, layout in (((32, 32), True, "contiguous"), ((7, 520), False, "packed")):
-            if rpb and operation[:2] == "av":
-                continue
-            problem = problem_of(operation, dtype, rank, dims, rpb)
+        cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
+        cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
+        if operation[:2] != "av":
+            cases.append((problem_of(operation, dtype, rank, (32, 32), True), "contiguous"))
+        for problem, layout in cases:
             given = inputs(problem, np.random.default_rng(count), layout)
-            check_backend(
-                naive, problem, given, to_native=to_cupy, to_numpy=to_numpy, allocate=allocate
-            )
+            for backend in (naive, gemm):
+                if backend.NAME in names:
+                    check_backend(
+                        backend,
+                        problem,
+                        given,
+                        to_native=to_cupy,
+                        to_numpy=to_numpy,
+                        allocate=allocate,
+                    )
             count += 1
     print(f"{count} problems agree with the oracle")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or [naive.NAME, gemm.NAME])

@@ -71,6 +71,37 @@ struct Tile {
   }
 };
 
+// The tokens of the queries or of the halo of a tile, along each axis.
+template <int kRank>
+struct TileTokens {
+  int first[kRank], step[kRank], count[kRank];
+
+  template <bool kKeys>
+  __device__ static TileTokens of(const Tiles<kRank>& tiles, const Tile<kRank>& tile) {
+    TileTokens tokens;
+#pragma unroll
+    for (int r = 0; r < kRank; ++r) {
+      const Axis& axis = tiles.problem.axes[r];
+      const int group = tile.first[r].group;
+      const int index = kKeys ? tile.halo[r] : tile.first[r].index;
+      tokens.first[r] = axis.token({group, index});
+      tokens.step[r] = axis.dilation;
+      tokens.count[r] = (kKeys ? axis.key_group_length(group) : axis.group_length(group)) - index;
+    }
+    return tokens;
+  }
+  // The token at these coordinates; false if there is none.
+  __device__ bool find(const int (&at)[kRank], int (&token)[kRank]) const {
+    bool exists = true;
+#pragma unroll
+    for (int r = 0; r < kRank; ++r) {
+      exists &= at[r] < count[r];
+      token[r] = first[r] + at[r] * step[r];
+    }
+    return exists;
+  }
+};
+
 template <int kRank>
 __device__ int volume(const int (&extent)[kRank]) {
   int product = 1;
@@ -79,25 +110,56 @@ __device__ int volume(const int (&extent)[kRank]) {
   return product;
 }
 
+// Division by a number that many numbers are divided by.
+struct Divisor {
+  unsigned value, inverse;
+
+  Divisor() = default;
+  __device__ explicit Divisor(unsigned value)
+      : value(value), inverse(value > 1 ? 0xffffffffu / value + 1 : 0) {}
+
+  // `n`, less than 2^31, becomes the quotient; the remainder is returned.
+  __device__ int divide(unsigned& n) const {
+    if (value == 1) return 0;
+    unsigned quotient = __umulhi(n, inverse);  // or one too many
+    int rest = n - quotient * value;
+    if (rest < 0) {
+      --quotient;
+      rest += value;
+    }
+    n = quotient;
+    return rest;
+  }
+};
+
+// The extents of a box, ready for many divisions by them.
+template <int kRank>
+struct Extents {
+  Divisor inner[kRank > 1 ? kRank - 1 : 1];  // of all axes but the first
+
+  __device__ explicit Extents(const int (&size)[kRank]) {
+#pragma unroll
+    for (int r = 1; r < kRank; ++r) inner[r - 1] = Divisor(size[r]);
+  }
+  __device__ int size(int r) const { return int(inner[r - 1].value); }
+};
+
 // Coordinates in a box of the given extents.
 template <int kRank>
 struct Coordinates {
   int at[kRank];
 
-  __device__ Coordinates(unsigned place, const int (&extent)[kRank]) {
+  __device__ Coordinates(unsigned place, const Extents<kRank>& extents) {
 #pragma unroll
-    for (int r = kRank - 1; r > 0; --r) {
-      at[r] = place % unsigned(extent[r]);
-      place /= unsigned(extent[r]);
-    }
+    for (int r = kRank - 1; r > 0; --r) at[r] = extents.inner[r - 1].divide(place);
     at[0] = place;
   }
   // To the next place in raster order.
-  __device__ void advance(const int (&extent)[kRank]) {
+  __device__ void advance(const Extents<kRank>& extents) {
     ++at[kRank - 1];
 #pragma unroll
     for (int r = kRank - 1; r > 0; --r)
-      if (at[r] == extent[r]) {
+      if (at[r] == extents.size(r)) {
         at[r] = 0;
         ++at[r - 1];
       }
@@ -145,10 +207,11 @@ struct TileRow {
 
   template <int kMostQueries>
   __device__ TileRow(const Tiles<kRank>& tiles, const Tile<kRank>& tile,
-                     const Spans<kRank, kMostQueries>& spans, unsigned row) {
-    const unsigned queries = volume(tiles.problem.box);
-    head = tile.kv_head * tiles.problem.group_size + row / queries;
-    const Coordinates<kRank> query(row % queries, tiles.problem.box);
+                     const Spans<kRank, kMostQueries>& spans, const Divisor& queries,
+                     const Extents<kRank>& box, unsigned row) {
+    const int place = queries.divide(row);
+    head = tile.kv_head * tiles.problem.group_size + row;
+    const Coordinates<kRank> query(place, box);
     exists = true;
 #pragma unroll
     for (int r = 0; r < kRank; ++r) {
@@ -177,23 +240,25 @@ __device__ void for_each_row(const Tiles<Plan::kRank>& tiles, int slices, Visit 
   const unsigned tile_index = blockIdx.x / unsigned(slices);
   const Tile<Plan::kRank> tile(tiles, tiles.first + tile_index);
   spans_smem.fill(tiles, tile);
-  const int rows = volume(tiles.problem.box) * tiles.problem.group_size;
+  const Divisor queries(volume(tiles.problem.box));
+  const Extents<Plan::kRank> box(tiles.problem.box);
+  const int rows = queries.value * tiles.problem.group_size;
   const int first = blockIdx.x % unsigned(slices) * kTeams + threadIdx.x / Plan::kLanes;
   for (int row = first; row < rows; row += slices * kTeams)
-    visit(tile, TileRow<Plan::kRank>(tiles, tile, spans_smem, row),
+    visit(tile, TileRow<Plan::kRank>(tiles, tile, spans_smem, queries, box, row),
           ((long long)tile_index * rows + row) * tiles.columns);
 }
 
 // Which keys of kVector neighboring columns a row sees: bit i for the i-th.
 template <int kVector, int kRank>
-__device__ unsigned seen_keys(const Tiles<kRank>& tiles, const TileRow<kRank>& row, int column,
-                              int keys) {
-  Coordinates<kRank> key(column, tiles.halo);
+__device__ unsigned seen_keys(const Tiles<kRank>& tiles, const Extents<kRank>& halo,
+                              const TileRow<kRank>& row, int column, int keys) {
+  Coordinates<kRank> key(column, halo);
   unsigned seen = 0;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     if (row.sees(key)) seen |= 1u << i;
-    key.advance(tiles.halo);
+    key.advance(halo);
   }
   if (column + kVector > keys) {  // past the halo: additional keys, and padding
 #pragma unroll
@@ -208,14 +273,14 @@ __device__ unsigned seen_keys(const Tiles<kRank>& tiles, const TileRow<kRank>& r
 
 // The bias of those keys; 0 for keys that are not seen, and for additional ones.
 template <typename Plan, int kVector>
-__device__ void load_bias(const Tiles<Plan::kRank>& tiles, const TileRow<Plan::kRank>& row,
+__device__ void load_bias(const Extents<Plan::kRank>& halo, const TileRow<Plan::kRank>& row,
                           int column, int keys, unsigned seen, const BiasView<Plan>& rpb,
                           Accumulator<typename Plan::Element> (&bias)[kVector]) {
   using Number = Accumulator<typename Plan::Element>;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) bias[i] = 0;
   if constexpr (!kSame<typename Plan::Bias, void>) {
-    Coordinates<Plan::kRank> key(column, tiles.halo);
+    Coordinates<Plan::kRank> key(column, halo);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       if ((seen >> i & 1) && column + i < keys) {
@@ -224,7 +289,7 @@ __device__ void load_bias(const Tiles<Plan::kRank>& tiles, const TileRow<Plan::k
         for (int r = 0; r < Plan::kRank; ++r) relative[r] = row.span[r].relative + key.at[r];
         bias[i] = convert<Number>(*rpb.at(0, relative, row.head));
       }
-      key.advance(tiles.halo);
+      key.advance(halo);
     }
   }
 }

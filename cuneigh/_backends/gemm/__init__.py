@@ -16,6 +16,7 @@ workspace (512 MiB by default) and walks over its tiles in chunks that fit.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cuneigh import _gemm_plan, _jit
@@ -337,7 +338,8 @@ def kernels(problem: Problem) -> list[_jit.Kernel]:
         ]
     found = [_jit.Kernel(name, source) for name, source in dict.fromkeys(names)]
     if problem.rpb_dtype and problem.operation in ("backward", "qk_backward"):
-        found += [kernel for kernel in naive.kernels(problem) if kernel.name in NAIVE_KERNELS]
+        of_bias = naive.kernels(replace(problem, additional=None))
+        found += [kernel for kernel in of_bias if kernel.name in NAIVE_KERNELS]
     return found
 
 

@@ -92,8 +92,8 @@ class Walk:
 
     def chunks(self) -> Iterator[Chunk]:
         if self.plan.direct:
-            # Addresses are 64 bits long, for which every framework has float64
-            self.addresses = self.allocate((len(self.matrices), self.plan.chunk), "float64")
+            # Two words each, of a dtype that every framework has
+            self.addresses = self.allocate((len(self.matrices), self.plan.chunk, 2), "float32")
         for tiles in self.plan.chunks():
             chunk = Chunk(self, tiles)
             if self.plan.direct:
