@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call. Results are written to $OUT (default: bench/results).
 #
-#     bench/device.sh [STEP ..]      steps: tests sanitizer naive doctor demo; default: all
+#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo naive h200; default: all
 #
 # A step that fails does not stop the others; the exit status says whether all of them passed.
 set -u
@@ -12,7 +12,7 @@ mkdir -p "$OUT"
 failed=0
 
 tests() {
-  python3 -m pytest -m "gpu" -n "${JOBS:-8}" -p no:cacheprovider -p no:benchmark -q --tb=short -rs 2>&1 |
+  python3 -m pytest -m "gpu and not multi_gpu" -n "${JOBS:-8}" -p no:cacheprovider -p no:benchmark -q --tb=short -rs 2>&1 |
     tee "$OUT/gpu-tests.txt" | tail -n 60
   return "${PIPESTATUS[0]}"
 }
@@ -27,14 +27,17 @@ sanitizer() {
   return $status
 }
 
+h200() { python3 bench/h200.py --output "$OUT/h200.json" | tail -n 60; return "${PIPESTATUS[0]}"; }
 naive() { python3 bench/naive.py --output "$OUT/naive.json" | tail -n 12; return "${PIPESTATUS[0]}"; }
-doctor() { python3 -m cuneigh doctor | tee "$OUT/doctor.txt"; return "${PIPESTATUS[0]}"; }
+# What a result file says of places is relative to the checkout and to the home directory.
+places() { sed -e "s|$PWD/||g" -e "s|$PWD||g" -e "s|$HOME|~|g"; }
+doctor() { python3 -m cuneigh doctor | places | tee "$OUT/doctor.txt"; return "${PIPESTATUS[0]}"; }
 demo() {
-  (cd "$OUT" && time python3 -m cuneigh demo) 2>&1 | tee "$OUT/demo.txt"
+  { time (cd "$OUT" && python3 -m cuneigh demo); } 2>&1 | places | tee "$OUT/demo.txt"
   return "${PIPESTATUS[0]}"
 }
 
-for step in "${@:-tests sanitizer naive doctor demo}"; do
+for step in "${@:-tests sanitizer doctor demo naive h200}"; do
   for name in $step; do
     echo "== $name"
     "$name" || { echo "== $name FAILED"; failed=1; }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -109,7 +110,7 @@ def provenance() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checked out commit, marked when the sources differ from it."""
+    """The checked out commit, marked when the sources differ from it; `COMMIT` outside of git."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=ROOT,
@@ -117,4 +118,4 @@ def commit() -> str:
         text=True,
         check=False,
     )
-    return described.stdout.strip() or "unknown"
+    return described.stdout.strip() or os.environ.get("COMMIT", "unknown")

@@ -1,0 +1,131 @@
+"""Every case of `cases.json`, in bfloat16, on every GPU backend: checked, then timed.
+
+    python bench/h200.py --output bench/results/h200.json
+
+`forward_backward` is the forward with its lse and the gradients of query, key and value. A backend
+is left out of a case that would take it longer than `--longest` ms by its measured rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cupy
+import ml_dtypes
+import numpy as np
+from harness import ROOT, ceilings, check, measure, provenance
+
+import cuneigh
+from cuneigh import _fused_plan, _problem
+from cuneigh._backends import fused
+from cuneigh._device import cuda
+from cuneigh._problem import Operands, Problem, Spec
+
+NAIVE_TFLOPS = 7.0
+"""What the naive kernels reach, which says how long they would take."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
+    parser.add_argument("--longest", type=float, default=50.0, help="ms of one naive call at most")
+    arguments = parser.parse_args()
+    peers = json.loads((ROOT / "peers-h200.json").read_text())["cases"]
+    document: dict[str, Any] = {**provenance(), **ceilings(), "cases": {}}
+    for case in json.loads((ROOT / "cases.json").read_text()):
+        name = case["name"]
+        results = document["cases"][name] = run(case, arguments.longest)
+        for backend, figures in results.items():
+            for kind, figure in figures.items():
+                best = peers[name].get(kind, {}).get("best_peer_ms")
+                cutlass = peers[name].get(kind, {}).get("peers", {}).get("natten-cutlass-fna", {})
+                versus = f"  best peer {best:.3f} ms" if best else ""
+                versus += f", natten-cutlass-fna {cutlass['ms']:.3f} ms" if cutlass else ""
+                print(
+                    f"{name:18} {backend:6} {kind:16} {min(figure['ms'], figure['graph_ms']):9.4f} "
+                    f"ms {figure['tflops']:6.1f} TFLOP/s {figure['gbps']:6.0f} GB/s{versus}",
+                    flush=True,
+                )
+    if arguments.output:
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def run(case: dict[str, Any], longest: float) -> dict[str, dict[str, Any]]:
+    """The figures of one case, by backend and kind."""
+    rank = len(case["tokens"])
+    shape = (case["batch"], *case["tokens"], case["heads"], case["dim"])
+    operands = Operands(*(normal(shape, seed) for seed in range(3)))
+    grad_output = normal(shape, 3)
+    function = getattr(cuneigh, f"na{rank}d")
+    gradient = getattr(cuneigh, f"na{rank}d_backward")
+    keywords = {
+        "kernel_size": tuple(case["kernel"]),
+        "stride": tuple(case["stride"]),
+        "dilation": tuple(case["dilation"]),
+        "is_causal": tuple(case["causal"]),
+    }
+    problem = problem_of(case, shape)
+    results: dict[str, dict[str, Any]] = {}
+    naive_ms = problem.flops() / NAIVE_TFLOPS / 1e9
+
+    def forward(backend: str) -> Any:
+        return function(*operands[:3], **keywords, backend=backend)
+
+    def both() -> None:
+        output, lse = function(*operands[:3], **keywords, return_lse=True)
+        gradient(grad_output, *operands[:3], output, lse, **keywords)
+
+    for backend in ("naive", "fused"):
+        if backend == "naive" and naive_ms > longest:
+            continue
+        check(problem, operands, forward(backend))
+        figure = timed(problem, lambda backend=backend: forward(backend))
+        if backend == "fused":
+            figure["plan"] = str(_fused_plan.plan(problem, cuda(0)))
+        results[backend] = {"forward": figure}
+    if 3.5 * naive_ms <= longest:
+        results["chosen"] = {"forward_backward": timed(problem, both, passes=3.5)}
+    assert fused.unsupported(problem, cuda(0)) is None
+    return results
+
+
+def problem_of(case: dict[str, Any], shape: tuple[int, ...]) -> Problem:
+    spec = Spec(shape, "bfloat16")
+    window = _problem.window_arguments(
+        "bench",
+        len(case["tokens"]),
+        case["kernel"],
+        case["stride"],
+        case["dilation"],
+        case["causal"],
+    )
+    return _problem.attention_problem("bench", "forward", spec, spec, spec, window, None)
+
+
+def timed(problem: Problem, call: Callable[[], object], passes: float = 1.0) -> dict[str, Any]:
+    """Times, and the useful operations and compulsory bytes over the better one."""
+    figure: dict[str, Any] = measure(call, budget_ms=100.0)
+    best = min(figure.values())
+    figure["tflops"] = round(passes * problem.flops() / best / 1e9, 2)
+    figure["gbps"] = round(problem.bytes() / best / 1e6, 1)
+    return figure
+
+
+def normal(shape: tuple[int, ...], seed: int) -> Any:
+    """Normally distributed bfloat16 numbers, made by truncating float32 ones part by part."""
+    bits = cupy.empty(shape, np.uint16)
+    rng = cupy.random.default_rng(seed)
+    flat = bits.ravel()
+    for start in range(0, flat.size, 1 << 26):
+        part = flat[start : start + (1 << 26)]
+        numbers = rng.standard_normal(part.size, dtype=np.float32)
+        part[...] = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    return bits.view(ml_dtypes.bfloat16)
+
+
+if __name__ == "__main__":
+    main()
