@@ -1,0 +1,214 @@
+"""Calls as JAX sees them: functions of arrays that it can compile, differentiate and batch.
+
+`compute` is what everything else in JAX builds on: ``jax.jit`` finds one custom call in it, whose
+attribute describes the whole `Call` so that a compiled program means the same in another process;
+``jax.grad`` the operation's own gradient; and ``jax.vmap`` one larger operation.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from cuneigh._arrays import numpy_dtype
+from cuneigh._problem import Operands, Operation, Problem, Spec
+from cuneigh._window import Axis
+
+TARGET = "cuneigh"
+"""The name by which XLA knows the handler of every call."""
+
+RESULTS: dict[Operation, tuple[str, ...]] = {
+    "forward": ("output", "lse"),
+    "backward": Operands._fields,
+    "qk": ("logits",),
+    "qk_backward": Operands._fields,
+    "av": ("output",),
+    "av_backward": ("weights", *Operands._fields),
+}
+"""What each operation returns; a gradient is called what it is the gradient of."""
+
+GRADIENT: dict[Operation, tuple[Operation, tuple[str, ...]]] = {
+    "forward": ("backward", ("grad_output", "grad_lse")),
+    "qk": ("qk_backward", ("grad_logits",)),
+    "av": ("av_backward", ("grad_output",)),
+}
+"""The operation that differentiates another, and what it calls the gradients of its results."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a public function, apart from the numbers in its arrays."""
+
+    problem: Problem
+    backend: str | None
+    arguments: tuple[str, ...]
+    results: tuple[str, ...]
+    """Those that are wanted, in the order of `RESULTS`."""
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype of an argument or a result."""
+        match name:
+            case "output" | "grad_output":
+                return self.problem.output
+            case "lse" | "grad_lse":
+                return self.problem.lse
+            case "logits" | "grad_logits" | "weights":
+                return self.problem.logits
+        spec: Spec = getattr(self.problem.specs, name)
+        return spec
+
+    def encoded(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decoded(text: bytes | str) -> Call:
+        fields = json.loads(text)
+        problem = fields["problem"]
+        axes = tuple(Axis(**axis) for axis in problem["axes"])
+        return Call(
+            Problem(**{**problem, "axes": axes}),
+            fields["backend"],
+            tuple(fields["arguments"]),
+            tuple(fields["results"]),
+        )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def compute(call: Call, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The results of `call` for its arguments."""
+    results: tuple[jax.Array, ...] = _batchable(call)(*arrays)
+    return results
+
+
+def _compute_forward(call: Call, *arrays: jax.Array) -> tuple[Any, Any]:
+    operation = call.problem.operation
+    if operation not in GRADIENT:
+        raise NotImplementedError(
+            "cuneigh: second derivatives of neighborhood attention are not supported"
+        )
+    # Through `compute`, so that a second derivative meets the error above and no other.
+    results = compute(replace(call, results=RESULTS[operation]), *arrays)
+    kept = results if operation == "forward" else ()
+    return results[: len(call.results)], (arrays, kept)
+
+
+def _compute_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[jax.Array, ...]:
+    arrays, kept = residuals
+    operation, names = GRADIENT[call.problem.operation]
+    given = dict(zip(call.arguments, arrays, strict=True))
+    given |= zip(RESULTS[call.problem.operation], kept, strict=False)
+    given |= zip(names, cotangents, strict=False)
+    # An operation's gradients come in an order of its own, here in that of the arguments.
+    wanted = tuple(name for name in RESULTS[operation] if name in call.arguments)
+    gradient = Call(replace(call.problem, operation=operation), call.backend, tuple(given), wanted)
+    gradients = dict(zip(wanted, compute(gradient, *given.values()), strict=True))
+    return tuple(gradients[name] for name in call.arguments)
+
+
+compute.defvjp(_compute_forward, _compute_backward)
+
+eager = partial(jax.jit, static_argnums=0, inline=True)(compute)
+"""`compute` as one compiled program, which JAX finds again faster than it runs one step by step."""
+
+
+@lru_cache(maxsize=4096)
+def _batchable(call: Call) -> Any:
+    """The custom call of `call`, which ``jax.vmap`` makes a larger one of the same kind."""
+    arguments, results = (
+        [
+            jax.ShapeDtypeStruct(spec.shape, numpy_dtype(spec.dtype))
+            for spec in map(call.spec, names)
+        ]
+        for names in (call.arguments, call.results)
+    )
+    launch = jax.ffi.ffi_call(TARGET, results)
+    text = call.encoded()
+
+    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        for name, array, needed in zip(call.arguments, arrays, arguments, strict=True):
+            if array.dtype != needed.dtype:
+                raise TypeError(
+                    f"cuneigh: {name} has dtype {needed.dtype}, of which JAX makes {array.dtype} "
+                    f"unless jax_enable_x64 is set"
+                )
+        return tuple(launch(*arrays, call=text))
+
+    def run_many(size: int, batched: Any, *arrays: jax.Array) -> Any:
+        into = _folded_axis(call, batched)
+        folded = [
+            _fold(array, _axis(name, into), size, is_batched)
+            for name, array, is_batched in zip(call.arguments, arrays, batched, strict=True)
+        ]
+        made = _batchable(_enlarged(call, into, size))(*folded)
+        unfolded = tuple(
+            _unfold(array, _axis(name, into), size)
+            for name, array in zip(call.results, made, strict=True)
+        )
+        return unfolded, (True,) * len(unfolded)
+
+    batchable = jax.custom_batching.custom_vmap(run)
+    batchable.def_vmap(run_many)
+    return batchable
+
+
+Fold = Literal["batch", "heads"]
+"""The axis that takes up the one that is mapped over."""
+
+
+def _folded_axis(call: Call, batched: Any) -> Fold:
+    """The batch takes it up without moving anything, unless each entry needs a bias of its own.
+
+    So does the gradient of the bias, which is a sum over the batch.
+    """
+    if "rpb" not in call.arguments:
+        return "batch"
+    own_bias = batched[call.arguments.index("rpb")] or "rpb" in call.results
+    return "heads" if own_bias else "batch"
+
+
+def _enlarged(call: Call, into: Fold, size: int) -> Call:
+    problem = call.problem
+    if into == "batch":
+        larger = replace(problem, batch=problem.batch * size)
+    else:
+        # Heads that share a key head stay neighbors: h + H * i reads key head h // g + H_kv * i.
+        larger = replace(problem, heads=problem.heads * size, kv_heads=problem.kv_heads * size)
+    return replace(call, problem=larger)
+
+
+def _axis(name: str, into: Fold) -> int | None:
+    """The position, in an array without the mapped axis, of the axis that takes it up."""
+    if name == "rpb":
+        return 0 if into == "heads" else None
+    if into == "batch":
+        return 0
+    return -1 if name in ("lse", "grad_lse") else -2
+
+
+def _fold(array: jax.Array, axis: int | None, size: int, is_batched: bool) -> jax.Array:
+    """`array` with its first axis, if it has the mapped one there, merged into `axis`."""
+    if axis is None:
+        return array
+    if not is_batched:
+        array = jnp.broadcast_to(array, (size, *array.shape))
+    axis %= array.ndim - 1
+    array = jnp.moveaxis(array, 0, axis)
+    before, (_, length), after = (
+        array.shape[:axis],
+        array.shape[axis : axis + 2],
+        array.shape[axis + 2 :],
+    )
+    return array.reshape(*before, size * length, *after)
+
+
+def _unfold(array: jax.Array, axis: int | None, size: int) -> jax.Array:
+    """The opposite of `_fold`."""
+    assert axis is not None, "a bias that stays as it is has no gradient among the results"
+    axis %= array.ndim
+    before, length, after = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
+    return jnp.moveaxis(array.reshape(*before, size, length // size, *after), axis, 0)
