@@ -86,7 +86,10 @@ class JaxFace(Launcher):
         names = _calls.RESULTS[problem.operation]
         wanted = [name for name, spec in zip(names, results, strict=True) if spec is not None]
         call = _calls.Call(problem, backend, tuple(arguments.arrays), tuple(wanted))
-        made = dict(zip(wanted, _calls.eager(call, *arguments.arrays.values()), strict=True))
+        arrays = arguments.arrays.values()
+        if arguments.place is None:
+            arrays = _calls.spread(arrays, _calls.spread_over(arrays))
+        made = dict(zip(wanted, _calls.eager(call, *arrays), strict=True))
         return [made.get(name) for name in names]
 
 

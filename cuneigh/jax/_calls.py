@@ -8,6 +8,7 @@ attribute describes the whole `Call` so that a compiled program means the same i
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -136,7 +137,7 @@ def _batchable(call: Call) -> Any:
                     f"cuneigh: {name} has dtype {needed.dtype}, of which JAX makes {array.dtype} "
                     f"unless jax_enable_x64 is set"
                 )
-        return tuple(launch(*arrays, call=text))
+        return spread(launch(*arrays, call=text), spread_over(arrays))
 
     def run_many(size: int, batched: Any, *arrays: jax.Array) -> Any:
         into = _folded_axis(call, batched)
@@ -154,6 +155,25 @@ def _batchable(call: Call) -> Any:
     batchable = jax.custom_batching.custom_vmap(run)
     batchable.def_vmap(run_many)
     return batchable
+
+
+def spread_over(arrays: Iterable[jax.Array]) -> frozenset[str]:
+    """The mesh axes of ``jax.shard_map`` along which some of `arrays` vary."""
+    axes: frozenset[str] = frozenset()
+    for array in arrays:
+        kind = jax.typeof(array)
+        manual = getattr(kind, "manual_axis_type", None)
+        axes |= kind.vma if manual is None else manual.varying  # JAX before and after 0.10
+    return axes
+
+
+def spread(arrays: Iterable[jax.Array], axes: frozenset[str]) -> tuple[jax.Array, ...]:
+    """`arrays`, which JAX is told vary along all of `axes`; gradients are summed over the new."""
+    if not axes:
+        return tuple(arrays)
+    return tuple(
+        jax.lax.pcast(array, tuple(axes - spread_over([array])), to="varying") for array in arrays
+    )
 
 
 Fold = Literal["batch", "heads"]
