@@ -19,16 +19,35 @@ struct SoftmaxArguments {
   long long slices;
 };
 
-template <int kLanes, typename Number>
-__device__ Number team_maximum(Number x) {
-  const unsigned first = threadIdx.x % 32 / kLanes * kLanes;
-  const unsigned mask = (0xffffffffu >> (32 - kLanes)) << first;
+// Sums and maxima over the lanes of a team: a part of a warp, or the whole block.
+template <int kLanes, int kThreads, typename Number, typename Combine>
+__device__ Number over_team(Number x, Combine combine) {
+  constexpr int kInWarp = kLanes < 32 ? kLanes : 32;
+  const unsigned first = threadIdx.x % 32 / kInWarp * kInWarp;
+  const unsigned mask = (0xffffffffu >> (32 - kInWarp)) << first;
 #pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    const Number other = __shfl_xor_sync(mask, x, step);
-    x = other > x ? other : x;
+  for (int step = kInWarp / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(mask, x, step));
+  if constexpr (kLanes > 32) {
+    static_assert(kLanes == kThreads, "a team of more than a warp is the whole block");
+    __shared__ Number warp_smem[kThreads / 32];
+    __syncthreads();  // the previous use has been read
+    if (threadIdx.x % 32 == 0) warp_smem[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = warp_smem[0];
+#pragma unroll
+    for (int warp = 1; warp < kThreads / 32; ++warp) x = combine(x, warp_smem[warp]);
   }
   return x;
+}
+
+template <int kLanes, int kThreads, typename Number>
+__device__ Number team_maximum(Number x) {
+  return over_team<kLanes, kThreads>(x, [](Number a, Number b) { return a > b ? a : b; });
+}
+
+template <int kLanes, int kThreads, typename Number>
+__device__ Number team_sum(Number x) {
+  return over_team<kLanes, kThreads>(x, [](Number a, Number b) { return a + b; });
 }
 
 template <typename Plan>
@@ -102,7 +121,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 #pragma unroll
             for (int i = 0; i < kVector; ++i) maximum = held[p][i] > maximum ? held[p][i] : maximum;
           }
-          maximum = team_maximum<Plan::kLanes>(maximum);
+          maximum = team_maximum<Plan::kLanes, Plan::kThreads>(maximum);
           const Number shift = maximum == -infinity<Number>() ? Number(0) : maximum;
 #pragma unroll
           for (int p = 0; p < kHeld; ++p)
@@ -111,7 +130,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
               held[p][i] = exponential(held[p][i] - shift);
               sum += held[p][i];
             }
-          sum = Lanes::sum(sum);
+          sum = team_sum<Plan::kLanes, Plan::kThreads>(sum);
           const Number factor = sum == 0 ? Number(0) : Number(weight_factor<Element>()) / sum;
 #pragma unroll
           for (int p = 0; p < kHeld; ++p)
@@ -128,9 +147,10 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
             logits_at(column, logit);
             softmax.update(logit);
           }
-          maximum = team_maximum<Plan::kLanes>(softmax.maximum);
+          maximum = team_maximum<Plan::kLanes, Plan::kThreads>(softmax.maximum);
           const Number shift = maximum == -infinity<Number>() ? Number(0) : maximum;
-          sum = Lanes::sum(softmax.sum * exponential(softmax.maximum - shift));
+          sum = team_sum<Plan::kLanes, Plan::kThreads>(softmax.sum *
+                                                       exponential(softmax.maximum - shift));
           const Number factor = sum == 0 ? Number(0) : Number(weight_factor<Element>()) / sum;
           for (int column = first; column < tiles.columns; column += kStep) {
             Number weight[kVector];

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +30,13 @@ from cuneigh._backends import gemm
 from cuneigh._backends.gemm import _walk
 from cuneigh._device import CPU, Device
 from cuneigh._gemm_plan import cut_axis
-from cuneigh._problem import Operands, Spec, attention_problem, window_arguments
+from cuneigh._problem import (
+    Operands,
+    Spec,
+    attention_problem,
+    dense_problem,
+    window_arguments,
+)
 from cuneigh._window import Axis
 
 NATIVE = {"to_native": to_cupy, "to_numpy": to_numpy, "allocate": allocate}
@@ -193,17 +200,19 @@ def test_whether_tokens_lie_at_one_step(view, one_step):
     assert gemm._one_step((view(np.zeros((2, 3, 4, 5, 6, 8), np.float32)),)) == one_step
 
 
-@given(problem=problems())
-def test_a_row_is_held_by_its_lanes(problem):
+@given(problem=problems(), repeats=st.sampled_from([1, 10, 100, 1000]))
+def test_a_row_is_held_by_its_lanes(problem, repeats):
     plan = _gemm_plan.plan(problem)
+    plan = replace(plan, columns=plan.columns * repeats)
+    assert _walk.lanes(problem, plan) in (4, 8, 16, 32)
+    lines = _walk.softmax_source(problem, plan).splitlines()
+    constants = dict(re.findall(r"int (\w+) = (\d+);", "\n".join(lines)))
+    lanes, packets = int(constants["kLanes"]), int(constants["kPackets"])
     packet = 16 // DTYPES[problem.accumulator]
-    held = _walk.held_packets(problem, plan)
-    lanes = _walk.lanes(problem, plan)
-    assert lanes in (4, 8, 16, 32)
-    if held:
-        assert held * lanes * packet >= plan.columns
+    if packets:
+        assert packets * lanes * packet >= plan.columns
     else:
-        assert plan.columns > _walk.HELD_PACKETS[-1] * 32 * packet
+        assert plan.columns > _walk.HELD_PACKETS[-1] * _walk.THREADS * packet
 
 
 # Kernels
@@ -337,11 +346,11 @@ def test_large_logits(magnitude, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("operation", ["forward", "backward"])
-def test_rows_longer_than_a_warp_holds(operation, dtype):
-    problem = attention((6000,), 5000, (8, 8), dtype, operation, heads=1, is_causal=True)
-    problem = replace(problem, axes=(replace(problem.axes[0], is_causal=False),))
-    sample = replace(problem, axes=(replace(problem.axes[0], length=40, key_length=5000),))
-    check_backend(gemm, sample, inputs(sample, np.random.default_rng(0)), **NATIVE)
+@pytest.mark.parametrize("keys", [5000, 13000])
+def test_rows_longer_than_a_warp_or_a_block_holds(operation, dtype, keys):
+    spec = [Spec((1, count, 1, 8), dtype) for count in (40, keys)]
+    problem = dense_problem("test", operation, spec[0], spec[1], spec[1], False, None)
+    check_backend(gemm, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
 
 
 @pytest.mark.gpu

@@ -61,8 +61,10 @@ struct Tile {
     const Problem<kRank>& problem = tiles.problem;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
-      first[r] = box_place(problem.axes[r], int(tile % problem.boxes[r]), problem.box[r]);
-      halo[r] = halo_begin(problem.axes[r], first[r], tiles.halo[r]);
+      const Axis& axis = problem.axes[r];
+      const int box = int(tile % problem.boxes[r]);
+      first[r] = box_place(axis.dilation, axis.length, box, problem.box[r]);
+      halo[r] = halo_begin(axis, first[r], tiles.halo[r]);
       tile /= problem.boxes[r];
     }
     const int kv_heads = problem.heads / problem.group_size;

@@ -23,7 +23,14 @@ from cuneigh import _gemm_plan, _jit
 from cuneigh._backends import naive
 from cuneigh._backends._arguments import Views, load_width, readable
 from cuneigh._backends.gemm import _walk
-from cuneigh._backends.gemm._walk import Matrix, Walk, held_packets, move_source, row_source
+from cuneigh._backends.gemm._walk import (
+    Matrix,
+    Walk,
+    lanes,
+    move_source,
+    row_source,
+    softmax_source,
+)
 from cuneigh._device import Device
 from cuneigh._gemm_plan import GemmPlan
 from cuneigh._problem import DTYPES, Operands, Problem
@@ -71,9 +78,7 @@ def forward(
     result = walk.queries(output)
     logits = walk.dense(problem.accumulator)
     weights = _in_place_of(logits, walk)
-    source = row_source(
-        problem, walk.plan, problem.rpb_dtype, packets=held_packets(problem, walk.plan)
-    )
+    source = softmax_source(problem, walk.plan)
     views = Views(problem.rank)
     views.bias(operands.rpb)
     views.scalars(lse)
@@ -108,7 +113,7 @@ def backward(
     weights, grad_logits = _in_place_of(logits, walk), _in_place_of(grad_weights, walk)
     sums = _HaloSums(walk, gradients)
     delta = allocate(lse.shape, problem.accumulator) if problem.rpb_dtype else None
-    source = row_source(problem, walk.plan, problem.rpb_dtype)
+    source = row_source(problem, walk.lanes, problem.rpb_dtype)
     views = Views(problem.rank)
     views.bias(operands.rpb)
     views.vectors(grad_output, output)
@@ -133,7 +138,7 @@ def qk(problem: Problem, operands: Operands, logits: Any, allocate: Allocate) ->
     query = walk.queries(operands.query)
     key = walk.keys(operands.key, operands.additional_keys)
     products = walk.dense(problem.accumulator)
-    source = row_source(problem, walk.plan, problem.rpb_dtype, kHiddenIsZero=False)
+    source = row_source(problem, walk.lanes, problem.rpb_dtype, kHiddenIsZero=False)
     views = Views(problem.rank)
     views.bias(operands.rpb)
     views.vectors(logits)
@@ -158,7 +163,7 @@ def qk_backward(
     grad_query = walk.queries(gradients.query)
     products = walk.dense(problem.dtype)
     sums = _HaloSums(walk, gradients)
-    source = row_source(problem, walk.plan, None)
+    source = row_source(problem, walk.lanes, None)
     views = Views(problem.rank)
     views.vectors(grad_logits)
     views.addresses(products.buffer)
@@ -178,7 +183,7 @@ def av(problem: Problem, weights: Any, operands: Operands, output: Any, allocate
     value = walk.keys(operands.value, operands.additional_values)
     result = walk.queries(output)
     products = walk.dense(problem.dtype)
-    source = row_source(problem, walk.plan, None)
+    source = row_source(problem, walk.lanes, None)
     views = Views(problem.rank)
     views.vectors(weights)
     views.addresses(products.buffer)
@@ -205,8 +210,8 @@ def av_backward(
     grad_rows = walk.queries(grad_output)
     products, spread = walk.dense(problem.accumulator), walk.dense(problem.dtype)
     sums = _HaloSums(walk, gradients)
-    spread_source = row_source(problem, walk.plan, None)
-    select_source = row_source(problem, walk.plan, None, kHiddenIsZero=True)
+    spread_source = row_source(problem, walk.lanes, None)
+    select_source = row_source(problem, walk.lanes, None, kHiddenIsZero=True)
     spread_views, select_views = Views(problem.rank), Views(problem.rank)
     spread_views.vectors(weights)
     spread_views.addresses(spread.buffer)
@@ -292,24 +297,23 @@ def _one_step(tokens: tuple[Any, ...]) -> bool:
 def kernels(problem: Problem) -> list[_jit.Kernel]:
     """The kernels that `problem` needs when its arrays are contiguous."""
     plan = plan_of(problem, contiguous=True)
-    rows = row_source(problem, plan, None)
-    biased = row_source(problem, plan, problem.rpb_dtype)
+    team = lanes(problem, plan)
+    rows = row_source(problem, team, None)
+    biased = row_source(problem, team, problem.rpb_dtype)
     uses_key, uses_value = _gemm_plan.USES[problem.operation]
     names: list[tuple[str, str]] = []
     match problem.operation:
         case "forward":
-            packets = held_packets(problem, plan)
-            source = row_source(problem, plan, problem.rpb_dtype, packets=packets)
-            names = [("gemm_softmax", source)]
+            names = [("gemm_softmax", softmax_source(problem, plan))]
         case "backward":
             names = [("gemm_gradient", biased)]
         case "qk":
-            source = row_source(problem, plan, problem.rpb_dtype, kHiddenIsZero=False)
+            source = row_source(problem, team, problem.rpb_dtype, kHiddenIsZero=False)
             names = [("gemm_select", source)]
         case "qk_backward" | "av":
             names = [("gemm_spread", rows)]
         case "av_backward":
-            source = row_source(problem, plan, None, kHiddenIsZero=True)
+            source = row_source(problem, team, None, kHiddenIsZero=True)
             names = [("gemm_spread", rows), ("gemm_select", source)]
     size = DTYPES[problem.dtype]
     dims = [problem.head_dim] * uses_key + [problem.value_dim] * uses_value

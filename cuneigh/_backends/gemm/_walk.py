@@ -56,6 +56,11 @@ class Walk:
         self.addresses: Any = None
         """[matrices, tiles of a chunk], if tokens are multiplied in place."""
 
+    @property
+    def lanes(self) -> int:
+        """Lanes that share a row of a dense product."""
+        return lanes(self.problem, self.plan)
+
     # Matrices
 
     def dense(self, dtype: str) -> Matrix:
@@ -276,10 +281,10 @@ def move_source(problem: Problem, vector: int, **flags: bool) -> str:
 
 
 def row_source(
-    problem: Problem, plan: GemmPlan, bias: str | None, packets: int | None = None, **flags: bool
+    problem: Problem, team: int, bias: str | None, packets: int | None = None, **flags: bool
 ) -> str:
-    """`struct Plan` of the kernels that take the rows of tiles."""
-    numbers = {"kLanes": lanes(problem, plan), "kMostQueries": MOST_QUERIES}
+    """`struct Plan` of the kernels that take the rows of tiles; `team` lanes share a row."""
+    numbers = {"kLanes": team, "kMostQueries": MOST_QUERIES}
     if packets is not None:
         numbers["kPackets"] = packets
     return f"{_source(problem, numbers, flags)}\nusing Bias = {bias or 'void'};"
@@ -304,16 +309,20 @@ def _source(problem: Problem, numbers: dict[str, int], flags: dict[str, bool]) -
 
 
 def lanes(problem: Problem, plan: GemmPlan) -> int:
-    """Lanes that share a row: as few as hold it in four packets each."""
+    """Lanes that share a row: as few as hold it in four packets each, up to a warp."""
     packets = plan.columns * DTYPES[problem.accumulator] // 16
     return next((lanes for lanes in (4, 8, 16) if packets <= 4 * lanes), 32)
 
 
-def held_packets(problem: Problem, plan: GemmPlan) -> int:
-    """Packets of a row that a lane holds; 0 if a row is too long for that."""
+def softmax_source(problem: Problem, plan: GemmPlan) -> str:
+    """`struct Plan` of gemm_softmax, whose lanes hold a row, if need be those of a whole block."""
     packets = plan.columns * DTYPES[problem.accumulator] // 16
-    needed = math.ceil(packets / lanes(problem, plan))
-    return next((held for held in HELD_PACKETS if held >= needed), 0)
+    team = lanes(problem, plan)
+    if packets > HELD_PACKETS[-1] * team:
+        team = THREADS
+    needed = math.ceil(packets / team)
+    held = next((held for held in HELD_PACKETS if held >= needed), 0)
+    return row_source(problem, team, problem.rpb_dtype, held)
 
 
 @lru_cache(maxsize=1024)
