@@ -318,6 +318,8 @@ BYTES_PER_MS = 4.1e9
 CACHE_BYTES_PER_MS = 15e9
 FLOPS_PER_MS = {"float32": 38e9, "float64": 38e9}
 """What products reach that are bound by arithmetic; those on matrix units are not."""
+GRADIENTS = 1.6
+"""What gradients take beyond the time of their bytes."""
 TILE_MS = 4e-6
 CHUNK_MS = 0.02
 """Starting and ending a tile, and the launches of a chunk."""
@@ -368,4 +370,5 @@ def predicted(
         kernels += (1.4 * key_bytes + 3 * rows * dims * element) / BYTES_PER_MS
     if gradients:
         kernels += columns * dims * number / BYTES_PER_MS
+        kernels, moved = GRADIENTS * kernels, GRADIENTS * moved
     return tiles * (max(moved, arithmetic) + kernels + TILE_MS) + chunks * CHUNK_MS

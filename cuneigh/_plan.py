@@ -147,6 +147,31 @@ HALO_COST = 4
 """Cost of one neighbor that a block reads, in units of one product of a query and a key."""
 
 
+FLOPS_PER_MS = {
+    "forward": 11e9,
+    "backward": 8e9,
+    "qk": 7.7e9,
+    "qk_backward": 9e9,
+    "av": 12e9,
+    "av_backward": 7.5e9,
+}
+"""What the kernels reach in half precision on an H200 (bench/NOTES.md),"""
+SHARE = {"float32": 0.72, "float64": 0.25}
+"""and the share of that in other dtypes,"""
+SHORT_SHARE = 0.77
+"""and with head vectors of at most 32 elements, for which a query's own work weighs more."""
+BYTES_PER_MS = 4.1e9
+
+
+@lru_cache(maxsize=1024)
+def predicted(problem: Problem) -> float:
+    """Milliseconds of one call on an H200: its arithmetic, and its traffic once."""
+    rate = FLOPS_PER_MS[problem.operation] * SHARE.get(problem.dtype, 1.0)
+    if max(problem.head_dim, problem.value_dim) <= 32:
+        rate *= SHORT_SHARE
+    return problem.flops() / rate + problem.bytes() / BYTES_PER_MS
+
+
 def next_power_of_two(n: int) -> int:
     """The smallest power of two that is at least `n`."""
     return 1 << max(0, n - 1).bit_length()

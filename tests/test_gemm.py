@@ -25,8 +25,8 @@ from strategies import (
     problems,
 )
 
-from cuneigh import _gemm_plan, _jit
-from cuneigh._backends import gemm
+from cuneigh import _backends, _gemm_plan, _jit
+from cuneigh._backends import gemm, naive
 from cuneigh._backends.gemm import _walk
 from cuneigh._device import CPU, Device
 from cuneigh._gemm_plan import cut_axis
@@ -156,6 +156,22 @@ def test_what_does_not_fit_is_refused_with_the_number_of_bytes(monkeypatch):
     assert "CUNEIGH_WORKSPACE_BYTES" in gemm.unsupported(problem, GPU)
     monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", str(plan.bytes))
     assert gemm.unsupported(problem, GPU) is None
+
+
+def test_the_choice_between_naive_and_gemm_is_by_predicted_time():
+    small, large = attention((56, 56), 3, (64, 64)), attention((2048,), 511, (64, 64), heads=8)
+    half = replace(small, dtype="float64")
+    for problem in (small, large, half):
+        chosen = _backends.choose(problem, GPU, None)
+        assert chosen is min((naive, gemm), key=lambda backend: backend.predicted_ms(problem, GPU))
+    assert _backends.choose(small, GPU, None) is naive
+    assert _backends.choose(large, GPU, None) is gemm
+    assert _backends.choose(large, GPU, "naive") is naive
+
+
+def test_what_gemm_refuses_is_for_naive(monkeypatch):
+    monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", "100")
+    assert _backends.choose(attention((2048,), 511, (64, 64)), GPU, None) is naive
 
 
 def test_the_cpu_is_refused():

@@ -11,13 +11,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from cuneigh import _device, _jit
-from cuneigh._backends import naive
+from cuneigh._backends import fused, gemm, naive
 from cuneigh._jit import Cache, CompilationError, Kernel, Resources, Sources
 from cuneigh._jit import _build as build
 from cuneigh._jit import _compiler as compiler
@@ -622,6 +623,7 @@ def problems(
     value_dim: int = 64,
     rpb_dtype: str | None = None,
     additional: int | None = None,
+    length: int = 1,
 ) -> Iterator[Problem]:
     """Every operation."""
     for rank, operation in itertools.product(ranks, get_args(Operation)):
@@ -633,7 +635,7 @@ def problems(
             kv_heads=1,
             head_dim=head_dim,
             value_dim=value_dim,
-            axes=(Axis(1, 1, 1, 1, 1, False),) * rank,
+            axes=(Axis(length, length, 1, 1, 1, False),) * rank,
             scale=1.0,
             additional=additional,
             rpb_dtype=rpb_dtype,
@@ -645,8 +647,10 @@ def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
-def assert_no_spills(of: Iterator[Problem], arch: str, cache: Path) -> None:
-    kernels = [kernel for problem in of for kernel in naive.kernels(problem)]
+def assert_no_spills(
+    of: Iterator[Problem], arch: str, cache: Path, backend: ModuleType = naive
+) -> None:
+    kernels = [kernel for problem in of for kernel in backend.kernels(problem)]
     assert kernels
     for (kernel, _), compiled in _jit.precompile(kernels, [arch], cache).items():
         resources = compiled.resources
@@ -691,9 +695,34 @@ def test_kernels_of_other_dimensions_compile(
     assert_no_spills(of, "sm_90", module_cache)
 
 
+# The kernels around the batched products hold little; the longest rows of logits are their most.
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("dtype", "arch"),
+    [("float16", "sm_90"), ("bfloat16", "sm_75"), ("float32", "sm_120"), ("float64", "sm_90")],
+)
+def test_kernels_around_products_compile(dtype: str, arch: str, module_cache: Path) -> None:
+    of = problems(dtype, [3], rpb_dtype=dtype, additional=3000)
+    assert_no_spills(of, arch, module_cache, gemm)
+
+
+@needs_nvrtc
+def test_kernels_around_products_in_place_compile(module_cache: Path) -> None:
+    of = problems("bfloat16", [1, 2], length=32)
+    assert_no_spills(of, "sm_90", module_cache, gemm)
+
+
 def test_every_source_is_compiled() -> None:
-    """There is no `.cu` that `test_kernels_compile` never sees."""
-    of = problems("float32", [3], rpb_dtype="float32", additional=1)
-    kernels = {kernel.name for problem in of for kernel in naive.kernels(problem)}
+    """There is no `.cu` that no backend names."""
+    full = [*problems("float16", [3], rpb_dtype="float16", additional=1)]
+    plain = [*problems("float16", [1], length=32)]
+    kernels = {
+        kernel.name
+        for problem in full + plain
+        for backend in (naive, gemm, fused)
+        for kernel in backend.kernels(problem)
+    }
     sources = {name.removesuffix(".cu") for name in _jit.packaged().texts if name.endswith(".cu")}
     assert kernels == sources

@@ -83,8 +83,14 @@ class Backend(Protocol):
 BACKENDS: tuple[Backend, ...] = (cast(Backend, fused), naive, gemm, cpu)
 
 
+COMPETING: tuple[Any, ...] = (naive, gemm)
+"""Those that predict their time (`predicted_ms`): which is faster depends on the problem."""
+
+
 def choose(problem: Problem, device: Device, name: str | None) -> Backend:
     """The backend called `name`, or the first that supports `problem`.
+
+    Where that is one of those that compete, the one that is expected to be fastest.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason of every backend that
     was asked, when none can run the problem.
@@ -93,10 +99,16 @@ def choose(problem: Problem, device: Device, name: str | None) -> Backend:
     if not candidates:
         known = ", ".join(repr(backend.NAME) for backend in BACKENDS)
         raise ValueError(f"backend={name!r} is not one of {known}")
-    reasons = []
+    competing, reasons = [], []
     for backend in candidates:
         reason = backend.unsupported(problem, device)
-        if reason is None:
+        if reason is not None:
+            reasons.append(f"{backend.NAME}: {reason}")
+        elif backend in COMPETING:
+            competing.append(cast(Any, backend))
+        elif not competing:
             return backend
-        reasons.append(f"{backend.NAME}: {reason}")
+    if competing:
+        fastest: Backend = min(competing, key=lambda each: each.predicted_ms(problem, device))
+        return fastest
     raise RuntimeError("no backend can run this problem; " + "; ".join(reasons))

@@ -16,7 +16,7 @@ import numpy as np
 from cuneigh import _jit
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
 from cuneigh._device import Device, cuda
-from cuneigh._plan import THREADS, RowPlan, box_of, row_plan
+from cuneigh._plan import THREADS, RowPlan, box_of, predicted, row_plan
 from cuneigh._problem import Operands, Problem
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ def unsupported(problem: Problem, device: Device) -> str | None:
             "on it"
         )
     return None
+
+
+def predicted_ms(problem: Problem, device: Device) -> float:
+    """How long a call is expected to take on an H200, in milliseconds."""
+    return predicted(problem)
 
 
 def forward(
