@@ -12,7 +12,8 @@
 //   static constexpr int kHeadDim, kValueDim;    head dimensions, padded to multiples of 16
 //   static constexpr bool kKeyExact, kValueExact; they needed no padding
 //   static constexpr int kKeyBytes, kValueBytes; widths of the loads that the alignment allows
-//   static constexpr int kSharedBytes;           of FusedSmem, as the launcher counts them
+//   static constexpr int kSharedBytes;           of ForwardSmem, as the launcher counts them
+//   static constexpr bool kRowsAreKeys;          false
 //   using Element;                               float16 or bfloat16
 //   using Bias;                                  dtype of rpb, or void when there is none
 // };
@@ -25,41 +26,64 @@
 namespace cuneigh {
 
 template <typename Plan>
+struct FusedForward {
+  View<const typename Plan::Element, Plan::kRank> query, key, value;
+  View<const typename Plan::Element, Plan::kRank> additional_keys, additional_values;
+  View<const typename Plan::Bias, Plan::kRank> rpb;
+  View<typename Plan::Element, Plan::kRank> output;
+  View<float, Plan::kRank> lse;  // may be null
+};
+
+template <typename Plan>
+struct ForwardSmem {
+  using Element = typename Plan::Element;
+  static constexpr int kQueryDim =
+      Plan::kHeadDim > Plan::kValueDim ? Plan::kHeadDim : Plan::kValueDim;
+
+  Element query[Tables<Plan>::kRows][padded(kQueryDim)];  // in the end the output
+  Element key[2][Plan::kColumns][padded(Plan::kHeadDim)];
+  Element value[2][Plan::kColumns][padded(Plan::kValueDim)];
+  Tables<Plan> tables;
+};
+
+template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, 1)
     fused_forward(const FusedProblem<Plan::kRank> problem, const FusedForward<Plan> arguments) {
   using Element = typename Plan::Element;
   constexpr int kRank = Plan::kRank;
   constexpr int kRowTiles = Plan::kRowTiles;
-  constexpr int kKeyTiles = Plan::kKeys / 8;
+  constexpr int kColumnTiles = Plan::kColumns / 8;
   constexpr bool kHasBias = !kSame<typename Plan::Bias, void>;
-  static_assert(sizeof(FusedSmem<Plan>) == Plan::kSharedBytes,
-                "'shared_memory' in cuneigh/_backends/fused.py counts what FusedSmem holds");
+  static_assert(sizeof(ForwardSmem<Plan>) == Plan::kSharedBytes,
+                "'forward_bytes' in cuneigh/_fused_plan.py counts what ForwardSmem holds");
   extern __shared__ __align__(16) char memory_smem[];
-  auto& smem = *reinterpret_cast<FusedSmem<Plan>*>(memory_smem);
+  auto& smem = *reinterpret_cast<ForwardSmem<Plan>*>(memory_smem);
+  auto& tables = smem.tables;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const QueryBox<kRank> box = query_box(problem);
-  const int kv_head = box.head / problem.group_size;
-  fill_tables<Plan>(problem, arguments, box, smem);
+  const RowBox<kRank> rows = row_box<Plan>(problem);
+  fill_tables<Plan>(problem, rows, arguments.key, arguments.value, arguments.lse, arguments.rpb,
+                    tables);
   __syncthreads();
 
   // Boxes of keys and values arrive in two buffers by turns
-  auto load = [&](const KeyBox<kRank>& keys, int buffer) {
-    load_keys<Plan::kHeadDim, Plan::kKeyBytes, Plan::kKeyExact, &KeyPlace::key>(
-        problem, keys, arguments.key, arguments.additional_keys, problem.head_dim, box, kv_head,
-        smem, smem.key[buffer]);
-    load_keys<Plan::kValueDim, Plan::kValueBytes, Plan::kValueExact, &KeyPlace::value>(
-        problem, keys, arguments.value, arguments.additional_values, problem.value_dim, box,
-        kv_head, smem, smem.value[buffer]);
+  auto load = [&](const ColumnBox<kRank>& keys, int buffer) {
+    load_columns<Plan::kHeadDim, Plan::kKeyBytes, Plan::kKeyExact, &ColumnPlace::first>(
+        problem, rows, keys, arguments.key, arguments.additional_keys, problem.head_dim, tables,
+        smem.key[buffer]);
+    load_columns<Plan::kValueDim, Plan::kValueBytes, Plan::kValueExact, &ColumnPlace::second>(
+        problem, rows, keys, arguments.value, arguments.additional_values, problem.value_dim,
+        tables, smem.value[buffer]);
     cp_async_commit();
   };
-  KeyBox<kRank> next = first_keys<Plan>(problem, smem);
-  load_queries<Plan>(problem, arguments.query, box, smem);
+  ColumnBox<kRank> next = first_columns<Plan>(problem, rows, tables);
+  load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.query, rows, problem.head_dim, tables,
+                                             smem.query);
   load(next, 0);
   if (problem.sign != 1) {
     cp_async_wait<0>();
     __syncthreads();
-    sign_queries<Plan>(problem, smem, warp, lane);
+    sign_rows<Plan::kHeadDim, Plan>(problem, smem.query, warp, lane);
   }
 
   // Rows lane / 4 and lane / 4 + 8 of every 16 are this thread's, in columns 2 * (lane % 4) and the
@@ -74,17 +98,17 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, 1)
   bool more = true;
   for (int buffer = 0; more; buffer ^= 1) {
     // This box has arrived, and everyone is done with the one before, whose memory the next takes
-    const KeyBox<kRank> keys = next;
+    const ColumnBox<kRank> keys = next;
     cp_async_wait<0>();
     __syncthreads();
-    more = advance<Plan>(problem, smem, next);
+    more = advance<Plan>(problem, tables, next);
     if (more) load(next, buffer ^ 1);
 
-    const Visibility visibility = visibility_of<Plan>(problem, keys, smem, warp);
+    const Visibility visibility = visibility_of<Plan>(problem, keys, tables, warp);
     if (visibility == Visibility::kNone) continue;
 
     // S = Q K^T
-    float logit_rmem[kRowTiles][kKeyTiles][4] = {};
+    float logit_rmem[kRowTiles][kColumnTiles][4] = {};
 #pragma unroll
     for (int d = 0; d < Plan::kHeadDim; d += 16) {
       unsigned query_rmem[kRowTiles][4];
@@ -94,7 +118,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, 1)
                     shared_address(
                         &smem.query[(warp * kRowTiles + m) * 16 + lane % 16][d + lane / 16 * 8]));
 #pragma unroll
-      for (int n = 0; n < Plan::kKeys; n += 16) {
+      for (int n = 0; n < Plan::kColumns; n += 16) {
         unsigned key_rmem[4];
         ldmatrix_x4(
             key_rmem,
@@ -116,13 +140,13 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, 1)
         const int row = first_row + m * 16 + half * 8;
         unsigned long long visible = ~0ull;
         if (visibility == Visibility::kSome)
-          visible = visible_keys<Plan>(problem, keys, smem, row, lane);
+          visible = visible_columns<Plan>(problem, keys, tables, row, lane);
         if constexpr (kHasBias)
-          add_bias<Plan>(problem, arguments.rpb, box, keys, smem, row, half, lane, scale, visible,
+          add_bias<Plan>(arguments.rpb, rows, keys, tables, row, half, lane, scale, visible,
                          logit_rmem[m]);
         if (visibility == Visibility::kSome) {
 #pragma unroll
-          for (int n = 0; n < kKeyTiles; ++n)
+          for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
               if (!(visible >> (n * 8 + i) & 1))
@@ -136,7 +160,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, 1)
     float shift[kRowTiles][2], decay[kRowTiles][2];
     bool moved = false;
 #pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n)
+    for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -168,7 +192,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, 1)
           for (int i = 0; i < 4; ++i) output_rmem[m][d][i] *= decay[m][i / 2];
     }
 #pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n)
+    for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -180,7 +204,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, 1)
 
     // O += P V
 #pragma unroll
-    for (int n = 0; n < Plan::kKeys; n += 16) {
+    for (int n = 0; n < Plan::kColumns; n += 16) {
       unsigned weight_rmem[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
@@ -222,14 +246,15 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, 1)
         *reinterpret_cast<unsigned*>(&smem.query[row][d * 8 + lane % 4 * 2]) =
             pack(output_rmem[m][d][2 * half] * normalizer,
                  output_rmem[m][d][2 * half + 1] * normalizer, Element());
-      const auto& token = smem.query_token[row];
+      const auto& token = tables.token[row];
       if (arguments.lse.data && lane % 4 == 0 && token[0] >= 0)
-        *arguments.lse.at(box.batch, token, box.head) =
+        *arguments.lse.at(rows.batch, token, rows.head) =
             total == 0 ? -infinity<float>() : maximum[m][half] * 0.693147181f + logf(total);
     }
   }
   __syncwarp();
-  store_rows<Plan>(problem, arguments.output, box, smem, warp, lane);
+  store_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.output, rows, problem.value_dim, tables,
+                                                 smem.query, warp, lane);
 }
 
 }  // namespace cuneigh

@@ -1,8 +1,9 @@
 """How the fused kernels cut a problem into boxes: exact counts and a cost model, no GPU needed.
 
-A block takes a box of queries, one part of it a warp, and walks over boxes of keys that start where
-the union of the block's windows starts. A warp skips a box of keys that none of its queries sees.
-All of that is separable: what is counted along each axis multiplies.
+A block takes a box of rows, one part of it a warp, and walks over boxes of columns that start where
+the union of what its rows meet starts. A warp skips a box of columns that none of its rows meets.
+Rows are queries and columns the keys of their windows, or rows are keys and columns the queries
+that see them. All of that is separable: what is counted along each axis multiplies.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -29,46 +30,50 @@ class FusedPlan:
     """The boxes of one problem. Areas are compiled in, shapes are run-time arguments."""
 
     row_tiles: int
-    """Sixteens of queries that a warp takes."""
-    keys: int
-    """Keys of a box, places past its end included."""
+    """Sixteens of rows that a warp takes."""
+    columns: int
+    """Columns of a box, places past its end included."""
     warp_box: tuple[int, ...]
     warps: tuple[int, ...]
-    key_box: tuple[int, ...]
-
-    @property
-    def query_box(self) -> tuple[int, ...]:
-        return tuple(size * count for size, count in zip(self.warp_box, self.warps, strict=True))
+    column_box: tuple[int, ...]
 
 
 class Counts(NamedTuple):
     """What is walked along one axis, or over a whole layout."""
 
     blocks: int
-    """Query boxes."""
+    """Boxes of rows."""
     tiles: int
-    """Pairs of a query box and a box of keys that it loads."""
+    """Pairs of a box of rows and a box of columns that it loads."""
     visits: int
-    """Pairs of a warp and a box of keys of which it sees something."""
+    """Pairs of a warp and a box of columns of which it meets something."""
     full: int
-    """Those in which every query of the warp sees every key."""
+    """Those in which every row of the warp meets every column."""
+
+
+Role = Literal["forward", "query", "key"]
+"""What a kernel computes: the output, the gradient of query, or those of key and value."""
 
 
 @lru_cache(maxsize=8192)
-def count_axis(axis: Axis, warp_box: int, warps: int, key_box: int) -> Counts:
+def count_axis(
+    axis: Axis, warp_box: int, warps: int, column_box: int, rows_are_keys: bool = False
+) -> Counts:
     """The counts along one axis, by the kernel's own rules."""
+    total = axis.key_length if rows_are_keys else axis.length
     size = warp_box * warps
     blocks = tiles = visits = full = 0
-    longer = axis.length % axis.dilation
+    longer = total % axis.dilation
     for group, groups in ((0, longer), (longer, axis.dilation - longer)):
         if not groups:
             continue
-        length = axis.group_length(group)
+        length = axis.key_group_length(group) if rows_are_keys else axis.group_length(group)
         index = np.arange(length, dtype=np.int64)
-        begin, end = axis.window(index, np.full_like(index, group))
+        meets = axis.inverse if rows_are_keys else axis.window
+        begin, end = meets(index, np.full_like(index, group))
         first = np.arange(0, length, size)
         reach = begin[first], end[np.minimum(first + size, length) - 1]
-        boxes = -(-(reach[1] - reach[0]) // key_box)
+        boxes = -(-(reach[1] - reach[0]) // column_box)
         blocks += groups * len(first)
         tiles += groups * int(boxes.sum())
         for warp in range(warps):
@@ -77,21 +82,23 @@ def count_axis(axis: Axis, warp_box: int, warps: int, key_box: int) -> Counts:
             low, high = mine[has], np.minimum(mine[has] + warp_box, length) - 1
             any_begin, any_end = begin[low] - reach[0][has], end[high] - reach[0][has]
             all_begin, all_end = begin[high] - reach[0][has], end[low] - reach[0][has]
-            visits += groups * int((-(-any_end // key_box) - any_begin // key_box).sum())
-            whole = np.maximum(all_end // key_box - -(-all_begin // key_box), 0)
+            visits += groups * int((-(-any_end // column_box) - any_begin // column_box).sum())
+            whole = np.maximum(all_end // column_box - -(-all_begin // column_box), 0)
             full += groups * int(whole.sum())
     return Counts(blocks, tiles, visits, full)
 
 
-def count(problem: Problem, plan: FusedPlan) -> Counts:
+def count(problem: Problem, plan: FusedPlan, role: Role = "forward") -> Counts:
     """The counts of one (batch, head), the additional keys left out."""
     along = [
-        count_axis(axis, *sizes)
-        for axis, *sizes in zip(problem.axes, plan.warp_box, plan.warps, plan.key_box, strict=True)
+        count_axis(axis, *sizes, role == "key")
+        for axis, *sizes in zip(
+            problem.axes, plan.warp_box, plan.warps, plan.column_box, strict=True
+        )
     ]
     totals = Counts(*(math.prod(values) for values in zip(*along, strict=True)))
     # Places past the end of a box are masked, so that a box that has some is never full.
-    return totals if math.prod(plan.key_box) == plan.keys else totals._replace(full=0)
+    return totals if math.prod(plan.column_box) == plan.columns else totals._replace(full=0)
 
 
 # Cycles of one scheduler, of which a multiprocessor has four; fitted on an H200 (bench/NOTES.md).
@@ -111,14 +118,18 @@ BLOCK = 4000.0
 """What a block does once."""
 
 
-def cost(problem: Problem, plan: FusedPlan) -> float:
+PRODUCTS = {"forward": 1.0, "query": 1.5, "key": 2.0}
+"""Matrix products of a role, those of the forward counted as one."""
+
+
+def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
     """Predicted cycles of one (batch, head) on one scheduler of a multiprocessor."""
-    counts = count(problem, plan)
+    counts = count(problem, plan, role)
     rows = 16 * plan.row_tiles
     dims = problem.head_dim + problem.value_dim
-    visit = rows * plan.keys * (dims * PRODUCT + EXPONENTIAL) + VISIT
-    partial = rows * plan.keys * MASK
-    tile = plan.keys * dims / 8 * COPY + TILE
+    visit = rows * plan.columns * (dims * PRODUCT * PRODUCTS[role] + EXPONENTIAL) + VISIT
+    partial = rows * plan.columns * MASK
+    tile = plan.columns * dims / 8 * COPY + TILE
     # The warps of a block wait for each other, each on its own scheduler.
     return (
         counts.blocks * BLOCK
@@ -128,28 +139,38 @@ def cost(problem: Problem, plan: FusedPlan) -> float:
 
 
 @lru_cache(maxsize=1024)
-def plan(problem: Problem, device: Device) -> FusedPlan | None:
+def plan(problem: Problem, device: Device, role: Role = "forward") -> FusedPlan | None:
     """The cheapest plan for `device`; None if nothing fits."""
     fitting = (
         candidate
-        for area in areas(problem, device.capability)
-        if shared_bytes(problem, *area) <= device.shared_memory
-        for candidate in candidates(problem, *area)
+        for area in areas(problem, device.capability, role)
+        if shared_bytes(problem, *area, role) <= device.shared_memory
+        for candidate in candidates(problem, *area, role)
     )
-    return min(fitting, key=lambda candidate: cost(problem, candidate), default=None)
+    return min(fitting, key=lambda candidate: cost(problem, candidate, role), default=None)
 
 
-def candidates(problem: Problem, row_tiles: int, keys: int) -> Iterator[FusedPlan]:
+def candidates(
+    problem: Problem, row_tiles: int, columns: int, role: Role = "forward"
+) -> Iterator[FusedPlan]:
     """The shapes that these areas can have."""
     for warp_box in shapes(problem.rank, 16 * row_tiles):
         for warps in shapes(problem.rank, WARPS):
-            for key_box in key_shapes(problem, keys):
-                yield FusedPlan(row_tiles, keys, warp_box, warps, key_box)
+            for column_box in column_shapes(problem, columns, role):
+                yield FusedPlan(row_tiles, columns, warp_box, warps, column_box)
 
 
-def areas(problem: Problem, capability: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """(row_tiles, keys) that the compiler fits into registers, seen in what it reports."""
+def areas(
+    problem: Problem, capability: tuple[int, int], role: Role = "forward"
+) -> tuple[tuple[int, int], ...]:
+    """(row_tiles, columns) that the compiler fits into registers, seen in what it reports."""
     longest = max(problem.head_dim, problem.value_dim)
+    if role != "forward":
+        if longest > 128:
+            return ()
+        if longest <= 64 or (capability[0] == 9 and not problem.rpb_dtype):
+            return ((1, 64), (1, 32))
+        return ((1, 32),)
     if longest <= 64:
         return ((1, 16), (1, 32), (1, 64), (2, 32))
     if longest > 128:
@@ -166,21 +187,22 @@ def padded(dim: int) -> int:
     return math.ceil(dim / 16) * 16
 
 
-def shared_bytes(problem: Problem, row_tiles: int, keys: int) -> int:
-    """Bytes of `FusedSmem` of cuda/cuneigh/fused.cuh."""
-    head_dim, value_dim = padded(problem.head_dim), padded(problem.value_dim)
-    rank = problem.rank
-    queries = 16 * row_tiles * WARPS
+def shared_bytes(problem: Problem, row_tiles: int, columns: int, role: Role = "forward") -> int:
+    """Bytes of `ForwardSmem` of cuda/fused_forward.cu or `BackwardSmem` of fused_backward.cu."""
 
-    def row(dim: int) -> int:  # an odd number of 16-byte chunks
-        return 2 * (dim if dim // 8 % 2 else dim + 8)
+    def pitch(dim: int) -> int:  # an odd number of 16-byte chunks
+        return 2 * (padded(dim) if padded(dim) // 8 % 2 else padded(dim) + 8)
 
-    size = queries * row(max(head_dim, value_dim))
-    size += 2 * keys * (row(head_dim) + row(value_dim))
-    size += 8 * rank * (keys + 1)  # bits of the keys before a coordinate
-    size += 24 * keys  # places of the keys
-    size += 8 * rank + 16 * rank * WARPS  # what block and warps see
-    size += queries * (8 * rank + 4 * rank + 4)  # windows, tokens and biases of the queries
+    key, value, rank = pitch(problem.head_dim), pitch(problem.value_dim), problem.rank
+    rows = 16 * row_tiles * WARPS
+    size = rows * (max(key, value) if role == "forward" else key + value)
+    size += 2 * columns * (key + value)
+    if role != "forward":
+        size += 2 * 8 * columns  # statistics of the columns
+    size += 8 * rank * (columns + 1)  # bits of the columns before a coordinate
+    size += 24 * columns  # places of the columns
+    size += 8 * rank + 16 * rank * WARPS  # what block and warps meet
+    size += rows * (8 * rank + 4 * rank + 4)  # windows, tokens and biases of the rows
     return math.ceil(size / 8) * 8
 
 
@@ -192,9 +214,13 @@ def shapes(rank: int, area: int) -> tuple[tuple[int, ...], ...]:
 
 
 @lru_cache(maxsize=1024)
-def key_shapes(problem: Problem, area: int) -> tuple[tuple[int, ...], ...]:
-    """Boxes of at most `area` keys that leave less than a quarter of it unused."""
-    longest = [min(area, axis.key_group_length(0)) for axis in problem.axes]
+def column_shapes(problem: Problem, area: int, role: Role) -> tuple[tuple[int, ...], ...]:
+    """Boxes of at most `area` columns that leave less than a quarter of it unused."""
+    lengths = problem.tokens if role == "key" else problem.key_tokens
+    longest = [
+        min(area, math.ceil(length / axis.dilation))
+        for length, axis in zip(lengths, problem.axes, strict=True)
+    ]
     leading = itertools.product(*(range(1, most + 1) for most in longest[:-1]))
     boxes = {
         (*box, min(longest[-1], area // math.prod(box)))

@@ -22,54 +22,56 @@ H200 = _device.Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)
 HALVES = ("float16", "bfloat16")
 
 
-def supported(**arguments):
-    """Problems that this backend runs."""
-    return problems(operations=("forward",), dtypes=HALVES, **arguments)
+def supported(operations=("forward", "backward"), **arguments):
+    """Problems that this backend runs, but for head dimensions that are too long."""
+    return problems(operations=operations, dtypes=HALVES, **arguments)
 
 
 # Planning
 
 
-def pairs_of_a_walk(problem, plan):
+def pairs_of_a_walk(problem, plan, rows_are_keys):
     """(blocks, tiles, visits, full) and the visible pairs, by walking as the kernel does."""
     blocks = tiles = visits = full = 0
     seen = {}
-    axis, (warp_box,), (warps,), (key_box,) = (
+    axis, (warp_box,), (warps,), (column_box,) = (
         problem.axes[0],
         plan.warp_box,
         plan.warps,
-        plan.key_box,
+        plan.column_box,
     )
+    meets = axis.inverse if rows_are_keys else axis.window
     for group in range(min(axis.dilation, axis.length)):
-        length = axis.group_length(group)
+        length = axis.key_group_length(group) if rows_are_keys else axis.group_length(group)
         for first in range(0, length, warp_box * warps):
             blocks += 1
             rows = range(first, min(first + warp_box * warps, length))
-            windows = {i: axis.window(i, group) for i in rows}
+            windows = {i: meets(i, group) for i in rows}
             low = min(begin for begin, _ in windows.values())
             high = max(end for _, end in windows.values())
-            for start in range(low, high, key_box):
+            for start in range(low, high, column_box):
                 tiles += 1
-                keys = range(start, min(start + key_box, high))
+                columns = range(start, min(start + column_box, high))
                 for warp in range(warps):
                     mine = [i for i in rows if (i - first) // warp_box == warp]
-                    pairs = [(i, j) for i in mine for j in keys if j in range(*windows[i])]
+                    pairs = [(i, j) for i in mine for j in columns if j in range(*windows[i])]
                     for pair in pairs:
                         seen[group, pair] = seen.get((group, pair), 0) + 1
                     visits += bool(pairs)
-                    full += bool(mine) and len(pairs) == len(mine) * key_box
+                    full += bool(mine) and len(pairs) == len(mine) * column_box
     return (blocks, tiles, visits, full), seen
 
 
 @given(
     problem=problems(operations=("forward",), ranks=(1,), most_tokens=60),
     sizes=st.tuples(*[st.sampled_from([1, 2, 4, 8])] * 2, st.integers(1, 9)),
+    rows_are_keys=st.booleans(),
 )
-def test_counts_and_coverage_by_enumeration(problem, sizes):
-    warp_box, warps, key_box = sizes
-    plan = _fused_plan.FusedPlan(1, key_box, (warp_box,), (warps,), (key_box,))
-    counts, seen = pairs_of_a_walk(problem, plan)
-    assert tuple(_fused_plan.count_axis(problem.axes[0], *sizes)) == counts
+def test_counts_and_coverage_by_enumeration(problem, sizes, rows_are_keys):
+    warp_box, warps, column_box = sizes
+    plan = _fused_plan.FusedPlan(1, column_box, (warp_box,), (warps,), (column_box,))
+    counts, seen = pairs_of_a_walk(problem, plan, rows_are_keys)
+    assert tuple(_fused_plan.count_axis(problem.axes[0], *sizes, rows_are_keys)) == counts
     # Every visible pair is visited exactly once.
     assert set(seen.values()) <= {1}
     assert len(seen) == problem.axes[0].visible_pairs()
@@ -91,18 +93,19 @@ DEVICES = [
 
 @given(problem=supported(), device=st.sampled_from(DEVICES))
 def test_a_plan_fits_the_kernel(problem, device):
-    plan = _fused_plan.plan(problem, device)
-    if plan is None:
-        assert device.arch == "sm_75"
-        assert max(problem.head_dim, problem.value_dim) > 240
-        return
-    area = (plan.row_tiles, plan.keys)
-    assert area in _fused_plan.areas(problem, device.capability)
-    assert np.prod(plan.warp_box) == 16 * plan.row_tiles
-    assert np.prod(plan.warps) == _fused_plan.WARPS
-    assert np.prod(plan.key_box) <= plan.keys <= 64
-    assert plan.keys % 16 == 0
-    assert _fused_plan.shared_bytes(problem, *area) <= device.shared_memory
+    for role in fused.ROLES[problem.operation]:
+        plan = _fused_plan.plan(problem, device, role)
+        longest = max(problem.head_dim, problem.value_dim)
+        if plan is None:
+            assert longest > 128 if role != "forward" else device.arch == "sm_75" and longest > 240
+            continue
+        area = (plan.row_tiles, plan.columns)
+        assert area in _fused_plan.areas(problem, device.capability, role)
+        assert _fused_plan.shared_bytes(problem, *area, role) <= device.shared_memory
+        assert np.prod(plan.warp_box) == 16 * plan.row_tiles
+        assert np.prod(plan.warps) == _fused_plan.WARPS
+        assert np.prod(plan.column_box) <= plan.columns <= 64
+        assert plan.columns % 16 == 0
 
 
 @pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
@@ -116,26 +119,27 @@ def test_a_plan_fits_the_kernel(problem, device):
 def test_kernels_do_not_spill(device, head_dim, tmp_path):
     axes = (Axis(1, 1, 1, 1, 1, False),) * 3
     kernels = []
-    for rpb_dtype in (None, "float32"):
+    for operation, rpb_dtype in itertools.product(("forward", "backward"), (None, "float32")):
         problem = Problem(
-            "forward", "float16", 1, 1, 1, head_dim, head_dim, axes, 1.0, None, rpb_dtype
+            operation, "float16", 1, 1, 1, head_dim, head_dim, axes, 1.0, None, rpb_dtype
         )
-        areas = _fused_plan.areas(problem, device.capability)
-        made = fused.kernels(problem, device.capability)
-        fits = [_fused_plan.shared_bytes(problem, *area) <= device.shared_memory for area in areas]
-        kernels += itertools.compress(made, fits)
+        for kernel in fused.kernels(problem, device.capability):
+            size = next(line for line in kernel.plan.splitlines() if "kSharedBytes" in line)
+            if int(size.split("=")[1].strip(" ;")) <= device.shared_memory:
+                kernels.append(kernel)
     for (kernel, _), compiled in _jit.precompile(kernels, [device.arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
-        assert spilled == 0, f"{spilled} bytes on {device.arch}:\n{kernel.plan}"
+        assert spilled == 0, f"{kernel.name} spills {spilled} on {device.arch}:\n{kernel.plan}"
 
 
 # Kernels
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("operation", ["forward", "backward"])
 @given(data=st.data(), rng=generators(), layout=layouts())
-def test_forward_agrees_with_the_oracle(data, rng, layout):
-    problem = data.draw(supported())
+def test_both_operations_agree_with_the_oracle(operation, data, rng, layout):
+    problem = data.draw(supported(operations=(operation,)))
     assume(fused.unsupported(problem, H200) is None)
     check_backend(fused, problem, inputs(problem, rng, layout), **NATIVE)
 
@@ -143,18 +147,32 @@ def test_forward_agrees_with_the_oracle(data, rng, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
 def test_every_head_dim(head_dim):
-    value_dim = (head_dim * 7) % 256 + 1
-    for dims in ((head_dim, head_dim), (head_dim, value_dim)):
-        query, value = (Spec((1, 9, 10, 2, dim), "bfloat16") for dim in dims)
-        window = window_arguments("test", 2, (5, 4), 1, (1, 2), False)
-        problem = attention_problem("test", "forward", query, query, value, window, None)
-        check_backend(fused, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+    for operation, longest in fused.LONGEST.items():
+        value_dim = head_dim * 7 % longest + 1
+        for dims in ((head_dim, head_dim), (head_dim, value_dim)):
+            if max(dims) > longest:
+                continue
+            query, value = (Spec((1, 9, 10, 2, dim), "bfloat16") for dim in dims)
+            window = window_arguments("test", 2, (5, 4), 1, (1, 2), False)
+            problem = attention_problem("test", operation, query, query, value, window, None)
+            check_backend(fused, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+
+
+@pytest.mark.gpu
+@given(data=st.data(), rng=generators())
+def test_two_runs_give_the_same_bits(data, rng):
+    problem = data.draw(supported())
+    assume(fused.unsupported(problem, H200) is None)
+    given_inputs = inputs(problem, rng)
+    first, second = (run_backend(fused, problem, given_inputs, **NATIVE) for _ in range(2))
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name])
 
 
 @pytest.mark.gpu
 @given(data=st.data(), rng=generators(), poison=st.sampled_from([np.nan, np.inf, 1e3]))
 def test_a_key_reaches_only_the_queries_that_see_it(data, rng, poison):
-    problem = data.draw(supported(cross=False))
+    problem = data.draw(supported(operations=("forward",), cross=False))
     given_inputs = inputs(problem, rng)._replace(wants_lse=True)
     plain = run_backend(fused, problem, given_inputs, **NATIVE)
     token = tuple(data.draw(st.integers(0, length - 1)) for length in problem.tokens)

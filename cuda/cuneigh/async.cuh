@@ -36,6 +36,19 @@ __device__ inline void copy_16_bytes(void* target_smem, const void* source, int 
   }
 }
 
+// Copies 8 bytes, or zeros if not `exists`.
+__device__ inline void copy_8_bytes(void* target_smem, const void* source, bool exists) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(target_smem));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(target), "l"(source),
+               "r"(exists ? 8 : 0)
+               : "memory");
+#else
+  *static_cast<unsigned long long*>(target_smem) =
+      exists ? *static_cast<const unsigned long long*>(source) : 0;
+#endif
+}
+
 // Ends a group of copies.
 __device__ inline void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800

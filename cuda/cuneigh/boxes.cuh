@@ -7,11 +7,11 @@ namespace cuneigh {
 
 __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Along one axis: the dilation group of a query box and the group index that it starts at.
-__device__ inline Place box_place(const Axis& axis, int box, int size) {
-  if (axis.dilation == 1) return {0, box * size};
-  const int shorter = axis.length / axis.dilation;
-  const int longer_groups = axis.length % axis.dilation;
+// Along an axis of `length` tokens: the dilation group of a box and the group index it starts at.
+__device__ inline Place box_place(int dilation, int length, int box, int size) {
+  if (dilation == 1) return {0, box * size};
+  const int shorter = length / dilation;
+  const int longer_groups = length % dilation;
   const int per_longer = ceil_div(shorter + 1, size), per_shorter = ceil_div(shorter, size);
   const int in_longer = longer_groups * per_longer;
   if (box < in_longer) return {box / per_longer, box % per_longer * size};

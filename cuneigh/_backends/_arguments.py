@@ -48,6 +48,11 @@ class Views:
                 batch, *token, head = self._steps(array)
                 self._append(array.data.ptr, batch, token, head)
 
+    def pairs(self, array: Any) -> None:
+        """Append an array [batch, x1..xr, heads, 2], counted in pairs."""
+        batch, *token, head, _ = (step // 2 for step in self._steps(array))
+        self._append(array.data.ptr, batch, token, head)
+
     def additional(self, *arrays: Any) -> None:
         """Append arrays [batch, n, heads, inner], or None; n takes the place of the first axis."""
         for array in arrays:

@@ -13,17 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cuneigh import _fused_plan, _jit
+from cuneigh._backends import naive
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
 from cuneigh._device import Device, cuda
-from cuneigh._fused_plan import WARPS, FusedPlan, padded
+from cuneigh._fused_plan import WARPS, FusedPlan, Role, padded, plan
+from cuneigh._plan import row_plan
 from cuneigh._problem import Operands, Problem
 
 if TYPE_CHECKING:
     from cuneigh._backends import Allocate
 
 NAME = "fused"
-LONGEST = 256
+LONGEST = {"forward": 256, "backward": 128}
 """Head dimensions that the kernels take."""
+
+
+ROLES: dict[str, tuple[Role, ...]] = {"forward": ("forward",), "backward": ("query", "key")}
+"""The kernels of an operation."""
 
 
 def unsupported(problem: Problem, device: Device) -> str | None:
@@ -34,18 +40,24 @@ def unsupported(problem: Problem, device: Device) -> str | None:
             "'cuneigh[cuda12]' or 'cuneigh[cuda13]' and pass CuPy, PyTorch or JAX arrays that live "
             "on it"
         )
-    if problem.operation != "forward":
-        return f"computes the forward alone, not {problem.operation}"
+    if problem.operation not in ROLES:
+        return f"computes attention and its gradients, not {problem.operation} alone"
     if device.capability < (7, 5):
         return f"needs compute capability 7.5, but {device.name} has {device.arch}"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"computes in float16 and bfloat16, not in {problem.dtype}"
     if problem.dtype == "bfloat16" and device.capability < (8, 0):
         return f"needs compute capability 8.0 for bfloat16, but {device.name} has {device.arch}"
+    longest = LONGEST[problem.operation]
     for name in ("head_dim", "value_dim"):
-        if getattr(problem, name) > LONGEST:
-            return f"takes head dimensions up to {LONGEST}, not {name}={getattr(problem, name)}"
-    if _fused_plan.plan(problem, device) is None:
+        if getattr(problem, name) > longest:
+            return (
+                f"takes head dimensions up to {longest} in the {problem.operation}, not "
+                f"{name}={getattr(problem, name)}"
+            )
+    if problem.is_empty:
+        return None
+    if any(plan(problem, device, role) is None for role in ROLES[problem.operation]):
         return f"needs more shared memory than the {device.shared_memory} bytes of {device.name}"
     return None
 
@@ -53,70 +65,148 @@ def unsupported(problem: Problem, device: Device) -> str | None:
 def forward(
     problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Allocate
 ) -> None:
-    import cupy
-
     operands = Operands(*(readable(array, allocate) for array in operands))
     key_bytes = load_width((operands.query, operands.key, operands.additional_keys))
     value_bytes = load_width((operands.value, operands.additional_values, output))
-    device = cuda(cupy.cuda.device.get_device_id())
-    plan = _fused_plan.plan(problem, device)
-    assert plan is not None, "`unsupported` has seen that one fits"
     views = Views(problem.rank)
     views.vectors(*operands[:3])
     views.additional(operands.additional_keys, operands.additional_values)
     views.bias(operands.rpb)
     views.vectors(output)
     views.scalars(lse)
-    kernel = _jit.load(_kernel(problem, plan.row_tiles, plan.keys, key_bytes, value_bytes), device)
-    size = _fused_plan.shared_bytes(problem, plan.row_tiles, plan.keys)
-    if kernel.max_dynamic_shared_size_bytes < size:
-        kernel.max_dynamic_shared_size_bytes = size
-    blocks = _fused_plan.count(problem, plan).blocks * problem.batch * problem.heads
-    kernel((blocks,), (WARPS * 32,), (_record(problem, plan), views.pack()), shared_mem=size)
+    _launch(problem, "forward", key_bytes, value_bytes, views)
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    output: Any,
+    lse: Any,
+    grad_lse: Any,
+    gradients: Operands,
+    allocate: Allocate,
+) -> None:
+    operands = Operands(*(readable(array, allocate) for array in operands))
+    grad_output, output = readable(grad_output, allocate), readable(output, allocate)
+    query, key, value = operands[:3]
+    keys = (query, key, operands.additional_keys, gradients.query, gradients.key)
+    values = (value, operands.additional_values, grad_output, output, gradients.value)
+    key_bytes, value_bytes = load_width(keys), load_width(values)
+    statistics = allocate((*lse.shape, 2), "float32")
+    _statistics(problem, grad_output, output, lse, grad_lse, statistics)
+
+    views = Views(problem.rank)
+    views.vectors(query, grad_output, key, value)
+    views.additional(operands.additional_keys, operands.additional_values)
+    views.bias(operands.rpb)
+    views.pairs(statistics)
+    views.vectors(gradients.query, None)
+    _launch(problem, "query", key_bytes, value_bytes, views)
+
+    views = Views(problem.rank)
+    views.vectors(key, value, query, grad_output)
+    views.additional(None, None)
+    views.bias(operands.rpb)
+    views.pairs(statistics)
+    views.vectors(gradients.key, gradients.value)
+    _launch(problem, "key", key_bytes, value_bytes, views)
+
+    if problem.additional or operands.rpb is not None:
+        # Sums over all queries, which need no tensor cores
+        naive.summed_gradients(
+            problem, operands, grad_output, lse, statistics[..., 1], gradients, allocate
+        )
 
 
 def kernels(problem: Problem, capability: tuple[int, int] = (9, 0)) -> list[_jit.Kernel]:
     """The kernels that `problem` may need when its arrays are contiguous, whatever its windows."""
-    if problem.operation != "forward" or problem.dtype not in ("float16", "bfloat16"):
-        return []
     dims = problem.head_dim, problem.value_dim
-    if max(dims) > LONGEST:
+    if problem.operation not in ROLES or problem.dtype not in ("float16", "bfloat16"):
+        return []
+    if max(dims) > LONGEST[problem.operation]:
         return []
     widths = [min(16, 2 * (dim & -dim)) for dim in dims]
-    areas = _fused_plan.areas(problem, capability)
-    return [_kernel(problem, *area, *widths) for area in areas]
+    needed = [
+        _kernel(problem, role, *area, *widths)
+        for role in ROLES[problem.operation]
+        for area in _fused_plan.areas(problem, capability, role)
+    ]
+    if problem.operation == "backward":
+        rows = row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim)
+        needed.append(_jit.Kernel("fused_delta", rows.source()))
+        replaced = ("naive_backward_query", "naive_backward_key")
+        needed += [kernel for kernel in naive.kernels(problem) if kernel.name not in replaced]
+    return needed
+
+
+def _launch(problem: Problem, role: Role, key_bytes: int, value_bytes: int, views: Views) -> None:
+    import cupy
+
+    device = cuda(cupy.cuda.device.get_device_id())
+    chosen = plan(problem, device, role)
+    assert chosen is not None, "`unsupported` has seen that one fits"
+    area = chosen.row_tiles, chosen.columns
+    kernel = _jit.load(_kernel(problem, role, *area, key_bytes, value_bytes), device)
+    size = _fused_plan.shared_bytes(problem, *area, role)
+    if kernel.max_dynamic_shared_size_bytes < size:
+        kernel.max_dynamic_shared_size_bytes = size
+    heads = problem.kv_heads if role == "key" else problem.heads
+    blocks = _fused_plan.count(problem, chosen, role).blocks * problem.batch * heads
+    arguments = _record(problem, chosen, role), views.pack()
+    kernel((blocks,), (WARPS * 32,), arguments, shared_mem=size)
+
+
+def _statistics(
+    problem: Problem, grad_output: Any, output: Any, lse: Any, grad_lse: Any, statistics: Any
+) -> None:
+    """What every query's row of logits is normalized by, and its delta."""
+    width = load_width((grad_output, output))
+    rows = row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim, value_bytes=width)
+    views = Views(problem.rank)
+    views.vectors(grad_output, output)
+    views.scalars(lse, grad_lse)
+    views.pairs(statistics)
+    naive.launch_rows("fused_delta", problem, rows, views)
 
 
 @lru_cache(maxsize=1024)
 def _kernel(
-    problem: Problem, row_tiles: int, keys: int, key_bytes: int, value_bytes: int
+    problem: Problem,
+    role: Role,
+    row_tiles: int,
+    columns: int,
+    key_bytes: int,
+    value_bytes: int,
 ) -> _jit.Kernel:
-    """The members of `struct Plan` of cuda/fused_forward.cu."""
+    """The kernel of a role, with the plan that cuda/fused_forward.cu describes."""
     head_dim, value_dim = padded(problem.head_dim), padded(problem.value_dim)
     constants = {
         "kRank": problem.rank,
         "kWarps": WARPS,
         "kRowTiles": row_tiles,
-        "kKeys": keys,
+        "kColumns": columns,
         "kHeadDim": head_dim,
         "kValueDim": value_dim,
         "kKeyBytes": key_bytes,
         "kValueBytes": value_bytes,
-        "kSharedBytes": _fused_plan.shared_bytes(problem, row_tiles, keys),
+        "kSharedBytes": _fused_plan.shared_bytes(problem, row_tiles, columns, role),
+    }
+    flags = {
+        "kKeyExact": head_dim == problem.head_dim,
+        "kValueExact": value_dim == problem.value_dim,
+        "kRowsAreKeys": role == "key",
     }
     lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
-    for name, exact in (
-        ("kKeyExact", head_dim == problem.head_dim),
-        ("kValueExact", value_dim == problem.value_dim),
-    ):
-        lines.append(f"static constexpr bool {name} = {str(exact).lower()};")
+    lines += [f"static constexpr bool {name} = {str(on).lower()};" for name, on in flags.items()]
     lines.append(f"using Element = {problem.dtype};")
     lines.append(f"using Bias = {problem.rpb_dtype or 'void'};")
-    return _jit.Kernel("fused_forward", "\n".join(lines))
+    name = "fused_forward" if role == "forward" else "fused_backward"
+    return _jit.Kernel(name, "\n".join(lines))
 
 
 @lru_cache(maxsize=1024)
-def _record(problem: Problem, plan: FusedPlan) -> np.ndarray[Any, Any]:
+def _record(problem: Problem, chosen: FusedPlan, role: Role) -> np.ndarray[Any, Any]:
     """`FusedProblem` of cuda/cuneigh/fused.cuh."""
     rank = problem.rank
     record = np.zeros(
@@ -124,24 +214,28 @@ def _record(problem: Problem, plan: FusedPlan) -> np.ndarray[Any, Any]:
         np.dtype(
             [
                 ("axes", AXIS, (rank,)),
-                *((name, "i4", (rank,)) for name in ("warp_box", "warps", "key_box", "boxes")),
+                *((name, "i4", (rank,)) for name in ("warp_box", "warps", "column_box", "boxes")),
                 *((name, "i4") for name in ("batch", "heads", "group_size")),
                 *((name, "i4") for name in ("head_dim", "value_dim", "additional", "sign")),
                 ("scale", "f4"),
+                ("gradient_scale", "f4"),
             ],
             align=True,
         ),
     )
     record["axes"] = [axis_record(axis) for axis in problem.axes]
-    record["warp_box"], record["warps"] = plan.warp_box, plan.warps
-    record["key_box"] = plan.key_box
+    record["warp_box"], record["warps"] = chosen.warp_box, chosen.warps
+    record["column_box"] = chosen.column_box
     record["boxes"] = [
-        _fused_plan.count_axis(axis, *sizes).blocks
-        for axis, *sizes in zip(problem.axes, plan.warp_box, plan.warps, plan.key_box, strict=True)
+        _fused_plan.count_axis(axis, *sizes, role == "key").blocks
+        for axis, *sizes in zip(
+            problem.axes, chosen.warp_box, chosen.warps, chosen.column_box, strict=True
+        )
     ]
     for name in ("batch", "heads", "group_size", "head_dim", "value_dim"):
         record[name] = getattr(problem, name)
-    record["additional"] = problem.additional or 0
+    record["additional"] = 0 if role == "key" else problem.additional or 0
     record["sign"] = np.sign(problem.scale)
     record["scale"] = abs(problem.scale) or 1.0
+    record["gradient_scale"] = problem.scale
     return record

@@ -113,7 +113,21 @@ def backward(
         _grid(problem, plan, keys=True, slices=slices),
     )
 
+    summed_gradients(problem, operands, grad_output, lse, delta, gradients, allocate)
+
+
+def summed_gradients(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    lse: Any,
+    delta: Any,
+    gradients: Operands,
+    allocate: Allocate,
+) -> None:
+    """The gradients that are sums over all queries: of the additional keys and values, and rpb."""
     if problem.additional:
+        plan = _attention_plan(problem, operands, values=(grad_output,))
         rows = problem.batch * problem.additional * problem.kv_heads
         count = _shares(rows, math.prod(problem.tokens), plan)
         key_shares = allocate((count, *gradients.additional_keys.shape), problem.accumulator)
@@ -124,6 +138,10 @@ def backward(
         views.vectors(grad_output)
         views.scalars(lse, delta)
         views.pointers(key_shares, value_shares)
+        slices = max(
+            _slices(problem.head_dim, plan.key_capacity),
+            _slices(problem.value_dim, plan.value_capacity),
+        )
         _launch(
             "naive_backward_additional",
             plan.source(),
@@ -136,6 +154,12 @@ def backward(
 
     if operands.rpb is not None:
         rpb_gradient(problem, operands, grad_output, lse, delta, gradients.rpb, allocate)
+
+
+def launch_rows(name: str, problem: Problem, plan: RowPlan, views: Views) -> None:
+    """Launch a kernel that gives every query to a group of lanes."""
+    record = _record(problem, plan, keys=False)
+    _launch(name, plan.source(), record, views, _grid(problem, plan, keys=False))
 
 
 def qk(problem: Problem, operands: Operands, logits: Any, allocate: Allocate) -> None:
