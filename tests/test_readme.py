@@ -24,6 +24,8 @@ def blocks(language: str) -> list[str]:
 def test_examples_run(code: str) -> None:
     for framework in re.findall(r"^import (jax|torch)$", code, re.MULTILINE):
         pytest.importorskip(framework)
+    for framework in re.findall(r"^import (jax|torch)$", code, re.MULTILINE):
+        pytest.importorskip(framework)
     exec(compile(code, "README.md", "exec"), {})
 
 
