@@ -95,7 +95,7 @@ def test_compile_with_features(tmp_path: Path) -> None:
 def test_compile_fills_the_usual_cache(cache_directory: Path) -> None:
     options = "--arch sm_80 --rank 1 --dtype float32 --head-dim 8 --value-dim 4"
     assert main(["compile", *options.split(), "--operation", "forward"]) == 0
-    assert _jit.Cache(cache_directory).contents()[0] == 1
+    assert _jit.Cache(cache_directory).contents()[0] > 0
 
 
 @needs_nvrtc

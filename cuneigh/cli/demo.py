@@ -263,6 +263,6 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _problem(tensors: Tensors, window: int) -> Problem:
-    specs = (Spec(tensor.shape, tensor.dtype.name) for tensor in tensors)
+    query, key, value = (Spec(tensor.shape, tensor.dtype.name) for tensor in tensors)
     axes = window_arguments("na2d", 2, window, 1, 1, False)
-    return attention_problem("na2d", "forward", *specs, axes, None)
+    return attention_problem("na2d", "forward", query, key, value, axes, None)
