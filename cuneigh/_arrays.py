@@ -84,6 +84,29 @@ class Launcher(ABC):
         """Arrays for `results`, None where that is None, of a problem that is not empty."""
 
 
+class Watcher(ABC):
+    """A face whose framework may have to see a call: to differentiate it, or to trace it."""
+
+    @abstractmethod
+    def cast_automatically(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
+        """The arguments as the framework's own operations would take them now."""
+
+    @abstractmethod
+    def watches(self, arrays: Mapping[str, Any]) -> bool:
+        """Whether a derivative of a call with these arguments is asked for, or the call traced."""
+
+    @abstractmethod
+    def record(
+        self,
+        call: str,
+        arguments: Arguments,
+        problem: Problem,
+        backend: str | None,
+        results: Sequence[Spec | None],
+    ) -> list[Any]:
+        """Arrays for `results`, None where that is None, by an operation of the framework."""
+
+
 class Arguments(NamedTuple):
     """The array arguments of a call, which are of one framework and in one place."""
 
@@ -127,6 +150,8 @@ def examine(
                 f"arrays must be on one device"
             )
     assert face is not None, "a call has at least one array"
+    if borrowed and isinstance(face, Watcher):
+        arrays = face.cast_automatically(call, arrays)
     return Arguments(face, place, arrays, {name: face.spec(a) for name, a in arrays.items()})
 
 
@@ -157,6 +182,19 @@ def _face_of(call: str, name: str, array: object) -> Face:
     face = _by_framework[root]
     face.check(call, name, array, borrowed=False)
     return _faces.setdefault(type(array), face)
+
+
+def meet(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Make sure that PyTorch's face is there when the first argument of a call is a tensor.
+
+    Elsewhere `examine` would do. But torch.compile follows a call instruction by instruction, up to
+    the functions that the face has told it not to enter.
+    """
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    if type(first).__module__.partition(".")[0] == "torch":
+        import cuneigh.torch  # noqa: F401
 
 
 def refuse(call: str, name: str, array: object, instead: str = "") -> NoReturn:

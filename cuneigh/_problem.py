@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, wraps
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -97,6 +97,16 @@ class Problem:
     def accumulator(self) -> str:
         """The dtype of lse, and the least precise one in which sums are taken."""
         return "float64" if self.dtype == "float64" else "float32"
+
+    @cached_property
+    def gradient(self) -> Problem:
+        """The problem of the gradient of this one."""
+        backward: dict[Operation, Operation] = {
+            "forward": "backward",
+            "qk": "qk_backward",
+            "av": "av_backward",
+        }
+        return replace(self, operation=backward[self.operation])
 
     @cached_property
     def specs(self) -> Operands:
@@ -263,7 +273,26 @@ def neighborhood_axes(call: str, tokens: Sequence[int], window: Window) -> tuple
     return tuple(axes)
 
 
-@lru_cache(maxsize=4096)
+def kept(build: Callable[..., Problem]) -> Callable[..., Problem]:
+    """`build` with its problems kept, but for those of sizes that have no hash.
+
+    Such are the symbolic sizes of a framework that is tracing: every comparison they go through
+    becomes a condition under which the trace holds.
+    """
+    cached = lru_cache(maxsize=4096)(build)
+
+    @wraps(build)
+    def find(*args: Any) -> Problem:
+        try:
+            return cached(*args)
+        except TypeError:
+            pass  # There is no hash; or it is an error of the arguments, which comes again.
+        return build(*args)
+
+    return find
+
+
+@kept
 def attention_problem(
     call: str,
     operation: Literal["forward", "backward"],
@@ -307,7 +336,7 @@ def attention_problem(
     return problem
 
 
-@lru_cache(maxsize=4096)
+@kept
 def qk_problem(
     call: str,
     operation: Literal["qk", "qk_backward"],
@@ -339,7 +368,7 @@ def qk_problem(
     return problem
 
 
-@lru_cache(maxsize=4096)
+@kept
 def av_problem(
     call: str,
     operation: Literal["av", "av_backward"],
@@ -371,7 +400,7 @@ def av_problem(
     return problem
 
 
-@lru_cache(maxsize=4096)
+@kept
 def dense_problem(
     call: str,
     operation: Literal["forward", "backward"],

@@ -184,22 +184,6 @@ def tensor(torch):
     return arrays("torch", 1)[0]
 
 
-def test_a_gradient_is_never_lost_in_silence(torch, tensor):
-    watched = tensor.clone().requires_grad_()
-    for arguments in ((watched, tensor, tensor), (tensor, tensor, watched)):
-        with pytest.raises(RuntimeError, match="differentiation"):
-            cuneigh.na2d(*arguments, 3)
-        with torch.no_grad():
-            assert not cuneigh.na2d(*arguments, 3).requires_grad
-        with torch.inference_mode():
-            cuneigh.na2d(*arguments, 3)
-        detached = [argument.detach() for argument in arguments]
-        assert not cuneigh.na2d(*detached, 3).requires_grad
-    weights = torch.zeros(*SHAPE[:-1], 9, requires_grad=True)
-    with pytest.raises(RuntimeError, match="weights takes part in automatic differentiation"):
-        cuneigh.na2d_av_backward(tensor, weights, tensor, 3)
-
-
 def test_parameters_are_tensors(torch, tensor):
     parameter = torch.nn.Parameter(tensor)
     with torch.no_grad():
@@ -216,16 +200,6 @@ def test_a_tangent_is_never_lost_in_silence(torch, tensor):
         dual = forward_ad.make_dual(tensor, tensor)
         with pytest.raises(RuntimeError, match="differentiation"):
             cuneigh.na2d(tensor, dual, tensor, 3)
-
-
-def test_transformed_tensors_are_refused(torch, tensor):
-    def call(query):
-        return cuneigh.na2d(query, query, query, 3)
-
-    with pytest.raises(TypeError, match=r"query stands for a tensor in .*vmap"):
-        torch.func.vmap(call)(tensor[None])
-    with pytest.raises(RuntimeError, match="differentiation"):
-        torch.func.grad(lambda query: call(query).sum())(tensor)
 
 
 def test_a_pending_change_of_sign_is_applied(torch, tensor):

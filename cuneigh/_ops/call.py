@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from cuneigh._arrays import Arguments, Borrower, Launcher
+from cuneigh._arrays import Arguments, Borrower, Launcher, Watcher, meet
 from cuneigh._backends import Allocate, Backend, choose
 from cuneigh._problem import Operands, Problem, Spec, finite_scale
 
@@ -21,6 +23,22 @@ Flags = bool | Sequence[bool]
 """A bool for each token axis, or one for all of them."""
 
 
+CORES: list[Callable[..., Any]] = []
+"""What is behind the public functions, for frameworks that must know it to trace through it."""
+
+
+def public(core: Callable[P, R]) -> Callable[P, R]:
+    """The public function that is `core`, once the framework of its first array has been met."""
+    CORES.append(core)
+
+    @functools.wraps(core)
+    def function(*args: P.args, **kwargs: P.kwargs) -> R:
+        meet(args, kwargs)
+        return core(*args, **kwargs)
+
+    return function
+
+
 def for_each_rank(
     core: Callable[Concatenate[int, P], R],
 ) -> tuple[Callable[P, R], Callable[P, R], Callable[P, R]]:
@@ -29,9 +47,11 @@ def for_each_rank(
     `core` takes the number of axes before everything else. Its name lacks the rank, and its
     documentation is that of the function for two axes.
     """
+    CORES.append(core)
 
     def of_rank(rank: int) -> Callable[P, R]:
         def function(*args: P.args, **kwargs: P.kwargs) -> R:
+            meet(args, kwargs)
             return core(rank, *args, **kwargs)
 
         function.__module__ = "cuneigh"
@@ -73,21 +93,34 @@ def compute(
     problem: Problem,
     backend: str | None,
     results: Sequence[Spec | None],
-    when_empty: Iterable[float] = repeat(0.0),
 ) -> list[Any]:
-    """Arrays of the caller's framework for `results`, filled by the chosen backend.
+    """Arrays of the caller's framework for `results`, None where that is None.
 
-    A problem that is empty launches nothing: its results hold the values `when_empty`.
+    A framework that watches the arguments, to differentiate or to trace the call, comes first.
     """
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"{call}: backend={backend!r} is {type(backend).__name__}, not a str")
+    face = arguments.face
+    if isinstance(face, Watcher) and face.watches(arguments.arrays):
+        return face.record(call, arguments, problem, backend, results)
+    return run(arguments, problem, backend, results)
+
+
+def run(
+    arguments: Arguments, problem: Problem, backend: str | None, results: Sequence[Spec | None]
+) -> list[Any]:
+    """`compute` without anybody watching: the chosen backend fills the arrays.
+
+    A problem that is empty launches nothing: its results are those of no keys at all.
+    """
     place = arguments.place
     device = arguments.face.device(place)
     chosen = None if device is None else choose(problem, device, backend)
     if problem.is_empty:
+        values = (0.0, -math.inf) if problem.operation == "forward" else repeat(0.0)
         return [
             None if spec is None else arguments.face.full(place, *spec, value)
-            for spec, value in zip(results, when_empty, strict=False)
+            for spec, value in zip(results, values, strict=False)
         ]
     if isinstance(arguments.face, Launcher):
         return arguments.face.launch(arguments, problem, backend, results)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from cuneigh._arrays import examine, type_name
-from cuneigh._ops.call import compute, scale_or_default
+from cuneigh._ops.call import compute, public, scale_or_default
 from cuneigh._problem import DTYPES, Spec, boolean, dense_problem, require
 
 
+@public
 def attention(
     query: Any,
     key: Any,
@@ -77,11 +78,11 @@ def attention(
         problem,
         backend,
         (problem.output, problem.lse if with_lse else None),
-        when_empty=(0.0, -math.inf),
     )
     return (output, lse) if with_lse else output
 
 
+@public
 def merge_attentions(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
     """The attention over all keys, from the attentions of the same queries to parts of them.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 from cuneigh._arrays import examine
@@ -95,7 +94,7 @@ def na(
     TypeError, ValueError
         For an illegal argument; the message names it, the axis, and what would be legal.
     RuntimeError
-        If no backend can run the problem, or if a PyTorch tensor would lose its gradient.
+        If no backend can run the problem, or if a PyTorch tensor would lose a derivative.
 
     Notes
     -----
@@ -135,7 +134,6 @@ def na(
         problem,
         backend,
         (problem.output, problem.lse if with_lse else None),
-        when_empty=(0.0, -math.inf),
     )
     return (output, lse) if with_lse else output
 

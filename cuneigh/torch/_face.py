@@ -1,0 +1,199 @@
+"""The face of PyTorch: its tensors as arguments and results of cuneigh's functions.
+
+Results come from PyTorch's allocators, and kernels run on PyTorch's current stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+from cuneigh import _device
+from cuneigh._arrays import HERE, Arguments, Watcher, import_cupy, numpy_dtype, refuse
+from cuneigh._problem import Problem, Spec
+from cuneigh.torch import _operators
+from cuneigh.torch._autograd import differentiable
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+TRACED = (FakeTensor, FunctionalTensor)
+"""Tensors without numbers, by which PyTorch finds out what a program does."""
+
+
+class TorchFace(Watcher):
+    """PyTorch tensors. A place is a ``torch.device``."""
+
+    def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
+        if type(array) not in PLAIN and type(array) not in TRACED:
+            refuse(call, name, array, "a plain torch.Tensor is needed")
+        if array.layout is not torch.strided or array.is_nested:
+            layout = "nested" if array.is_nested else str(array.layout).removeprefix("torch.")
+            raise TypeError(f"{call}: {name} is a {layout} tensor; a dense one is needed")
+        if borrowed and array.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{call}: {name} is on device {array.device}; cpu or cuda is needed")
+
+    def spec(self, array: torch.Tensor) -> Spec:
+        return _operators.spec_of(array)
+
+    def place(self, array: torch.Tensor) -> torch.device:
+        return array.device
+
+    def device(self, place: torch.device) -> _device.Device:
+        if place.type == "cpu":
+            return _device.CPU
+        import_cupy()
+        return _device.cuda(place.index)
+
+    def full(
+        self, place: torch.device, shape: tuple[int, ...], dtype: str, value: float
+    ) -> torch.Tensor:
+        return torch.full(shape, value, dtype=getattr(torch, dtype), device=place)
+
+    def operations(self, place: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext(torch)
+
+    def cast(self, array: torch.Tensor, dtype: str) -> torch.Tensor:
+        return array.to(getattr(torch, dtype))
+
+    # As a lender of memory
+
+    def launching(self, place: torch.device) -> AbstractContextManager[Any]:
+        if place.type == "cpu":
+            return HERE
+        index = place.index
+        stream = _stream(index, torch._C._cuda_getCurrentRawStream(index))
+        if import_cupy().cuda.runtime.getDevice() != index:
+            return _elsewhere(index, stream)
+        return stream
+
+    def borrow(self, array: torch.Tensor) -> Any:
+        if array.is_neg():  # a pending change of sign, which native arrays do not have
+            array = array.resolve_neg()
+        if array.is_cuda:
+            return _cupy_view(array)
+        array = array.detach()
+        if array.dtype is torch.bfloat16:  # which NumPy's DLPack does not have
+            return np.from_dlpack(array.view(torch.int16)).view(numpy_dtype("bfloat16"))
+        return np.from_dlpack(array)
+
+    def empty(self, place: torch.device, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        return torch.empty(shape, dtype=_DTYPES[dtype], device=place)
+
+    def deliver(self, place: torch.device, array: torch.Tensor) -> torch.Tensor:
+        return array
+
+    # As a watcher
+
+    def cast_automatically(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Under autocast, as ``scaled_dot_product_attention`` would take them.
+
+        A relative positional bias of float32 goes with queries of any dtype, and stays.
+        """
+        kind = next(iter(arrays.values())).device.type
+        if not torch.is_autocast_enabled(kind) or call.endswith("_backward"):
+            return arrays
+        dtype = torch.get_autocast_dtype(kind)
+        return {
+            name: array.to(dtype)
+            if array.dtype in _CAST and not (name == "rpb" and array.dtype is torch.float32)
+            else array
+            for name, array in arrays.items()
+        }
+
+    def watches(self, arrays: Mapping[str, torch.Tensor]) -> bool:
+        if torch.is_grad_enabled():
+            for array in arrays.values():
+                if array.requires_grad:
+                    return True
+        return forward_ad._current_level >= 0 or _is_traced(arrays)
+
+    def record(
+        self,
+        call: str,
+        arguments: Arguments,
+        problem: Problem,
+        backend: str | None,
+        results: Sequence[Spec | None],
+    ) -> list[torch.Tensor | None]:
+        for name, array in arguments.arrays.items():
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(array).tangent is not None:
+                raise RuntimeError(
+                    f"{call}: {name} takes part in automatic differentiation in forward mode, "
+                    f"which {call} does not support; differentiate in reverse mode"
+                )
+            if array.requires_grad and problem.operation not in _operators.GRADIENT:
+                raise RuntimeError(
+                    f"{call}: {name} takes part in automatic differentiation, through which {call} "
+                    f"cannot pass a second derivative: call it under torch.no_grad() or on "
+                    f"{name}.detach()"
+                )
+        made: Sequence[torch.Tensor | None]
+        if _is_traced(arguments.arrays):
+            made = _operators.call(call, arguments, problem, backend)
+        else:
+            made = differentiable(arguments, problem, backend, results)
+        return [None if spec is None else array for spec, array in zip(results, made, strict=True)]
+
+
+_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
+"""The dtypes that autocast converts."""
+
+
+def _is_traced(arrays: Mapping[str, torch.Tensor]) -> bool:
+    """Whether PyTorch must see an operator: it compiles, transforms or counts."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(type(array) in TRACED for array in arrays.values())
+    )
+
+
+def _cupy_view(tensor: torch.Tensor) -> Any:
+    """A CuPy array on the memory of a CUDA tensor.
+
+    Straight from pointer and strides: a DLPack capsule takes several times as long.
+    """
+    cupy = import_cupy()
+    size = tensor.element_size()
+    memory = cupy.cuda.UnownedMemory(
+        tensor.data_ptr(), tensor.numel() * size, tensor, tensor.get_device()
+    )
+    return cupy.ndarray(
+        tuple(tensor.shape),
+        numpy_dtype(_operators.dtype_name(tensor.dtype)),
+        cupy.cuda.MemoryPointer(memory, 0),
+        tuple([stride * size for stride in tensor.stride()]),
+    )
+
+
+class Stream(NamedTuple):
+    """A stream of PyTorch in the form that CuPy takes (PyTorch before 2.9 lacks it)."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@lru_cache(maxsize=256)
+def _stream(index: int, pointer: int) -> AbstractContextManager[Any]:
+    """The stream at `pointer` of CUDA device `index` as CuPy's."""
+    cuda = import_cupy().cuda
+    with cuda.Device(index):
+        stream: AbstractContextManager[Any] = cuda.Stream.from_external(Stream(pointer))
+    return stream
+
+
+@contextmanager
+def _elsewhere(index: int, stream: Any) -> Iterator[None]:
+    """Make `index` CuPy's current device and `stream` its current stream there."""
+    with import_cupy().cuda.Device(index), stream:
+        yield

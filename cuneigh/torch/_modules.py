@@ -1,0 +1,130 @@
+"""Modules: neighborhood attention between the projections that NAT and DiNAT put around it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from cuneigh._ops.call import Flags, Sizes
+from cuneigh._ops.neighborhood import na1d, na2d, na3d
+from cuneigh._ops.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
+from cuneigh._problem import window_arguments
+
+
+class _NeighborhoodAttention(nn.Module):  # type: ignore[misc]
+    rank: ClassVar[int]
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        dilation: Sizes = 1,
+        is_causal: Flags = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        *,
+        rel_pos_bias: bool = False,
+        attn_drop: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"{name}: embed_dim={embed_dim} is not a multiple of num_heads={num_heads}"
+            )
+        self.window = window_arguments(
+            name, self.rank, kernel_size, stride, dilation, is_causal
+        )._asdict()
+        if rel_pos_bias and (max(self.window["stride"]) > 1 or any(self.window["is_causal"])):
+            raise ValueError(
+                f"{name}: rel_pos_bias=True needs stride=1 and is_causal=False on every axis"
+            )
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        own = {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(embed_dim, embed_dim * 3, bias=qkv_bias, **own)
+        if rel_pos_bias:
+            sizes = [2 * size - 1 for size in self.window["kernel_size"]]
+            self.rpb = nn.Parameter(torch.empty(num_heads, *sizes, **own))
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+        else:
+            self.register_parameter("rpb", None)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(embed_dim, embed_dim, **own)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != self.rank + 2 or x.shape[-1] != self.embed_dim:
+            tokens = ", ".join(f"X{axis + 1}" for axis in range(self.rank))
+            raise ValueError(
+                f"{type(self).__name__}: x has shape {tuple(x.shape)}, but "
+                f"[batch, {tokens}, {self.embed_dim}] is needed"
+            )
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        given = {"scale": self.scale, "rpb": self.rpb}
+        if self.training and self.attn_drop.p > 0:
+            na_qk, na_av = _HALVES[self.rank]
+            weights = na_qk(query, key, **self.window, **given).softmax(-1)
+            output = na_av(self.attn_drop(weights), value, **self.window)
+        else:
+            output = _WHOLE[self.rank](query, key, value, **self.window, **given)
+        projected: torch.Tensor = self.proj_drop(self.proj(output.flatten(-2)))
+        return projected
+
+    def extra_repr(self) -> str:
+        window = ", ".join(f"{name}={value}" for name, value in self.window.items())
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {window}"
+
+
+_WHOLE = {1: na1d, 2: na2d, 3: na3d}
+_HALVES = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
+
+_DOCUMENTATION = """{rank}-D neighborhood attention of ``[batch, {tokens}, embed_dim]``.
+
+    Its parameters are ``qkv``, ``proj`` and, with `rel_pos_bias`, ``rpb``: those of NATTEN's
+    modules, so that checkpoints of NAT and DiNAT load.
+
+    Parameters
+    ----------
+    embed_dim : int
+        Size of a token, a multiple of `num_heads`.
+    num_heads : int
+    kernel_size, stride, dilation, is_causal
+        The window, as in `cuneigh.na{rank}d`.
+    qkv_bias : bool
+        Whether the first projection has a bias; the last one always has.
+    qk_scale : float, optional
+        Factor of the logits; ``head_dim ** -0.5`` if not given.
+    proj_drop : float
+        Probability of dropout after the last projection.
+    rel_pos_bias : bool
+        Whether to learn a relative positional bias, for stride 1 and no causal axis.
+    attn_drop : float
+        Probability of dropout of attention weights, which then are in memory while training.
+    device, dtype
+        Of the parameters, as in ``torch.nn.Linear``.
+    """
+
+
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    __doc__ = _DOCUMENTATION.format(rank=1, tokens="X1")
+    rank = 1
+
+
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    __doc__ = _DOCUMENTATION.format(rank=2, tokens="X1, X2")
+    rank = 2
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    __doc__ = _DOCUMENTATION.format(rank=3, tokens="X1, X2, X3")
+    rank = 3

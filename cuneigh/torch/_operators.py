@@ -1,0 +1,371 @@
+"""Every operation as an operator of PyTorch, ``torch.ops.cuneigh``, for whatever traces a program.
+
+An operator takes the arrays by position, None where there is none, and then the parameters of the
+problem. It has a fake kernel, which gives the shapes of its results, a rule for its derivative, a
+rule for ``torch.func.vmap`` and a count of its floating point operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from cuneigh._arrays import Arguments, examine
+from cuneigh._ops.call import run
+from cuneigh._problem import (
+    Operands,
+    Operation,
+    Problem,
+    Spec,
+    Window,
+    attention_problem,
+    av_problem,
+    dense_problem,
+    qk_problem,
+    require,
+)
+
+Tensors = Sequence[torch.Tensor | None]
+
+ARGUMENTS: dict[Operation, tuple[str, ...]] = {
+    "forward": Operands._fields,
+    "backward": (*Operands._fields, "grad_output", "output", "lse", "grad_lse"),
+    "qk": ("query", "key", "additional_keys", "rpb"),
+    "qk_backward": ("query", "key", "additional_keys", "rpb", "grad_logits"),
+    "av": ("weights", "value", "additional_values"),
+    "av_backward": ("weights", "value", "additional_values", "grad_output"),
+}
+"""The arrays that each operation takes."""
+
+SECOND = "is a gradient already, and second derivatives of neighborhood attention are not supported"
+
+OPTIONAL = ("additional_keys", "additional_values", "rpb", "grad_lse")
+
+RESULTS: dict[Operation, tuple[str, ...]] = {
+    "forward": ("output", "lse"),
+    "backward": Operands._fields,
+    "qk": ("logits",),
+    "qk_backward": Operands._fields,
+    "av": ("output",),
+    "av_backward": ("weights", *Operands._fields),
+}
+"""What each operation returns; a gradient is called what it is the gradient of."""
+
+GRADIENT: dict[Operation, tuple[Operation, tuple[str, ...]]] = {
+    "forward": ("backward", ("grad_output", "grad_lse")),
+    "qk": ("qk_backward", ("grad_logits",)),
+    "av": ("av_backward", ("grad_output",)),
+}
+"""The operation that differentiates another, and what it calls the gradients of its results."""
+
+
+class Parameters(NamedTuple):
+    """What an operator takes besides arrays."""
+
+    kernel_size: Sequence[int]
+    """Empty for `attention`, which sees every key."""
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    is_causal: Sequence[bool]
+    scale: float
+    backend: str | None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    name = _DTYPE_NAMES.get(dtype)
+    return str(dtype).removeprefix("torch.") if name is None else name
+
+
+_DTYPE_NAMES = {
+    getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")
+}
+
+
+def spec_of(tensor: torch.Tensor) -> Spec:
+    return Spec(tuple(tensor.shape), dtype_name(tensor.dtype))
+
+
+def call(
+    name: str, arguments: Arguments, problem: Problem, backend: str | None
+) -> list[torch.Tensor | None]:
+    """The results of the public function called `name`, in its order, by an operator."""
+    operation = problem.operation
+    dense = name == "attention"
+    axes = problem.axes
+    parameters = Parameters(
+        [] if dense else [axis.kernel_size for axis in axes],
+        [axis.stride for axis in axes],
+        [axis.dilation for axis in axes],
+        [axis.is_causal for axis in axes],
+        problem.scale,
+        backend,
+    )
+    return apply(operation, arguments.arrays, parameters)
+
+
+def apply(
+    operation: Operation, arrays: dict[str, torch.Tensor], parameters: Parameters
+) -> list[torch.Tensor | None]:
+    """The results of `operation`, None for the gradient of what was not given."""
+    transformed = torch._C._are_functorch_transforms_active()
+    perform = (_FUNCTIONS if transformed else _OPERATORS)[operation]
+    made = perform(*map(arrays.get, ARGUMENTS[operation]), *parameters)
+    if isinstance(made, torch.Tensor):
+        return [made]
+    named = dict(zip(_given_results(operation, arrays), made, strict=True))
+    return [named.get(name) for name in RESULTS[operation]]
+
+
+def gradient_arguments(
+    operation: Operation,
+    arrays: dict[str, torch.Tensor],
+    gradients: Sequence[torch.Tensor | None],
+) -> dict[str, torch.Tensor]:
+    """What the gradient of `operation` takes, given what it took, returned, and is given back."""
+    _, names = GRADIENT[operation]
+    given = dict(zip(names, gradients, strict=True))
+    if operation == "forward" and gradients[0] is None:
+        given["grad_output"] = torch.zeros_like(arrays["output"])
+    return {name: array for name, array in (arrays | given).items() if array is not None}
+
+
+def _given_results(operation: Operation, arrays: dict[str, Any]) -> list[str]:
+    """The names of the tensors that the operator of `operation` returns."""
+    results = RESULTS[operation]
+    return [name for name in results if operation in GRADIENT or arrays.get(name) is not None]
+
+
+def _specs_of(problem: Problem) -> dict[str, Spec | None]:
+    """Shapes and dtypes of the results of `problem`, by their names."""
+    if problem.operation == "forward":
+        return {"output": problem.output, "lse": problem.lse}
+    return {**problem.specs._asdict(), "output": problem.output, "logits": problem.logits} | {
+        "weights": problem.logits
+    }
+
+
+def _problem(operation: Operation, arrays: dict[str, Any], parameters: Parameters) -> Problem:
+    """The problem of an operator's arguments, all of them checked."""
+    specs = {name: spec_of(array) for name, array in arrays.items()}
+    kernel_size, stride, dilation, is_causal, scale, _ = parameters
+    window = Window(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+    name = f"na{len(window.stride)}d"
+    given: Any = Operands(*map(specs.get, Operands._fields))
+    query, key, value, extra_keys, extra_values, rpb = given
+    match operation:
+        case "forward" | "backward" if not window.kernel_size:
+            problem = dense_problem(
+                "attention", operation, query, key, value, window.is_causal[0], scale
+            )
+        case "forward" | "backward":
+            problem = attention_problem(
+                name, operation, query, key, value, window, scale, extra_keys, extra_values, rpb
+            )
+        case "qk" | "qk_backward":
+            problem = qk_problem(
+                f"{name}_qk", operation, query, key, window, scale, rpb, extra_keys
+            )
+        case "av" | "av_backward":
+            problem = av_problem(
+                f"{name}_av", operation, specs["weights"], value, window, extra_values
+            )
+    for argument, expected in (
+        ("grad_output", problem.output),
+        ("output", problem.output),
+        ("lse", problem.lse),
+        ("grad_lse", problem.lse),
+        ("grad_logits", problem.logits),
+    ):
+        if argument in specs:
+            require(f"{name}_{operation}", argument, specs[argument], expected)
+    return problem
+
+
+# The rules of one operator
+
+
+def _split(operation: Operation, args: Sequence[Any]) -> tuple[dict[str, Any], Parameters]:
+    names = ARGUMENTS[operation]
+    arrays = {name: array for name, array in zip(names, args, strict=False) if array is not None}
+    return arrays, Parameters(*args[len(names) :])
+
+
+def _joined(operation: Operation, results: list[Any]) -> Any:
+    """What the operator of `operation` returns: one tensor, a pair, or a list of gradients."""
+    if operation == "forward":
+        return tuple(results)
+    return results[0] if operation in GRADIENT else results
+
+
+def _kernel(operation: Operation) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        arrays, parameters = _split(operation, args)
+        problem = _problem(operation, arrays, parameters)
+        arguments = examine(f"cuneigh::{operation}", arrays)
+        specs = _specs_of(problem)
+        results = [
+            specs[name] if operation in GRADIENT or name in arrays else None
+            for name in RESULTS[operation]
+        ]
+        with torch.no_grad():
+            made = run(arguments, problem, parameters.backend, results)
+        return _joined(operation, [array for array in made if array is not None])
+
+    return kernel
+
+
+def _fake_kernel(operation: Operation) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        arrays, parameters = _split(operation, args)
+        specs = _specs_of(_problem(operation, arrays, parameters))
+        device = next(iter(arrays.values())).device
+        results = []
+        for name in _given_results(operation, arrays):
+            spec = specs[name]
+            assert spec is not None
+            dtype = getattr(torch, spec.dtype)
+            results.append(torch.empty(spec.shape, dtype=dtype, device=device))
+        return _joined(operation, results)
+
+    return kernel
+
+
+def _derivative(operation: Operation) -> tuple[Callable[..., None], Callable[..., Any]]:
+    gradient = GRADIENT[operation][0]
+    kept = RESULTS[operation] if operation == "forward" else ()
+    names = ARGUMENTS[operation]
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[: len(names)], *(output if kept else ()))
+        ctx.parameters = Parameters(*inputs[len(names) :])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        nothing = (None,) * (len(names) + len(Parameters._fields))
+        if all(array is None for array in gradients):
+            return nothing
+        saved = zip((*names, *kept), ctx.saved_tensors, strict=True)
+        arrays = {name: array for name, array in saved if array is not None}
+        given = gradient_arguments(operation, arrays, gradients)
+        of = dict(zip(RESULTS[gradient], apply(gradient, given, ctx.parameters), strict=True))
+        return (*map(of.get, names), *nothing[len(names) :])
+
+    return setup, backward
+
+
+Fold = Literal["batch", "heads"]
+"""The axis that takes up the one that is mapped over."""
+
+
+def _batched(operation: Operation) -> Callable[..., Any]:
+    def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        arrays, parameters = _split(operation, args)
+        names = ARGUMENTS[operation]
+        dims = dict(zip(names, in_dims, strict=False))
+        # The batch takes up the axis without moving anything, unless each entry needs a bias of its
+        # own. So does the gradient of the bias, which is a sum over the batch.
+        own_bias = "rpb" in arrays and (dims["rpb"] is not None or operation not in GRADIENT)
+        into: Fold = "heads" if own_bias else "batch"
+        folded = {
+            name: _fold(array, _axis(name, array, dims[name], into), dims[name], info.batch_size)
+            for name, array in arrays.items()
+        }
+        made = apply(operation, folded, parameters)
+        results = [
+            _unfold(array, _axis(name, array, None, into), info.batch_size)
+            for name, array in zip(RESULTS[operation], made, strict=True)
+            if array is not None
+        ]
+        return _joined(operation, results), _joined(operation, [0] * len(results))
+
+    return batched
+
+
+def _axis(name: str, array: torch.Tensor, dim: int | None, into: Fold) -> int | None:
+    """The axis, in an array without its mapped axis `dim`, that takes up the latter."""
+    if name == "rpb":
+        return 0 if into == "heads" else None
+    if into == "batch":
+        return 0
+    ndim: int = array.ndim - (dim is not None)
+    return ndim - (1 if name in ("lse", "grad_lse") else 2)
+
+
+def _fold(array: torch.Tensor, axis: int | None, dim: int | None, size: int) -> torch.Tensor:
+    if axis is None:
+        return array
+    array = array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
+    return array.movedim(0, axis).flatten(axis, axis + 1)
+
+
+def _unfold(array: torch.Tensor, axis: int | None, size: int) -> torch.Tensor:
+    assert axis is not None, "a bias that stays as it is has no gradient among the results"
+    return array.unflatten(axis, (size, array.shape[axis] // size)).movedim(axis, 0)
+
+
+def _flops(operation: Operation) -> Callable[..., int]:
+    def flops(*args: Any, out_val: Any = None, **_: Any) -> int:
+        arrays, parameters = _split(operation, args)
+        return _problem(operation, arrays, parameters).flops()
+
+    return flops
+
+
+def _function(operation: Operation) -> Callable[..., Any]:
+    """The operator for ``torch.func``, which differentiates no operator but such a function."""
+    batched = _batched(operation)
+
+    def forward(*args: Any) -> Any:
+        made = _OPERATORS[operation](*args)
+        return tuple(made) if isinstance(made, list) else made
+
+    def vmap(*args: Any) -> Any:
+        results, dims = batched(*args)
+        return (tuple(results), tuple(dims)) if isinstance(results, list) else (results, dims)
+
+    if operation in GRADIENT:
+        setup, backward = _derivative(operation)
+    else:
+
+        def setup(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise RuntimeError(f"cuneigh: {operation} {SECOND}")
+
+    rules = {"forward": forward, "setup_context": setup, "backward": backward, "vmap": vmap}
+    name = f"cuneigh_{operation}"
+    functions = {rule: staticmethod(function) for rule, function in rules.items()}
+    function: Any = type(name, (torch.autograd.Function,), functions)
+    apply: Callable[..., Any] = function.apply
+    return apply
+
+
+def _define(operation: Operation) -> Any:
+    """Register the operator of `operation`, with all of its rules."""
+    arrays = [f"Tensor{'?' * (name in OPTIONAL)} {name}" for name in ARGUMENTS[operation]]
+    parameters = [
+        *("int[] kernel_size", "int[] stride", "int[] dilation", "bool[] is_causal"),
+        *("float scale", "str? backend"),
+    ]
+    returned = {"forward": "(Tensor, Tensor)", "qk": "Tensor", "av": "Tensor"}
+    operator = torch.library.custom_op(
+        f"cuneigh::{operation}",
+        _kernel(operation),
+        mutates_args=(),
+        schema=f"({', '.join(arrays + parameters)}) -> {returned.get(operation, 'Tensor[]')}",
+    )
+    operator.register_fake(_fake_kernel(operation))
+    operator.register_vmap(_batched(operation))
+    if operation in GRADIENT:
+        setup, backward = _derivative(operation)
+        operator.register_autograd(backward, setup_context=setup)
+    packet = getattr(torch.ops.cuneigh, operation)
+    register_flop_formula(packet, get_raw=True)(_flops(operation))
+    return packet
+
+
+_OPERATORS = {operation: _define(operation) for operation in ARGUMENTS}
+_FUNCTIONS = {operation: _function(operation) for operation in ARGUMENTS}
