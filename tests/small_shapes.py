@@ -18,7 +18,8 @@ from accuracy import check_backend
 from gpu_arrays import allocate, to_cupy, to_numpy
 from strategies import OPERATIONS, inputs
 
-from cuneigh._backends import gemm, naive
+from cuneigh import _device
+from cuneigh._backends import fused, gemm, naive
 from cuneigh._problem import (
     DTYPES,
     Problem,
@@ -76,6 +77,7 @@ def plain_problem_of(operation: str, dtype: str, rank: int) -> Problem:
 
 def main(names: list[str]) -> None:
     cupy.cuda.set_allocator(None)
+    device = _device.cuda(0)
     count = 0
     for operation, dtype, rank in itertools.product(OPERATIONS, DTYPES, WINDOWS):
         cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
@@ -83,9 +85,9 @@ def main(names: list[str]) -> None:
         if operation[:2] != "av":
             cases.append((problem_of(operation, dtype, rank, (32, 32), True), "contiguous"))
         for problem, layout in cases:
-            given = inputs(problem, np.random.default_rng(count), layout)
-            for backend in (naive, gemm):
-                if backend.NAME in names:
+            given = inputs(problem, np.random.default_rng(rank), layout)
+            for backend in (naive, gemm, fused):
+                if backend.NAME in names and backend.unsupported(problem, device) is None:
                     check_backend(
                         backend,
                         problem,
@@ -94,9 +96,9 @@ def main(names: list[str]) -> None:
                         to_numpy=to_numpy,
                         allocate=allocate,
                     )
-            count += 1
-    print(f"{count} problems agree with the oracle")
+                    count += 1
+    print(f"{count} results agree with the oracle")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [naive.NAME, gemm.NAME])
+    main(sys.argv[1:] or [naive.NAME, gemm.NAME, fused.NAME])
