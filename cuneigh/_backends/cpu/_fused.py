@@ -15,7 +15,8 @@ from cuneigh._backends.cpu._gradients import Parts, Sums, bias_part, halo_parts
 from cuneigh._backends.cpu._products import (
     Halo,
     Workspace,
-    drop_repeated_queries,
+    column_sums,
+    finite_rows,
     for_each_box,
     hide,
     read_halo,
@@ -53,9 +54,9 @@ def forward(
         )
         tile = view_tile(box, inputs.query, space, "query")
         columns = transposed(box, tile, problem.scale, space, "query columns")
-        weights = space("weights", *box.lead, box.keys, box.width)
+        weights = space("weights", *box.lead, box.tile.keys, box.tile.width)
 
-        out = space("output", *box.lead, box.width, problem.value_dim)
+        out = space("output", *box.lead, box.tile.width, problem.value_dim)
 
         def fill() -> None:
             fill_logits(box, keys, columns, bias, weights)
@@ -68,11 +69,11 @@ def forward(
         fill()
         shift: Array | int = 0
         total, sums = attend()
-        finite = np.isfinite(sums)
+        finite = finite_rows(sums)
         if not (finite.all() and total.min() >= LOWEST_SUM and total.max() <= HIGHEST_SUM):
             fill()
             peak = weights.max(-2)
-            needed = ~finite.all(-1) | (np.abs(peak) > HIGHEST_PEAK)
+            needed = ~finite | (np.abs(peak) > HIGHEST_PEAK)
             shift = np.where(needed & (peak != -np.inf), peak, 0)
             np.subtract(weights, shift[..., None, :], out=weights)
             total, sums = attend()
@@ -111,11 +112,9 @@ def backward(
         delta = row_sums(grad_out, read_tile(box, out_rows, space, "output"))
         if grad_lse_rows is not None:
             delta -= read_tile(box, grad_lse_rows, space, "grad lse")[..., 0]
-        drop_repeated_queries(box, grad_out)
-        drop_repeated_queries(box, delta[..., None])
 
         columns = transposed(box, query, problem.scale, space, "query columns")
-        weights = space("weights", *box.lead, box.keys, box.width)
+        weights = space("weights", *box.lead, box.tile.keys, box.tile.width)
         row_lse = read_tile(box, lse_rows, space, "lse")[..., 0]
         row_lse[row_lse == -np.inf] = 0
         fill_logits(box, keys, columns, bias, weights)
@@ -129,7 +128,7 @@ def backward(
         slopes -= delta[..., None, :]
         slopes *= weights
         if not np.isfinite(column_sums(slopes)).all():
-            np.copyto(slopes[..., : box.halo, :], 0, where=~visible(box))  # not 0 * inf
+            np.copyto(slopes[..., : box.tile.halo, :], 0, where=~visible(box))  # not 0 * inf
         grad_query = keys.sums(box, slopes, space("grad query", *query.shape))
         grad_query *= problem.scale
         write_tile(box, query_gradient, grad_query)
@@ -152,23 +151,15 @@ def fill_logits(box: Box, keys: Halo, columns: Array, bias: Array | None, logits
     """Fill ``logits[lead, keys, width]`` from scaled queries ``columns[lead, dim, width]``."""
     keys.times(columns, logits)
     if bias is not None:
-        grouped = logits.reshape(*box.lead, box.keys, box.group_size, box.queries)
-        grouped[..., : box.halo, :, :] += tile_bias(box, bias)
+        grouped = logits.reshape(*box.lead, box.tile.keys, box.tile.group_size, box.tile.queries)
+        grouped[..., : box.tile.halo, :, :] += tile_bias(box, bias)
 
 
 def tile_bias(box: Box, bias: Array) -> Array:
-    """``[tiles.., kv_heads, keys of the halo, group_size, queries]`` of `bias`."""
-    index = box.bias_index
-    by_head = bias[box.heads.start : box.heads.stop, index]
-    grouped = by_head.reshape(-1, box.group_size, *index.shape)
-    rank = len(box.strips)
-    return np.moveaxis(grouped, (0, 1), (rank, rank + 2))
-
-
-def column_sums(array: Array) -> Array:
-    """``array.sum(-2)``, on BLAS: several times as fast."""
-    sums: Array = np.ones(array.shape[-2], array.dtype) @ array
-    return sums
+    """``[kv_heads, keys of the halo, group_size, queries]`` of `bias`, the same for every tile."""
+    by_head = bias[box.heads.start : box.heads.stop, box.tile.bias_index]
+    grouped = by_head.reshape(-1, box.tile.group_size, *by_head.shape[1:])
+    return grouped.transpose(0, 2, 1, 3)
 
 
 def row_sums(a: Array, b: Array) -> Array:

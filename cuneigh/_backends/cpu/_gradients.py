@@ -38,27 +38,25 @@ def halo_parts(
     """The gradients that ``weights[lead, keys, width]`` bring to the keys of the halos and to the
     additional ones, laid out as in `Parts`, from what the queries hold, ``rows[lead, width, dim]``.
     """
-    out = space(name, *box.lead, box.halo, rows.shape[-1])
-    part = confined_product(weights[..., : box.halo, :], rows, lambda: visible(box), out)
-    if not box.additional:
+    out = space(name, *box.lead, box.tile.halo, rows.shape[-1])
+    part = confined_product(weights[..., : box.tile.halo, :], rows, lambda: visible(box), out)
+    if not box.tile.additional:
         return part, None
-    tiles = tuple(range(1, 1 + len(box.strips)))
-    return part, np.matmul(weights[..., box.halo :, :], rows).sum(tiles).swapaxes(1, 2)
+    tiles = tuple(range(1, 1 + len(box.tile.strips)))
+    return part, np.matmul(weights[..., box.tile.halo :, :], rows).sum(tiles).swapaxes(1, 2)
 
 
 def bias_part(box: Box, gradients: Array) -> Array:
     """``[heads, offsets]`` from the gradients of the logits, which are [lead, keys, width]."""
-    index = box.bias_index
-    rank, group_size = len(box.strips), box.group_size
-    gradients = gradients[..., : box.halo, :]
-    grouped = gradients.reshape(*gradients.shape[:-1], group_size, box.queries)
-    # Tiles in which every pair has the same offset are summed first.
-    alike = (r + 1 for r in range(rank) if index.shape[r] == 1)
-    grouped = grouped.sum((0, *alike), keepdims=True)[0]
-    by_head = np.moveaxis(grouped, (rank, rank + 2), (0, 1)).reshape(-1, *index.shape)
-    offsets = index.ravel()
-    count = math.prod(2 * strip.axis.kernel_size - 1 for strip in box.strips)
-    return np.array([np.bincount(offsets, head.ravel(), count) for head in by_head])
+    tile = box.tile
+    summed = gradients[..., : tile.halo, :].sum(tuple(range(len(box.lead) - 1)))
+    grouped = summed.reshape(-1, tile.halo, tile.group_size, tile.queries)
+    by_head = grouped.swapaxes(1, 2).reshape(len(box.heads), -1)
+    offsets, count = (
+        tile.bias_index.ravel(),
+        math.prod(2 * strip.axis.kernel_size - 1 for strip in tile.strips),
+    )
+    return np.array([np.bincount(offsets, head, count) for head in by_head])
 
 
 class Sums:
@@ -107,11 +105,14 @@ class Sums:
 def add_halos(box: Box, total: Array, part: Array) -> None:
     """Add ``part[lead, keys of the halo, dim]`` to ``total[batch, tokens.., kv_heads, dim]``."""
     batch, *tiles, kv_heads = box.lead
-    sizes = [strip.keys for strip in box.strips]
+    sizes = [strip.keys for strip in box.tile.strips]
     part = part.reshape(batch, *tiles, kv_heads, *sizes, part.shape[-1])
     part = np.moveaxis(part, (0, 1 + len(tiles)), (len(tiles), -2))
-    slices = [strip.key_slices() for strip in box.strips]
-    for tile in itertools.product(*map(range, tiles)):
-        tokens = (along[n] for along, n in zip(slices, tile, strict=True))
+    slices = [
+        [slice(first, first + strip.keys * d, d) for first in along.tolist()]
+        for along, strip in zip(box.first_key, box.tile.strips, strict=True)
+        for d in (strip.axis.dilation,)
+    ]
+    for tile, tokens in zip(np.ndindex(*tiles), itertools.product(*slices), strict=True):
         place = total[slice(None), *tokens]
-        place += part[tile][*(slice(size) for size in place.shape)]
+        place += part[tile]

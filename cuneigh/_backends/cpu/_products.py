@@ -32,17 +32,22 @@ class Workspace:
     def __init__(self, allocate: Any, dtype: str) -> None:
         self._allocate = allocate
         self._name, self.dtype = dtype, np.dtype(dtype)
-        self._spare = ALIGNMENT // self.dtype.itemsize
-        self._arrays: dict[str, Array] = {}
+        self._memory: dict[str, Array] = {}
+        self._arrays: dict[tuple[str, tuple[int, ...]], Array] = {}
 
     def __call__(self, name: str, *shape: int) -> Array:
-        size = math.prod(shape)
-        array = self._arrays.get(name)
-        if array is None or array.size < size:
-            array = self._allocate((size + self._spare,), self._name)
-            start = -array.ctypes.data % ALIGNMENT // array.itemsize
-            self._arrays[name] = array = array[start : start + size]
-        return array[:size].reshape(shape)
+        array = self._arrays.get((name, shape))
+        if array is None:
+            size = math.prod(shape)
+            if name not in self._memory or self._memory[name].size < size:
+                self._memory[name] = self._aligned(size)
+            array = self._arrays[name, shape] = self._memory[name][:size].reshape(shape)
+        return array
+
+    def _aligned(self, size: int) -> Array:
+        array = self._allocate((size + ALIGNMENT // self.dtype.itemsize,), self._name)
+        start = -array.ctypes.data % ALIGNMENT // self.dtype.itemsize
+        return array[start : start + size]
 
 
 def for_each_box(
@@ -68,7 +73,7 @@ def tables(operands: Operands) -> Operands:
 def read_tile(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
     """``[lead, width, dim]``: what the queries of `box` hold."""
     out = space(name, *tile_shape(box), rows.dim)
-    return rows.read(box.query_place, out).reshape(*box.lead, box.width, rows.dim)
+    return rows.read(box.query_place, out).reshape(*box.lead, box.tile.width, rows.dim)
 
 
 def view_tile(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
@@ -84,23 +89,16 @@ def write_tile(box: Box, rows: Rows, values: Array) -> None:
 
 def tile_shape(box: Box) -> tuple[int, ...]:
     """``batch, tiles.., heads, queries``"""
-    return *box.lead[:-1], len(box.heads), box.queries
-
-
-def drop_repeated_queries(box: Box, tile: Array) -> None:
-    """Set ``tile[lead, width, dim]`` to 0 for the queries that fill up the last tile of a group."""
-    valid = box.query_place.valid
-    if valid is not None:
-        grouped = tile.reshape(*box.lead, -1, box.queries, tile.shape[-1])
-        np.copyto(grouped, 0, where=~valid[..., None, None, :, None])
+    return *box.lead[:-1], len(box.heads), box.tile.queries
 
 
 def transposed(box: Box, tile: Array, factor: float, space: Workspace, name: str) -> Array:
     """``[lead, dim, width]``: `factor` times what `read_tile` or `view_tile` returned."""
     dim = tile.shape[-1]
-    grouped = tile.reshape(*box.lead, box.group_size, box.queries, dim)
-    out = space(name, *box.lead, dim, box.width)
-    np.copyto(out.reshape(*box.lead, dim, -1, box.queries), np.moveaxis(grouped, -1, -3))
+    grouped = tile.reshape(*box.lead, box.tile.group_size, box.tile.queries, dim)
+    out = space(name, *box.lead, dim, box.tile.width)
+    columns = grouped.swapaxes(-1, -2).swapaxes(-2, -3)  # [lead, dim, group_size, queries]
+    np.copyto(out.reshape(columns.shape), columns)
     return np.multiply(out, factor, out=out)
 
 
@@ -125,9 +123,9 @@ class Halo(NamedTuple):
         def seen() -> Booleans:
             return visible(box).swapaxes(-1, -2)
 
-        confined_product(weights[..., : box.halo], self.tokens, seen, out)
+        confined_product(weights[..., : box.tile.halo], self.tokens, seen, out)
         if self.additional is not None:
-            out += np.matmul(weights[..., box.halo :], self.additional)
+            out += np.matmul(weights[..., box.tile.halo :], self.additional)
         return out
 
 
@@ -139,13 +137,13 @@ def read_halo(
     `vectors` says that `Halo.sums` will be called: BLAS then loads whole vectors, which want to be
     aligned, while single numbers for `Halo.times` may come from anywhere.
     """
-    tokens = None if vectors else view_halo(box, rows, space)
-    if tokens is None:
+    tokens = view_halo(box, rows, space)
+    if tokens is None or (vectors and not is_aligned(tokens)):
         tokens = copy_halo(box, rows, space, name)
     if additional is None:
         return Halo(tokens, None)
     batch, *tiles, kv_heads = box.lead
-    out = space(f"additional {name}", batch, 1, kv_heads, box.additional, rows.dim)
+    out = space(f"additional {name}", batch, 1, kv_heads, box.tile.additional, rows.dim)
     additional.read(box.additional_place, out)
     return Halo(tokens, out.reshape(batch, *(1 for _ in tiles), *out.shape[2:]))
 
@@ -158,17 +156,24 @@ def view_halo(box: Box, rows: Rows, space: Workspace) -> Array | None:
     return view if view.strides[-2] >= rows.dim * view.itemsize else None
 
 
+def is_aligned(array: Array) -> bool:
+    """Whether all rows of `array` are."""
+    strides = zip(array.strides[:-1], array.shape, strict=False)
+    addresses = array.ctypes.data, *(stride for stride, n in strides if n > 1)
+    return not any(address % ALIGNMENT for address in addresses)
+
+
 def copy_halo(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
     """``[lead, keys of the halo, dim]``; what overlaps along the first axis is copied once."""
     if box.key_region is None:
-        return rows.read(box.key_place, space(name, *box.lead, box.halo, rows.dim))
+        return rows.read(box.key_place, space(name, *box.lead, box.tile.halo, rows.dim))
     place, step = box.key_region
     batch, along, *tiles, kv_heads = box.lead
-    size = step * (along - 1) + box.halo
+    size = step * (along - 1) + box.tile.halo
     region = rows.read(place, space(name, batch, 1, *tiles, kv_heads, size, rows.dim))
     strides = list(region.strides)
     strides[1] = step * strides[-2]
-    return as_strided(region, (*box.lead, box.halo, rows.dim), strides)
+    return as_strided(region, (*box.lead, box.tile.halo, rows.dim), strides)
 
 
 # Who sees whom
@@ -179,16 +184,15 @@ def hide(box: Box, logits: Array) -> None:
 
     NaN becomes inf where it is seen, which softmax makes NaN again.
     """
-    grouped = logits.reshape(*logits.shape[:-1], -1, box.queries)
-    for keys, bound in box.bounds:
+    grouped = logits.reshape(*logits.shape[:-1], -1, box.tile.queries)
+    for keys, bound in box.tile.bounds:
         part = grouped[..., keys, :, :]
-        np.fmin(part, bound[..., None, :, None, :], out=part)
+        np.fmin(part, bound[:, None, :], out=part)
 
 
 def visible(box: Box) -> Booleans:
-    """``[tiles.., 1, keys of the halo, width]``: who sees whom; axes of length 1 stand for any."""
-    visible = np.repeat(box.visible()[..., None, :, None, :], box.group_size, -2)
-    return visible.reshape(*visible.shape[:-2], box.width)
+    """``[keys of the halo, width]``: who sees whom."""
+    return np.tile(box.tile.visible(), (1, box.tile.group_size))
 
 
 def confined_product(
@@ -199,13 +203,28 @@ def confined_product(
     Their weights are 0, so that this concerns infinities and NaN in `rows` alone.
     """
     np.matmul(weights, rows, out=out)
-    if np.isfinite(out).all():
+    if finite_rows(out).all():
         return out
     stray = ~np.isfinite(rows)
     np.matmul(weights, np.where(stray, 0, rows), out=out)
     visible = seen()
     for term in np.flatnonzero(stray.any(axis=(*range(stray.ndim - 2), -1))):
-        reached = visible[..., term, None] & stray[..., None, term, :]
+        reached = visible[:, term, None] & stray[..., None, term, :]
         product = weights[..., term, None] * rows[..., None, term, :]
         np.add(out, product, out=out, where=reached)
     return out
+
+
+# Sums on BLAS are several times as fast as NumPy's own
+
+
+def column_sums(array: Array) -> Array:
+    """The sums over the last axis but one."""
+    sums: Array = np.ones(array.shape[-2], array.dtype) @ array
+    return sums
+
+
+def finite_rows(array: Array) -> Booleans:
+    """Whether the sum over the last axis is finite."""
+    finite: Booleans = np.isfinite(array @ np.ones(array.shape[-1], array.dtype))
+    return finite

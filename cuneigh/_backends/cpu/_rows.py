@@ -41,39 +41,40 @@ class Rows:
 
     def read(self, place: Place, out: Array) -> Array:
         """Fill `out` with the rows ``[batch, tiles.., heads, m, dim]`` at `place`."""
-        index = self._index(place).reshape(out.shape[:-1])
-        if self.table.dtype == out.dtype:
+        view = self.view(place)
+        if view is not None:
+            np.copyto(out, view)
+        elif self.table.dtype == out.dtype:
             # With mode="raise", np.take copies once more.
-            return np.take(self.table, index, 0, out=out, mode="clip")
-        out[...] = self.table[index]
+            np.take(self.table, self._index(place), 0, out=out, mode="clip")
+        else:
+            out[...] = self.table[self._index(place)]
         return out
 
     def view(self, place: Place) -> Array | None:
-        """What `read` gives, without a copy; None where that cannot be."""
-        if place.even is None:
+        """What `read` gives, without a copy; None unless the tiles of one axis follow evenly."""
+        if len(place.first) > 1 or place.across is None:
             return None
-        (first, across, along), (token_step,) = place.even, self._token_steps
-        steps = self._batch_step, across * token_step, self._head_step, along * token_step
-        tiles, m = place.tokens[0].shape
-        start = place.batch.start * steps[0] + place.heads.start * steps[2] + first * token_step
+        (first,), (offsets,), (token_step,) = place.first, place.offsets, self._token_steps
+        along = int(offsets[1]) if len(offsets) > 1 else 0
+        steps = self._batch_step, place.across * token_step, self._head_step, along * token_step
+        start = place.batch.start * steps[0] + place.heads.start * steps[2]
+        start += self._origin + int(first[0]) * token_step
         unit, itemsize = self.table.strides
         return as_strided(
-            self.table[self._origin + start],
-            (len(place.batch), tiles, len(place.heads), m, self.dim),
+            self.table[start],
+            (len(place.batch), len(first), len(place.heads), len(offsets), self.dim),
             (*(unit * step for step in steps), itemsize),
             writeable=self.table.flags.writeable,
         )
 
     def write(self, place: Place, rows: Array) -> None:
-        """Store what `read` would read, but for the tokens that are not valid."""
-        if place.valid is not None:
-            index = self._index(place)
-            chosen = np.broadcast_to(place.valid[..., None, :], index.shape)
-            self.table[index[chosen]] = rows[chosen]
-        elif (view := self.view(place)) is not None:
-            view[...] = rows
-        else:
+        """Store what `read` would read."""
+        view = self.view(place)
+        if view is None:
             self.table[self._index(place)] = rows
+        else:
+            view[...] = rows
 
     def _index(self, place: Place) -> Integers:
         return place.index(self._origin, self._batch_step, *self._token_steps, self._head_step)

@@ -1,21 +1,18 @@
 """How a problem is cut up: boxes of tiles, each a tile of queries and the halo of keys it sees.
 
-Everything is separable over the token axes. A `Strip` holds the tiles of one axis, each with the
-same number of queries of one dilation group and a halo of the same number of keys; a `Box` is a
-block of the product of strips, for some batch entries and key heads. The tiles of a box have one
-shape, so that one batch of matrix products computes them all.
-
-A tile at the end of its group repeats the last query, and a halo that is longer than its group
-repeats the last key: a `Strip` says which queries are valid, and nobody sees a repeated key.
+Everything is separable over the token axes. A `Strip` holds tiles along one axis that are
+translations of one another, a `Tile` is what the products of some strips look like, and a `Box` is
+a block of such products for some batch entries and key heads. All tiles of a box being alike, one
+batch of matrix products computes them. Tiles at the borders, or cut short by the end of their
+dilation group, are in strips of their own: nothing is padded.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, reduce
 from typing import Any
 
@@ -29,273 +26,246 @@ Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Strip:
-    """Tiles along one axis. Indices are group indices, tokens are those of the whole axis."""
+    """Tiles along one axis that are alike. Tokens count along the whole axis."""
 
     axis: Axis
-    queries: int
-    """Queries of a tile."""
-    keys: int
-    """Keys of a halo."""
-    group: Integers
-    """[tiles, 1] The dilation group of every tile."""
+    start: Integers
+    """[queries] The key of the halo at which the window of each query of a tile starts."""
+    end: Integers
+    """[queries] Where the windows end."""
     first_query: Integers
-    """[tiles, 1]"""
+    """[tiles] The token of each tile's first query."""
     first_key: Integers
-    """[tiles, 1]"""
+    """[tiles] The token of the first key of each halo."""
 
-    def __len__(self) -> int:
-        return len(self.group)
+    @property
+    def tiles(self) -> int:
+        return len(self.first_query)
 
-    def __getitem__(self, tiles: slice) -> Strip:
-        group, first_query, first_key = self.group, self.first_query, self.first_key
-        return Strip(
-            self.axis, self.queries, self.keys, group[tiles], first_query[tiles], first_key[tiles]
-        )
+    @property
+    def queries(self) -> int:
+        return len(self.start)
 
-    def query_index(self) -> Integers:
-        """[tiles, queries]"""
-        index: Integers = self.first_query + np.arange(self.queries)
-        return np.minimum(index, self.axis.group_length(self.group) - 1)
-
-    def key_index(self) -> Integers:
-        """[tiles, keys]"""
-        index: Integers = self.first_key + np.arange(self.keys)
-        return np.minimum(index, self.axis.key_group_length(self.group) - 1)
-
-    def query_tokens(self) -> Integers:
-        """[tiles, queries]"""
-        return self.query_index() * self.axis.dilation + self.group
-
-    def key_tokens(self) -> Integers:
-        """[tiles, keys]"""
-        return self.key_index() * self.axis.dilation + self.group
-
-    def key_slices(self) -> list[slice]:
-        """The tokens of every tile's halo, repeated keys left out."""
-        end = np.minimum(self.first_key + self.keys, self.axis.key_group_length(self.group))
-        d = self.axis.dilation
-        bounds = np.concatenate([self.first_key * d, (end - 1) * d + 1], 1) + self.group
-        return [slice(start, stop, d) for start, stop in bounds.tolist()]
-
-    def valid(self) -> Booleans:
-        """[tiles, queries] False for repeated queries."""
-        index = self.first_query + np.arange(self.queries)
-        valid: Booleans = index < self.axis.group_length(self.group)
-        return valid
-
-    def windows(self) -> tuple[Integers, Integers]:
-        """[tiles, queries] Where in the halo every query's window starts and ends."""
-        start, end = self.axis.window(self.query_index(), self.group)
-        return start - self.first_key, end - self.first_key
+    @property
+    def keys(self) -> int:
+        """Keys of a halo; the windows of a tile's queries never go back."""
+        return int(self.end[-1])
 
     def visible(self) -> Booleans:
-        """[tiles or 1, keys, queries] One entry stands for all tiles where they are alike."""
-        start, end = (bound[:, None] for bound in alike(*self.windows()))
+        """[keys, queries]"""
         key = np.arange(self.keys)[:, None]
-        visible: Booleans = (start <= key) & (key < end)
+        visible: Booleans = (self.start <= key) & (key < self.end)
         return visible
 
     def bias_index(self) -> Integers:
-        """[tiles or 1, keys, queries] Index of each pair's relative positional bias.
-
-        Pairs that do not see each other have any legal index.
-        """
-        (offset,) = alike(self.query_index() - self.first_key)
-        k = self.axis.kernel_size
-        index: Integers = np.arange(self.keys)[:, None] - offset[:, None] + k - 1
+        """[keys, queries] Index of each pair's relative positional bias; any for hidden pairs."""
+        k, d = self.axis.kernel_size, self.axis.dilation
+        back = (self.first_query[0] - self.first_key[0]) // d
+        index: Integers = np.arange(self.keys)[:, None] - (back + np.arange(self.queries)) + k - 1
         return np.clip(index, 0, 2 * k - 2)
 
 
-def alike(*arrays: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
-    """The arrays, or their first entries alone where all entries are equal."""
-    if all((array == array[:1]).all() for array in arrays):
-        return tuple(array[:1] for array in arrays)
-    return arrays
+def strips(axis: Axis, queries: int, biased: bool) -> tuple[Strip, ...]:
+    """All of `axis` in tiles of at most `queries` queries of one dilation group.
 
-
-def strips(axis: Axis, queries: int) -> list[Strip]:
-    """The tiles of `queries` queries along `axis`, those with halos of like length together.
-
-    Away from the borders all halos have one length. On a causal axis those near the left border
-    are shorter, and with a long window that may be most of them: a strip holds the tiles whose
-    halo fills more than two thirds of its own.
+    With a relative positional bias, tiles are alike only if their halos start equally far back.
     """
     groups = np.arange(axis.dilation, dtype=np.int64)
     tiles = -(-axis.group_length(groups) // queries)
-    group = np.repeat(groups, tiles)[:, None]
-    before = np.repeat(np.cumsum(tiles) - tiles, tiles)[:, None]
-    first = (np.arange(len(group))[:, None] - before) * queries
-    last = np.minimum(first + queries, axis.group_length(group)) - 1
-    start, end = axis.window(first, group)[0], axis.window(last, group)[1]
-    needed = end - start
+    group = np.repeat(groups, tiles)
+    first = (np.arange(len(group)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * queries
+    count = np.minimum(queries, axis.group_length(group) - first)
+    index = first[:, None] + np.minimum(np.arange(queries), count[:, None] - 1)
+    start, end = axis.window(index, group[:, None])
+    first_key = start[:, 0].copy()
+    looks = [start - first_key[:, None], end - first_key[:, None], count[:, None]]
+    if biased:
+        looks.append((first - first_key)[:, None])
+    look = np.concatenate(looks, 1)
 
+    alike: dict[bytes, list[range]] = {}
+    changes = np.flatnonzero((look[1:] != look[:-1]).any(1)) + 1
+    for begin, stop in itertools.pairwise([0, *changes.tolist(), len(look)]):
+        alike.setdefault(look[begin].tobytes(), []).append(range(begin, stop))
     result = []
-    while len(group):
-        keys = int(needed.max())
-        taken = (3 * needed > 2 * keys)[:, 0]
-        latest = np.maximum(axis.key_group_length(group) - keys, 0)
-        first_key = np.minimum(start, latest)
-        result.append(Strip(axis, queries, keys, group[taken], first[taken], first_key[taken]))
-        group, first, start, needed = (a[~taken] for a in (group, first, start, needed))
-    return result
+    for runs in alike.values():
+        of, size = np.concatenate(runs), int(count[runs[0].start])
+        start_of, end_of = look[of[0]][:size], look[of[0]][queries : queries + size]
+        first_query = first[of] * axis.dilation + group[of]
+        first_keys = first_key[of] * axis.dilation + group[of]
+        result.append(Strip(axis, start_of, end_of, first_query, first_keys))
+    return tuple(result)
 
 
-def mesh(combine: Callable[[Any, Any], Any], parts: Sequence[npt.NDArray[Any]]) -> Any:
-    """`parts`, one an axis, of shapes ``[tiles_r, m_r, ..]``, combined into one array of shape
-    ``[tiles_1, .., tiles_R, m_1 * .. * m_R, ..]``.
-    """
-    rank, kinds = len(parts), parts[0].ndim
-    spread = []
-    for r, part in enumerate(parts):
-        shape = [1] * (rank * kinds)
-        shape[r::rank] = part.shape
-        spread.append(part.reshape(shape))
-    full = reduce(combine, spread)
-    inner = [math.prod(full.shape[rank * kind : rank * (kind + 1)]) for kind in range(1, kinds)]
-    return full.reshape(*full.shape[:rank], *inner)
+def combined(combine: Callable[[Any, Any], Any], parts: Iterable[npt.NDArray[Any]]) -> Any:
+    """``[a_1 * .. * a_R, b_1 * .. * b_R]`` from one part ``[a_r, b_r]`` for each axis."""
+
+    def pair(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        both = combine(x[:, None, :, None], y[:, None, :])
+        return both.reshape(len(x) * len(y), -1)  # type: ignore[no-any-return]
+
+    return reduce(pair, parts)
+
+
+Bound = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """What the tiles that are products of `strips` have in common."""
+
+    strips: tuple[Strip, ...]
+    group_size: int
+    additional: int
+
+    @cached_property
+    def queries(self) -> int:
+        return math.prod(strip.queries for strip in self.strips)
+
+    @cached_property
+    def width(self) -> int:
+        """Queries times the query heads of a key head."""
+        return self.queries * self.group_size
+
+    @cached_property
+    def halo(self) -> int:
+        """Keys that are tokens."""
+        return math.prod(strip.keys for strip in self.strips)
+
+    @cached_property
+    def keys(self) -> int:
+        """Keys of the halo and additional keys."""
+        return self.halo + self.additional
+
+    @property
+    def logits(self) -> int:
+        """Logits of one tile and one key head."""
+        return self.keys * self.width
+
+    @property
+    def count(self) -> int:
+        """Tiles of a batch entry."""
+        return math.prod(strip.tiles for strip in self.strips)
+
+    def visible(self) -> Booleans:
+        """``[keys of the halo, queries]``: who sees whom."""
+        visible: Booleans = combined(np.logical_and, (strip.visible() for strip in self.strips))
+        return visible
+
+    @cached_property
+    def bounds(self) -> list[tuple[slice, Bound]]:
+        """Pieces of ``[keys of the halo, queries]``: inf for who sees whom, -inf for who does not.
+
+        The longest run of keys that all queries see is left out.
+        """
+        visible = self.visible()
+        edges = np.flatnonzero(np.diff(np.pad(visible.all(1), 1)))
+        starts, ends = (edges[::2], edges[1::2]) if edges.size else (np.zeros(1, int),) * 2
+        longest = (ends - starts).argmax()
+        pieces = slice(0, int(starts[longest])), slice(int(ends[longest]), len(visible))
+        bound = np.where(visible, np.float32(np.inf), np.float32(-np.inf))
+        return [(keys, bound[keys].copy()) for keys in pieces if keys.start < keys.stop]
+
+    @cached_property
+    def bias_index(self) -> Integers:
+        """``[keys of the halo, queries]``: index of each pair's bias in a head's flattened rpb."""
+        sizes = [2 * strip.axis.kernel_size - 1 for strip in self.strips]
+        steps = [math.prod(sizes[r + 1 :]) for r in range(len(sizes))]
+        parts = zip(self.strips, steps, strict=True)
+        index: Integers = combined(np.add, (strip.bias_index() * step for strip, step in parts))
+        return index
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where the tokens of a box's tiles are, for `Rows` to read and write."""
+    """Where the tokens of a box are, for `Rows` to read and write."""
 
     batch: range
     heads: range
-    tokens: tuple[Integers, ...]
-    """``[tiles_r, m_r]`` for each axis."""
-    valid: Booleans | None = None
-    """``[tiles.., m]``: the tokens to be written; None for all."""
-
-    @cached_property
-    def even(self) -> tuple[int, int, int] | None:
-        """First token and steps from tile to tile and from token to token, where there are such."""
-        if len(self.tokens) > 1:
-            return None
-        (token,) = self.tokens
-        first = int(token[0, 0])
-        across = int(token[1, 0]) - first if len(token) > 1 else 0
-        along = int(token[0, 1]) - first if token.shape[1] > 1 else 0
-        tile, m = (np.arange(size) for size in token.shape)
-        if (token != first + across * tile[:, None] + along * m).any():
-            return None
-        return first, across, along
-
+    first: tuple[Integers, ...]
+    """``[tiles_r]`` for each axis: the first token of every tile."""
+    offsets: tuple[Integers, ...]
+    """``[m_r]`` for each axis: the tokens of a tile, from its first."""
     _indices: dict[tuple[int, ...], Integers] = field(default_factory=dict)
 
     def index(self, origin: int, *steps: int) -> Integers:
-        """``[batch, tiles.., heads, m]``: `origin`, and a step an entry, token and head."""
+        """``[batch, tiles.., heads, m]``: `origin`, and a step for each entry, token and head."""
         key = origin, *steps
         if key not in self._indices:
             batch_step, *token_steps, head_step = steps
-            parts = [token * step for token, step in zip(self.tokens, token_steps, strict=True)]
-            token: Integers = mesh(operator.add, parts)[..., None, :]
-            head = np.arange(self.heads.start, self.heads.stop)[:, None] * head_step
-            entry = origin + np.arange(self.batch.start, self.batch.stop) * batch_step
-            self._indices[key] = entry.reshape(-1, *[1] * token.ndim) + (token + head)
+            batch = np.arange(self.batch.start, self.batch.stop) * batch_step + origin
+            heads = np.arange(self.heads.start, self.heads.stop) * head_step
+            parts = [batch, *map(np.multiply, self.first, token_steps), heads]
+            inner = reduce(np.add.outer, map(np.multiply, self.offsets, token_steps))
+            self._indices[key] = reduce(np.add.outer, [*parts, inner.ravel()])
         return self._indices[key]
+
+    @cached_property
+    def across(self) -> int | None:
+        """Tokens from tile to tile along the first axis; None if that varies."""
+        first = self.first[0]
+        if len(first) == 1:
+            return 0
+        across = first[1] - first[0]
+        return int(across) if (np.diff(first) == across).all() else None
 
 
 @dataclass(frozen=True, eq=False)
 class Box:
     """Tiles that one batch of matrix products computes."""
 
+    tile: Tile
     batch: range
     kv_heads: range
-    strips: tuple[Strip, ...]
-    group_size: int
-    additional: int
+    first_query: tuple[Integers, ...]
+    """``[tiles_r]`` for each axis: tokens."""
+    first_key: tuple[Integers, ...]
 
     @cached_property
     def lead(self) -> tuple[int, ...]:
         """The leading axes of all that is computed: batch, tiles_1, .., tiles_R, kv_heads."""
-        return len(self.batch), *map(len, self.strips), len(self.kv_heads)
+        return len(self.batch), *map(len, self.first_query), len(self.kv_heads)
 
     @cached_property
     def heads(self) -> range:
         """The query heads that read `kv_heads`."""
-        size = self.group_size
+        size = self.tile.group_size
         return range(self.kv_heads.start * size, self.kv_heads.stop * size)
 
     @cached_property
-    def queries(self) -> int:
-        """Queries of a tile."""
-        return math.prod(strip.queries for strip in self.strips)
-
-    @cached_property
-    def width(self) -> int:
-        """Queries of a tile times query heads of a key head."""
-        return self.queries * self.group_size
-
-    @cached_property
-    def halo(self) -> int:
-        """Keys of a halo, the additional keys not counted."""
-        return math.prod(strip.keys for strip in self.strips)
-
-    @cached_property
-    def keys(self) -> int:
-        """Keys of a halo and additional keys."""
-        return self.halo + self.additional
-
-    @cached_property
     def query_place(self) -> Place:
-        valid = mesh(np.logical_and, [strip.valid() for strip in self.strips])
-        tokens = tuple(strip.query_tokens() for strip in self.strips)
-        return Place(self.batch, self.heads, tokens, None if valid.all() else valid)
+        offsets = (np.arange(strip.queries) * strip.axis.dilation for strip in self.tile.strips)
+        return Place(self.batch, self.heads, self.first_query, tuple(offsets))
 
     @cached_property
     def key_place(self) -> Place:
-        return Place(self.batch, self.kv_heads, tuple(strip.key_tokens() for strip in self.strips))
+        offsets = (np.arange(strip.keys) * strip.axis.dilation for strip in self.tile.strips)
+        return Place(self.batch, self.kv_heads, self.first_key, tuple(offsets))
 
     @cached_property
     def key_region(self) -> tuple[Place, int] | None:
-        """The keys of all tiles along the first axis as one, and the step from tile to tile.
+        """The keys of all tiles along the first axis as one tile, and the rows from tile to tile.
 
-        None unless those tiles are several and follow each other evenly.
+        None unless halos that follow each other overlap, all by the same number of keys.
         """
-        along, *others = self.strips
-        steps = np.diff(along.first_key, axis=0)
-        if len(along) == 1 or (steps != steps[0]).any() or (along.group != along.group[0]).any():
+        across, strip = self.key_place.across, self.tile.strips[0]
+        if not across or across % strip.axis.dilation:
             return None
-        step = int(steps[0, 0])
-        whole = replace(along[:1], keys=step * len(steps) + along.keys)
-        tokens = tuple(strip.key_tokens() for strip in (whole, *others))
-        return Place(self.batch, self.kv_heads, tokens), step * self.halo // along.keys
+        step = across // strip.axis.dilation
+        if not 0 < step < strip.keys:
+            return None
+        size = step * (len(self.first_key[0]) - 1) + strip.keys
+        first = self.first_key[0][:1], *self.first_key[1:]
+        offsets = np.arange(size) * strip.axis.dilation, *self.key_place.offsets[1:]
+        return Place(self.batch, self.kv_heads, first, offsets), step * self.tile.halo // strip.keys
 
     @cached_property
     def additional_place(self) -> Place:
         """The additional keys, as one tile."""
-        return Place(self.batch, self.kv_heads, (np.arange(self.additional)[None],))
-
-    @cached_property
-    def bias_index(self) -> Integers:
-        """``[tiles.., keys, queries]``: index of each pair's bias in one head's flattened rpb."""
-        sizes = [2 * strip.axis.kernel_size - 1 for strip in self.strips]
-        steps = [math.prod(sizes[r + 1 :]) for r in range(len(sizes))]
-        parts = [strip.bias_index() * step for strip, step in zip(self.strips, steps, strict=True)]
-        index: Integers = mesh(operator.add, parts)
-        return index
-
-    def visible(self) -> Booleans:
-        """``[tiles.., keys, queries]``: who sees whom; a tile axis of length 1 stands for any."""
-        visible: Booleans = mesh(operator.and_, [strip.visible() for strip in self.strips])
-        return visible
-
-    @cached_property
-    def bounds(self) -> list[tuple[slice, npt.NDArray[np.float32]]]:
-        """Pieces of ``[tiles.., keys, queries]``, inf for who sees whom and -inf for who does not.
-
-        They leave out the longest run of keys that all queries see.
-        """
-        visible = self.visible()
-        shown = np.logical_and.reduce(visible, axis=(*range(visible.ndim - 2), -1))
-        edges = np.flatnonzero(np.diff(np.pad(shown, 1)))
-        starts, ends = (edges[::2], edges[1::2]) if edges.size else (np.zeros(1, int),) * 2
-        longest = (ends - starts).argmax()
-        pieces = slice(0, int(starts[longest])), slice(int(ends[longest]), len(shown))
-        bound = np.where(visible, np.float32(np.inf), np.float32(-np.inf))
-        return [(keys, bound[..., keys, :].copy()) for keys in pieces if keys.start < keys.stop]
+        keys = np.arange(self.tile.additional)
+        return Place(self.batch, self.kv_heads, (np.zeros(1, int),), (keys,))
 
 
 # The shape of the tiles
@@ -309,94 +279,113 @@ LARGEST_TILE_LOGITS = 1 << 22
 SMALL_PRODUCT = 1_000_000
 """Multiplications up to which OpenBLAS multiplies without packing its operands first."""
 
+Cut = tuple[tuple[Strip, ...], ...]
+"""The strips of every axis."""
+
 
 @lru_cache(maxsize=256)
-def tiling(
-    axes: tuple[Axis, ...], group_size: int, dims: int, additional: int
-) -> tuple[tuple[Strip, ...], ...]:
+def cut(
+    axes: tuple[Axis, ...],
+    biased: bool,
+    dims: int,
+    repeats: int,
+    group_size: int,
+    additional: int,
+) -> Cut:
     """The strips of every axis, in the tile shape that is predicted to be the fastest.
 
     Large tiles keep the BLAS busy, small ones have less of their halo hidden from each query. The
-    predicted time, in ns, is linear in the numbers of logits, of halo elements and of queries,
-    which are counted exactly; its coefficients were measured on one core with AVX-512.
+    prediction, in ns for one of `repeats` key heads, is linear in the numbers of logits, of halo
+    elements, of queries and of boxes; its coefficients were measured on a core with AVX-512.
     """
 
-    def predict(cut: tuple[tuple[Strip, ...], ...]) -> float:
-        width = group_size * math.prod(along[0].queries for along in cut)
-        tiles = math.prod(sum(map(len, along)) for along in cut)
-        keys = math.prod(sum(len(strip) * strip.keys for strip in along) for along in cut)
-        halo = math.prod(max(strip.keys for strip in along) for along in cut)
+    def predict(strips: Cut) -> float:
+        queries = math.prod(max(strip.queries for strip in along) for along in strips)
+        halo = math.prod(max(strip.keys for strip in along) for along in strips)
+        tiles = math.prod(sum(strip.tiles for strip in along) for along in strips)
+        keys = math.prod(sum(strip.tiles * strip.keys for strip in along) for along in strips)
+        boxes = math.prod(map(len, strips))
+        width = queries * group_size
         columns = -(-width // 16) * 16
         flop_ns = 1 / 130 if columns * halo * dims <= 2 * SMALL_PRODUCT else 1 / 100
         logit_ns = (2 * dims * flop_ns + 1.2) * (1 + 12 / columns)
         too_large = max(width * halo / LARGEST_TILE_LOGITS, 1)
-        logits = (keys + tiles * additional) * columns
-        return logits * logit_ns * too_large + keys * dims * 0.5 + tiles * width * dims * 1.5
+        logits = (keys + tiles * additional) * columns * logit_ns * too_large
+        return logits + keys * dims * 0.5 + tiles * width * dims * 1.5 + boxes * 1e5 / repeats
 
+    def sizes(axis: Axis) -> set[int]:
+        """Even parts of the axis, also in whole stride groups."""
+        length = -(-axis.length // axis.dilation)
+        even = {-(-length // -(-length // (1 << bit))) for bit in range(9)}
+        whole = {-(-size // axis.stride) * axis.stride for size in even}
+        return {size for size in even | whole if size <= LARGEST_TILE}
+
+    choices = [[strips(axis, size, biased) for size in sorted(sizes(axis))] for axis in axes]
     shapes = (
-        cut
-        for cut in itertools.product(*(_cuts(axis) for axis in axes))
-        if math.prod(along[0].queries for along in cut) <= max(LARGEST_TILE // group_size, 1)
+        shape
+        for shape in itertools.product(*choices)
+        if math.prod(along[0].queries for along in shape) <= max(LARGEST_TILE // group_size, 1)
     )
     return min(shapes, key=predict)
 
 
-def _cuts(axis: Axis) -> list[tuple[Strip, ...]]:
-    """Strips of many sizes of tiles: even parts of the axis, also in whole stride groups."""
-    length = -(-axis.length // axis.dilation)
-    even = {-(-length // tiles) for tiles in (-(-length // (1 << bit)) for bit in range(9))}
-    sizes = even | {-(-size // axis.stride) * axis.stride for size in even}
-    return [tuple(strips(axis, size)) for size in sorted(sizes) if size <= LARGEST_TILE]
+# Boxes
 
+MOST_LOGITS, FEWEST_LOGITS = 1 << 20, 1 << 17
+"""Logits of a box: so few that they stay in the cache, so many that threads seldom meet in Python."""
 
-MOST_LOGITS, FEWEST_LOGITS = 1 << 19, 1 << 17
-"""Logits of a box: so many that calling NumPy costs little, so few that they stay in the cache."""
-
-BOXES = 16
+BOXES = 6
 """Boxes that a problem is cut into when that keeps them within those sizes."""
 
-KEPT_BYTES = 1 << 23
+KEPT_BYTES = 1 << 22
 """What the boxes of a problem may take to be kept for its next call; 8 problems are."""
 
 
 def boxes(problem: Problem) -> Iterable[Box]:
     """All of `problem`, always in the same order."""
-    axes, additional = problem.axes, problem.additional or 0
-    sizes = problem.batch, problem.kv_heads, problem.group_size, additional
-    cut = tiling(axes, problem.group_size, problem.head_dim + problem.value_dim, additional)
-    keys = math.prod(sum(len(strip) * strip.keys for strip in along) for along in cut)
-    queries = math.prod(along[0].queries for along in cut)
-    if 4 * keys * queries + 8 * keys * problem.batch * problem.kv_heads > KEPT_BYTES:
-        return _boxes(cut, *sizes)
-    return _kept_boxes(cut, *sizes)
+    sizes = problem.batch, problem.kv_heads, problem.group_size, problem.additional or 0
+    dims, repeats = problem.head_dim + problem.value_dim, problem.batch * problem.kv_heads
+    strips = cut(problem.axes, problem.rpb_dtype is not None, dims, repeats, *sizes[2:])
+    keys = math.prod(sum(strip.tiles * strip.keys for strip in along) for along in strips)
+    if 8 * keys * repeats > KEPT_BYTES:  # for the indices of rows
+        return _boxes(strips, *sizes)
+    return _kept_boxes(strips, *sizes)
 
 
+# Strips are the same if they are one object: `cut` returns the same ones for the same problem.
 @lru_cache(maxsize=8)
-def _kept_boxes(cut: tuple[tuple[Strip, ...], ...], *sizes: int) -> list[Box]:
-    return list(_boxes(cut, *sizes))
+def _kept_boxes(strips: Cut, *sizes: int) -> list[Box]:
+    return list(_boxes(strips, *sizes))
 
 
 def _boxes(
-    cut: tuple[tuple[Strip, ...], ...], batch: int, kv_heads: int, group_size: int, additional: int
+    strips: Cut, batch: int, kv_heads: int, group_size: int, additional: int
 ) -> Iterator[Box]:
-    def logits(strips: tuple[Strip, ...]) -> int:
-        """Logits of one tile and one key head."""
-        keys = math.prod(strip.keys for strip in strips) + additional
-        return keys * math.prod(strip.queries for strip in strips) * group_size
+    tiles = [Tile(each, group_size, additional) for each in itertools.product(*strips)]
+    tiles.sort(key=lambda tile: -tile.count * tile.logits)  # so that threads end at the same time
+    total = sum(tile.count * tile.logits for tile in tiles) * batch * kv_heads
+    budget = min(max(total * 9 // (8 * BOXES), FEWEST_LOGITS), MOST_LOGITS)
+    for tile in tiles:
+        counts = batch, *(strip.tiles for strip in tile.strips), kv_heads
+        entries, *parts, heads = blocks(counts, budget // tile.logits)
+        for block in itertools.product(*parts):
+            of = list(zip(tile.strips, block, strict=True))
+            first_query = tuple(strip.first_query[part.start : part.stop] for strip, part in of)
+            first_key = tuple(strip.first_key[part.start : part.stop] for strip, part in of)
+            for some_entries, some_heads in itertools.product(entries, heads):
+                yield Box(tile, some_entries, some_heads, first_query, first_key)
 
-    products = list(itertools.product(*cut))
-    total = sum(math.prod(map(len, strips)) * logits(strips) for strips in products)
-    budget = min(max(total * batch * kv_heads // BOXES, FEWEST_LOGITS), MOST_LOGITS)
-    for strips in products:
-        # Whole axes are taken from the last to the first as long as they fit.
-        room = max(budget // logits(strips), 1)
-        pieces = []
-        for count in (kv_heads, *(len(strip) for strip in reversed(strips)), batch):
-            parts = -(-count // min(room, count))
-            size = -(-count // parts)
-            pieces.append([range(i, min(i + size, count)) for i in range(0, count, size)])
-            room = max(room // size, 1)
-        for entries, *tiles, heads in itertools.product(*reversed(pieces)):
-            taken = zip(strips, tiles, strict=True)
-            part = tuple(strip[along.start : along.stop] for strip, along in taken)
-            yield Box(entries, heads, part, group_size, additional)
+
+def blocks(counts: Sequence[int], most: int) -> list[list[range]]:
+    """Cuts of ``range(count)`` for each count, into blocks of at most `most` if that can be.
+
+    Whole axes are taken from the last to the first as long as they fit.
+    """
+    cuts = []
+    room = max(most, 1)
+    for count in reversed(counts):
+        parts = -(-count // min(room, count))
+        size = -(-count // parts)
+        cuts.append([range(i, min(i + size, count)) for i in range(0, count, size)])
+        room = max(room // size, 1)
+    return cuts[::-1]

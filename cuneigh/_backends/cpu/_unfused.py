@@ -7,7 +7,7 @@ to one element behind them all.
 
 from __future__ import annotations
 
-import operator
+import math
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from cuneigh._backends.cpu._fused import fill_logits, flat_bias
 from cuneigh._backends.cpu._gradients import Parts, Sums, bias_part, halo_parts
 from cuneigh._backends.cpu._products import (
     Workspace,
-    drop_repeated_queries,
     for_each_box,
     read_halo,
     read_tile,
@@ -26,7 +25,7 @@ from cuneigh._backends.cpu._products import (
     write_tile,
 )
 from cuneigh._backends.cpu._rows import Array, Rows
-from cuneigh._backends.cpu._tiles import Box, Integers, mesh
+from cuneigh._backends.cpu._tiles import Box, Integers, Tile, combined
 from cuneigh._problem import Operands, Problem
 
 
@@ -34,17 +33,19 @@ class Slots:
     """The dense elements of a box that the slots of its queries stand for."""
 
     def __init__(self, box: Box, space: Workspace) -> None:
-        self._shape = *box.lead, box.keys, box.width
-        size = int(np.prod(self._shape))
+        tile = box.tile
+        shape = *box.lead, tile.keys, tile.width
+        size = math.prod(shape)
         self._flat = space("dense", size + 1)
-        self.dense = self._flat[:size].reshape(self._shape)
+        self.dense = self._flat[:size].reshape(shape)
 
-        rows = slot_rows(box)[..., None, None, :, :]  # [tiles.., 1, 1, queries, slots]
-        column = np.arange(box.width).reshape(box.group_size, box.queries, 1)
-        block = np.arange(size // (box.keys * box.width)).reshape(*box.lead, 1, 1, 1)
-        index = block * (box.keys * box.width) + (rows * box.width + column)
-        index[np.broadcast_to(rows < 0, index.shape)] = size
-        self._index = index.reshape(*box.lead, box.width, -1)
+        key = slot_keys(tile)
+        column = np.arange(tile.width).reshape(tile.group_size, tile.queries, 1)
+        element = (key * tile.width + column).reshape(tile.width, -1)
+        block = np.arange(0, size, tile.keys * tile.width).reshape(*box.lead, 1, 1)
+        self._index = block + element
+        hidden = np.tile(key < 0, (tile.group_size, 1))
+        self._index[..., hidden] = size
 
     def select(self, hidden: float) -> Array:
         """``[lead, width, slots]`` of the dense elements; `hidden` in hidden slots."""
@@ -58,20 +59,16 @@ class Slots:
         return self.dense
 
 
-def slot_rows(box: Box) -> Integers:
-    """``[tiles.., queries, slots]``: the key among the box's keys in every slot; < 0 if hidden."""
-    parts: list[Integers] = []
-    step = 1
-    for strip in reversed(box.strips):
-        start, end = (bound[..., None] for bound in strip.windows())
-        row = start + np.arange(strip.axis.kernel_size)
-        parts.insert(0, np.where(row < end, row * step, -box.halo))
-        step *= strip.keys
-    rows: Integers = mesh(operator.add, parts)
-    additional = np.arange(box.halo, box.keys)
-    return np.concatenate(
-        [rows, np.broadcast_to(additional, (*rows.shape[:-1], len(additional)))], -1
-    )
+def slot_keys(tile: Tile) -> Integers:
+    """``[queries, slots]``: which key of the tile is in each slot; negative if it is hidden."""
+    parts = []
+    for r, strip in enumerate(tile.strips):
+        key = strip.start[:, None] + np.arange(strip.axis.kernel_size)
+        step = math.prod(later.keys for later in tile.strips[r + 1 :])
+        parts.append(np.where(key < strip.end[:, None], key * step, -tile.halo))
+    keys: Integers = combined(np.add, parts)
+    additional = np.broadcast_to(np.arange(tile.halo, tile.keys), (tile.queries, tile.additional))
+    return np.concatenate([keys, additional], 1)
 
 
 @np.errstate(all="ignore")
@@ -102,7 +99,6 @@ def qk_backward(
         keys = read_halo(box, inputs.key, inputs.additional_keys, space, "key", vectors=True)
         query = read_tile(box, inputs.query, space, "query")
         given = read_tile(box, grad_rows, space, "grad logits")
-        drop_repeated_queries(box, given)
         slopes = Slots(box, space).spread(given)
         grad_query = keys.sums(box, slopes, space("grad query", *query.shape))
         grad_query *= problem.scale
@@ -127,7 +123,7 @@ def av(problem: Problem, weights: Array, operands: Operands, output: Array, allo
             box, inputs.value, inputs.additional_values, space, "value", vectors=True
         )
         dense = Slots(box, space).spread(read_tile(box, weight_rows, space, "weights"))
-        out = space("output", *box.lead, box.width, problem.value_dim)
+        out = space("output", *box.lead, box.tile.width, problem.value_dim)
         write_tile(box, out_rows, values.sums(box, dense, out))
 
     for_each_box(problem, allocate, compute)
@@ -151,7 +147,6 @@ def av_backward(
             box, inputs.value, inputs.additional_values, space, "value", vectors=False
         )
         grad_out = read_tile(box, grad_rows, space, "grad output")
-        drop_repeated_queries(box, grad_out)
         slots = Slots(box, space)
         columns = transposed(box, grad_out, 1, space, "grad output columns")
         values.times(columns, slots.dense)
