@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=["naive", "gemm", "gemm_tf32"])
     parser.add_argument("--dim", type=int, help="only the problems with this head_dim")
     parser.add_argument("--dilation", type=int, help="only the problems with this dilation")
+    parser.add_argument(
+        "--backward-dim", type=int, help="time forward and backward, too, where head_dim is this"
+    )
     parser.add_argument("--budget-ms", type=float, default=40.0, help="time to spend on repeats")
     arguments = parser.parse_args()
     if arguments.plot:
@@ -56,7 +60,8 @@ def main() -> None:
             continue
         if arguments.dilation not in (None, entry["dilation"][0]):
             continue
-        result = run(entry, arguments.runs, arguments.budget_ms)
+        backward = entry["dim"] == arguments.backward_dim
+        result = run(entry, arguments.runs, arguments.budget_ms, backward)
         results.append(result)
         times = [
             f"{name} {result[f'{name}_ms']}" for name in arguments.runs if f"{name}_ms" in result
@@ -71,7 +76,7 @@ def main() -> None:
     for rank, dtypes in summary.items():
         for dtype, names in dtypes.items():
             for name, figures in names.items():
-                print(rank, dtype, name, figures["forward"])
+                print(rank, dtype, name, json.dumps(figures))
     if arguments.output:
         from harness import provenance
 
@@ -97,7 +102,7 @@ def volumes() -> list[dict[str, Any]]:
     ]
 
 
-def run(entry: dict[str, Any], runs: list[str], budget_ms: float) -> dict[str, Any]:
+def run(entry: dict[str, Any], runs: list[str], budget_ms: float, backward: bool) -> dict[str, Any]:
     """Check and time one problem; a time is the smaller of the plain call's and its graph's."""
     import cupy
     import numpy as np
@@ -126,6 +131,7 @@ def run(entry: dict[str, Any], runs: list[str], budget_ms: float) -> dict[str, A
         None,
     )
     function = (cuneigh.na1d, cuneigh.na2d, cuneigh.na3d)[rank - 1]
+    gradient = (cuneigh.na1d_backward, cuneigh.na2d_backward, cuneigh.na3d_backward)[rank - 1]
     result = {name: value for name, value in entry.items() if not name.endswith("_ms")}
     result["paper"] = {name: value for name, value in entry.items() if name.endswith("_ms")}
     for name in runs:
@@ -140,6 +146,14 @@ def run(entry: dict[str, Any], runs: list[str], budget_ms: float) -> dict[str, A
         if name != "gemm_tf32":
             check(problem, Operands(*operands), call())
         result[f"{name}_ms"] = min(measure(call, budget_ms).values())
+
+        def both(backend: str = backend) -> Any:
+            output, lse = function(*operands, **window, return_lse=True, backend=backend)
+            return gradient(operands[0], *operands, output, lse, **window, backend=backend)
+
+        if backward and supported(replace(problem, operation="backward"), backend):
+            ms = min(measure(both, budget_ms).values())
+            result[f"{name}_forward_backward_ms"] = ms
     os.environ.pop("CUNEIGH_ALLOW_TF32", None)
     return result
 
@@ -152,25 +166,36 @@ def supported(problem: Any, backend: str) -> bool:
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The paper's statistic for each rank, dtype and backend: percent over its naive kernels."""
+    """What each backend reaches for each rank and dtype.
+
+    Percent over the paper's naive kernels (the paper's own statistic), and geometric means of the
+    time of the paper's kernel of the same family, and of our naive kernels, over ours.
+    """
     summary: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     kinds = defaultdict(list)
     for result in results:
         for name in RUNS:
-            if f"{name}_ms" in result and BASELINE in result["paper"]:
+            if f"{name}_ms" in result:
                 kinds[f"{len(result['tokens'])}d", result["dtype"], name].append(result)
     for (rank, dtype, name), group in kinds.items():
-        faster = [100 * (r["paper"][BASELINE] / r[f"{name}_ms"] - 1) for r in group]
-        ratios = [r["paper"][PAPER[name]] / r[f"{name}_ms"] for r in group]
-        summary[rank][dtype][name] = {
-            "forward": {
-                "mean": round(statistics.fmean(faster), 1),
-                "min": round(min(faster), 1),
-                "max": round(max(faster), 1),
-                "problems": len(group),
-                "geomean_vs_paper": round(statistics.geometric_mean(ratios), 3),
-            }
-        }
+        figures: dict[str, Any] = {"problems": len(group)}
+        with_paper = [r for r in group if BASELINE in r["paper"]]
+        if with_paper:
+            faster = [100 * (r["paper"][BASELINE] / r[f"{name}_ms"] - 1) for r in with_paper]
+            ratios = [r["paper"][PAPER[name]] / r[f"{name}_ms"] for r in with_paper]
+            figures["mean"] = round(statistics.fmean(faster), 1)
+            figures["min"], figures["max"] = round(min(faster), 1), round(max(faster), 1)
+            figures["geomean_vs_paper"] = round(statistics.geometric_mean(ratios), 3)
+        summary[rank][dtype][name] = {"forward": figures}
+        for kind, suffix in (("forward", "ms"), ("forward_backward", "forward_backward_ms")):
+            ratios = [
+                r[f"naive_{suffix}"] / r[f"{name}_{suffix}"]
+                for r in group
+                if f"naive_{suffix}" in r and f"{name}_{suffix}" in r
+            ]
+            if ratios:
+                of_kind = summary[rank][dtype][name].setdefault(kind, {"problems": len(ratios)})
+                of_kind["geomean_vs_naive"] = round(statistics.geometric_mean(ratios), 3)
     return summary
 
 
@@ -186,6 +211,7 @@ def plot(path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 4), sharey=True)
     for panel, (rank, dtype) in zip(panels, kinds, strict=True):
         group = [p for p in problems if (len(p["tokens"]), p["dtype"]) == (rank, dtype)]
+        ticks: set[int] = set()
         for name in (*RUNS, PAPER_GEMM):
             points = defaultdict(list)
             for p in group:
@@ -195,9 +221,12 @@ def plot(path: Path) -> None:
             if points:
                 sizes = sorted(points)
                 means = [statistics.geometric_mean(points[size]) for size in sizes]
-                style = "--" if name == PAPER_GEMM else "-"
-                panel.plot(sizes, means, style, marker="o", label=name)
+                style = {"linestyle": "--", "color": "gray"} if name == PAPER_GEMM else {}
+                panel.plot(sizes, means, marker="o", label=name, **style)
+                ticks |= set(sizes)
         panel.set(xscale="log", yscale="log", title=f"{rank}-D {dtype}", xlabel="kernel_size")
+        panel.set_xticks(sorted(ticks), sorted(ticks))
+        panel.minorticks_off()
         panel.axhline(1, color="gray", linewidth=0.5)
         panel.legend()
     panels[0].set_ylabel("times as fast as the paper's naive kernel")

@@ -2,8 +2,9 @@
 // the boxes whose queries see it, in a fixed order. Additional keys add up those of all boxes.
 //
 // One thread for one packet of one key of the (batch entry, key head) pairs that the chunk touches.
-// If a pair is more than a chunk, sums go on from chunk to chunk in `partial`.
-// Plan: kVector elements move together.
+// If a pair is more than a chunk, sums go on from chunk to chunk in `partial`; without it, where
+// they will be, which is as good where the target has the precision of the sums. Plan: kVector
+// elements move together.
 
 #include "cuneigh/gemm.cuh"
 
@@ -53,11 +54,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const int kv_heads = problem.heads / problem.group_size;
 
   Numbers sum;
-  Numbers* partial =
-      reinterpret_cast<Numbers*>(arguments.partial) + (long long)key * packets + packet;
 #pragma unroll
   for (int e = 0; e < Plan::kVector; ++e) sum.element[e] = 0;
-  if (arguments.resume) sum = *partial;
 
   // One row of one tile, if the tile belongs to this chunk
   auto add = [&](long long tile, int column) {
@@ -110,13 +108,29 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
              (key - keys) * arguments.additional.token[0];
   }
 
-  if (arguments.finish) {
-    Elements result;
+  Numbers* partial = reinterpret_cast<Numbers*>(arguments.partial);
+  if (partial) partial += (long long)key * packets + packet;
+  Elements* result = reinterpret_cast<Elements*>(target) + packet;
+  if (arguments.resume) {
+    Numbers earlier;
+    if (partial) {
+      earlier = *partial;
+    } else {
+      const Elements stored = *result;
 #pragma unroll
-    for (int e = 0; e < Plan::kVector; ++e) result.element[e] = convert<Element>(sum.element[e]);
-    reinterpret_cast<Elements*>(target)[packet] = result;
-  } else {
+      for (int e = 0; e < Plan::kVector; ++e)
+        earlier.element[e] = convert<Number>(stored.element[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < Plan::kVector; ++e) sum.element[e] += earlier.element[e];
+  }
+  if (partial && !arguments.finish) {
     *partial = sum;
+  } else {
+    Elements rounded;
+#pragma unroll
+    for (int e = 0; e < Plan::kVector; ++e) rounded.element[e] = convert<Element>(sum.element[e]);
+    *result = rounded;
   }
 }
 

@@ -22,7 +22,7 @@ from cuneigh._problem import DTYPES, Problem
 from cuneigh._window import Axis
 
 WORKSPACE_BYTES = 512 << 20
-"""Workspace of one call unless CUNEIGH_WORKSPACE_BYTES says otherwise."""
+"""Workspace for the tiles of a chunk unless CUNEIGH_WORKSPACE_BYTES says otherwise."""
 
 MOST_QUERIES = 256
 """Queries of a box along one axis: the kernels keep what each of them sees in shared memory."""
@@ -57,8 +57,9 @@ class GemmPlan:
     """Keys of a tile, the additional ones and padding included."""
     tiles: int
     tile_bytes: int
-    fixed_bytes: int
-    """Workspace apart from that of the tiles."""
+    sum_bytes: int
+    """Workspace that the limit does not count: the gradients of half-precision keys and values of
+    one (batch entry, key head) pair in float32, where that pair is more than a chunk."""
     chunk: int
     """Tiles that are worked on at a time. Either whole (batch entry, key head) pairs, or a part of
     one."""
@@ -90,9 +91,14 @@ class GemmPlan:
         return math.prod(self.boxes)
 
     @property
+    def chunk_bytes(self) -> int:
+        """Workspace of the tiles of a chunk."""
+        return self.chunk * self.tile_bytes
+
+    @property
     def bytes(self) -> int:
         """All of the workspace."""
-        return self.chunk * self.tile_bytes + self.fixed_bytes
+        return self.chunk_bytes + self.sum_bytes
 
     def chunks(self) -> list[range]:
         """The tiles of every chunk, in order. None holds parts of two pairs."""
@@ -111,7 +117,7 @@ class GemmPlan:
 
 
 def workspace_limit() -> int:
-    """Bytes of workspace that one call may take."""
+    """Bytes of workspace that the tiles of a chunk may take."""
     given = os.environ.get("CUNEIGH_WORKSPACE_BYTES", "").strip()
     return int(given) if given else WORKSPACE_BYTES
 
@@ -159,19 +165,14 @@ def plan(
             candidate = make(problem, cuts, limit, tf32, direct and contiguous)
             if candidate is None or (direct and not candidate.direct):
                 continue
-            if smallest is None or least_bytes(candidate) < least_bytes(smallest):
+            if smallest is None or candidate.tile_bytes < smallest.tile_bytes:
                 smallest = candidate
-            if candidate.bytes <= limit and (
+            if candidate.chunk_bytes <= limit and (
                 best is None or candidate.milliseconds < best.milliseconds
             ):
                 best = candidate
     assert smallest is not None
     return best or smallest
-
-
-def least_bytes(plan: GemmPlan) -> int:
-    """Workspace with one tile at a time."""
-    return plan.tile_bytes + plan.fixed_bytes
 
 
 def candidates(problem: Problem) -> list[tuple[Cut, ...]]:
@@ -210,16 +211,14 @@ def make(
     tiles = pair_tiles * problem.batch * problem.kv_heads
     tile_bytes = matrix_bytes(problem, rows, columns, direct)
     most = min(max(limit // tile_bytes, 1), MOST_TILES)
-    fixed = 0
     if most >= pair_tiles:
-        most = most // pair_tiles * pair_tiles
-        chunk = balanced(tiles, most, pair_tiles)
+        sums = 0
+        chunk = balanced(tiles, most // pair_tiles * pair_tiles, pair_tiles)
     else:
-        fixed = sum_bytes(problem)
-        most = min(max((limit - fixed) // tile_bytes, 1), MOST_TILES)
+        sums = sum_bytes(problem)
         chunk = balanced(pair_tiles, most, 1)
     milliseconds = predicted(problem, rows, columns, tiles, math.ceil(tiles / chunk), tf32, direct)
-    return GemmPlan(cuts, rows, columns, tiles, tile_bytes, fixed, chunk, direct, milliseconds)
+    return GemmPlan(cuts, rows, columns, tiles, tile_bytes, sums, chunk, direct, milliseconds)
 
 
 def in_place(problem: Problem, cuts: tuple[Cut, ...]) -> tuple[Cut, ...] | None:
@@ -303,8 +302,11 @@ MOST_MATRICES = 12
 
 
 def sum_bytes(problem: Problem) -> int:
-    """Workspace for the gradients of one (batch entry, key head) pair that is more than a chunk."""
-    if not problem.operation.endswith("backward"):
+    """Workspace for the gradients of one (batch entry, key head) pair that is more than a chunk.
+
+    Gradients whose dtype is the accumulator's are summed where they will be.
+    """
+    if not problem.operation.endswith("backward") or problem.dtype == problem.accumulator:
         return 0
     uses_key, uses_value = USES[problem.operation]
     dims = uses_key * problem.head_dim + uses_value * problem.value_dim

@@ -9,8 +9,9 @@ whose halo held it though their window did not (0 * NaN is NaN), and so may, in 
 non-finite operand. In a forward a non-finite key reaches only the queries whose window holds it.
 
 float32 is multiplied in float32. `CUNEIGH_ALLOW_TF32=1` in the environment allows cuBLAS to round
-the factors to TF32, about 2.5 times as fast. A call takes at most `CUNEIGH_WORKSPACE_BYTES` of
-workspace (512 MiB by default) and walks over its tiles in chunks that fit.
+the factors to TF32, about 2.5 times as fast. A call walks over its tiles in chunks that fit in
+`CUNEIGH_WORKSPACE_BYTES` of workspace (512 MiB by default). Where the tiles of one key head are
+more than that, half-precision gradients take the float32 sums of that head on top.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def unsupported(problem: Problem, device: Device) -> str | None:
         return reason
     limit = _gemm_plan.workspace_limit()
     plan = plan_of(problem, contiguous=True)
-    if plan.bytes > limit:
+    if plan.chunk_bytes > limit:
         return (
-            f"needs {plan.bytes} bytes of workspace, but may take {limit}; "
+            f"needs {plan.chunk_bytes} bytes of workspace for one tile, but may take {limit}; "
             "CUNEIGH_WORKSPACE_BYTES raises that"
         )
     return None
@@ -235,7 +236,7 @@ class _HaloSums:
         self.keys = walk.halo(walk.problem.head_dim) if uses_key else None
         self.values = walk.halo(walk.problem.value_dim) if uses_value else None
         self.partial: dict[Matrix, Any] = {}
-        if walk.plan.chunk < walk.plan.pair_tiles:
+        if walk.plan.sum_bytes:
             keys = math.prod(walk.problem.key_tokens) + (walk.problem.additional or 0)
             for halo in (self.keys, self.values):
                 if halo is not None:
