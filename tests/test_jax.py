@@ -415,7 +415,20 @@ def test_other_derivatives_are_refused(own):
         )(query)
 
 
-# Processes and devices
+# Processes, threads and devices
+
+
+def test_subnormal_numbers_are_not_taken_for_zero():
+    own, products = framework("jax"), []
+    (query,) = normal(own, SHAPE)
+
+    def forward(problem, operands, output, lse, allocate):
+        products.append(np.float32(1e-30) * np.float32(1e-10))
+        output[...] = 0
+
+    with backend_that(forward):
+        cuneigh.na2d(query, query, query, 3).block_until_ready()
+    assert products == [np.float32(1e-40)]
 
 
 def run(code: str) -> str:
@@ -436,6 +449,39 @@ query = jnp.ones((1, 64, 64, 4, 32))
 print(cuneigh.na2d(query, query, query, 13).shape)
 """
     assert run(code) == "(1, 64, 64, 4, 32)\n"
+
+
+def test_what_is_local_to_a_thread_survives_a_call():
+    code = """
+import threading
+import jax.numpy as jnp, cuneigh
+from jax.sharding import Mesh, PartitionSpec as P
+from cuneigh import _backends
+
+local, calls = threading.local(), []
+
+class Backend:
+    NAME = "counting"
+    unsupported = staticmethod(lambda *given: None)
+    @staticmethod
+    def forward(problem, operands, output, lse, allocate):
+        local.calls = getattr(local, "calls", 0) + 1
+        calls.append((threading.get_ident(), local.calls))
+
+_backends.BACKENDS = (Backend,)
+query, mesh = jnp.ones((2, 9, 1, 4)), Mesh(jax.devices(), ("b",))
+call = jax.shard_map(
+    lambda query: cuneigh.na1d(query, query, query, 3),
+    mesh=mesh, in_specs=P("b"), out_specs=P("b"),
+)
+for _ in range(8):
+    jax.jit(call)(query).block_until_ready()
+assert len(calls) == 16
+for thread in {thread for thread, _ in calls}:
+    counts = [count for own, count in calls if own == thread]
+    assert counts == list(range(1, len(counts) + 1)), calls
+"""
+    run(code)
 
 
 SHARDED = """

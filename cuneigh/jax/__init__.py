@@ -86,7 +86,7 @@ class JaxFace(Launcher):
         names = _calls.RESULTS[problem.operation]
         wanted = [name for name, spec in zip(names, results, strict=True) if spec is not None]
         call = _calls.Call(problem, backend, tuple(arguments.arrays), tuple(wanted))
-        arrays = arguments.arrays.values()
+        arrays = tuple(arguments.arrays.values())
         if arguments.place is None:
             arrays = _calls.spread(arrays, _calls.spread_over(arrays))
         made = dict(zip(wanted, _calls.eager(call, *arrays), strict=True))

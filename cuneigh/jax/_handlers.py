@@ -15,7 +15,7 @@ from cuneigh._arrays import import_cupy, numpy_dtype
 from cuneigh._backends import choose
 from cuneigh._ops.call import launch
 from cuneigh._problem import Spec
-from cuneigh.jax import _xla
+from cuneigh.jax import _arithmetic, _xla
 from cuneigh.jax._calls import RESULTS, TARGET, Call
 
 
@@ -50,7 +50,8 @@ def serve_cpu(asked: _xla.Call) -> None:
         argument.flags.writeable = False
     results = [_host(*pair) for pair in zip(asked.results, request.results, strict=True)]
     chosen = choose(problem, _device.CPU, backend)
-    launch(chosen, problem, *request.native(arguments, results), _allocate_on_host)
+    with _arithmetic.usual():
+        launch(chosen, problem, *request.native(arguments, results), _allocate_on_host)
 
 
 def _host(address: int, spec: Spec) -> npt.NDArray[Any]:

@@ -10,6 +10,7 @@ is used of them has been the same since version 0.1 of that interface, that of J
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from ctypes import (
     POINTER,
@@ -268,6 +269,7 @@ def register(name: str, platform: str, serve: Callable[[Call], None]) -> None:
             return None
         if frame.stage != EXECUTE:
             return None
+        _keep_thread()
         try:
             call = Call(frame)
             try:
@@ -290,6 +292,19 @@ def register(name: str, platform: str, serve: Callable[[Call], None]) -> None:
 
 _functions: list[Any] = []
 """The C functions that XLA holds, which must live as long as the process does."""
+
+
+_kept = threading.local()
+
+
+def _keep_thread() -> None:
+    """Have Python remember the current thread, one of XLA's, from call to call.
+
+    It would otherwise forget all that is local to the thread at the end of a call, where CuPy holds
+    its cuBLAS handle, which takes milliseconds to make. This is the thread's reference to itself.
+    """
+    if not hasattr(_kept, "thread"):
+        _kept.thread = ctypes.pythonapi.PyGILState_Ensure()
 
 
 def _describe(frame: Frame) -> None:
