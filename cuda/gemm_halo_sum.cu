@@ -58,9 +58,11 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   for (int e = 0; e < Plan::kVector; ++e) sum.element[e] = 0;
 
   // One row of one tile, if the tile belongs to this chunk
+  bool added = false;
   auto add = [&](long long tile, int column) {
     tile -= tiles.first;
     if (tile < 0 || tile >= tiles.count) return;
+    added = true;
     const Numbers term = reinterpret_cast<const Numbers*>(
         arguments.halos)[(tile * tiles.columns + column) * packets + packet];
 #pragma unroll
@@ -110,6 +112,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   Numbers* partial = reinterpret_cast<Numbers*>(arguments.partial);
   if (partial) partial += (long long)key * packets + packet;
+  const bool moves = partial && arguments.finish;  // from partial to the target
+  if (arguments.resume && !added && !moves) return;
   Elements* result = reinterpret_cast<Elements*>(target) + packet;
   if (arguments.resume) {
     Numbers earlier;
