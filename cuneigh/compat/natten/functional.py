@@ -1,0 +1,273 @@
+"""The functions of ``natten.functional``, of all generations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cuneigh
+from cuneigh._ops.call import Flags, Sizes
+
+__all__ = [
+    *("attention", "merge_attentions", "neighborhood_attention_generic"),
+    *("na1d", "na1d_av", "na1d_qk", "na2d", "na2d_av", "na2d_qk", "na3d", "na3d_av", "na3d_qk"),
+    *("natten1dav", "natten1dqk", "natten1dqkrpb", "natten2dav", "natten2dqk", "natten2dqkrpb"),
+    *("natten3dav", "natten3dqk", "natten3dqkrpb"),
+]
+
+TUNING = frozenset(
+    [
+        *("backend", "attention_kwargs", "torch_compile", "kernel_schedule"),
+        *("run_persistent_kernel", "backward_use_pt_reduction", "backward_kv_splits"),
+        *("q_tile_shape", "kv_tile_shape", "backward_q_tile_shape", "backward_kv_tile_shape"),
+        *("q_tile_size", "kv_tile_size", "backward_q_tile_size", "backward_kv_tile_size"),
+    ]
+)
+"""Arguments that choose and tune NATTEN's own kernels, and say nothing to cuneigh's."""
+
+
+def _ignore_tuning(call: str, arguments: dict[str, Any]) -> None:
+    """Raise for an argument that is none of `TUNING` and asks for something."""
+    for name, value in arguments.items():
+        if name not in TUNING and value is not None:
+            raise NotImplementedError(f"natten.{call}: {name} has no counterpart in cuneigh")
+
+
+# 0.20 and later
+
+
+def neighborhood_attention_generic(
+    query: Any,
+    key: Any,
+    value: Any,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags | None = False,
+    scale: float | None = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    *,
+    rpb: Any = None,
+    return_lse: bool = False,
+    **tuning: Any,
+) -> Any:
+    """Neighborhood attention with as many token axes as `query` has."""
+    rank = query.ndim - 3
+    if rank not in _WHOLE:
+        raise ValueError(
+            f"natten: query has {query.ndim} axes, but 4, 5 or 6 are needed: "
+            f"[batch, tokens.., heads, dim]"
+        )
+    return _WHOLE[rank](
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        scale,
+        additional_keys,
+        additional_values,
+        rpb=rpb,
+        return_lse=return_lse,
+        **tuning,
+    )
+
+
+def _whole(rank: int) -> Callable[..., Any]:
+    core = getattr(cuneigh, f"na{rank}d")
+
+    def function(
+        query: Any,
+        key: Any,
+        value: Any,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        dilation: Sizes = 1,
+        is_causal: Flags | None = False,
+        scale: float | None = None,
+        additional_keys: Any = None,
+        additional_values: Any = None,
+        *,
+        rpb: Any = None,
+        return_lse: bool = False,
+        **tuning: Any,
+    ) -> Any:
+        _ignore_tuning(f"na{rank}d", tuning)
+        return core(
+            query,
+            key,
+            value,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal or False,
+            scale or None,  # 0 stands for the default
+            additional_keys,
+            additional_values,
+            rpb,
+            return_lse,
+        )
+
+    return _named(function, f"na{rank}d", f"`cuneigh.na{rank}d` with the arguments of NATTEN 0.20.")
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    return_lse: bool = False,
+    **tuning: Any,
+) -> Any:
+    """`cuneigh.attention` with the arguments of NATTEN 0.20."""
+    _ignore_tuning("attention", tuning)
+    return cuneigh.attention(query, key, value, is_causal, scale or None, return_lse)
+
+
+def merge_attentions(
+    outputs: Sequence[Any],
+    lse_tensors: Sequence[Any],
+    torch_compile: bool = True,
+    use_autograd_fix: bool = True,
+    return_lse: bool = False,
+) -> Any:
+    """`cuneigh.merge_attentions`, whose lse NATTEN only returns when asked for it."""
+    output, lse = cuneigh.merge_attentions(outputs, lse_tensors)
+    return (output, lse) if return_lse else output
+
+
+# 0.15 to 0.17: heads-first
+
+
+def _heads_last(array: Any) -> Any:
+    return None if array is None else array.movedim(1, -2)
+
+
+def _heads_first(array: Any) -> Any:
+    return array.movedim(-2, 1)
+
+
+def _qk(rank: int) -> Callable[..., Any]:
+    core = getattr(cuneigh, f"na{rank}d_qk")
+
+    def function(
+        query: Any,
+        key: Any,
+        kernel_size: Sizes,
+        dilation: Sizes = 1,
+        additional_keys: Any = None,
+        is_causal: Flags | None = False,
+        rpb: Any = None,
+    ) -> Any:
+        return _heads_first(
+            core(
+                _heads_last(query),
+                _heads_last(key),
+                kernel_size,
+                dilation=dilation,
+                is_causal=is_causal or False,
+                rpb=rpb,
+                additional_keys=_heads_last(additional_keys),
+            )
+        )
+
+    return _named(
+        function, f"na{rank}d_qk", f"`cuneigh.na{rank}d_qk` with heads first, as in NATTEN 0.17."
+    )
+
+
+def _av(rank: int) -> Callable[..., Any]:
+    core = getattr(cuneigh, f"na{rank}d_av")
+
+    def function(
+        attn: Any,
+        value: Any,
+        kernel_size: Sizes,
+        dilation: Sizes = 1,
+        additional_values: Any = None,
+        is_causal: Flags | None = False,
+    ) -> Any:
+        return _heads_first(
+            core(
+                _heads_last(attn),
+                _heads_last(value),
+                kernel_size,
+                dilation=dilation,
+                is_causal=is_causal or False,
+                additional_values=_heads_last(additional_values),
+            )
+        )
+
+    return _named(
+        function, f"na{rank}d_av", f"`cuneigh.na{rank}d_av` with heads first, as in NATTEN 0.17."
+    )
+
+
+def _named(function: Callable[..., Any], name: str, documentation: str) -> Callable[..., Any]:
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = documentation
+    return function
+
+
+na1d, na2d, na3d = map(_whole, (1, 2, 3))
+_WHOLE = {1: na1d, 2: na2d, 3: na3d}
+na1d_qk, na2d_qk, na3d_qk = map(_qk, (1, 2, 3))
+na1d_av, na2d_av, na3d_av = map(_av, (1, 2, 3))
+
+
+# 0.14. In 3-D the first axis has a window of its own.
+
+
+def natten1dqkrpb(query: Any, key: Any, rpb: Any, kernel_size: int, dilation: int) -> Any:
+    return na1d_qk(query, key, kernel_size, dilation, rpb=rpb)
+
+
+def natten1dqk(query: Any, key: Any, kernel_size: int, dilation: int) -> Any:
+    return na1d_qk(query, key, kernel_size, dilation)
+
+
+def natten1dav(attn: Any, value: Any, kernel_size: int, dilation: int) -> Any:
+    return na1d_av(attn, value, kernel_size, dilation)
+
+
+def natten2dqkrpb(query: Any, key: Any, rpb: Any, kernel_size: int, dilation: int) -> Any:
+    return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
+
+
+def natten2dqk(query: Any, key: Any, kernel_size: int, dilation: int) -> Any:
+    return na2d_qk(query, key, kernel_size, dilation)
+
+
+def natten2dav(attn: Any, value: Any, kernel_size: int, dilation: int) -> Any:
+    return na2d_av(attn, value, kernel_size, dilation)
+
+
+def natten3dqkrpb(
+    query: Any,
+    key: Any,
+    rpb: Any,
+    kernel_size_d: int,
+    kernel_size: int,
+    dilation_d: int,
+    dilation: int,
+) -> Any:
+    sizes, dilations = (kernel_size_d, kernel_size, kernel_size), (dilation_d, dilation, dilation)
+    return na3d_qk(query, key, sizes, dilations, rpb=rpb)
+
+
+def natten3dqk(
+    query: Any, key: Any, kernel_size_d: int, kernel_size: int, dilation_d: int, dilation: int
+) -> Any:
+    return natten3dqkrpb(query, key, None, kernel_size_d, kernel_size, dilation_d, dilation)
+
+
+def natten3dav(
+    attn: Any, value: Any, kernel_size_d: int, kernel_size: int, dilation_d: int, dilation: int
+) -> Any:
+    sizes, dilations = (kernel_size_d, kernel_size, kernel_size), (dilation_d, dilation, dilation)
+    return na3d_av(attn, value, sizes, dilations)
