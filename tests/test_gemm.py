@@ -14,6 +14,7 @@ from gpu_arrays import allocate, to_cupy, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    empty_problems,
     DTYPES,
     LAYOUTS,
     OPERATIONS,
@@ -180,6 +181,11 @@ def test_the_choice_between_naive_and_gemm_is_by_predicted_time():
 def test_what_gemm_refuses_is_for_naive(monkeypatch):
     monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", "100")
     assert _backends.choose(attention((2048,), 511, (64, 64)), GPU, None) is naive
+
+
+@given(problem=empty_problems(budget=500))
+def test_an_empty_problem_needs_no_prediction(problem):
+    assert _backends.choose(problem, GPU, None) in _backends.BACKENDS
 
 
 def test_the_cpu_is_refused():
