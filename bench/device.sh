@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call. Results are written to $OUT (default: bench/results).
 #
-#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo naive h200; default: all
+#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo naive grid h200; default: all
 #
 # A step that fails does not stop the others; the exit status says whether all of them passed.
 set -u
@@ -29,6 +29,10 @@ sanitizer() {
 
 h200() { python3 bench/h200.py --output "$OUT/h200.json" | tail -n 60; return "${PIPESTATUS[0]}"; }
 naive() { python3 bench/naive.py --output "$OUT/naive.json" | tail -n 12; return "${PIPESTATUS[0]}"; }
+grid() {
+  python3 bench/paper_grid.py --backward-dim 64 --output "$OUT/paper-grid.json" | tail -n 20
+  return "${PIPESTATUS[0]}"
+}
 # What a result file says of places is relative to the checkout and to the home directory.
 places() { sed -e "s|$PWD/||g" -e "s|$PWD||g" -e "s|$HOME|~|g"; }
 doctor() { python3 -m cuneigh doctor | places | tee "$OUT/doctor.txt"; return "${PIPESTATUS[0]}"; }
@@ -37,7 +41,7 @@ demo() {
   return "${PIPESTATUS[0]}"
 }
 
-for step in "${@:-tests sanitizer doctor demo naive h200}"; do
+for step in "${@:-tests sanitizer doctor demo naive grid h200}"; do
   for name in $step; do
     echo "== $name"
     "$name" || { echo "== $name FAILED"; failed=1; }
