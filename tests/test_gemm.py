@@ -14,12 +14,12 @@ from gpu_arrays import allocate, to_cupy, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
-    empty_problems,
     DTYPES,
     LAYOUTS,
     OPERATIONS,
     Inputs,
     array,
+    empty_problems,
     generators,
     inputs,
     layouts,
