@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
     parser.add_argument("--plot", type=Path, help="draw a figure from such a file, and run nothing")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=["naive", "gemm", "gemm_tf32"])
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--dim", type=int, help="only the problems with this head_dim")
     parser.add_argument("--dilation", type=int, help="only the problems with this dilation")
     parser.add_argument(
