@@ -33,12 +33,12 @@ RESULTS: dict[Operation, tuple[str, ...]] = {
 }
 """What each operation returns; a gradient is called what it is the gradient of."""
 
-GRADIENT: dict[Operation, tuple[Operation, tuple[str, ...]]] = {
-    "forward": ("backward", ("grad_output", "grad_lse")),
-    "qk": ("qk_backward", ("grad_logits",)),
-    "av": ("av_backward", ("grad_output",)),
+COTANGENTS: dict[Operation, tuple[str, ...]] = {
+    "forward": ("grad_output", "grad_lse"),
+    "qk": ("grad_logits",),
+    "av": ("grad_output",),
 }
-"""The operation that differentiates another, and what it calls the gradients of its results."""
+"""What the gradient of an operation calls the gradients of the operation's results."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def compute(call: Call, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 def _compute_forward(call: Call, *arrays: jax.Array) -> tuple[Any, Any]:
     operation = call.problem.operation
-    if operation not in GRADIENT:
+    if operation not in COTANGENTS:
         raise NotImplementedError(
             "cuneigh: second derivatives of neighborhood attention are not supported"
         )
@@ -100,14 +100,14 @@ def _compute_forward(call: Call, *arrays: jax.Array) -> tuple[Any, Any]:
 
 def _compute_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[jax.Array, ...]:
     arrays, kept = residuals
-    operation, names = GRADIENT[call.problem.operation]
+    operation, gradient = call.problem.operation, call.problem.gradient
     given = dict(zip(call.arguments, arrays, strict=True))
-    given |= zip(RESULTS[call.problem.operation], kept, strict=False)
-    given |= zip(names, cotangents, strict=False)
-    # An operation's gradients come in an order of its own, here in that of the arguments.
-    wanted = tuple(name for name in RESULTS[operation] if name in call.arguments)
-    gradient = Call(replace(call.problem, operation=operation), call.backend, tuple(given), wanted)
-    gradients = dict(zip(wanted, compute(gradient, *given.values()), strict=True))
+    given |= zip(RESULTS[operation], kept, strict=False)
+    given |= zip(COTANGENTS[operation], cotangents, strict=False)
+    # Gradients come in an order of their own, and are returned in that of the arguments.
+    wanted = tuple(name for name in RESULTS[gradient.operation] if name in call.arguments)
+    backward = Call(gradient, call.backend, tuple(given), wanted)
+    gradients = dict(zip(wanted, compute(backward, *given.values()), strict=True))
     return tuple(gradients[name] for name in call.arguments)
 
 
