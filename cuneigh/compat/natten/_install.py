@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from importlib.metadata import Distribution, DistributionFinder
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 SUBMODULES = {
     "functional": "functional",
@@ -44,6 +48,7 @@ def install() -> None:
             f"cuneigh.compat.natten.install() comes too late: {client} is imported already and "
             "has found no natten; install it before"
         )
+    sys.meta_path.append(_Finder())
     sys.modules["natten"] = root = _module("natten", HERE)
     root.__path__ = []
     for name, source in SUBMODULES.items():
@@ -64,6 +69,29 @@ def _module(name: str, source: str) -> ModuleType:
     module.__version__ = import_module(HERE).__version__  # type: ignore[attr-defined]
     module.__stands_for__ = source  # type: ignore[attr-defined]
     return module
+
+
+class _Metadata(Distribution):
+    """What ``importlib.metadata`` says of ``natten``; some clients ask there for its version."""
+
+    def read_text(self, filename: str) -> str | None:
+        version = import_module(HERE).__version__
+        text = f"Metadata-Version: 2.1\nName: natten\nVersion: {version}\n"
+        return text if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Path:
+        return Path(__file__).parent.joinpath(path)
+
+
+class _Finder(DistributionFinder):
+    """Finds `_Metadata`, and no module: those are in ``sys.modules``."""
+
+    def find_spec(self, *_: Any) -> None:
+        return None
+
+    def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
+        if context is not None and context.name == "natten":
+            yield _Metadata()
 
 
 CALLS = frozenset(["natten2dqkrpb", "natten2dav", "natten1dqkrpb", "natten1dav"])
