@@ -27,7 +27,8 @@ LAYERS = (
     {"_arrays", "_backends"},
     {"_ops"},
     {"cuneigh"},
-    {"torch", "jax", "compat"},
+    {"torch", "jax"},
+    {"compat"},
     {"cli"},
     {"__main__"},
 )

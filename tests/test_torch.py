@@ -557,15 +557,15 @@ def test_bad_input_is_refused_with_and_without_a_gradient():
 
 
 def test_bad_input_is_refused_while_tracing():
-    def step(query, key):
-        return cuneigh.na2d(query, key, key, 7)
+    def step(query, key, kernel_size=7):
+        return cuneigh.na2d(query, key, key, kernel_size)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     query = tensors(1)[0].detach()
     with pytest.raises(Exception, match="kernel_size=7 times dilation=1 on axis 0"):
         compiled(query, query)
     with pytest.raises(Exception, match="key has dtype float32, but float64 is needed"):
-        compiled(query, query.float())
+        compiled(query, query.float(), 3)
     with pytest.raises(ValueError, match="kernel_size=7 times dilation=1 on axis 0"):
         torch.func.vmap(step)(query[None], query[None])
 

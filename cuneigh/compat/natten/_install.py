@@ -101,9 +101,8 @@ CALLS = frozenset(["natten2dqkrpb", "natten2dav", "natten1dqkrpb", "natten1dav"]
 def _disappointed_client() -> str | None:
     """The name of a loaded module that has looked for NATTEN in vain, as far as one can see."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("cuneigh."):
-            continue
-        if not CALLS.isdisjoint(getattr(module, "__dict__", ())):
+        own = name.partition(".")[0] == "cuneigh"
+        if not own and not CALLS.isdisjoint(getattr(module, "__dict__", ())):
             return name
     utilities = sys.modules.get("transformers.utils.import_utils")
     asked = getattr(utilities, "is_natten_available", None)
