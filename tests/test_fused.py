@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -124,8 +125,9 @@ def test_kernels_do_not_spill(device, head_dim, tmp_path):
             operation, "float16", 1, 1, 1, head_dim, head_dim, axes, 1.0, None, rpb_dtype
         )
         for kernel in fused.kernels(problem, device.capability):
-            size = next(line for line in kernel.plan.splitlines() if "kSharedBytes" in line)
-            if int(size.split("=")[1].strip(" ;")) <= device.shared_memory:
+            # Not every kernel has a size: those that fused shares with naive take little.
+            sizes = re.findall(r"kSharedBytes = (\d+)", kernel.plan)
+            if all(int(size) <= device.shared_memory for size in sizes):
                 kernels.append(kernel)
     for (kernel, _), compiled in _jit.precompile(kernels, [device.arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
