@@ -112,7 +112,7 @@ __device__ void stage(const float (&sum)[kRowTiles][kDim / 8][4], float scale, i
 }
 
 template <typename Plan>
-__global__ void __launch_bounds__(Plan::kWarps * 32, 1)
+__global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     fused_backward(const FusedProblem<Plan::kRank> problem, const FusedBackward<Plan> arguments) {
   constexpr int kRank = Plan::kRank;
   constexpr int kRowTiles = Plan::kRowTiles;

@@ -47,7 +47,7 @@ struct ForwardSmem {
 };
 
 template <typename Plan>
-__global__ void __launch_bounds__(Plan::kWarps * 32, 1)
+__global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     fused_forward(const FusedProblem<Plan::kRank> problem, const FusedForward<Plan> arguments) {
   using Element = typename Plan::Element;
   constexpr int kRank = Plan::kRank;
@@ -232,6 +232,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, 1)
   }
 
   // Normalize, and write each warp's rows through its part of the queries' memory
+  __syncwarp();
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll

@@ -102,16 +102,18 @@ def count(problem: Problem, plan: FusedPlan, role: Role = "forward") -> Counts:
 
 
 # Cycles of one scheduler, of which a multiprocessor has four: the non-negative least squares fit of
-# 37 measured plans on an H200 (bench/NOTES.md). The softmax's share is in that of the products.
-PRODUCT = 1 / 168
-"""A multiply-add of the tensor cores, with all that goes along."""
+# 62 measurements on an H200 (bench/NOTES.md).
+PRODUCT = 1 / 238
+"""A multiply-add of the tensor cores."""
+EXPONENTIAL = 0.3
+"""One logit's way through the softmax."""
 MASK = 1.2
-"""One logit that is masked."""
-COPY = 0.063
+"""Masking one logit."""
+COPY = 0.21
 """Bringing 16 bytes of a column to shared memory."""
-TILE = 200.0
+TILE = 150.0
 """What a block does once for each box of columns: waiting and meeting."""
-BLOCK = 1050.0
+BLOCK = 1000.0
 """What a block does once."""
 
 
@@ -124,7 +126,7 @@ def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
     counts = count(problem, plan, role)
     rows = 16 * plan.row_tiles
     dims = problem.head_dim + problem.value_dim
-    visit = rows * plan.columns * dims * PRODUCT * PRODUCTS[role]
+    visit = rows * plan.columns * (dims * PRODUCT * PRODUCTS[role] + EXPONENTIAL)
     partial = rows * plan.columns * MASK
     tile = plan.columns * dims / 8 * COPY + TILE
     # The warps of a block wait for each other, each on its own scheduler.
@@ -177,6 +179,16 @@ def areas(
     if capability[0] != 9:
         return ((2, 32), (1, 64), (1, 32))
     return ((2, 64) if problem.rank < 3 else (2, 48), (1, 64), (1, 32))
+
+
+def blocks_per_multiprocessor(
+    problem: Problem, capability: tuple[int, int], columns: int, role: Role
+) -> int:
+    """Blocks to leave registers for; more of them hide latencies, as long as nothing spills."""
+    longest = max(problem.head_dim, problem.value_dim)
+    if role != "forward" or longest > 64 or capability[0] > 9:
+        return 1
+    return 4 if columns > 32 else 5
 
 
 def padded(dim: int) -> int:

@@ -128,7 +128,7 @@ def kernels(problem: Problem, capability: tuple[int, int] = (9, 0)) -> list[_jit
         return []
     widths = [min(16, 2 * (dim & -dim)) for dim in dims]
     needed = [
-        _kernel(problem, role, *area, *widths)
+        _kernel(problem, capability, role, *area, *widths)
         for role in ROLES[problem.operation]
         for area in _fused_plan.areas(problem, capability, role)
     ]
@@ -147,7 +147,9 @@ def _launch(problem: Problem, role: Role, key_bytes: int, value_bytes: int, view
     chosen = plan(problem, device, role)
     assert chosen is not None, "`unsupported` has seen that one fits"
     area = chosen.row_tiles, chosen.columns
-    kernel = _jit.load(_kernel(problem, role, *area, key_bytes, value_bytes), device)
+    kernel = _jit.load(
+        _kernel(problem, device.capability, role, *area, key_bytes, value_bytes), device
+    )
     size = _fused_plan.shared_bytes(problem, *area, role)
     if kernel.max_dynamic_shared_size_bytes < size:
         kernel.max_dynamic_shared_size_bytes = size
@@ -173,6 +175,7 @@ def _statistics(
 @lru_cache(maxsize=1024)
 def _kernel(
     problem: Problem,
+    capability: tuple[int, int],
     role: Role,
     row_tiles: int,
     columns: int,
@@ -185,6 +188,7 @@ def _kernel(
         "kRank": problem.rank,
         "kWarps": WARPS,
         "kRowTiles": row_tiles,
+        "kBlocks": _fused_plan.blocks_per_multiprocessor(problem, capability, columns, role),
         "kColumns": columns,
         "kHeadDim": head_dim,
         "kValueDim": value_dim,
