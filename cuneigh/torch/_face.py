@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -18,7 +17,7 @@ from torch.autograd import forward_ad
 
 from cuneigh import _device
 from cuneigh._arrays import HERE, Arguments, Watcher, import_cupy, numpy_dtype, refuse
-from cuneigh._problem import Problem, Spec
+from cuneigh._problem import DTYPES, Problem, Spec
 from cuneigh.torch import _operators
 from cuneigh.torch._autograd import differentiable
 
@@ -79,9 +78,9 @@ class TorchFace(Watcher):
         if array.is_cuda:
             return _cupy_view(array)
         array = array.detach()
-        if array.dtype is torch.bfloat16:  # which NumPy's DLPack does not have
-            return np.from_dlpack(array.view(torch.int16)).view(numpy_dtype("bfloat16"))
-        return np.from_dlpack(array)
+        if array.dtype is torch.bfloat16:  # which NumPy does not have
+            return array.view(torch.int16).numpy().view(_NATIVE[torch.bfloat16])
+        return array.numpy()
 
     def empty(self, place: torch.device, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         return torch.empty(shape, dtype=_DTYPES[dtype], device=place)
@@ -142,7 +141,8 @@ class TorchFace(Watcher):
         return [None if spec is None else array for spec, array in zip(results, made, strict=True)]
 
 
-_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+_DTYPES = {name: getattr(torch, name) for name in DTYPES}
+_NATIVE = {dtype: numpy_dtype(name) for name, dtype in _DTYPES.items()}
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that autocast converts."""
 
@@ -157,21 +157,21 @@ def _is_traced(arrays: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _cupy_view(tensor: torch.Tensor) -> Any:
-    """A CuPy array on the memory of a CUDA tensor.
+    """A CuPy array on the memory of a CUDA tensor, which it keeps alive.
 
-    Straight from pointer and strides: a DLPack capsule takes several times as long.
+    Straight from pointer and strides: DLPack takes longer, and a call has a dozen arrays.
     """
-    cupy = import_cupy()
+    array, pointer, memory = _cupy_classes()
     size = tensor.element_size()
-    memory = cupy.cuda.UnownedMemory(
-        tensor.data_ptr(), tensor.numel() * size, tensor, tensor.get_device()
-    )
-    return cupy.ndarray(
-        tuple(tensor.shape),
-        numpy_dtype(_operators.dtype_name(tensor.dtype)),
-        cupy.cuda.MemoryPointer(memory, 0),
-        tuple([stride * size for stride in tensor.stride()]),
-    )
+    held = memory(tensor.data_ptr(), tensor.numel() * size, tensor, tensor.get_device())
+    strides = [stride * size for stride in tensor.stride()]
+    return array(tuple(tensor.shape), _NATIVE[tensor.dtype], pointer(held, 0), tuple(strides))
+
+
+@cache
+def _cupy_classes() -> tuple[Any, Any, Any]:
+    cupy = import_cupy()
+    return cupy.ndarray, cupy.cuda.MemoryPointer, cupy.cuda.UnownedMemory
 
 
 class Stream(NamedTuple):

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from cuneigh._arrays import Arguments, examine
 from cuneigh._ops.call import run
 from cuneigh._problem import (
+    DTYPES,
     Operands,
     Operation,
     Problem,
@@ -79,9 +80,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.") if name is None else name
 
 
-_DTYPE_NAMES = {
-    getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")
-}
+_DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 
 def spec_of(tensor: torch.Tensor) -> Spec:
