@@ -432,6 +432,7 @@ def test_a_call_can_be_captured_into_a_graph(tokens, operation):
             )
 
     results = (output, lse) if operation == "forward" else gradients[:3]
+    cupy.cuda.Device().synchronize()  # the stream below does not wait for that of the uploads
     with cupy.cuda.Stream(non_blocking=True) as stream:
         call()
         expected = [result.copy() for result in results]
