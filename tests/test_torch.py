@@ -290,7 +290,7 @@ def test_derivatives_that_do_not_exist_say_so():
 @pytest.fixture(autouse=True)
 def no_compiled_code():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own compiler, at its import
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the first import
         torch._dynamo.reset()
     yield
     torch._dynamo.reset()
