@@ -59,7 +59,7 @@ def dense_av(weights, value, kernel_size, dilation):
 def width_stands_where_heads_belong() -> bool:
     """Whether this release of transformers hands over ``[batch, width, height, heads, dim]``.
 
-    Since 4.53 it does, or worse, where NATTEN wants ``[batch, heads, height, width, dim]``.
+    NATTEN wants ``[batch, heads, height, width, dim]``, which 4.52 gives and 4.54 does not.
     """
     module = modeling_dinat.NeighborhoodAttention(transformers.DinatConfig(), 8, 2, 3, 1)
     shapes = []
