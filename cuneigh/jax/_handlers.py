@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -89,7 +90,11 @@ def serve_cuda(asked: _xla.Call) -> None:
         size = prod(shape) * numpy_dtype(dtype).itemsize
         return _on_device(asked.allocate(size) if size else 0, Spec(shape, dtype), index)
 
-    with cuda.Device(index), cuda.Stream.from_external(Stream(asked.stream())):
+    # XLA has made the device current by pushing its context. To make it current once more would
+    # outlast that, and leave the caller's thread on it.
+    is_current = cuda.runtime.getDevice() == index
+    device = nullcontext() if is_current else cuda.Device(index)
+    with device, cuda.Stream.from_external(Stream(asked.stream())):
         arguments, results = (
             [_on_device(*pair, index) for pair in zip(addresses, specs, strict=True)]
             for addresses, specs in (
