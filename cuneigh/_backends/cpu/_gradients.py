@@ -79,6 +79,7 @@ class Sums:
         gradient[...] = 0
         return gradient
 
+    @np.errstate(all="ignore")
     def add(self, parts: Parts) -> None:
         box = parts.box
         batch = slice(box.batch.start, box.batch.stop)

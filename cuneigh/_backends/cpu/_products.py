@@ -45,7 +45,7 @@ class Workspace:
         return array
 
     def _aligned(self, size: int) -> Array:
-        array = self._allocate((size + ALIGNMENT // self.dtype.itemsize,), self._name)
+        array: Array = self._allocate((size + ALIGNMENT // self.dtype.itemsize,), self._name)
         start = -array.ctypes.data % ALIGNMENT // self.dtype.itemsize
         return array[start : start + size]
 
@@ -54,10 +54,18 @@ def for_each_box(
     problem: Problem,
     allocate: Any,
     compute: Callable[[Box, Workspace], Result],
-    collect: Callable[[Result], None] = lambda result: None,
+    collect: Callable[[Result], None] | None = None,
 ) -> None:
-    """``collect(compute(box, space))`` for all boxes of `problem`, `compute` in several threads."""
-    in_order(compute, boxes(problem), lambda: Workspace(allocate, problem.accumulator), collect)
+    """``compute(box, space)`` for all boxes of `problem`, and `collect` its results in order.
+
+    Infinities and NaN are legal in the inputs, and confined where they arise from hidden keys.
+    """
+
+    @np.errstate(all="ignore")
+    def quietly(box: Box, space: Workspace) -> Result:
+        return compute(box, space)
+
+    in_order(quietly, boxes(problem), lambda: Workspace(allocate, problem.accumulator), collect)
 
 
 # What queries and halos hold

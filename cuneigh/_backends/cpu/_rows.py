@@ -21,18 +21,25 @@ class Rows:
     """
 
     def __init__(self, array: Array) -> None:
-        dim, itemsize = array.shape[-1], array.itemsize
-        unit = dim * itemsize
-        if (dim > 1 and array.strides[-1] != itemsize) or any(s % unit for s in strides(array)):
+        *lengths, dim = array.shape
+        unit = dim * array.itemsize
+        strides = [
+            stride if n > 1 else 0 for stride, n in zip(array.strides, lengths, strict=False)
+        ]
+        gaps = dim > 1 and array.strides[-1] != array.itemsize
+        if gaps or any(stride % unit for stride in strides):
             array = np.ascontiguousarray(array)
-        steps = [stride // unit for stride in strides(array)]
-        ends = [step * (n - 1) for step, n in zip(steps, array.shape, strict=False)]
+            strides = list(array.strides[:-1])
+        steps = [stride // unit for stride in strides]
+        ends = [step * (n - 1) for step, n in zip(steps, lengths, strict=True)]
         self._origin = -sum(end for end in ends if end < 0)
-        lowest = array[tuple(-1 if step < 0 else 0 for step in steps)]
-        count = 1 + sum(map(abs, ends))
-        self.table = as_strided(
-            lowest, (count, dim), (unit, itemsize), writeable=array.flags.writeable
-        )
+        if array.flags.c_contiguous:
+            self.table = array.reshape(-1, dim)
+        else:
+            lowest = array[tuple(-1 if step < 0 else 0 for step in steps)]
+            shape = 1 + sum(map(abs, ends)), dim
+            writeable = array.flags.writeable
+            self.table = as_strided(lowest, shape, (unit, array.itemsize), writeable=writeable)
         self._batch_step, *self._token_steps, self._head_step = steps
 
     @property
@@ -78,9 +85,3 @@ class Rows:
 
     def _index(self, place: Place) -> Integers:
         return place.index(self._origin, self._batch_step, *self._token_steps, self._head_step)
-
-
-def strides(array: Array) -> list[int]:
-    """The strides of all axes but the last; 0 for axes of length 1, where any stride is legal."""
-    lengths = zip(array.strides[:-1], array.shape, strict=False)
-    return [stride if n > 1 else 0 for stride, n in lengths]

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, TypeVar
 
-import numpy as np
 from threadpoolctl import ThreadpoolController
 
 Item = TypeVar("Item")
@@ -86,41 +84,54 @@ if hasattr(os, "register_at_fork"):
 
 
 def in_order(
-    function: Callable[[Item, Space], Result],
+    compute: Callable[[Item, Space], Result],
     items: Iterable[Item],
     workspace: Callable[[], Space],
-    collect: Callable[[Result], None],
+    collect: Callable[[Result], None] | None,
 ) -> None:
-    """``collect(function(item, space))`` for all items, in their order.
+    """``compute(item, space)`` for all items, on several threads, the calling one among them.
 
-    As many calls of `function` run at the same time as there are threads, each with a space of its
-    own. A space is used again once the result that was made in it is collected.
+    Each thread has a space of its own. `collect` is called with every result, by one thread at a
+    time and in the order of the items, before the space in which the result was made is used again.
     """
     threads = thread_count()
-    if threads == 1 or (isinstance(items, list) and len(items) == 1):
+    if isinstance(items, list):
+        threads = min(threads, len(items))
+    source = enumerate(items)
+    changed = threading.Condition()
+    collected, failed = 0, False
+
+    def work() -> None:
+        nonlocal collected, failed
         space = workspace()
-        with _one_blas_thread:
-            for item in items:
-                collect(_quietly(function, item, space))
-        return
-    pool = _pool(threads)
-    running: deque[tuple[Future[Result], Space]] = deque()
-    with _one_blas_thread:
         try:
-            for item in items:
-                if len(running) <= threads:
-                    space = workspace()
-                else:
-                    future, space = running.popleft()
-                    collect(future.result())
-                running.append((pool.submit(_quietly, function, item, space), space))
-            while running:
-                collect(running.popleft()[0].result())
-        finally:  # after an error, outlive the calls that write to the caller's arrays
-            wait([future for future, _ in running if not future.cancel()])
+            while not failed:
+                with changed:
+                    turn, item = next(source, (-1, None))
+                if item is None:
+                    return
+                result = compute(item, space)
+                if collect is not None:
+                    with changed:
+                        changed.wait_for(lambda: failed or collected == turn)  # noqa: B023
+                    if failed:
+                        return
+                    collect(result)
+                    with changed:
+                        collected += 1
+                        changed.notify_all()
+        except BaseException:
+            with changed:
+                failed = True
+                changed.notify_all()
+            raise
 
-
-def _quietly(function: Callable[..., Result], *arguments: object) -> Result:
-    """Infinities and NaN are legal in the inputs, and masked where they arise from hidden keys."""
-    with np.errstate(all="ignore"):
-        return function(*arguments)
+    with _one_blas_thread:
+        helpers = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+        try:
+            work()
+        finally:  # nobody may write to the caller's arrays any more
+            started = [helper for helper in helpers if not helper.cancel()]
+            wait(started)
+        for helper in started:
+            helper.result()

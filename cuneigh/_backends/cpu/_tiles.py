@@ -332,7 +332,8 @@ def cut(
 # Boxes
 
 MOST_LOGITS, FEWEST_LOGITS = 1 << 20, 1 << 17
-"""Logits of a box: so few that they stay in the cache, so many that threads seldom meet in Python."""
+"""Logits of a box: so few that they stay in the cache, and enough that threads seldom wait for
+each other, which they do to run Python."""
 
 BOXES = 6
 """Boxes that a problem is cut into when that keeps them within those sizes."""
