@@ -21,8 +21,8 @@ from cuneigh._problem import DTYPES, Problem, Spec
 from cuneigh.torch import _operators
 from cuneigh.torch._autograd import differentiable
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
-TRACED = (FakeTensor, FunctionalTensor)
+PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
+TRACED = frozenset([FakeTensor, FunctionalTensor])
 """Tensors without numbers, by which PyTorch finds out what a program does."""
 
 
@@ -121,18 +121,9 @@ class TorchFace(Watcher):
         backend: str | None,
         results: Sequence[Spec | None],
     ) -> list[torch.Tensor | None]:
-        for name, array in arguments.arrays.items():
-            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(array).tangent is not None:
-                raise RuntimeError(
-                    f"{call}: {name} takes part in automatic differentiation in forward mode, "
-                    f"which {call} does not support; differentiate in reverse mode"
-                )
-            if array.requires_grad and problem.operation not in _operators.GRADIENT:
-                raise RuntimeError(
-                    f"{call}: {name} takes part in automatic differentiation, through which {call} "
-                    f"cannot pass a second derivative: call it under torch.no_grad() or on "
-                    f"{name}.detach()"
-                )
+        is_gradient = problem.operation not in _operators.GRADIENT
+        if is_gradient or forward_ad._current_level >= 0:
+            _refuse_lost_derivatives(call, arguments.arrays, is_gradient)
         made: Sequence[torch.Tensor | None]
         if _is_traced(arguments.arrays):
             made = _operators.call(call, arguments, problem, backend)
@@ -147,13 +138,29 @@ _CAST = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that autocast converts."""
 
 
+def _refuse_lost_derivatives(
+    call: str, arrays: Mapping[str, torch.Tensor], is_gradient: bool
+) -> None:
+    """Raise for an array that would lose a derivative, which a gradient does in either mode."""
+    for name, array in arrays.items():
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(array).tangent is not None:
+            raise RuntimeError(
+                f"{call}: {name} takes part in automatic differentiation in forward mode, which "
+                f"{call} does not support; differentiate in reverse mode"
+            )
+        if is_gradient and array.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{call}: {name} takes part in automatic differentiation, through which {call} "
+                f"cannot pass a second derivative: call it under torch.no_grad() or on "
+                f"{name}.detach()"
+            )
+
+
 def _is_traced(arrays: Mapping[str, torch.Tensor]) -> bool:
     """Whether PyTorch must see an operator: it compiles, transforms or counts."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or any(type(array) in TRACED for array in arrays.values())
-    )
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return True
+    return not TRACED.isdisjoint(map(type, arrays.values()))
 
 
 def _cupy_view(tensor: torch.Tensor) -> Any:

@@ -124,11 +124,13 @@ def gradient_arguments(
     gradients: Sequence[torch.Tensor | None],
 ) -> dict[str, torch.Tensor]:
     """What the gradient of `operation` takes, given what it took, returned, and is given back."""
-    _, names = GRADIENT[operation]
-    given = dict(zip(names, gradients, strict=True))
+    given = arrays.copy()
+    for name, gradient in zip(GRADIENT[operation][1], gradients, strict=True):
+        if gradient is not None:
+            given[name] = gradient
     if operation == "forward" and gradients[0] is None:
         given["grad_output"] = torch.zeros_like(arrays["output"])
-    return {name: array for name, array in (arrays | given).items() if array is not None}
+    return given
 
 
 def _given_results(operation: Operation, arrays: dict[str, Any]) -> list[str]:
