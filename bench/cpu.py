@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import multiprocessing
@@ -75,7 +76,7 @@ def main() -> None:
         print_comparison(entry)
     for entry in document["growth"]:
         for name, times in entry["ms"].items():
-            steps = ", ".join(f"{b / a:.2f}" for a, b in zip(times, times[1:], strict=False))
+            steps = ", ".join(f"{b / a:.2f}" for a, b in itertools.pairwise(times))
             print(f"{entry['cases']}, {name}: {times} ms, growing by {steps} from N to 4N")
     for name, extra in document["memory"].items():
         print(f"{LARGEST}, {name}: {extra} MiB beyond the results")
