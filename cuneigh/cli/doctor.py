@@ -179,9 +179,12 @@ def _compilation(report: Report, devices: list[Device]) -> None:
 
 def _backends(report: Report, devices: list[Device]) -> None:
     report.heading("Backends")
-    problem = _problem("float32")
     for backend in BACKENDS:
-        reasons = [backend.unsupported(problem, device) for device in devices]
+        # That of the first dtype that runs, if one does: some backends are for half precision.
+        reasons = [
+            min((backend.unsupported(_problem(dtype), device) for dtype in DTYPES), key=bool)
+            for device in devices
+        ]
         usable = [
             _label(device) for device, reason in zip(devices, reasons, strict=True) if not reason
         ]
