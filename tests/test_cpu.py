@@ -1,0 +1,388 @@
+"""The CPU backend: its cut into tiles, every operation against the oracle, and how it behaves."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from accuracy import check_backend, run_backend
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    DTYPES,
+    LAYOUTS,
+    OPERATIONS,
+    Inputs,
+    generators,
+    inputs,
+    layouts,
+    numpy_dtype,
+    problems,
+    token_counts,
+    windows,
+)
+from threadpoolctl import threadpool_info
+
+from cuneigh._backends import cpu
+from cuneigh._backends.cpu import _threads, _tiles
+from cuneigh._device import CPU, Device
+from cuneigh._problem import (
+    Operands,
+    Problem,
+    Spec,
+    attention_problem,
+    neighborhood_axes,
+    window_arguments,
+)
+
+CUTS = {
+    "usual": {},
+    "many boxes": {"MOST_LOGITS": 300, "FEWEST_LOGITS": 1},
+    "many small tiles": {"MOST_LOGITS": 100, "FEWEST_LOGITS": 1, "LARGEST_TILE": 3},
+}
+"""Small problems are usually one box; these limits cut them up as large ones are."""
+
+
+@contextmanager
+def cut(name, threads=2):
+    """Problems are cut up in the way called `name` and run on so many threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        for limit, value in CUTS[name].items():
+            patch.setattr(_tiles, limit, value)
+        patch.setenv("CUNEIGH_NUM_THREADS", str(threads))
+        for cached in (_tiles.cut, _tiles._kept_boxes):
+            cached.cache_clear()
+        yield
+    for cached in (_tiles.cut, _tiles._kept_boxes):
+        cached.cache_clear()
+
+
+def cuts():
+    return st.sampled_from(list(CUTS))
+
+
+def attention(tokens, dims, dtype="float32", kernel_size=3, operation="forward", heads=2, **window):
+    """A plain problem with these token counts and (head_dim, value_dim)."""
+    query, value = (Spec((1, *tokens, heads, dim), dtype) for dim in dims)
+    arguments = {"stride": 1, "dilation": 1, "is_causal": False} | window
+    return attention_problem(
+        "test",
+        operation,
+        query,
+        query,
+        value,
+        window_arguments("test", len(tokens), kernel_size, **arguments),
+        None,
+    )
+
+
+def assert_same_bits(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, array in expected.items():
+        bits = f"u{array.itemsize}"
+        both_nan = np.isnan(got[name].astype(float)) & np.isnan(array.astype(float))
+        assert ((got[name].view(bits) == array.view(bits)) | both_nan).all(), name
+
+
+# The cut
+
+
+@given(data=st.data(), queries=st.integers(1, 20), biased=st.booleans())
+def test_strips_hold_every_query_once_and_all_that_it_sees(data, queries, biased):
+    tokens = data.draw(token_counts(1, 60))
+    (axis,) = neighborhood_axes("test", tokens, data.draw(windows(tokens, rpb=biased)))
+    start, end = axis.windows()
+    seen = []
+    for strip in _tiles.strips(axis, queries, biased):
+        assert 1 <= strip.queries <= queries
+        visible = strip.visible()
+        for query, key in zip(strip.first_query, strip.first_key, strict=True):
+            x = query + np.arange(strip.queries) * axis.dilation
+            y = key + np.arange(strip.keys) * axis.dilation
+            seen += x.tolist()
+            assert y[-1] < axis.length
+            np.testing.assert_array_equal(x % axis.dilation, key % axis.dilation)
+            index = y // axis.dilation
+            np.testing.assert_array_equal(
+                visible, (start[x] <= index[:, None]) & (index[:, None] < end[x])
+            )
+            np.testing.assert_array_equal(visible.sum(0), (end - start)[x])  # none is left out
+    assert sorted(seen) == list(range(axis.length))
+
+
+@given(problem=problems(), name=cuts())
+def test_boxes_hold_every_query_of_every_head_once(problem, name):
+    count = np.zeros(problem.lse.shape, int)
+    with cut(name):
+        for box in _tiles.boxes(problem):
+            place = box.query_place
+            tokens = [
+                np.add.outer(first, offset)
+                for first, offset in zip(place.first, place.offsets, strict=True)
+            ]
+            count[np.ix_(place.batch, *(each.ravel() for each in tokens), place.heads)] += 1
+    assert (count == 1).all()
+
+
+def test_tiles_of_a_long_problem_are_few_kinds():
+    strips = _tiles.strips(neighborhood_axes("test", (4096,), window(129))[0], 64, False)
+    assert len(strips) <= 3
+    causal = _tiles.strips(neighborhood_axes("test", (4096,), window(129, causal=True))[0], 64, 0)
+    assert max(strip.keys for strip in causal) == 129 + 63
+
+
+def window(kernel_size, causal=False):
+    return window_arguments("test", 1, kernel_size, 1, 1, causal)
+
+
+# Results
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@given(data=st.data(), rng=generators(), layout=layouts(), name=cuts())
+def test_every_operation_agrees_with_the_oracle(operation, data, rng, layout, name):
+    problem = data.draw(problems(operations=(operation,)))
+    with cut(name):
+        check_backend(cpu, problem, inputs(problem, rng, layout))
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("tokens", "kernel_size", "window"),
+    [
+        ((500,), 65, {}),
+        ((300,), 280, {"is_causal": True, "stride": 3}),
+        ((40, 44), 7, {}),
+        ((40, 44), (8, 5), {"dilation": (2, 8), "is_causal": (False, True)}),
+        ((9, 12, 14), (3, 5, 4), {"stride": (1, 2, 4)}),
+    ],
+)
+def test_problems_of_many_tiles_agree_with_the_oracle(
+    tokens, kernel_size, window, operation, dtype
+):
+    problem = attention(tokens, (24, 16), dtype, kernel_size, operation, **window)
+    check_backend(cpu, problem, inputs(problem, np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(problem=problems(), rng=generators(), name=cuts())
+def test_memory_layout_changes_no_bit(layout, problem, rng, name):
+    strided = inputs(problem, rng, layout)
+    contiguous = Inputs(
+        Operands(*map(contiguous_copy, strided.operands)),
+        *map(contiguous_copy, strided[1:5]),
+        wants_lse=strided.wants_lse,
+    )
+    with cut(name):
+        assert_same_bits(run_backend(cpu, problem, strided), run_backend(cpu, problem, contiguous))
+
+
+def contiguous_copy(array):
+    return None if array is None else np.ascontiguousarray(array)
+
+
+@given(problem=problems(), rng=generators(), name=cuts(), threads=st.integers(2, 4))
+def test_the_number_of_threads_changes_no_bit(problem, rng, name, threads):
+    given_inputs = inputs(problem, rng)
+    with cut(name, threads=1):
+        expected = run_backend(cpu, problem, given_inputs)
+    with cut(name, threads):
+        assert_same_bits(run_backend(cpu, problem, given_inputs), expected)
+
+
+# What reaches whom
+
+
+@given(
+    data=st.data(),
+    rng=generators(),
+    name=cuts(),
+    poison=st.sampled_from([np.nan, np.inf, -np.inf, 1e3, 3e38]),
+    what=st.sampled_from(["key", "value"]),
+)
+def test_a_token_reaches_only_the_queries_that_see_it(data, rng, name, poison, what):
+    dtypes = ("float32", "float64") if np.isfinite(poison) else tuple(DTYPES)
+    problem = data.draw(problems(operations=("forward", "backward"), dtypes=dtypes, cross=False))
+    plain = inputs(problem, rng)._replace(wants_lse=True)
+    token = tuple(data.draw(st.integers(0, length - 1)) for length in problem.tokens)
+    changed = getattr(plain.operands, what).copy()
+    changed[(slice(None), *token)] = poison
+    touched = plain._replace(operands=plain.operands._replace(**{what: changed}))
+    with cut(name):
+        before, after = (run_backend(cpu, problem, each) for each in (plain, touched))
+    blind = ~np.broadcast_to(sees(problem, token), problem.tokens)
+    for result in ("output", "lse", "grad query"):
+        if result in before:
+            bits = {result: before[result][:, blind]}
+            assert_same_bits({result: after[result][:, blind]}, bits)
+    if np.isnan(poison) and problem.operation == "forward":
+        assert np.isnan(after["output"][:, ~blind].astype(float)).any(-1).all()
+
+
+def sees(problem: Problem, token: tuple[int, ...]) -> np.ndarray:
+    """[X1..Xr] Whether a query sees the key at `token`."""
+    result = np.ones((1,) * problem.rank, bool)
+    for r, (axis, y) in enumerate(zip(problem.axes, token, strict=True)):
+        start, end = axis.windows()
+        x = np.arange(axis.length)
+        index, group = y // axis.dilation, y % axis.dilation
+        along = (x % axis.dilation == group) & (start <= index) & (index < end)
+        result = result & along.reshape(*(-1 if axis == r else 1 for axis in range(problem.rank)))
+    return result
+
+
+@given(data=st.data(), rng=generators(), poison=st.sampled_from([np.nan, np.inf, 1e3]))
+def test_a_query_and_its_gradient_reach_only_what_it_sees(data, rng, poison):
+    problem = data.draw(problems(operations=("backward",), cross=False))
+    plain = inputs(problem, rng)
+    token = tuple(data.draw(st.integers(0, length - 1)) for length in problem.tokens)
+    here = (slice(None), *token)
+    query, grad_output = plain.operands.query.copy(), plain.grad_output.copy()
+    query[here] = grad_output[here] = poison
+    touched = plain._replace(operands=plain.operands._replace(query=query), grad_output=grad_output)
+    before, after = (run_backend(cpu, problem, each) for each in (plain, touched))
+    seen = np.zeros(problem.tokens, bool)
+    for key in np.ndindex(*problem.tokens):
+        seen[key] = np.broadcast_to(sees(problem, key), problem.tokens)[token]
+    for name in ("grad key", "grad value"):
+        assert_same_bits({name: after[name][:, ~seen]}, {name: before[name][:, ~seen]})
+    others = np.ones(problem.tokens, bool)
+    others[token] = False
+    name = "grad query"
+    assert_same_bits({name: after[name][:, others]}, {name: before[name][:, others]})
+
+
+# Ranges of numbers
+
+
+@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_large_logits(magnitude, dtype, operation):
+    problem = attention((40,), (4, 8), dtype, 9, operation)
+    rng = np.random.default_rng(0)
+    drawn = inputs(problem, rng)
+    query = np.full(problem.specs.query.shape, np.sqrt(abs(magnitude)) / 2)
+    key = np.copysign(query * 4 * np.abs(rng.normal(size=query.shape)), magnitude)
+    query[0, ::2] /= 1e3  # among rows of large logits, rows that need no maximum
+    changed = drawn.operands._replace(
+        query=query.astype(numpy_dtype(dtype)), key=key.astype(numpy_dtype(dtype))
+    )
+    check_backend(cpu, problem, drawn._replace(operands=changed))
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e36])
+def test_values_near_the_ends_of_the_range(size):
+    problem = attention((40,), (4, 8), "float32", 9)
+    drawn = inputs(problem, np.random.default_rng(0))
+    query, key, value = drawn.operands[:3]
+    changed = drawn.operands._replace(query=query * 8, key=key * 4, value=value * np.float32(size))
+    check_backend(cpu, problem, drawn._replace(operands=changed))
+
+
+# Cost and company
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_memory_beyond_the_results_is_bounded(operation):
+    problem = attention((65536,), (64, 64), "float32", 129, operation, heads=4)
+    shape = problem.output.shape
+    query, key, value, grad_output = np.random.default_rng(0).standard_normal(
+        (4, *shape), dtype="float32"
+    )
+    operands = Operands(query, key, value)
+    output, lse = np.empty(shape, "float32"), np.empty(shape[:-1], "float32")
+    gradients = Operands(*(np.empty_like(query) for _ in range(3)))
+    tracemalloc.start()
+    if operation == "forward":
+        cpu.forward(problem, operands, output, lse, np.empty)
+    else:
+        output[...], lse[...] = value, 5.0  # any numbers do
+        cpu.backward(problem, operands, grad_output, output, lse, None, gradients, np.empty)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 256 * 2**20
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other():
+    problem = attention((30, 31), (8, 8), "float32", 7, "backward")
+    given_inputs = [inputs(problem, np.random.default_rng(seed)) for seed in range(8)]
+    limits = blas_threads()
+    with cut("many boxes"):
+        expected = [run_backend(cpu, problem, each) for each in given_inputs]
+        with ThreadPoolExecutor(8) as pool:
+            got = list(pool.map(lambda each: run_backend(cpu, problem, each), given_inputs))
+    for ours, alone in zip(got, expected, strict=True):
+        assert_same_bits(ours, alone)
+    assert blas_threads() == limits
+
+
+def test_an_error_ends_all_threads_and_gives_the_blas_threads_back():
+    problem = attention((64, 64), (8, 8), "float32", 7, "backward")
+    limits, threads = blas_threads(), []
+
+    def allocate(shape, dtype):
+        threads.append(threading.get_ident())
+        if len(threads) > 12:
+            raise MemoryError("enough")
+        return np.empty(shape, dtype)
+
+    with cut("many boxes", threads=3), pytest.raises(MemoryError, match="enough"):
+        run_backend(cpu, problem, inputs(problem, np.random.default_rng(0)), allocate=allocate)
+    assert blas_threads() == limits
+
+
+def blas_threads() -> list[int]:
+    return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_computes():
+    script = """if True:
+        import os, signal
+        import numpy as np
+        import cuneigh
+
+        array = np.random.default_rng(0).standard_normal((4, 64, 64, 2, 16), dtype="float32")
+        expected = cuneigh.na2d(array, array, array, 7)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            same = np.array_equal(cuneigh.na2d(array, array, array, 7), expected)
+            os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    environment = os.environ | {"CUNEIGH_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+def test_environment_variables_set_the_number_of_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "5")
+    assert _threads.thread_count() == 5
+    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "many")
+    assert _threads.thread_count() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")
+    assert _threads.thread_count() == 1
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert 1 <= _threads.thread_count() <= os.cpu_count()
+
+
+def test_arrays_on_a_gpu_are_refused_with_the_reason():
+    problem = attention((8,), (4, 4))
+    assert cpu.unsupported(problem, CPU) is None
+    assert "CUDA" in cpu.unsupported(problem, Device("cuda"))
+
+
+def test_a_tile_of_a_very_long_window_is_small():
+    problem = attention((1 << 20,), (64, 64), kernel_size=1 << 20)
+    box = next(iter(_tiles.boxes(problem)))
+    assert math.prod((*box.lead, box.tile.keys, box.tile.width)) <= 1 << 24
