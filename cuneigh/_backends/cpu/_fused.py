@@ -56,7 +56,11 @@ def forward(
         columns = transposed(box, tile, problem.scale, space, "query columns")
         weights = space("weights", *box.lead, box.tile.keys, box.tile.width)
 
-        out = space("output", *box.lead, box.tile.width, problem.value_dim)
+        place = out_rows.view(box.query_place)
+        if place is None or place.dtype != space.dtype or problem.group_size > 1:
+            place = None
+        shape = *box.lead, box.tile.width, problem.value_dim
+        out = space("output", *shape) if place is None else place
 
         def fill() -> None:
             fill_logits(box, keys, columns, bias, weights)
@@ -78,11 +82,12 @@ def forward(
             np.subtract(weights, shift[..., None, :], out=weights)
             total, sums = attend()
         sums *= (1 / np.where(total == 0, 1, total))[..., None]
-        write_tile(box, out_rows, sums)
+        if place is None:
+            write_tile(box, out_rows, sums)
         if lse_rows is not None:
             write_tile(box, lse_rows, (np.log(total) + shift)[..., None])
 
-    for_each_box(problem, allocate, compute)
+    for_each_box(problem, compute)
 
 
 @np.errstate(all="ignore")
@@ -138,7 +143,7 @@ def backward(
         return Parts(box, key, value, additional_keys, additional_values, rpb)
 
     shared = Sums(problem, gradients, allocate)
-    for_each_box(problem, allocate, compute, shared.add)
+    for_each_box(problem, compute, shared.add)
     shared.store()
 
 

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -86,7 +87,7 @@ if hasattr(os, "register_at_fork"):
 def in_order(
     compute: Callable[[Item, Space], Result],
     items: Iterable[Item],
-    workspace: Callable[[], Space],
+    workspace: Callable[[], AbstractContextManager[Space]],
     collect: Callable[[Result], None] | None,
 ) -> None:
     """``compute(item, space)`` for all items, on several threads, the calling one among them.
@@ -102,29 +103,32 @@ def in_order(
     collected, failed = 0, False
 
     def work() -> None:
-        nonlocal collected, failed
-        space = workspace()
+        nonlocal failed
         try:
-            while not failed:
-                with changed:
-                    turn, item = next(source, (-1, None))
-                if item is None:
-                    return
-                result = compute(item, space)
-                if collect is not None:
+            with workspace() as space:
+                while not failed:
                     with changed:
-                        changed.wait_for(lambda: failed or collected == turn)  # noqa: B023
-                    if failed:
-                        return
-                    collect(result)
-                    with changed:
-                        collected += 1
-                        changed.notify_all()
+                        turn, item = next(source, (-1, None))
+                    if item is None:
+                        break
+                    result = compute(item, space)
+                    if collect is not None:
+                        collect_in_turn(turn, result)
         except BaseException:
             with changed:
                 failed = True
                 changed.notify_all()
             raise
+
+    def collect_in_turn(turn: int, result: Result) -> None:
+        nonlocal collected
+        with changed:
+            changed.wait_for(lambda: failed or collected == turn)
+        if collect is not None and not failed:
+            collect(result)
+            with changed:
+                collected += 1
+                changed.notify_all()
 
     with _one_blas_thread:
         helpers = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]

@@ -303,15 +303,19 @@ def cut(
         queries = math.prod(max(strip.queries for strip in along) for along in strips)
         halo = math.prod(max(strip.keys for strip in along) for along in strips)
         tiles = math.prod(sum(strip.tiles for strip in along) for along in strips)
-        keys = math.prod(sum(strip.tiles * strip.keys for strip in along) for along in strips)
+        along_keys = [sum(strip.tiles * strip.keys for strip in along) for along in strips]
+        keys = math.prod(along_keys)
+        # What overlaps along the first axis is copied once.
+        copied = sum(strip.tiles * strip.queries + strip.keys for strip in strips[0])
+        copied = min(copied, along_keys[0]) * math.prod(along_keys[1:])
         boxes = math.prod(map(len, strips))
         width = queries * group_size
         columns = -(-width // 16) * 16
         flop_ns = 1 / 130 if columns * halo * dims <= 2 * SMALL_PRODUCT else 1 / 100
-        logit_ns = (2 * dims * flop_ns + 1.2) * (1 + 12 / columns)
+        logit_ns = (2 * dims * flop_ns + 1.2) * (1 + 8 / columns)
         too_large = max(width * halo / LARGEST_TILE_LOGITS, 1)
         logits = (keys + tiles * additional) * columns * logit_ns * too_large
-        return logits + keys * dims * 0.5 + tiles * width * dims * 1.5 + boxes * 1e5 / repeats
+        return logits + copied * dims * 0.5 + tiles * width * dims * 1.5 + boxes * 1e5 / repeats
 
     def sizes(axis: Axis) -> set[int]:
         """Even parts of the axis, also in whole stride groups."""
@@ -332,10 +336,10 @@ def cut(
 # Boxes
 
 MOST_LOGITS, FEWEST_LOGITS = 1 << 20, 1 << 17
-"""Logits of a box: so few that they stay in the cache, and enough that threads seldom wait for
-each other, which they do to run Python."""
+"""Logits of a box, half as many in a backward: so few that they stay in the cache, and enough that
+threads seldom wait for each other, which they do to run Python."""
 
-BOXES = 6
+BOXES = 4
 """Boxes that a problem is cut into when that keeps them within those sizes."""
 
 KEPT_BYTES = 1 << 22
@@ -348,24 +352,25 @@ def boxes(problem: Problem) -> Iterable[Box]:
     dims, repeats = problem.head_dim + problem.value_dim, problem.batch * problem.kv_heads
     strips = cut(problem.axes, problem.rpb_dtype is not None, dims, repeats, *sizes[2:])
     keys = math.prod(sum(strip.tiles * strip.keys for strip in along) for along in strips)
+    most = MOST_LOGITS // 2 if problem.operation.endswith("backward") else MOST_LOGITS
     if 8 * keys * repeats > KEPT_BYTES:  # for the indices of rows
-        return _boxes(strips, *sizes)
-    return _kept_boxes(strips, *sizes)
+        return _boxes(strips, most, *sizes)
+    return _kept_boxes(strips, most, *sizes)
 
 
 # Strips are the same if they are one object: `cut` returns the same ones for the same problem.
 @lru_cache(maxsize=8)
-def _kept_boxes(strips: Cut, *sizes: int) -> list[Box]:
-    return list(_boxes(strips, *sizes))
+def _kept_boxes(strips: Cut, most: int, *sizes: int) -> list[Box]:
+    return list(_boxes(strips, most, *sizes))
 
 
 def _boxes(
-    strips: Cut, batch: int, kv_heads: int, group_size: int, additional: int
+    strips: Cut, most: int, batch: int, kv_heads: int, group_size: int, additional: int
 ) -> Iterator[Box]:
     tiles = [Tile(each, group_size, additional) for each in itertools.product(*strips)]
     tiles.sort(key=lambda tile: -tile.count * tile.logits)  # so that threads end at the same time
     total = sum(tile.count * tile.logits for tile in tiles) * batch * kv_heads
-    budget = min(max(total * 9 // (8 * BOXES), FEWEST_LOGITS), MOST_LOGITS)
+    budget = min(max(total * 9 // (8 * BOXES), FEWEST_LOGITS), most)
     for tile in tiles:
         counts = batch, *(strip.tiles for strip in tile.strips), kv_heads
         entries, *parts, heads = blocks(counts, budget // tile.logits)

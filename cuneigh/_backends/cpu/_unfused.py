@@ -85,7 +85,7 @@ def qk(problem: Problem, operands: Operands, logits: Array, allocate: Any) -> No
         fill_logits(box, keys, columns, bias, slots.dense)
         write_tile(box, logit_rows, slots.select(-np.inf))
 
-    for_each_box(problem, allocate, compute)
+    for_each_box(problem, compute)
 
 
 @np.errstate(all="ignore")
@@ -109,7 +109,7 @@ def qk_backward(
         return Parts(box, key=key, additional_keys=additional_keys, rpb=rpb)
 
     shared = Sums(problem, gradients, allocate)
-    for_each_box(problem, allocate, compute, shared.add)
+    for_each_box(problem, compute, shared.add)
     shared.store()
 
 
@@ -126,7 +126,7 @@ def av(problem: Problem, weights: Array, operands: Operands, output: Array, allo
         out = space("output", *box.lead, box.tile.width, problem.value_dim)
         write_tile(box, out_rows, values.sums(box, dense, out))
 
-    for_each_box(problem, allocate, compute)
+    for_each_box(problem, compute)
 
 
 @np.errstate(all="ignore")
@@ -156,5 +156,5 @@ def av_backward(
         return Parts(box, value=value, additional_values=additional_values)
 
     shared = Sums(problem, gradients, allocate)
-    for_each_box(problem, allocate, compute, shared.add)
+    for_each_box(problem, compute, shared.add)
     shared.store()
