@@ -1,7 +1,7 @@
 """Arrays of every framework: borrowed without a copy, and results of the same kind.
 
-A backend knows two kinds of native array, NumPy's on the CPU and CuPy's on a GPU. A `Face` stands
-between them and one framework. Those of NumPy and CuPy are here; `cuneigh.torch` and `cuneigh.jax`
+A backend knows NumPy's arrays on the CPU, and addresses on a GPU. A `Face` stands between that and
+one framework. Those of NumPy and CuPy are here; `cuneigh.torch` and `cuneigh.jax`
 hold theirs and enter them with `register` when they are imported, which `examine` does at the first
 array of theirs. No framework is ever imported for a user who has not imported it already.
 """
@@ -12,6 +12,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import ml_dtypes
@@ -23,7 +24,8 @@ from cuneigh._problem import DTYPES, Problem, Spec
 
 
 class Face(Protocol):
-    """How cuneigh reads the arrays of one framework; it is a `Borrower` or a `Launcher` as well.
+    """How cuneigh reads the arrays of one framework; it is a `HostFace`, a `GpuFace` or a
+    `Launcher` as well.
 
     A *place* is the framework's own name for a device: it can be compared and printed.
     """
@@ -54,20 +56,34 @@ class Face(Protocol):
         """`array` converted by the framework's own, differentiable operation."""
 
 
-class Borrower(Face, Protocol):
-    """A face that gives the memory of its arrays, and of new ones, to whoever launches."""
-
-    def launching(self, place: Any) -> AbstractContextManager[Any]:
-        """Within it `place` is the current device, and the caller's current stream the stream."""
-
-    def borrow(self, array: Any) -> Any:
-        """A native array on the memory of `array`, or of a result of `empty`; while launching."""
+class HostFace(Face, Protocol):
+    """A face that gives NumPy the memory of its arrays, and of new ones, on the CPU."""
 
     def empty(self, place: Any, shape: tuple[int, ...], dtype: str) -> Any:
-        """An uninitialized contiguous array, from the framework's allocator; while launching."""
+        """An uninitialized contiguous array, from the framework's allocator."""
 
-    def deliver(self, place: Any, array: Any) -> Any:
-        """What the caller receives for a result of `empty` once it is filled."""
+    def borrow(self, array: Any) -> npt.NDArray[Any]:
+        """A NumPy array on the memory of `array`, or of a result of `empty`."""
+
+
+class GpuFace(Face, Protocol):
+    """A face that says where its arrays, and new ones, are on a GPU, which is current."""
+
+    def empty(self, place: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        """The same, at a multiple of 16 bytes."""
+
+    def memory(self, array: Any) -> Memory:
+        """Where the numbers of `array` are."""
+
+    def address(self, array: Any) -> int:
+        """Where a result of `empty` is."""
+
+    def stream(self, place: Any) -> int:
+        """The caller's current CUDA stream."""
+
+
+Memory = tuple[int, tuple[int, ...], Any]
+"""An address, the elements from entry to entry along each axis, and what keeps the memory."""
 
 
 class Launcher(ABC):
@@ -238,8 +254,26 @@ def import_cupy() -> Any:
     return cupy
 
 
-HERE: AbstractContextManager[None] = nullcontext()
-"""Nothing to enter: the CPU, or a device that is current already."""
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
+def current(index: int) -> AbstractContextManager[Any]:
+    """Within it CUDA device `index` is current, and the driver knows that of this thread.
+
+    Where that is so already, nothing is changed: XLA, for one, pushes a context of its own.
+    """
+    cuda = _cuda()
+    if cuda.runtime.getDevice() != index:
+        device: AbstractContextManager[Any] = cuda.Device(index)
+        return device
+    if not cuda.driver.ctxGetCurrent():  # a thread that has not used CUDA yet
+        cuda.runtime.setDevice(index)
+    return _HERE
+
+
+@cache
+def _cuda() -> Any:
+    return import_cupy().cuda
 
 
 class NumPyFace:
@@ -258,17 +292,11 @@ class NumPyFace:
     def device(self, place: str) -> _device.Device:
         return _device.CPU
 
-    def launching(self, place: str) -> AbstractContextManager[None]:
-        return HERE
-
     def borrow(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return array
 
     def empty(self, place: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
         return np.empty(shape, numpy_dtype(dtype))
-
-    def deliver(self, place: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return array
 
     def full(
         self, place: str, shape: tuple[int, ...], dtype: str, value: float
@@ -310,29 +338,28 @@ class CuPyFace:
     def device(self, place: int) -> _device.Device:
         return _device.cuda(place)
 
-    def launching(self, place: int) -> AbstractContextManager[Any]:
-        cuda = self._cupy.cuda
-        if cuda.runtime.getDevice() == place:
-            return HERE
-        device: AbstractContextManager[Any] = cuda.Device(place)
-        return device
-
-    def borrow(self, array: Any) -> Any:
-        return array
-
     def empty(self, place: int, shape: tuple[int, ...], dtype: str) -> Any:
-        return self._cupy.empty(shape, numpy_dtype(dtype))
+        return self._cupy.ndarray(shape, numpy_dtype(dtype))
 
-    def deliver(self, place: int, array: Any) -> Any:
-        return array
+    def memory(self, array: Any) -> Memory:
+        size = array.itemsize
+        return array.data.ptr, tuple([stride // size for stride in array.strides]), array
+
+    def address(self, array: Any) -> int:
+        address: int = array.data.ptr
+        return address
+
+    def stream(self, place: int) -> int:
+        stream: int = self._cupy.cuda.get_current_stream().ptr
+        return stream
 
     def full(self, place: int, shape: tuple[int, ...], dtype: str, value: float) -> Any:
-        with self.launching(place):
+        with current(place):
             return self._cupy.full(shape, value, numpy_dtype(dtype))
 
     @contextmanager
     def operations(self, place: int) -> Iterator[Any]:
-        with self.launching(place):
+        with current(place):
             yield self._cupy
 
     def cast(self, array: Any, dtype: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, wraps
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -41,6 +41,24 @@ class Operands(NamedTuple):
     rpb: Any = None
 
 
+RESULTS: dict[Operation, tuple[str, ...]] = {
+    "forward": ("output", "lse"),
+    "backward": Operands._fields,
+    "qk": ("logits",),
+    "qk_backward": Operands._fields,
+    "av": ("output",),
+    "av_backward": ("weights", *Operands._fields),
+}
+"""What each operation returns; a gradient is called what it is the gradient of."""
+
+GRADIENT: dict[Operation, tuple[Operation, tuple[str, ...]]] = {
+    "forward": ("backward", ("grad_output", "grad_lse")),
+    "qk": ("qk_backward", ("grad_logits",)),
+    "av": ("av_backward", ("grad_output",)),
+}
+"""The operation that differentiates another, and what it calls the gradients of its results."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One neighborhood attention operation, apart from the numbers in its arrays.
@@ -60,6 +78,17 @@ class Problem:
     additional: int | None = None
     """Number of additional keys, or None when they were not given."""
     rpb_dtype: str | None = None
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In another process strings have other hashes.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def rank(self) -> int:
@@ -101,12 +130,7 @@ class Problem:
     @cached_property
     def gradient(self) -> Problem:
         """The problem of the gradient of this one."""
-        backward: dict[Operation, Operation] = {
-            "forward": "backward",
-            "qk": "qk_backward",
-            "av": "av_backward",
-        }
-        return replace(self, operation=backward[self.operation])
+        return replace(self, operation=GRADIENT[self.operation][0])
 
     @cached_property
     def specs(self) -> Operands:
@@ -144,6 +168,18 @@ class Problem:
     @cached_property
     def logits(self) -> Spec:
         return Spec((self.batch, *self.tokens, self.heads, self.slots), self.dtype)
+
+    def spec(self, name: str) -> Spec:
+        """That of the argument or the result called `name`."""
+        match name:
+            case "output" | "grad_output":
+                return self.output
+            case "lse" | "grad_lse":
+                return self.lse
+            case "logits" | "grad_logits" | "weights":
+                return self.logits
+        spec: Spec = getattr(self.specs, name)
+        return spec
 
     def visible_pairs(self) -> int:
         """(query, key) pairs of one batch entry and one query head that attend to each other."""

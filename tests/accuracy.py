@@ -291,12 +291,14 @@ def run_backend(
     to_native: Callable[[np.ndarray], Any] = identity,
     to_numpy: Callable[[Any], np.ndarray] = identity,
     allocate: Callable[[tuple[int, ...], str], Any] = poisoned,
+    adapt: Callable[[ModuleType], Any] = identity,
 ) -> dict[str, np.ndarray]:
     """The results of the operation of `problem`, by name, into outputs filled with NaN first.
 
     `to_native` brings an array to the backend's device and should keep its strides. Inputs must
-    come back as they were.
+    come back as they were. `adapt` makes one that fills such arrays of the backend.
     """
+    backend = adapt(backend)
     originals: list[tuple[Any, np.ndarray]] = []
 
     def native(array: np.ndarray | None) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from accuracy import check_backend
-from gpu_arrays import allocate, to_cupy, to_numpy
+from gpu_arrays import NATIVE
 from strategies import OPERATIONS, inputs
 
 from cuneigh import _device
@@ -88,14 +88,7 @@ def main(names: list[str]) -> None:
             given = inputs(problem, np.random.default_rng(rank), layout)
             for backend in (naive, gemm, fused):
                 if backend.NAME in names and backend.unsupported(problem, device) is None:
-                    check_backend(
-                        backend,
-                        problem,
-                        given,
-                        to_native=to_cupy,
-                        to_numpy=to_numpy,
-                        allocate=allocate,
-                    )
+                    check_backend(backend, problem, given, **NATIVE)
                     count += 1
     print(f"{count} results agree with the oracle")
 

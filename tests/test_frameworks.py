@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from calls import FRAMEWORKS, check_call, framework
+from gpu_arrays import at_launch
 from hypothesis import given
 from strategies import array, empty_problems, generators, inputs, layouts, numpy_dtype, problems
 
@@ -39,9 +40,9 @@ def watched_backend() -> Iterator[dict[str, Any]]:
     """Records the native arrays of a forward in place of running it."""
     seen: dict[str, Any] = {}
 
-    def forward(problem, operands, output, lse, allocate):
-        seen.update(operands=operands, output=output, lse=lse)
-        seen.update(workspace=allocate((2, 3), "float32"))
+    @at_launch
+    def forward(problem, operands, output, lse, workspace):
+        seen.update(operands=operands, output=output, lse=lse, workspace=workspace)
         output[...] = 1
         if lse is not None:
             lse[...] = 2

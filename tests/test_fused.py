@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 from accuracy import check_backend, run_backend
-from gpu_arrays import allocate, to_cupy, to_numpy
+from gpu_arrays import NATIVE
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import generators, inputs, layouts, problems
@@ -18,7 +18,6 @@ from cuneigh._backends import fused
 from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
 from cuneigh._window import Axis
 
-NATIVE = {"to_native": to_cupy, "to_numpy": to_numpy, "allocate": allocate}
 H200 = _device.Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)
 HALVES = ("float16", "bfloat16")
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from accuracy import check_backend, run_backend
-from gpu_arrays import allocate, to_cupy, to_numpy
+from gpu_arrays import NATIVE, on_arrays, to_cupy
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -40,7 +40,6 @@ from cuneigh._problem import (
 )
 from cuneigh._window import Axis
 
-NATIVE = {"to_native": to_cupy, "to_numpy": to_numpy, "allocate": allocate}
 GPU = Device("cuda", 0, "a GPU", (9, 0), 132)
 
 
@@ -423,11 +422,12 @@ def test_a_call_can_be_captured_into_a_graph(tokens, operation):
     output, lse = (cupy.empty(spec.shape, spec.dtype) for spec in (problem.output, problem.lse))
     gradients = Operands(*(cupy.empty_like(operand) for operand in operands[:3]))
     forward = replace(problem, operation="forward")
+    backend = on_arrays(gemm)
 
     def call():
-        gemm.forward(forward, operands, output, lse, cupy.empty)
+        backend.forward(forward, operands, output, lse, cupy.empty)
         if operation == "backward":
-            gemm.backward(
+            backend.backward(
                 problem, operands, operands.value, output, lse, None, gradients, cupy.empty
             )
 

@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 from accuracy import assert_close, expect
 from calls import arguments_of, framework, results_of
+from gpu_arrays import at_launch, located
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Inputs, array, generators, inputs, problems
 
 import cuneigh
 from cuneigh import _backends
-from cuneigh._problem import Operands, Problem, Spec
+from cuneigh._backends._program import cupy_stream
+from cuneigh._problem import RESULTS, Operands, Problem, Spec
 
 jax = pytest.importorskip("jax")
 
-from cuneigh.jax._calls import RESULTS, Call  # noqa: E402 - needs JAX
+from cuneigh.jax._calls import Call  # noqa: E402 - needs JAX
 
 DEVICES = ["jax", pytest.param("jax-cuda", marks=pytest.mark.gpu)]
 SHAPE = (2, 6, 7, 2, 4)
@@ -422,7 +424,8 @@ def test_subnormal_numbers_are_not_taken_for_zero():
     own, products = framework("jax"), []
     (query,) = normal(own, SHAPE)
 
-    def forward(problem, operands, output, lse, allocate):
+    @at_launch
+    def forward(problem, operands, output, lse, workspace):
         products.append(np.float32(1e-30) * np.float32(1e-10))
         output[...] = 0
 
@@ -464,7 +467,7 @@ class Backend:
     NAME = "counting"
     unsupported = staticmethod(lambda *given: None)
     @staticmethod
-    def forward(problem, operands, output, lse, allocate):
+    def forward(problem, operands, output, lse, space):
         local.calls = getattr(local, "calls", 0) + 1
         calls.append((threading.get_ident(), local.calls))
 
@@ -550,9 +553,15 @@ def test_workspace_comes_from_xla():
     (query,) = normal(own, SHAPE)
     addresses = []
 
-    def forward(problem, operands, output, lse, allocate):
-        addresses.extend(allocate((1 << 20,), "float32").data.ptr for _ in range(3))
-        output[...] = 1
+    def forward(problem, operands, output, lse, program):
+        arrays = [program.allocate((1 << 20,), "float32") for _ in range(3)]
+
+        def launch(given, stream):
+            addresses.extend(located(array, given).data.ptr for array in arrays)
+            with cupy_stream(stream):
+                located(output, given)[...] = 1
+
+        program.add(launch)
 
     device = query.device
     before = device.memory_stats()["num_allocs"], device.memory_stats()["bytes_in_use"]

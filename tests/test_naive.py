@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from accuracy import check_backend, run_backend
-from gpu_arrays import allocate, to_cupy, to_numpy
+from gpu_arrays import NATIVE, allocate, on_arrays, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -26,8 +26,6 @@ from strategies import (
 from cuneigh import _jit, _plan
 from cuneigh._backends import naive
 from cuneigh._problem import Operands, Problem, Spec, attention_problem, window_arguments
-
-NATIVE = {"to_native": to_cupy, "to_numpy": to_numpy, "allocate": allocate}
 
 
 def attention(tokens, dims, dtype="float32", kernel_size=3, operation="forward", heads=2, batch=1):
@@ -247,10 +245,11 @@ def check_huge(rank):
 
     operands = Operands(*(normal() for _ in range(3)))
     output, lse = cupy.empty(shape, "float16"), cupy.empty(shape[:-1], "float32")
-    naive.forward(problem, operands, output, lse, allocate)
+    backend = on_arrays(naive)
+    backend.forward(problem, operands, output, lse, allocate)
     grad_output = normal()
     gradients = Operands(*(cupy.empty(shape, "float16") for _ in range(3)))
-    naive.backward(problem, operands, grad_output, output, lse, None, gradients, allocate)
+    backend.backward(problem, operands, grad_output, output, lse, None, gradients, allocate)
     # The corners of the layout as small problems of their own: two windows wide, so that what
     # touches the corner token is all there.
     for corner in itertools.product((0, -1), repeat=rank):

@@ -1,24 +1,31 @@
 """The backends, in order of preference, and the choice among them.
 
-A backend is a module with the functions of `Backend`. It receives native arrays (NumPy on the CPU,
-CuPy on a GPU) that `_problem` has validated and that belong to one device, and it fills output
-arrays that the caller allocated. It never sees an empty problem, never writes to an input, and
-takes workspace only through `allocate`, which draws on the caller's framework.
+A backend is a module with the functions of `Backend`. Its arrays have been validated by `_problem`
+and belong to one device: NumPy's on the CPU, where it computes at once, and those of a `Program` on
+a GPU, to which it adds launches. It fills results that the caller allocated, never sees an empty
+problem, never writes to an input, and takes workspace only where the caller's framework gives it.
 """
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
 from typing import Any, Protocol, cast
 
 from cuneigh._backends import cpu, fused, gemm, naive
+from cuneigh._backends._program import Program
 from cuneigh._device import Device
 from cuneigh._problem import Operands, Problem
 
 
 class Allocate(Protocol):
-    """Gives an uninitialized, contiguous native array on the device of the call."""
+    """Gives an uninitialized, contiguous NumPy array."""
 
     def __call__(self, shape: tuple[int, ...], dtype: str) -> Any: ...
+
+
+Space = Program | Allocate
+"""Where a backend takes workspace: on a GPU the program to which it adds launches."""
 
 
 class Backend(Protocol):
@@ -31,7 +38,7 @@ class Backend(Protocol):
         """Why this backend cannot run `problem` on `device`; None when it can."""
 
     def forward(
-        self, problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Allocate
+        self, problem: Problem, operands: Operands, output: Any, lse: Any, space: Any, /
     ) -> None:
         """Fill `output`, and `lse` unless that is None."""
 
@@ -44,11 +51,12 @@ class Backend(Protocol):
         lse: Any,
         grad_lse: Any,
         gradients: Operands,
-        allocate: Allocate,
+        space: Any,
+        /,
     ) -> None:
         """Fill every array of `gradients`, one for each operand; `grad_lse` may be None."""
 
-    def qk(self, problem: Problem, operands: Operands, logits: Any, allocate: Allocate) -> None:
+    def qk(self, problem: Problem, operands: Operands, logits: Any, space: Any, /) -> None:
         """Fill `logits`."""
 
     def qk_backward(
@@ -57,12 +65,13 @@ class Backend(Protocol):
         operands: Operands,
         grad_logits: Any,
         gradients: Operands,
-        allocate: Allocate,
+        space: Any,
+        /,
     ) -> None:
         """Fill every array of `gradients`."""
 
     def av(
-        self, problem: Problem, weights: Any, operands: Operands, output: Any, allocate: Allocate
+        self, problem: Problem, weights: Any, operands: Operands, output: Any, space: Any, /
     ) -> None:
         """Fill `output`."""
 
@@ -74,7 +83,8 @@ class Backend(Protocol):
         grad_output: Any,
         grad_weights: Any,
         gradients: Operands,
-        allocate: Allocate,
+        space: Any,
+        /,
     ) -> None:
         """Fill `grad_weights` and every array of `gradients`."""
 
@@ -87,6 +97,11 @@ COMPETING: tuple[Any, ...] = (naive, gemm)
 """Those that predict their time (`predicted_ms`): which is faster depends on the problem."""
 
 
+def settings() -> tuple[str | None, ...]:
+    """What backends read of the environment when they are asked."""
+    return os.environ.get("CUNEIGH_WORKSPACE_BYTES"), os.environ.get("CUNEIGH_ALLOW_TF32")
+
+
 def choose(problem: Problem, device: Device, name: str | None) -> Backend:
     """The backend called `name`, or the first that supports `problem`.
 
@@ -95,9 +110,20 @@ def choose(problem: Problem, device: Device, name: str | None) -> Backend:
     Raises ValueError for an unknown name and RuntimeError, with the reason of every backend that
     was asked, when none can run the problem.
     """
-    candidates = [backend for backend in BACKENDS if name in (None, backend.NAME)]
+    return _choose(BACKENDS, settings(), problem, device, name)
+
+
+@lru_cache(maxsize=4096)
+def _choose(
+    backends: tuple[Backend, ...],
+    settings: object,
+    problem: Problem,
+    device: Device,
+    name: str | None,
+) -> Backend:
+    candidates = [backend for backend in backends if name in (None, backend.NAME)]
     if not candidates:
-        known = ", ".join(repr(backend.NAME) for backend in BACKENDS)
+        known = ", ".join(repr(backend.NAME) for backend in backends)
         raise ValueError(f"backend={name!r} is not one of {known}")
     competing, reasons = [], []
     for backend in candidates:

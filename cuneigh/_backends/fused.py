@@ -8,20 +8,18 @@ only the queries whose window holds it.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cuneigh import _fused_plan, _jit
 from cuneigh._backends import naive
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
-from cuneigh._device import Device, cuda
+from cuneigh._backends._program import Program
+from cuneigh._device import Device
 from cuneigh._fused_plan import WARPS, FusedPlan, Role, padded, plan
 from cuneigh._plan import row_plan
 from cuneigh._problem import Operands, Problem
-
-if TYPE_CHECKING:
-    from cuneigh._backends import Allocate
 
 NAME = "fused"
 LONGEST = {"forward": 256, "backward": 128}
@@ -62,10 +60,8 @@ def unsupported(problem: Problem, device: Device) -> str | None:
     return None
 
 
-def forward(
-    problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Allocate
-) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
+def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
     key_bytes = load_width((operands.query, operands.key, operands.additional_keys))
     value_bytes = load_width((operands.value, operands.additional_values, output))
     views = Views(problem.rank)
@@ -74,7 +70,7 @@ def forward(
     views.bias(operands.rpb)
     views.vectors(output)
     views.scalars(lse)
-    _launch(problem, "forward", key_bytes, value_bytes, views)
+    _launch(program, problem, "forward", key_bytes, value_bytes, views)
 
 
 def backward(
@@ -85,16 +81,16 @@ def backward(
     lse: Any,
     grad_lse: Any,
     gradients: Operands,
-    allocate: Allocate,
+    program: Program,
 ) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
-    grad_output, output = readable(grad_output, allocate), readable(output, allocate)
+    operands = Operands(*(readable(array, program) for array in operands))
+    grad_output, output = readable(grad_output, program), readable(output, program)
     query, key, value = operands[:3]
     keys = (query, key, operands.additional_keys, gradients.query, gradients.key)
     values = (value, operands.additional_values, grad_output, output, gradients.value)
     key_bytes, value_bytes = load_width(keys), load_width(values)
-    statistics = allocate((*lse.shape, 2), "float32")
-    _statistics(problem, grad_output, output, lse, grad_lse, statistics)
+    statistics = program.allocate((*lse.shape, 2), "float32")
+    _statistics(program, problem, grad_output, output, lse, grad_lse, statistics)
 
     views = Views(problem.rank)
     views.vectors(query, grad_output, key, value)
@@ -102,7 +98,7 @@ def backward(
     views.bias(operands.rpb)
     views.pairs(statistics)
     views.vectors(gradients.query, None)
-    _launch(problem, "query", key_bytes, value_bytes, views)
+    _launch(program, problem, "query", key_bytes, value_bytes, views)
 
     views = Views(problem.rank)
     views.vectors(key, value, query, grad_output)
@@ -110,12 +106,12 @@ def backward(
     views.bias(operands.rpb)
     views.pairs(statistics)
     views.vectors(gradients.key, gradients.value)
-    _launch(problem, "key", key_bytes, value_bytes, views)
+    _launch(program, problem, "key", key_bytes, value_bytes, views)
 
     if problem.additional or operands.rpb is not None:
         # Sums over all queries, which need no tensor cores
         naive.summed_gradients(
-            problem, operands, grad_output, lse, statistics[..., 1], gradients, allocate
+            problem, operands, grad_output, lse, statistics.component(1), gradients, program
         )
 
 
@@ -140,27 +136,39 @@ def kernels(problem: Problem, capability: tuple[int, int] = (9, 0)) -> list[_jit
     return needed
 
 
-def _launch(problem: Problem, role: Role, key_bytes: int, value_bytes: int, views: Views) -> None:
-    import cupy
-
-    device = cuda(cupy.cuda.device.get_device_id())
+def _launch(
+    program: Program,
+    problem: Problem,
+    role: Role,
+    key_bytes: int,
+    value_bytes: int,
+    views: Views,
+) -> None:
+    device = program.device
     chosen = plan(problem, device, role)
     assert chosen is not None, "`unsupported` has seen that one fits"
     area = chosen.row_tiles, chosen.columns
-    kernel = _jit.load(
-        _kernel(problem, device.capability, role, *area, key_bytes, value_bytes), device
-    )
-    size = _fused_plan.shared_bytes(problem, *area, role)
-    if kernel.max_dynamic_shared_size_bytes < size:
-        kernel.max_dynamic_shared_size_bytes = size
+    kernel = _kernel(problem, device.capability, role, *area, key_bytes, value_bytes)
     heads = problem.kv_heads if role == "key" else problem.heads
     blocks = _fused_plan.count(problem, chosen, role).blocks * problem.batch * heads
-    arguments = _record(problem, chosen, role), views.pack()
-    kernel((blocks,), (WARPS * 32,), arguments, shared_mem=size)
+    program.launch(
+        kernel,
+        (blocks, 1),
+        WARPS * 32,
+        _record(problem, chosen, role),
+        views.words,
+        shared_bytes=_fused_plan.shared_bytes(problem, *area, role),
+    )
 
 
 def _statistics(
-    problem: Problem, grad_output: Any, output: Any, lse: Any, grad_lse: Any, statistics: Any
+    program: Program,
+    problem: Problem,
+    grad_output: Any,
+    output: Any,
+    lse: Any,
+    grad_lse: Any,
+    statistics: Any,
 ) -> None:
     """What every query's row of logits is normalized by, and its delta."""
     width = load_width((grad_output, output))
@@ -169,7 +177,7 @@ def _statistics(
     views.vectors(grad_output, output)
     views.scalars(lse, grad_lse)
     views.pairs(statistics)
-    naive.launch_rows("fused_delta", problem, rows, views)
+    naive.launch_rows(program, "fused_delta", problem, rows, views)
 
 
 @lru_cache(maxsize=1024)

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cuneigh import _jit
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
-from cuneigh._device import Device, cuda
+from cuneigh._backends._program import Array, Program
+from cuneigh._device import Device
 from cuneigh._plan import THREADS, RowPlan, box_of, predicted, row_plan
 from cuneigh._problem import Operands, Problem
-
-if TYPE_CHECKING:
-    from cuneigh._backends import Allocate
 
 NAME = "naive"
 
@@ -41,10 +39,8 @@ def predicted_ms(problem: Problem, device: Device) -> float:
     return predicted(problem)
 
 
-def forward(
-    problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Allocate
-) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
+def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
     plan = _attention_plan(problem, operands, values=(output,))
     views = Views(problem.rank)
     views.vectors(*operands[:3])
@@ -53,6 +49,7 @@ def forward(
     views.vectors(output)
     views.scalars(lse)
     _launch(
+        program,
         "naive_forward",
         plan.source(),
         _record(problem, plan, keys=False),
@@ -69,10 +66,10 @@ def backward(
     lse: Any,
     grad_lse: Any,
     gradients: Operands,
-    allocate: Allocate,
+    program: Program,
 ) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
-    grad_output, output = readable(grad_output, allocate), readable(output, allocate)
+    operands = Operands(*(readable(array, program) for array in operands))
+    grad_output, output = readable(grad_output, program), readable(output, program)
     plan = _attention_plan(
         problem,
         operands,
@@ -82,7 +79,7 @@ def backward(
     key_slices = _slices(problem.head_dim, plan.key_capacity)
     value_slices = _slices(problem.value_dim, plan.value_capacity)
     slices = max(key_slices, value_slices)
-    delta = allocate(lse.shape, problem.accumulator)
+    delta = program.allocate(lse.shape, problem.accumulator)
 
     views = Views(problem.rank)
     views.vectors(*operands[:3])
@@ -92,6 +89,7 @@ def backward(
     views.scalars(lse, grad_lse, delta)
     views.vectors(gradients.query)
     _launch(
+        program,
         "naive_backward_query",
         plan.source(),
         _record(problem, plan, keys=False),
@@ -106,6 +104,7 @@ def backward(
     views.scalars(lse, delta)
     views.vectors(gradients.key, gradients.value)
     _launch(
+        program,
         "naive_backward_key",
         plan.source(),
         _record(problem, plan, keys=True),
@@ -113,7 +112,7 @@ def backward(
         _grid(problem, plan, keys=True, slices=slices),
     )
 
-    summed_gradients(problem, operands, grad_output, lse, delta, gradients, allocate)
+    summed_gradients(problem, operands, grad_output, lse, delta, gradients, program)
 
 
 def summed_gradients(
@@ -123,15 +122,19 @@ def summed_gradients(
     lse: Any,
     delta: Any,
     gradients: Operands,
-    allocate: Allocate,
+    program: Program,
 ) -> None:
     """The gradients that are sums over all queries: of the additional keys and values, and rpb."""
     if problem.additional:
         plan = _attention_plan(problem, operands, values=(grad_output,))
         rows = problem.batch * problem.additional * problem.kv_heads
-        count = _shares(rows, math.prod(problem.tokens), plan)
-        key_shares = allocate((count, *gradients.additional_keys.shape), problem.accumulator)
-        value_shares = allocate((count, *gradients.additional_values.shape), problem.accumulator)
+        count = _shares(program, rows, math.prod(problem.tokens), plan)
+        key_shares = program.allocate(
+            (count, *gradients.additional_keys.shape), problem.accumulator
+        )
+        value_shares = program.allocate(
+            (count, *gradients.additional_values.shape), problem.accumulator
+        )
         views = Views(problem.rank)
         views.vectors(operands.query)
         views.additional(operands.additional_keys, operands.additional_values)
@@ -143,28 +146,29 @@ def summed_gradients(
             _slices(problem.value_dim, plan.value_capacity),
         )
         _launch(
+            program,
             "naive_backward_additional",
             plan.source(),
             _record(problem, plan, keys=False),
             views,
             (rows * count, slices),
         )
-        _sum(key_shares, gradients.additional_keys, problem)
-        _sum(value_shares, gradients.additional_values, problem)
+        _sum(program, key_shares, gradients.additional_keys, problem)
+        _sum(program, value_shares, gradients.additional_values, problem)
 
     if operands.rpb is not None:
-        rpb_gradient(problem, operands, grad_output, lse, delta, gradients.rpb, allocate)
+        rpb_gradient(problem, operands, grad_output, lse, delta, gradients.rpb, program)
 
 
-def launch_rows(name: str, problem: Problem, plan: RowPlan, views: Views) -> None:
+def launch_rows(program: Program, name: str, problem: Problem, plan: RowPlan, views: Views) -> None:
     """Launch a kernel that gives every query to a group of lanes."""
     record = _record(problem, plan, keys=False)
-    _launch(name, plan.source(), record, views, _grid(problem, plan, keys=False))
+    _launch(program, name, plan.source(), record, views, _grid(problem, plan, keys=False))
 
 
-def qk(problem: Problem, operands: Operands, logits: Any, allocate: Allocate) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
-    _multiply(problem, operands, logits, dim=problem.head_dim, scale=problem.scale)
+def qk(problem: Problem, operands: Operands, logits: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    _multiply(program, problem, operands, logits, dim=problem.head_dim, scale=problem.scale)
 
 
 def qk_backward(
@@ -172,26 +176,33 @@ def qk_backward(
     operands: Operands,
     grad_logits: Any,
     gradients: Operands,
-    allocate: Allocate,
+    program: Program,
 ) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
+    operands = Operands(*(readable(array, program) for array in operands))
     dim, scale = problem.head_dim, problem.scale
     _gather(
-        problem, grad_logits, operands.key, operands.additional_keys, gradients.query, dim, scale
+        program,
+        problem,
+        grad_logits,
+        operands.key,
+        operands.additional_keys,
+        gradients.query,
+        dim,
+        scale,
     )
-    _scatter(problem, grad_logits, operands.query, gradients.key, dim, scale)
+    _scatter(program, problem, grad_logits, operands.query, gradients.key, dim, scale)
     if problem.additional:
         _scatter_additional(
-            problem, grad_logits, operands.query, gradients.additional_keys, dim, scale, allocate
+            program, problem, grad_logits, operands.query, gradients.additional_keys, dim, scale
         )
     if operands.rpb is not None:
-        stored_rpb_gradient(problem, grad_logits, gradients.rpb, allocate)
+        stored_rpb_gradient(problem, grad_logits, gradients.rpb, program)
 
 
-def av(problem: Problem, weights: Any, operands: Operands, output: Any, allocate: Allocate) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
+def av(problem: Problem, weights: Any, operands: Operands, output: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
     dim = problem.value_dim
-    _gather(problem, weights, operands.value, operands.additional_values, output, dim, 1.0)
+    _gather(program, problem, weights, operands.value, operands.additional_values, output, dim, 1.0)
 
 
 def av_backward(
@@ -201,19 +212,19 @@ def av_backward(
     grad_output: Any,
     grad_weights: Any,
     gradients: Operands,
-    allocate: Allocate,
+    program: Program,
 ) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
-    grad_output = readable(grad_output, allocate)
+    operands = Operands(*(readable(array, program) for array in operands))
+    grad_output = readable(grad_output, program)
     dim = problem.value_dim
     products = Operands(
         query=grad_output, key=operands.value, additional_keys=operands.additional_values
     )
-    _multiply(problem, products, grad_weights, dim=dim, scale=1.0, hidden_is_zero=True)
-    _scatter(problem, weights, grad_output, gradients.value, dim, 1.0)
+    _multiply(program, problem, products, grad_weights, dim=dim, scale=1.0, hidden_is_zero=True)
+    _scatter(program, problem, weights, grad_output, gradients.value, dim, 1.0)
     if problem.additional:
         _scatter_additional(
-            problem, weights, grad_output, gradients.additional_values, dim, 1.0, allocate
+            program, problem, weights, grad_output, gradients.additional_values, dim, 1.0
         )
 
 
@@ -264,6 +275,7 @@ def kernels(problem: Problem) -> list[_jit.Kernel]:
 
 
 def _multiply(
+    program: Program,
     problem: Problem,
     operands: Operands,
     logits: Any,
@@ -281,6 +293,7 @@ def _multiply(
     views.bias(operands.rpb)
     views.vectors(logits)
     _launch(
+        program,
         "naive_qk",
         plan.source(kHiddenIsZero=hidden_is_zero),
         _record(problem, plan, keys=False, head_dim=dim, scale=scale),
@@ -290,6 +303,7 @@ def _multiply(
 
 
 def _gather(
+    program: Program,
     problem: Problem,
     weights: Any,
     value: Any,
@@ -305,6 +319,7 @@ def _gather(
     views.additional(additional_values)
     views.vectors(output)
     _launch(
+        program,
         "naive_av",
         plan.source(),
         _record(problem, plan, keys=False, value_dim=dim, scale=scale),
@@ -314,13 +329,14 @@ def _gather(
 
 
 def _scatter(
-    problem: Problem, weights: Any, rows: Any, output: Any, dim: int, scale: float
+    program: Program, problem: Problem, weights: Any, rows: Any, output: Any, dim: int, scale: float
 ) -> None:
     """Inverse-neighborhood: `output` of every key from the rows of the queries that see it."""
     plan = _value_plan(problem, dim, rows, output)
     views = Views(problem.rank)
     views.vectors(weights, rows, output)
     _launch(
+        program,
         "naive_inverse",
         plan.source(),
         _record(problem, plan, keys=True, value_dim=dim, scale=scale),
@@ -330,30 +346,31 @@ def _scatter(
 
 
 def _scatter_additional(
+    program: Program,
     problem: Problem,
     weights: Any,
     rows: Any,
     output: Any,
     dim: int,
     scale: float,
-    allocate: Allocate,
 ) -> None:
     """The same for the additional keys, which every query sees."""
     plan = _value_plan(problem, dim, rows)
     places = problem.batch * (problem.additional or 0) * problem.kv_heads
-    count = _shares(places, math.prod(problem.tokens), plan)
-    shares = allocate((count, *output.shape), problem.accumulator)
+    count = _shares(program, places, math.prod(problem.tokens), plan)
+    shares = program.allocate((count, *output.shape), problem.accumulator)
     views = Views(problem.rank)
     views.vectors(weights, rows)
     views.pointers(shares)
     _launch(
+        program,
         "naive_additional",
         plan.source(),
         _record(problem, plan, keys=False, value_dim=dim, scale=scale),
         views,
         (places * count, _slices(dim, plan.value_capacity)),
     )
-    _sum(shares, output, problem)
+    _sum(program, shares, output, problem)
 
 
 def rpb_gradient(
@@ -363,7 +380,7 @@ def rpb_gradient(
     lse: Any,
     delta: Any,
     gradient: Any,
-    allocate: Allocate,
+    program: Program,
 ) -> None:
     """The gradient of the bias, from what a backward is given and delta."""
     plan = _attention_plan(problem, operands, values=(grad_output,))
@@ -373,17 +390,17 @@ def rpb_gradient(
     views.vectors(grad_output)
     views.scalars(lse, delta)
     views.vectors(None)
-    _rpb_gradient(problem, plan, views, gradient, stored=False, allocate=allocate)
+    _rpb_gradient(problem, plan, views, gradient, stored=False, program=program)
 
 
 def stored_rpb_gradient(
-    problem: Problem, grad_logits: Any, gradient: Any, allocate: Allocate
+    problem: Problem, grad_logits: Any, gradient: Any, program: Program
 ) -> None:
     """The gradient of the bias, from that of the logits."""
     plan = row_plan(problem.rank, problem.dtype, None, 0, 0)
     views = Views(problem.rank)
     views.vectors(*(None,) * 7, grad_logits)
-    _rpb_gradient(problem, plan, views, gradient, stored=True, allocate=allocate)
+    _rpb_gradient(problem, plan, views, gradient, stored=True, program=program)
 
 
 def _rpb_gradient(
@@ -392,32 +409,33 @@ def _rpb_gradient(
     views: Views,
     gradient: Any,
     stored: bool,
-    allocate: Allocate,
+    program: Program,
 ) -> None:
     """The gradient of the bias, from the views up to the shares."""
-    count = _shares(gradient.size, math.prod(problem.tokens), plan)
-    shares = allocate((count, *gradient.shape), problem.accumulator)
+    count = _shares(program, gradient.size, math.prod(problem.tokens), plan)
+    shares = program.allocate((count, *gradient.shape), problem.accumulator)
     views.pointers(shares)
     _launch(
+        program,
         "naive_backward_rpb",
         plan.source(kStored=stored),
         _record(problem, plan, keys=False),
         views,
         (gradient.size * count, 1),
     )
-    _sum(shares, gradient, problem)
+    _sum(program, shares, gradient, problem)
 
 
-def _sum(shares: Any, result: Any, problem: Problem) -> None:
+def _sum(program: Program, shares: Array, result: Array, problem: Problem) -> None:
     """Add up the leading axis of `shares` into `result`."""
-    import cupy
-
-    source = _sum_source(problem.accumulator, result.dtype.name)
-    kernel = _jit.load(_jit.Kernel("naive_sum", source), cuda(cupy.cuda.device.get_device_id()))
-    kernel(
-        (math.ceil(result.size / THREADS),),
-        (THREADS,),
-        (shares, np.int64(shares.shape[0]), np.int64(result.size), result),
+    program.launch(
+        _jit.Kernel("naive_sum", _sum_source(problem.accumulator, result.dtype)),
+        (math.ceil(result.size / THREADS), 1),
+        THREADS,
+        [shares.pointer],
+        [shares.shape[0]],
+        [result.size],
+        [result.pointer],
     )
 
 
@@ -428,11 +446,9 @@ def _sum_source(number: str, result: str) -> str:
     )
 
 
-def _shares(rows: int, queries: int, plan: RowPlan) -> int:
+def _shares(program: Program, rows: int, queries: int, plan: RowPlan) -> int:
     """Blocks that share the sum over all queries for one of `rows` results."""
-    import cupy
-
-    blocks = 8 * cuda(cupy.cuda.device.get_device_id()).sm_count
+    blocks = 8 * program.device.sm_count
     useful = math.ceil(queries / (4 * plan.groups))
     return max(1, min(math.ceil(blocks / rows), useful))
 
@@ -493,12 +509,14 @@ def _slices(dim: int, capacity: int) -> int:
 
 
 def _launch(
-    name: str, source: str, record: np.ndarray[Any, Any], views: Views, grid: tuple[int, int]
+    program: Program,
+    name: str,
+    source: str,
+    record: np.ndarray[Any, Any],
+    views: Views,
+    grid: tuple[int, int],
 ) -> None:
-    import cupy
-
-    kernel = _jit.load(_jit.Kernel(name, source), cuda(cupy.cuda.device.get_device_id()))
-    kernel(grid, (THREADS,), (record, views.pack()))
+    program.launch(_jit.Kernel(name, source), grid, THREADS, record, views.words)
 
 
 def _attention_plan(

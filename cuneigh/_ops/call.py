@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from cuneigh._arrays import Arguments, Borrower, Launcher, Watcher, meet
-from cuneigh._backends import Allocate, Backend, choose
-from cuneigh._problem import Operands, Problem, Spec, finite_scale
+from cuneigh._arrays import Arguments, GpuFace, HostFace, Launcher, Watcher, current, meet
+from cuneigh._backends import choose
+from cuneigh._device import CPU
+from cuneigh._ops.launch import perform, program
+from cuneigh._problem import Problem, Spec, finite_scale
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,76 +115,63 @@ def run(
 
     A problem that is empty launches nothing: its results are those of no keys at all.
     """
-    place = arguments.place
-    device = arguments.face.device(place)
-    chosen = None if device is None else choose(problem, device, backend)
+    face, place = arguments.face, arguments.place
+    device = face.device(place)
     if problem.is_empty:
+        if device is not None:
+            choose(problem, device, backend)  # raises what any other problem would
         values = (0.0, -math.inf) if problem.operation == "forward" else repeat(0.0)
         return [
-            None if spec is None else arguments.face.full(place, *spec, value)
+            None if spec is None else face.full(place, *spec, value)
             for spec, value in zip(results, values, strict=False)
         ]
-    if isinstance(arguments.face, Launcher):
-        return arguments.face.launch(arguments, problem, backend, results)
-    assert chosen is not None, "only a launcher hides where its arrays are"
-    face = cast(Borrower, arguments.face)
+    if isinstance(face, Launcher):
+        if device is not None:
+            choose(problem, device, backend)
+        return face.launch(arguments, problem, backend, results)
+    assert device is not None, "only a launcher hides where its arrays are"
+    if device.kind == "cpu":
+        return _on_host(cast(HostFace, face), arguments, problem, backend, results)
+    return _on_gpu(cast(GpuFace, face), device.index, arguments, problem, backend, results)
+
+
+def _on_host(
+    face: HostFace,
+    arguments: Arguments,
+    problem: Problem,
+    backend: str | None,
+    results: Sequence[Spec | None],
+) -> list[Any]:
+    place = arguments.place
 
     def allocate(shape: tuple[int, ...], dtype: str) -> Any:
         return face.borrow(face.empty(place, shape, dtype))
 
-    with face.launching(place):
-        given = {name: face.borrow(array) for name, array in arguments.arrays.items()}
-        made = [None if spec is None else face.empty(place, *spec) for spec in results]
-        native = [None if array is None else face.borrow(array) for array in made]
-        launch(chosen, problem, given, native, allocate)
-    return [None if array is None else face.deliver(place, array) for array in made]
+    chosen = choose(problem, CPU, backend)
+    given = {name: face.borrow(array) for name, array in arguments.arrays.items()}
+    made = [None if spec is None else face.empty(place, *spec) for spec in results]
+    native = [None if array is None else face.borrow(array) for array in made]
+    perform(chosen, problem, given, native, allocate)
+    return made
 
 
-def launch(
-    chosen: Backend,
+def _on_gpu(
+    face: GpuFace,
+    index: int,
+    arguments: Arguments,
     problem: Problem,
-    given: Mapping[str, Any],
-    results: Sequence[Any],
-    allocate: Allocate,
-) -> None:
-    """Have `chosen` fill the native arrays `results` from native arguments, `given` by name.
-
-    Results are in the order in which the public function returns them, None where not wanted.
-    """
-    operands = Operands(*map(given.get, Operands._fields))
-    match problem.operation:
-        case "forward":
-            output, lse = results
-            chosen.forward(problem, operands, output, lse, allocate)
-        case "backward":
-            chosen.backward(
-                problem,
-                operands,
-                given["grad_output"],
-                given["output"],
-                given["lse"],
-                given.get("grad_lse"),
-                Operands(*results),
-                allocate,
-            )
-        case "qk":
-            (logits,) = results
-            chosen.qk(problem, operands, logits, allocate)
-        case "qk_backward":
-            chosen.qk_backward(
-                problem, operands, given["grad_logits"], Operands(*results), allocate
-            )
-        case "av":
-            (output,) = results
-            chosen.av(problem, given["weights"], operands, output, allocate)
-        case "av_backward":
-            grad_weights, *gradients = results
-            chosen.av_backward(
-                problem,
-                given["weights"],
-                operands,
-                given["grad_output"],
-                grad_weights,
-                Operands(*gradients),
-                allocate,
-            )
+    backend: str | None,
+    results: Sequence[Spec | None],
+) -> list[Any]:
+    place, arrays = arguments.place, arguments.arrays
+    with current(index):
+        memories = [face.memory(array) for array in arrays.values()]
+        layouts = tuple([(steps, address % 16) for address, steps, _ in memories])
+        launches = program(problem, index, backend, tuple(arrays), layouts, tuple(results))
+        made = [None if spec is None else face.empty(place, *spec) for spec in results]
+        workspace = [face.empty(place, *spec) for spec in launches.workspace]
+        addresses = [address for address, _, _ in memories]
+        addresses += [face.address(array) for array in made if array is not None]
+        addresses += [face.address(array) for array in workspace]
+        launches.run(addresses, face.stream(place))
+    return made

@@ -26,7 +26,7 @@ from cuneigh._arrays import (
     register,
 )
 from cuneigh._backends import BACKENDS, choose
-from cuneigh._problem import Problem, Spec
+from cuneigh._problem import RESULTS, Problem, Spec
 from cuneigh.jax import _calls, _handlers
 
 
@@ -83,7 +83,7 @@ class JaxFace(Launcher):
     ) -> list[Any]:
         if arguments.place is None and backend not in (None, *(known.NAME for known in BACKENDS)):
             choose(problem, _device.CPU, backend)  # raises now, not when the program runs
-        names = _calls.RESULTS[problem.operation]
+        names = RESULTS[problem.operation]
         wanted = [name for name, spec in zip(names, results, strict=True) if spec is not None]
         call = _calls.Call(problem, backend, tuple(arguments.arrays), tuple(wanted))
         arrays = tuple(arguments.arrays.values())

@@ -17,28 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from cuneigh._arrays import numpy_dtype
-from cuneigh._problem import Operands, Operation, Problem, Spec
+from cuneigh._problem import GRADIENT, RESULTS, Problem
 from cuneigh._window import Axis
 
 TARGET = "cuneigh"
 """The name by which XLA knows the handler of every call."""
-
-RESULTS: dict[Operation, tuple[str, ...]] = {
-    "forward": ("output", "lse"),
-    "backward": Operands._fields,
-    "qk": ("logits",),
-    "qk_backward": Operands._fields,
-    "av": ("output",),
-    "av_backward": ("weights", *Operands._fields),
-}
-"""What each operation returns; a gradient is called what it is the gradient of."""
-
-COTANGENTS: dict[Operation, tuple[str, ...]] = {
-    "forward": ("grad_output", "grad_lse"),
-    "qk": ("grad_logits",),
-    "av": ("grad_output",),
-}
-"""What the gradient of an operation calls the gradients of the operation's results."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +33,6 @@ class Call:
     arguments: tuple[str, ...]
     results: tuple[str, ...]
     """Those that are wanted, in the order of `RESULTS`."""
-
-    def spec(self, name: str) -> Spec:
-        """Shape and dtype of an argument or a result."""
-        match name:
-            case "output" | "grad_output":
-                return self.problem.output
-            case "lse" | "grad_lse":
-                return self.problem.lse
-            case "logits" | "grad_logits" | "weights":
-                return self.problem.logits
-        spec: Spec = getattr(self.problem.specs, name)
-        return spec
 
     def encoded(self) -> str:
         return json.dumps(asdict(self))
@@ -88,7 +59,7 @@ def compute(call: Call, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 def _compute_forward(call: Call, *arrays: jax.Array) -> tuple[Any, Any]:
     operation = call.problem.operation
-    if operation not in COTANGENTS:
+    if operation not in GRADIENT:
         raise NotImplementedError(
             "cuneigh: second derivatives of neighborhood attention are not supported"
         )
@@ -103,7 +74,7 @@ def _compute_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[jax.
     operation, gradient = call.problem.operation, call.problem.gradient
     given = dict(zip(call.arguments, arrays, strict=True))
     given |= zip(RESULTS[operation], kept, strict=False)
-    given |= zip(COTANGENTS[operation], cotangents, strict=False)
+    given |= zip(GRADIENT[operation][1], cotangents, strict=False)
     # Gradients come in an order of their own, and are returned in that of the arguments.
     wanted = tuple(name for name in RESULTS[gradient.operation] if name in call.arguments)
     backward = Call(gradient, call.backend, tuple(given), wanted)
@@ -123,7 +94,7 @@ def _batchable(call: Call) -> Any:
     arguments, results = (
         [
             jax.ShapeDtypeStruct(spec.shape, numpy_dtype(spec.dtype))
-            for spec in map(call.spec, names)
+            for spec in map(call.problem.spec, names)
         ]
         for names in (call.arguments, call.results)
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import nullcontext
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -12,23 +11,28 @@ import numpy as np
 import numpy.typing as npt
 
 from cuneigh import _device
-from cuneigh._arrays import import_cupy, numpy_dtype
+from cuneigh._arrays import current, numpy_dtype
 from cuneigh._backends import choose
-from cuneigh._ops.call import launch
-from cuneigh._problem import Spec
+from cuneigh._backends._program import contiguous
+from cuneigh._ops.launch import perform, program
+from cuneigh._problem import RESULTS, Spec, size_of
 from cuneigh.jax import _arithmetic, _xla
-from cuneigh.jax._calls import RESULTS, TARGET, Call
+from cuneigh.jax._calls import TARGET, Call
 
 
 class Request(NamedTuple):
-    """A call and the specs of its arrays, in XLA's order."""
+    """A call, and what is the same whenever it is served. XLA's arrays are contiguous."""
 
     call: Call
     arguments: tuple[Spec, ...]
     results: tuple[Spec, ...]
+    wanted: tuple[Spec | None, ...]
+    """Those of all results that the operation has, None where not wanted."""
+    steps: tuple[tuple[int, ...], ...]
+    """Of every argument, the elements from entry to entry along each axis."""
 
     def native(self, arguments: list[Any], results: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-        """What `launch` takes, from the native arrays in XLA's order."""
+        """What `perform` takes, from the native arrays in XLA's order."""
         made = dict(zip(self.call.results, results, strict=True))
         given = dict(zip(self.call.arguments, arguments, strict=True))
         return given, [made.get(name) for name in RESULTS[self.call.problem.operation]]
@@ -37,7 +41,16 @@ class Request(NamedTuple):
 @lru_cache(maxsize=4096)
 def _request(text: bytes) -> Request:
     call = Call.decoded(text)
-    return Request(call, tuple(map(call.spec, call.arguments)), tuple(map(call.spec, call.results)))
+    spec = call.problem.spec
+    arguments = tuple(map(spec, call.arguments))
+    names = RESULTS[call.problem.operation]
+    return Request(
+        call,
+        arguments,
+        tuple(map(spec, call.results)),
+        tuple(spec(name) if name in call.results else None for name in names),
+        tuple(contiguous(argument.shape) for argument in arguments),
+    )
 
 
 def serve_cpu(asked: _xla.Call) -> None:
@@ -52,7 +65,7 @@ def serve_cpu(asked: _xla.Call) -> None:
     results = [_host(*pair) for pair in zip(asked.results, request.results, strict=True)]
     chosen = choose(problem, _device.CPU, backend)
     with _arithmetic.usual():
-        launch(chosen, problem, *request.native(arguments, results), _allocate_on_host)
+        perform(chosen, problem, *request.native(arguments, results), _allocate_on_host)
 
 
 def _host(address: int, spec: Spec) -> npt.NDArray[Any]:
@@ -69,49 +82,22 @@ def _allocate_on_host(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     return np.empty(shape, numpy_dtype(dtype))
 
 
-class Stream(NamedTuple):
-    """A CUDA stream in the form that CuPy takes."""
-
-    pointer: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer
-
-
 def serve_cuda(asked: _xla.Call) -> None:
     """Launch a call on arrays on a GPU; XLA's stream orders it and nothing waits for it here."""
     request = _request(asked.text)
-    problem, backend = request.call.problem, request.call.backend
-    if problem.is_empty:
+    call = request.call
+    if call.problem.is_empty:
         return
-    cuda, index = import_cupy().cuda, asked.device()
-
-    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
-        size = prod(shape) * numpy_dtype(dtype).itemsize
-        return _on_device(asked.allocate(size) if size else 0, Spec(shape, dtype), index)
-
-    # XLA has made the device current by pushing its context. To make it current once more would
-    # outlast that, and leave the caller's thread on it.
-    is_current = cuda.runtime.getDevice() == index
-    device = nullcontext() if is_current else cuda.Device(index)
-    with device, cuda.Stream.from_external(Stream(asked.stream())):
-        arguments, results = (
-            [_on_device(*pair, index) for pair in zip(addresses, specs, strict=True)]
-            for addresses, specs in (
-                (asked.arguments, request.arguments),
-                (asked.results, request.results),
-            )
+    index = asked.device()
+    layouts = tuple(
+        (steps, address % 16) for steps, address in zip(request.steps, asked.arguments, strict=True)
+    )
+    with current(index):
+        launches = program(
+            call.problem, index, call.backend, call.arguments, layouts, request.wanted
         )
-        chosen = choose(problem, _device.cuda(index), backend)
-        launch(chosen, problem, *request.native(arguments, results), allocate)
-
-
-def _on_device(address: int, spec: Spec, index: int) -> Any:
-    """The CuPy array at an address."""
-    cupy = import_cupy()
-    dtype = numpy_dtype(spec.dtype)
-    memory = cupy.cuda.UnownedMemory(address, prod(spec.shape) * dtype.itemsize, None, index)
-    return cupy.ndarray(spec.shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+        workspace = [asked.allocate(size_of(spec)) for spec in launches.workspace]
+        launches.run([*asked.arguments, *asked.results, *workspace], asked.stream())
 
 
 def register() -> None:

@@ -245,6 +245,8 @@ class Call:
 
     def allocate(self, size: int) -> int:
         """The address of new device memory, which is XLA's again after the call."""
+        if not size:
+            return 0
         data: int = self._api.ask(MemoryAllocate, self._context, size, ALIGNMENT).data
         self._owned.append((size, data))
         return data

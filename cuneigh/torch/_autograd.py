@@ -13,8 +13,8 @@ import torch
 
 from cuneigh._arrays import Arguments
 from cuneigh._ops.call import run
-from cuneigh._problem import Problem, Spec
-from cuneigh.torch._operators import GRADIENT, RESULTS, SECOND, gradient_arguments
+from cuneigh._problem import GRADIENT, RESULTS, Problem, Spec
+from cuneigh.torch._operators import SECOND, gradient_arguments
 
 
 def differentiable(

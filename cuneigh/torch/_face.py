@@ -5,19 +5,19 @@ Results come from PyTorch's allocators, and kernels run on PyTorch's current str
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from cuneigh import _device
-from cuneigh._arrays import HERE, Arguments, Watcher, import_cupy, numpy_dtype, refuse
-from cuneigh._problem import DTYPES, Problem, Spec
+from cuneigh._arrays import Arguments, Memory, Watcher, import_cupy, numpy_dtype, refuse
+from cuneigh._problem import DTYPES, GRADIENT, Problem, Spec
 from cuneigh.torch import _operators
 from cuneigh.torch._autograd import differentiable
 
@@ -61,32 +61,29 @@ class TorchFace(Watcher):
     def cast(self, array: torch.Tensor, dtype: str) -> torch.Tensor:
         return array.to(getattr(torch, dtype))
 
-    # As a lender of memory
-
-    def launching(self, place: torch.device) -> AbstractContextManager[Any]:
-        if place.type == "cpu":
-            return HERE
-        index = place.index
-        stream = _stream(index, torch._C._cuda_getCurrentRawStream(index))
-        if import_cupy().cuda.runtime.getDevice() != index:
-            return _elsewhere(index, stream)
-        return stream
-
-    def borrow(self, array: torch.Tensor) -> Any:
-        if array.is_neg():  # a pending change of sign, which native arrays do not have
-            array = array.resolve_neg()
-        if array.is_cuda:
-            return _cupy_view(array)
-        array = array.detach()
-        if array.dtype is torch.bfloat16:  # which NumPy does not have
-            return array.view(torch.int16).numpy().view(_NATIVE[torch.bfloat16])
-        return array.numpy()
+    # As one that gives memory
 
     def empty(self, place: torch.device, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         return torch.empty(shape, dtype=_DTYPES[dtype], device=place)
 
-    def deliver(self, place: torch.device, array: torch.Tensor) -> torch.Tensor:
-        return array
+    def borrow(self, array: torch.Tensor) -> npt.NDArray[Any]:
+        array = _resolved(array).detach()
+        if array.dtype is torch.bfloat16:  # which NumPy does not have
+            native: npt.NDArray[Any] = array.view(torch.int16).numpy()
+            return native.view(numpy_dtype("bfloat16"))
+        return array.numpy()  # type: ignore[no-any-return]
+
+    def memory(self, array: torch.Tensor) -> Memory:
+        array = _resolved(array)
+        return array.data_ptr(), array.stride(), array
+
+    def address(self, array: torch.Tensor) -> int:
+        address: int = array.data_ptr()
+        return address
+
+    def stream(self, place: torch.device) -> int:
+        stream: int = torch._C._cuda_getCurrentRawStream(place.index)
+        return stream
 
     # As a watcher
 
@@ -121,7 +118,7 @@ class TorchFace(Watcher):
         backend: str | None,
         results: Sequence[Spec | None],
     ) -> list[torch.Tensor | None]:
-        is_gradient = problem.operation not in _operators.GRADIENT
+        is_gradient = problem.operation not in GRADIENT
         if is_gradient or forward_ad._current_level >= 0:
             _refuse_lost_derivatives(call, arguments.arrays, is_gradient)
         made: Sequence[torch.Tensor | None]
@@ -133,7 +130,6 @@ class TorchFace(Watcher):
 
 
 _DTYPES = {name: getattr(torch, name) for name in DTYPES}
-_NATIVE = {dtype: numpy_dtype(name) for name, dtype in _DTYPES.items()}
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that autocast converts."""
 
@@ -163,44 +159,6 @@ def _is_traced(arrays: Mapping[str, torch.Tensor]) -> bool:
     return not TRACED.isdisjoint(map(type, arrays.values()))
 
 
-def _cupy_view(tensor: torch.Tensor) -> Any:
-    """A CuPy array on the memory of a CUDA tensor, which it keeps alive.
-
-    Straight from pointer and strides: DLPack takes longer, and a call has a dozen arrays.
-    """
-    array, pointer, memory = _cupy_classes()
-    size = tensor.element_size()
-    held = memory(tensor.data_ptr(), tensor.numel() * size, tensor, tensor.get_device())
-    strides = [stride * size for stride in tensor.stride()]
-    return array(tuple(tensor.shape), _NATIVE[tensor.dtype], pointer(held, 0), tuple(strides))
-
-
-@cache
-def _cupy_classes() -> tuple[Any, Any, Any]:
-    cupy = import_cupy()
-    return cupy.ndarray, cupy.cuda.MemoryPointer, cupy.cuda.UnownedMemory
-
-
-class Stream(NamedTuple):
-    """A stream of PyTorch in the form that CuPy takes (PyTorch before 2.9 lacks it)."""
-
-    pointer: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer
-
-
-@lru_cache(maxsize=256)
-def _stream(index: int, pointer: int) -> AbstractContextManager[Any]:
-    """The stream at `pointer` of CUDA device `index` as CuPy's."""
-    cuda = import_cupy().cuda
-    with cuda.Device(index):
-        stream: AbstractContextManager[Any] = cuda.Stream.from_external(Stream(pointer))
-    return stream
-
-
-@contextmanager
-def _elsewhere(index: int, stream: Any) -> Iterator[None]:
-    """Make `index` CuPy's current device and `stream` its current stream there."""
-    with import_cupy().cuda.Device(index), stream:
-        yield
+def _resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without a pending change of sign, which nothing else can see."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor

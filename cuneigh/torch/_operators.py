@@ -17,6 +17,8 @@ from cuneigh._arrays import Arguments, examine
 from cuneigh._ops.call import run
 from cuneigh._problem import (
     DTYPES,
+    GRADIENT,
+    RESULTS,
     Operands,
     Operation,
     Problem,
@@ -44,23 +46,6 @@ ARGUMENTS: dict[Operation, tuple[str, ...]] = {
 SECOND = "is a gradient already, and second derivatives of neighborhood attention are not supported"
 
 OPTIONAL = ("additional_keys", "additional_values", "rpb", "grad_lse")
-
-RESULTS: dict[Operation, tuple[str, ...]] = {
-    "forward": ("output", "lse"),
-    "backward": Operands._fields,
-    "qk": ("logits",),
-    "qk_backward": Operands._fields,
-    "av": ("output",),
-    "av_backward": ("weights", *Operands._fields),
-}
-"""What each operation returns; a gradient is called what it is the gradient of."""
-
-GRADIENT: dict[Operation, tuple[Operation, tuple[str, ...]]] = {
-    "forward": ("backward", ("grad_output", "grad_lse")),
-    "qk": ("qk_backward", ("grad_logits",)),
-    "av": ("av_backward", ("grad_output",)),
-}
-"""The operation that differentiates another, and what it calls the gradients of its results."""
 
 
 class Parameters(NamedTuple):
@@ -139,15 +124,6 @@ def _given_results(operation: Operation, arrays: dict[str, Any]) -> list[str]:
     return [name for name in results if operation in GRADIENT or arrays.get(name) is not None]
 
 
-def _specs_of(problem: Problem) -> dict[str, Spec | None]:
-    """Shapes and dtypes of the results of `problem`, by their names."""
-    if problem.operation == "forward":
-        return {"output": problem.output, "lse": problem.lse}
-    return {**problem.specs._asdict(), "output": problem.output, "logits": problem.logits} | {
-        "weights": problem.logits
-    }
-
-
 def _problem(operation: Operation, arrays: dict[str, Any], parameters: Parameters) -> Problem:
     """The problem of an operator's arguments, all of them checked."""
     specs = {name: spec_of(array) for name, array in arrays.items()}
@@ -206,11 +182,8 @@ def _kernel(operation: Operation) -> Callable[..., Any]:
         arrays, parameters = _split(operation, args)
         problem = _problem(operation, arrays, parameters)
         arguments = examine(f"cuneigh::{operation}", arrays)
-        specs = _specs_of(problem)
-        results = [
-            specs[name] if operation in GRADIENT or name in arrays else None
-            for name in RESULTS[operation]
-        ]
+        given = _given_results(operation, arrays)
+        results = [problem.spec(name) if name in given else None for name in RESULTS[operation]]
         with torch.no_grad():
             made = run(arguments, problem, parameters.backend, results)
         return _joined(operation, [array for array in made if array is not None])
@@ -221,12 +194,11 @@ def _kernel(operation: Operation) -> Callable[..., Any]:
 def _fake_kernel(operation: Operation) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         arrays, parameters = _split(operation, args)
-        specs = _specs_of(_problem(operation, arrays, parameters))
+        problem = _problem(operation, arrays, parameters)
         device = next(iter(arrays.values())).device
         results = []
         for name in _given_results(operation, arrays):
-            spec = specs[name]
-            assert spec is not None
+            spec = problem.spec(name)
             dtype = getattr(torch, spec.dtype)
             results.append(torch.empty(spec.shape, dtype=dtype, device=device))
         return _joined(operation, results)

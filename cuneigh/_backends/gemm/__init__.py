@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cuneigh import _gemm_plan, _jit
 from cuneigh._backends import naive
 from cuneigh._backends._arguments import Views, load_width, readable
+from cuneigh._backends._program import Array, Program
 from cuneigh._backends.gemm import _walk
 from cuneigh._backends.gemm._walk import (
     Matrix,
@@ -35,9 +36,6 @@ from cuneigh._backends.gemm._walk import (
 from cuneigh._device import Device
 from cuneigh._gemm_plan import GemmPlan
 from cuneigh._problem import DTYPES, Operands, Problem
-
-if TYPE_CHECKING:
-    from cuneigh._backends import Allocate
 
 NAME = "gemm"
 
@@ -68,11 +66,9 @@ def plan_of(problem: Problem, contiguous: bool) -> GemmPlan:
     )
 
 
-def forward(
-    problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Allocate
-) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
-    walk = _walk_over(problem, allocate, *operands[:3], output)
+def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    walk = _walk_over(problem, program, *operands[:3], output)
     query = walk.queries(operands.query)
     key = walk.keys(operands.key, operands.additional_keys)
     value = walk.keys(operands.value, operands.additional_values)
@@ -100,11 +96,11 @@ def backward(
     lse: Any,
     grad_lse: Any,
     gradients: Operands,
-    allocate: Allocate,
+    program: Program,
 ) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
-    grad_output, output = readable(grad_output, allocate), readable(output, allocate)
-    walk = _walk_over(problem, allocate, *operands[:3], grad_output, gradients.query)
+    operands = Operands(*(readable(array, program) for array in operands))
+    grad_output, output = readable(grad_output, program), readable(output, program)
+    walk = _walk_over(problem, program, *operands[:3], grad_output, gradients.query)
     query = walk.queries(operands.query)
     key = walk.keys(operands.key, operands.additional_keys)
     value = walk.keys(operands.value, operands.additional_values)
@@ -113,7 +109,7 @@ def backward(
     logits, grad_weights = (walk.dense(problem.accumulator) for _ in range(2))
     weights, grad_logits = _in_place_of(logits, walk), _in_place_of(grad_weights, walk)
     sums = _HaloSums(walk, gradients)
-    delta = allocate(lse.shape, problem.accumulator) if problem.rpb_dtype else None
+    delta = program.allocate(lse.shape, problem.accumulator) if problem.rpb_dtype else None
     source = row_source(problem, walk.lanes, problem.rpb_dtype)
     views = Views(problem.rank)
     views.bias(operands.rpb)
@@ -130,12 +126,12 @@ def backward(
         sums.add_keys(chunk, grad_logits, query, problem.scale)
         sums.add_values(chunk, weights, grad_rows, 1 / weight_factor(problem))
     if problem.rpb_dtype:
-        naive.rpb_gradient(problem, operands, grad_output, lse, delta, gradients.rpb, allocate)
+        naive.rpb_gradient(problem, operands, grad_output, lse, delta, gradients.rpb, program)
 
 
-def qk(problem: Problem, operands: Operands, logits: Any, allocate: Allocate) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
-    walk = _walk_over(problem, allocate, operands.query, operands.key)
+def qk(problem: Problem, operands: Operands, logits: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    walk = _walk_over(problem, program, operands.query, operands.key)
     query = walk.queries(operands.query)
     key = walk.keys(operands.key, operands.additional_keys)
     products = walk.dense(problem.accumulator)
@@ -155,10 +151,10 @@ def qk_backward(
     operands: Operands,
     grad_logits: Any,
     gradients: Operands,
-    allocate: Allocate,
+    program: Program,
 ) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
-    walk = _walk_over(problem, allocate, operands.query, operands.key, gradients.query)
+    operands = Operands(*(readable(array, program) for array in operands))
+    walk = _walk_over(problem, program, operands.query, operands.key, gradients.query)
     query = walk.queries(operands.query)
     key = walk.keys(operands.key, operands.additional_keys)
     grad_query = walk.queries(gradients.query)
@@ -175,12 +171,12 @@ def qk_backward(
         chunk.scatter(grad_query)
         sums.add_keys(chunk, products, query, problem.scale)
     if problem.rpb_dtype:
-        naive.stored_rpb_gradient(problem, grad_logits, gradients.rpb, allocate)
+        naive.stored_rpb_gradient(problem, grad_logits, gradients.rpb, program)
 
 
-def av(problem: Problem, weights: Any, operands: Operands, output: Any, allocate: Allocate) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
-    walk = _walk_over(problem, allocate, operands.value, output)
+def av(problem: Problem, weights: Any, operands: Operands, output: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    walk = _walk_over(problem, program, operands.value, output)
     value = walk.keys(operands.value, operands.additional_values)
     result = walk.queries(output)
     products = walk.dense(problem.dtype)
@@ -202,11 +198,11 @@ def av_backward(
     grad_output: Any,
     grad_weights: Any,
     gradients: Operands,
-    allocate: Allocate,
+    program: Program,
 ) -> None:
-    operands = Operands(*(readable(array, allocate) for array in operands))
-    grad_output = readable(grad_output, allocate)
-    walk = _walk_over(problem, allocate, operands.value, grad_output)
+    operands = Operands(*(readable(array, program) for array in operands))
+    grad_output = readable(grad_output, program)
+    walk = _walk_over(problem, program, operands.value, grad_output)
     value = walk.keys(operands.value, operands.additional_values)
     grad_rows = walk.queries(grad_output)
     products, spread = walk.dense(problem.accumulator), walk.dense(problem.dtype)
@@ -240,7 +236,7 @@ class _HaloSums:
             keys = math.prod(walk.problem.key_tokens) + (walk.problem.additional or 0)
             for halo in (self.keys, self.values):
                 if halo is not None:
-                    self.partial[halo] = walk.allocate((keys, halo.width), halo.dtype)
+                    self.partial[halo] = walk.program.allocate((keys, halo.width), halo.dtype)
 
     def add_keys(
         self, chunk: _walk.Chunk, grad_logits: Matrix, query: Matrix, factor: float
@@ -277,13 +273,13 @@ def _in_place_of(product: Matrix, walk: Walk) -> Matrix:
     return product if product.dtype == walk.problem.dtype else walk.dense(walk.problem.dtype)
 
 
-def _walk_over(problem: Problem, allocate: Allocate, *tokens: Any) -> Walk:
+def _walk_over(problem: Problem, program: Program, *tokens: Array) -> Walk:
     """A walk over `problem`, which reads and writes `tokens`."""
     aligned = load_width(tokens) == 16
-    return Walk(problem, plan_of(problem, contiguous=aligned and _one_step(tokens)), allocate)
+    return Walk(problem, plan_of(problem, contiguous=aligned and _one_step(tokens)), program)
 
 
-def _one_step(tokens: tuple[Any, ...]) -> bool:
+def _one_step(tokens: tuple[Array, ...]) -> bool:
     """Whether the tokens of every array lie at one step without overlap, as cuBLAS asks of rows."""
     for array in tokens:
         steps, counts = array.strides[1:-2], array.shape[1:-2]

@@ -7,11 +7,14 @@ and does not bind the batch of addresses at all. The library and the handle are 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cuneigh._backends._program import Pointer
 from cuneigh._jit._compiler import INSTALL
 
 CUDA_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
@@ -32,56 +35,55 @@ DEFAULT_ALGORITHM = -1
 class Matrices(NamedTuple):
     """A batch of matrices [rows, columns] whose rows are contiguous."""
 
-    data: int
-    """Address of the first, or of an array of addresses if `step` is None."""
+    data: Pointer
+    """The first, or an array of addresses if `step` is None."""
     row: int
     """Elements from row to row."""
     step: int | None
     """Elements from matrix to matrix."""
     dtype: str
 
+    def located(self, addresses: Sequence[int]) -> tuple[int, ...]:
+        """What cuBLAS takes for the batch."""
+        data = addresses[self.data.slot] + self.data.offset
+        steps = () if self.step is None else (self.step,)
+        return data, CUDA_TYPES[self.dtype], self.row, *steps
 
-def multiply(
-    result: Matrices,
-    left: Matrices,
-    right: Matrices,
-    shape: tuple[int, int, int],
-    count: int,
-    factor: float,
-    compute: int,
-    transpose_left: bool = False,
-    transpose_right: bool = False,
-) -> None:
+
+@dataclass(frozen=True)
+class Product:
     """``result = factor * left @ right`` for `count` matrices; `shape` is (rows, columns, inner).
 
     cuBLAS takes column-major matrices, for which ours are transposed: it computes
     ``result.T = right.T @ left.T``.
     """
-    import cupy
 
-    library, handle = _library(), cupy.cuda.device.get_cublas_handle()
-    _check(library.cublasSetStream_v2(handle, cupy.cuda.get_current_stream().ptr))
-    rows, columns, inner = shape
-    number = np.float64 if compute == FLOAT64 else np.float32
-    factors = np.array([factor, 0], number)
-    head = (handle, int(transpose_right), int(transpose_left), columns, rows, inner)
-    alpha, beta = factors.ctypes.data, factors.ctypes.data + factors.itemsize
-    right_type, left_type, result_type = (
-        CUDA_TYPES[matrices.dtype] for matrices in (right, left, result)
-    )
-    if result.step is None:
+    result: Matrices
+    left: Matrices
+    right: Matrices
+    shape: tuple[int, int, int]
+    count: int
+    factor: float
+    compute: int
+    transpose_left: bool = False
+    transpose_right: bool = False
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        """Multiply, in the order of `stream`."""
+        import cupy
+
+        library, handle = _library(), cupy.cuda.device.get_cublas_handle()
+        _check(library.cublasSetStream_v2(handle, stream))
+        rows, columns, inner = self.shape
+        factors = np.array([self.factor, 0], np.float64 if self.compute == FLOAT64 else np.float32)
+        alpha, beta = factors.ctypes.data, factors.ctypes.data + factors.itemsize
+        by_address = self.result.step is None
+        multiply = library.cublasGemmBatchedEx if by_address else library.cublasGemmStridedBatchedEx
         _check(
-            library.cublasGemmBatchedEx(
-                *head, alpha, right.data, right_type, right.row, left.data, left_type, left.row,
-                beta, result.data, result_type, result.row, count, compute, DEFAULT_ALGORITHM,
-            )
-        )  # fmt: skip
-    else:
-        _check(
-            library.cublasGemmStridedBatchedEx(
-                *head, alpha, right.data, right_type, right.row, right.step, left.data, left_type,
-                left.row, left.step, beta, result.data, result_type, result.row, result.step,
-                count, compute, DEFAULT_ALGORITHM,
+            multiply(
+                handle, int(self.transpose_right), int(self.transpose_left), columns, rows, inner,
+                alpha, *self.right.located(addresses), *self.left.located(addresses),
+                beta, *self.result.located(addresses), self.count, self.compute, DEFAULT_ALGORITHM,
             )
         )  # fmt: skip
 

@@ -6,19 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cuneigh import _gemm_plan, _jit
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width
+from cuneigh._backends._program import Array, Pointer, Program
 from cuneigh._backends.gemm import _cublas
-from cuneigh._device import cuda
 from cuneigh._gemm_plan import MOST_MATRICES, MOST_QUERIES, GemmPlan
 from cuneigh._problem import DTYPES, Problem
-
-if TYPE_CHECKING:
-    from cuneigh._backends import Allocate
 
 THREADS = 128
 """Threads of a block of every kernel here."""
@@ -37,7 +34,7 @@ class Matrix:
     rows: int
     width: int
     dtype: str
-    buffer: Any
+    buffer: Array | None
     """Workspace for the tiles of a chunk, or None in place."""
     tokens: Any = None
     """The array [batch, x1..xr, heads, width] whose tokens these are."""
@@ -48,10 +45,10 @@ class Matrix:
 class Walk:
     """The matrices of a problem, and its chunks. Matrices are declared first, then walked over."""
 
-    def __init__(self, problem: Problem, plan: GemmPlan, allocate: Allocate) -> None:
+    def __init__(self, problem: Problem, plan: GemmPlan, program: Program) -> None:
         self.problem = problem
         self.plan = plan
-        self.allocate = allocate
+        self.program = program
         self.matrices: list[Matrix] = []
         self.addresses: Any = None
         """[matrices, tiles of a chunk], if tokens are multiplied in place."""
@@ -83,13 +80,15 @@ class Walk:
 
     def _tokens(self, tokens: Any, rows: int) -> Matrix:
         if self.plan.direct:
-            return Matrix(rows, tokens.shape[-1], tokens.dtype.name, None, tokens)
-        matrix = self._workspace(rows, tokens.shape[-1], tokens.dtype.name)
+            return Matrix(rows, tokens.shape[-1], tokens.dtype, None, tokens)
+        matrix = self._workspace(rows, tokens.shape[-1], tokens.dtype)
         matrix.tokens = tokens
         return matrix
 
     def _workspace(self, rows: int, width: int, dtype: str) -> Matrix:
-        return Matrix(rows, width, dtype, self.allocate((self.plan.chunk, rows, width), dtype))
+        return Matrix(
+            rows, width, dtype, self.program.allocate((self.plan.chunk, rows, width), dtype)
+        )
 
     def _declare(self, matrix: Matrix) -> Matrix:
         self.matrices.append(matrix)
@@ -98,7 +97,9 @@ class Walk:
     def chunks(self) -> Iterator[Chunk]:
         if self.plan.direct:
             # Two words each, of a dtype that every framework has
-            self.addresses = self.allocate((len(self.matrices), self.plan.chunk, 2), "float32")
+            self.addresses = self.program.allocate(
+                (len(self.matrices), self.plan.chunk, 2), "float32"
+            )
         for tiles in self.plan.chunks():
             chunk = Chunk(self, tiles)
             if self.plan.direct:
@@ -125,7 +126,7 @@ class Chunk:
     ) -> None:
         """``result = factor * left @ right`` in every tile."""
         inner = left.rows if transpose_left else left.width
-        _cublas.multiply(
+        product = _cublas.Product(
             self._batch(result),
             self._batch(left),
             self._batch(right),
@@ -136,35 +137,39 @@ class Chunk:
             transpose_left,
             transpose_right,
         )
+        self.walk.program.add(product)
 
     def _batch(self, matrix: Matrix) -> _cublas.Matrices:
         if not self.plan.direct:
+            assert matrix.buffer is not None, "only tokens in place have none"
             step = matrix.rows * matrix.width
-            return _cublas.Matrices(matrix.buffer.data.ptr, matrix.width, step, matrix.dtype)
+            return _cublas.Matrices(matrix.buffer.pointer, matrix.width, step, matrix.dtype)
         row = matrix.width
         if matrix.buffer is None:
-            row = matrix.tokens.strides[-3] // matrix.tokens.itemsize
+            row = matrix.tokens.steps[-3]
             row *= self.problem.axes[-1].dilation
         place = self.walk.matrices.index(matrix)
-        data = self.walk.addresses.data.ptr + 8 * place * len(self.tiles)
+        start = self.walk.addresses.pointer
+        data = Pointer(start.slot, start.offset + 8 * place * len(self.tiles))
         return _cublas.Matrices(data, row, None, matrix.dtype)
 
     def locate(self) -> None:
         """Write the addresses of every matrix of every tile."""
-        located = np.zeros((MOST_MATRICES, 6), np.int64)
-        for words, matrix in zip(located, self.walk.matrices, strict=False):
+        words: list[int | Pointer] = []
+        for matrix in self.walk.matrices:
             if matrix.buffer is not None:
                 step = matrix.rows * matrix.width * DTYPES[matrix.dtype]
-                words[:] = matrix.buffer.data.ptr, 0, 0, 0, step, 0
+                words += matrix.buffer.pointer, 0, 0, 0, step, 0
             else:
                 batch, token, *_, head, _ = matrix.tokens.strides
-                words[:] = matrix.tokens.data.ptr, batch, token, head, 0, matrix.is_halo
-        words = np.append(located.ravel(), self.walk.addresses.data.ptr)
+                words += matrix.tokens.pointer, batch, token, head, 0, matrix.is_halo
+        words += [0] * (6 * MOST_MATRICES - len(words))
+        words.append(self.walk.addresses.pointer)
         self._run(
             "gemm_addresses",
             address_source(self.problem),
             (math.ceil(len(self.tiles) / THREADS), len(self.walk.matrices)),
-            words.view(f"V{words.nbytes}"),
+            words,
         )
 
     def gather(self, *matrices: Matrix) -> None:
@@ -245,18 +250,16 @@ class Chunk:
         blocks: int = 0,
     ) -> None:
         """Launch `slices` blocks a tile, or `blocks`; `numbers` follow the views."""
-        words = np.array([*views.words, *numbers], np.int64)
         if slices is not None:
             blocks = slices * len(self.tiles)
-        self._run(name, source, (blocks, 1), words.view(f"V{words.nbytes}"))
+        self._run(name, source, (blocks, 1), [*views.words, *numbers])
 
-    def _run(self, name: str, source: str, grid: tuple[int, int], arguments: Any) -> None:
-        import cupy
-
+    def _run(
+        self, name: str, source: str, grid: tuple[int, int], words: list[int | Pointer]
+    ) -> None:
         record = _record(self.problem, self.plan).copy()
         record["first"], record["count"] = self.tiles.start, len(self.tiles)
-        kernel = _jit.load(_jit.Kernel(name, source), cuda(cupy.cuda.device.get_device_id()))
-        kernel(grid, (THREADS,), (record, arguments))
+        self.walk.program.launch(_jit.Kernel(name, source), grid, THREADS, record, words)
 
 
 def _slices(work: int, share: int) -> int:

@@ -1,0 +1,211 @@
+"""What a GPU backend launches for calls whose arrays are laid out alike: all but their addresses.
+
+A backend is asked once. It is given `Array`s, of which everything is known but where they are, and
+adds launches to a `Program`. From then on a call runs the program with the addresses of its arrays:
+whatever the backend decides and computes in Python takes the host far longer than launching does.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cuneigh import _jit
+from cuneigh._device import Device
+from cuneigh._problem import DTYPES, Spec
+
+Step = Callable[[Sequence[int], int], None]
+"""Something to launch, given the addresses of all arrays and a stream."""
+
+
+class Pointer(NamedTuple):
+    """An address that is known when a program runs."""
+
+    slot: int
+    """Its place among the addresses that the program is run with."""
+    offset: int = 0
+    """Bytes to add to that one."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """What a program reads or writes."""
+
+    pointer: Pointer
+    shape: tuple[int, ...]
+    dtype: str
+    steps: tuple[int, ...]
+    """Elements from one entry to the next along each axis."""
+    misalignment: int
+    """Its address modulo 16."""
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Bytes from one entry to the next along each axis."""
+        return tuple(step * self.itemsize for step in self.steps)
+
+    def component(self, index: int) -> Array:
+        """The array of the numbers at `index` of the last axis."""
+        skipped = index * self.steps[-1] * self.itemsize
+        return Array(
+            self.pointer._replace(offset=self.pointer.offset + skipped),
+            self.shape[:-1],
+            self.dtype,
+            self.steps[:-1],
+            (self.misalignment + skipped) % 16,
+        )
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Elements from one entry to the next along each axis of a contiguous array."""
+    return tuple(math.prod(shape[axis:]) for axis in range(1, len(shape) + 1))
+
+
+Parameter = npt.NDArray[Any] | Sequence[int | Pointer]
+"""An argument that a kernel takes by value: a record, or 64-bit words."""
+
+
+class Program:
+    """Launches in their order, and the arrays between them; immutable once a backend returns."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.workspace: list[Spec] = []
+        """Arrays to allocate for each run, contiguous; their addresses follow all others."""
+        self._arrays = 0
+        self._steps: list[Step] = []
+
+    def run(self, addresses: Sequence[int], stream: int) -> None:
+        """Launch everything on the CUDA stream `stream`; the device is current.
+
+        `addresses` are those of arguments, results and workspace in the order in which they became
+        known. All memory must stay as it is until the stream has come that far.
+        """
+        for step in self._steps:
+            step(addresses, stream)
+
+    # What a backend meets
+
+    def array(
+        self, spec: Spec, steps: tuple[int, ...] | None = None, misalignment: int = 0
+    ) -> Array:
+        """The next argument or result; contiguous and at a multiple of 16 unless said otherwise."""
+        if steps is None:
+            steps = contiguous(spec.shape)
+        self._arrays += 1
+        return Array(Pointer(self._arrays - 1), *spec, steps, misalignment)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Workspace for one run, contiguous and uninitialized."""
+        self.workspace.append(Spec(shape, dtype))
+        return self.array(self.workspace[-1])
+
+    def launch(
+        self,
+        kernel: _jit.Kernel,
+        grid: tuple[int, int],
+        threads: int,
+        *parameters: Parameter,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Add the launch of a kernel."""
+        function = _jit.load(kernel, self.device)
+        if function.max_dynamic_shared_size_bytes < shared_bytes:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        size = (*grid, 1, threads, 1, 1, shared_bytes)
+        self.add(_Launch(function.kernel.ptr, size, parameters))
+
+    def add(self, step: Step) -> None:
+        """Add anything that can be launched."""
+        self._steps.append(step)
+
+    def copied(self, source: Array) -> Array:
+        """A contiguous copy."""
+        target = self.allocate(source.shape, source.dtype)
+        self.add(_Copy(source, target, self.device.index))
+        return target
+
+
+class _Launch:
+    """One kernel and its parameters, as the driver takes them."""
+
+    def __init__(
+        self, function: int, size: tuple[int, ...], parameters: Sequence[Parameter]
+    ) -> None:
+        from cupy.cuda import driver
+
+        self._launch = driver.launchKernel
+        self._function, self._size = function, size
+        # The frame holds the addresses of the parameters, then the parameters.
+        self._frame = array("q", bytes(8 * len(parameters)))
+        self._starts: list[tuple[int, int]] = []
+        self._pointers: list[tuple[int, int, int]] = []
+        for place, parameter in enumerate(parameters):
+            first = len(self._frame)
+            self._starts.append((place, 8 * first))
+            if isinstance(parameter, np.ndarray):
+                self._frame.frombytes(
+                    parameter.tobytes().ljust(-parameter.nbytes % 8 + parameter.nbytes, b"\0")
+                )
+                continue
+            for i, word in enumerate(parameter, first):
+                if isinstance(word, Pointer):
+                    self._pointers.append((i, *word))
+                self._frame.append(0 if isinstance(word, Pointer) else word)
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        frame = self._frame[:]  # other threads may be launching this
+        start, _ = frame.buffer_info()
+        for place, offset in self._starts:
+            frame[place] = start + offset
+        for place, slot, offset in self._pointers:
+            frame[place] = addresses[slot] + offset
+        self._launch(self._function, *self._size, stream, start, 0)
+
+
+def cupy_stream(pointer: int) -> Any:
+    """The CUDA stream at an address as CuPy's, which can be made the current one."""
+    import cupy
+
+    return cupy.cuda.Stream.from_external(_Stream(pointer))
+
+
+class _Stream(NamedTuple):
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+class _Copy:
+    """The copy of an array of any layout, by CuPy."""
+
+    def __init__(self, source: Array, target: Array, device: int) -> None:
+        self._source, self._target, self._device = source, target, device
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        import cupy
+
+        def bits(what: Array) -> Any:
+            """What lies there, as integers: CuPy copies those of any layout."""
+            address = addresses[what.pointer.slot] + what.pointer.offset
+            memory = cupy.cuda.UnownedMemory(address, 0, None, self._device)
+            start = cupy.cuda.MemoryPointer(memory, 0)
+            return cupy.ndarray(what.shape, f"u{what.itemsize}", start, what.strides)
+
+        with cupy_stream(stream):
+            bits(self._target)[...] = bits(self._source)

@@ -1,0 +1,233 @@
+"""Programs of launches, with a driver that only notes what it is asked to launch."""
+
+from __future__ import annotations
+
+import ctypes
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import problems
+
+from cuneigh import _device, _jit
+from cuneigh._backends import BACKENDS, fused, gemm, naive
+from cuneigh._backends._arguments import Views, load_width
+from cuneigh._backends._program import Array, Pointer, Program, contiguous
+from cuneigh._ops import launch
+from cuneigh._problem import RESULTS, Operands, Problem, Spec, attention_problem, window_arguments
+
+driver = pytest.importorskip("cupy").cuda.driver
+
+H200 = _device.Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)
+KERNEL = _jit.Kernel("naive_sum", "")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What is launched: (function, grid, threads, shared bytes, stream, address of the frame)."""
+    calls: list[Any] = []
+
+    def launch_kernel(function, x, y, z, threads, y_threads, z_threads, shared, stream, frame, _):
+        assert (z, y_threads, z_threads) == (1, 1, 1)
+        calls.append(SimpleNamespace(
+            function=function, grid=(x, y), threads=threads, shared=shared, stream=stream,
+            frame=ctypes.string_at(frame, 4096) if frame else b"", address=frame,
+        ))  # fmt: skip
+
+    monkeypatch.setattr(driver, "launchKernel", launch_kernel)
+    monkeypatch.setattr(_jit, "load", loaded)
+    monkeypatch.setattr(_device, "cuda", lambda index: H200)
+    return calls
+
+
+def loaded(kernel: _jit.Kernel, device: _device.Device) -> Any:
+    """A function of the driver that stands for `kernel`."""
+    return SimpleNamespace(
+        kernel=SimpleNamespace(ptr=hash(kernel) & 0xFFFF), max_dynamic_shared_size_bytes=49152
+    )
+
+
+def parameter(call: Any, place: int, size: int) -> bytes:
+    """The parameter of a launch that the driver finds at `place`."""
+    start = int.from_bytes(call.frame[8 * place : 8 * place + 8], "little") - call.address
+    return call.frame[start : start + size]
+
+
+def words(data: bytes) -> list[int]:
+    return list(memoryview(data).cast("q"))
+
+
+def test_a_launch_gets_its_parameters_and_addresses(launched):
+    program = Program(H200)
+    first, second = program.array(Spec((4, 3), "float16")), program.array(Spec((2,), "float32"))
+    space = program.allocate((5,), "float64")
+    record = np.array([(7, 0.5, True)], np.dtype([("a", "i4"), ("b", "f8"), ("c", "?")]))
+    assert record.nbytes % 8, "is to be padded"
+    later = Pointer(second.pointer.slot, 24)
+    parameters = record, [1, second.pointer, -2, later], [space.pointer, first.pointer]
+    program.launch(KERNEL, (6, 5), 128, *parameters, shared_bytes=100)
+    assert program.workspace == [Spec((5,), "float64")]
+    for addresses in ([1000, 2000, 3000], [2**47, 2**47 + 16, 0]):
+        program.run(addresses, stream=99)
+        call = launched.pop()
+        assert (call.grid, call.threads, call.shared, call.stream) == ((6, 5), 128, 100, 99)
+        assert parameter(call, 0, record.nbytes) == record.tobytes()
+        expected = [1, addresses[1], -2, addresses[1] + 24]
+        assert words(parameter(call, 1, 32)) == expected
+        assert words(parameter(call, 2, 16)) == [addresses[2], addresses[0]]
+
+
+def test_more_shared_memory_is_asked_for_where_it_is_needed(monkeypatch, launched):
+    function = loaded(KERNEL, H200)
+    monkeypatch.setattr(_jit, "load", lambda *_: function)
+    program = Program(H200)
+    program.launch(KERNEL, (1, 1), 32, [0], shared_bytes=10_000)
+    assert function.max_dynamic_shared_size_bytes == 49152
+    program.launch(KERNEL, (1, 1), 32, [0], shared_bytes=100_000)
+    assert function.max_dynamic_shared_size_bytes == 100_000
+
+
+def test_arrays_say_where_their_parts_are():
+    array = Array(Pointer(3, 8), (2, 5, 2), "float32", (20, 4, 2), 8)
+    part = array.component(1)
+    assert part == Array(Pointer(3, 16), (2, 5), "float32", (20, 4), 0)
+    assert array.strides == (80, 16, 8)
+    assert (array.size, array.itemsize) == (20, 4)
+
+
+@given(shape=st.lists(st.integers(1, 5), max_size=5).map(tuple))
+def test_contiguous_steps_are_those_of_numpy(shape):
+    assert contiguous(shape) == tuple(step // 8 for step in np.empty(shape).strides)
+
+
+@pytest.mark.parametrize(
+    ("steps", "misalignment", "width"),
+    [((64, 16, 1), 0, 16), ((64, 16, 1), 8, 8), ((64, 18, 1), 0, 4), ((64, 17, 1), 0, 2)],
+)
+def test_loads_are_as_wide_as_strides_and_addresses_allow(steps, misalignment, width):
+    array = Array(Pointer(0), (2, 4, 16), "float16", steps, misalignment)
+    assert load_width((array, None)) == width
+
+
+def test_views_hold_pointers_until_a_program_runs():
+    array = Array(Pointer(2), (1, 4, 3, 2, 8), "float16", (192, 48, 16, 8, 1), 0)
+    views = Views(2)
+    views.vectors(array, None)
+    assert views.words == [Pointer(2), 192, 48, 16, 8, 1, 0, 0, 0, 0, 0, 0]
+
+
+# Backends
+
+
+def arguments_of(problem: Problem) -> tuple[str, ...]:
+    """The names of what the operation takes."""
+    given = [name for name, spec in problem.specs._asdict().items() if spec is not None]
+    given += {
+        "backward": ["grad_output", "output", "lse"],
+        "qk_backward": ["grad_logits"],
+        "av": ["weights"],
+        "av_backward": ["weights", "grad_output"],
+    }.get(problem.operation, [])
+    return tuple(given)
+
+
+def results_of(problem: Problem) -> tuple[Spec | None, ...]:
+    absent = [name for name in Operands._fields if getattr(problem.specs, name) is None]
+    if not problem.operation.endswith("backward"):
+        absent = []
+    return tuple(
+        None if name in absent else problem.spec(name) for name in RESULTS[problem.operation]
+    )
+
+
+@pytest.mark.parametrize("backend", [naive, gemm, fused])
+@given(data=st.data())
+def test_a_contiguous_call_loads_what_kernels_names(backend, data):
+    """What `cuneigh compile` compiles ahead, no GPU needed."""
+    problem = data.draw(problems().filter(lambda p: backend.unsupported(p, H200) is None))
+    names = arguments_of(problem)
+    layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
+    seen = set()
+
+    def recording(kernel, device):
+        seen.add(kernel)
+        return loaded(kernel, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_jit, "load", recording)
+        patch.setattr(_device, "cuda", lambda index: H200)
+        patch.setattr(driver, "launchKernel", lambda *_: None)
+        launch._program.cache_clear()
+        made = launch.program(problem, 0, backend.NAME, names, layouts, results_of(problem))
+    expected = set(backend.kernels(problem))
+    assert seen <= expected
+    assert seen == expected or backend is fused, "fused names those of other windows too"
+    assert all(0 not in spec.shape for spec in made.workspace)
+
+
+def forward_of(
+    layouts: Any = None, results: Any = None, backend: str | None = None, window: int = 7
+) -> Program:
+    query = Spec((1, 14, 14, 4, 32), "float16")
+    axes = window_arguments("test", 2, window, 1, 1, False)
+    problem = attention_problem("test", "forward", query, query, query, axes, None)
+    return launch.program(
+        problem,
+        0,
+        backend,
+        ("query", "key", "value"),
+        layouts or ((contiguous(query.shape), 0),) * 3,
+        results or (problem.output, problem.lse),
+    )
+
+
+def test_a_program_is_kept_for_calls_that_are_laid_out_alike(launched, monkeypatch):
+    launch._program.cache_clear()
+    first = forward_of()
+    assert forward_of() is first
+    plain = contiguous((1, 14, 14, 4, 32)), 0
+    wide, off = ((50_000, 2000, 128, 32, 1), 0), (plain[0], 8)
+    others = [
+        forward_of(layouts=(plain, wide, plain)),
+        forward_of(layouts=(plain, plain, wide)),
+        forward_of(layouts=(plain, off, plain)),
+        forward_of(results=(Spec((1, 14, 14, 4, 32), "float16"), None)),
+        forward_of(backend="naive"),
+        forward_of(window=5),
+    ]
+    monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", "100000")
+    others.append(forward_of())
+    monkeypatch.setattr("cuneigh._backends.BACKENDS", BACKENDS[1:])
+    others.append(forward_of())
+    assert len({id(program) for program in (first, *others)}) == len(others) + 1
+
+
+def test_two_threads_may_run_one_program(launched):
+    """The frame of a launch is its own: a thread never sees the addresses of another."""
+    program = Program(H200)
+    array = program.array(Spec((4,), "float32"))
+    program.launch(KERNEL, (1, 1), 32, [array.pointer])
+    program.run([1], 0)
+    program.run([2], 0)
+    assert [words(parameter(call, 0, 8)) for call in launched] == [[1], [2]]
+
+
+# Problems as keys
+
+
+def test_equal_problems_have_equal_hashes_in_every_process():
+    query = Spec((1, 8, 8, 2, 4), "float32")
+    axes = window_arguments("test", 2, 3, 1, 1, False)
+    problem = attention_problem("test", "forward", query, query, query, axes, 0.5)
+    hash(problem)  # which is kept
+    code = (
+        "import pickle, sys; problem = pickle.loads(sys.stdin.buffer.read());"
+        "from dataclasses import replace; assert hash(problem) == hash(replace(problem))"
+    )
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(problem), check=True)
