@@ -113,6 +113,23 @@ def test_the_oldest_names(rank):
     assert torch.equal(av(logits, value, 3, 2), new_av(logits, value, 3, 2))
 
 
+@pytest.mark.parametrize("heads", [3, 6])
+def test_the_axes_as_transformers_hands_them_over(heads):
+    """As many heads as columns, too: then the order in memory tells."""
+    rows, columns, old = 7, 6, natten.functional
+    tokens = [torch.randn(2, rows, columns, heads, 4) for _ in range(3)]
+    rpb = torch.randn(heads, 5, 5)
+    first = [array.movedim(-2, 1) for array in tokens]
+    odd = [array.transpose(1, 2) for array in tokens]  # batch, columns, rows, heads
+    logits = old.natten2dqkrpb(*first[:2], rpb, 3, 2)
+    assert torch.equal(old.natten2dqkrpb(*odd[:2], rpb, 3, 2), logits)
+    output = old.natten2dav(logits, first[2], 3, 2)
+    assert torch.equal(old.natten2dav(logits, odd[2], 3, 2), output)
+    dense = [array.contiguous() for array in first]
+    assert torch.equal(old.natten2dqkrpb(*dense[:2], rpb, 3, 2), logits)
+    assert torch.equal(old.natten2dav(logits, dense[2], 3, 2), output)
+
+
 def test_the_oldest_names_in_three_dimensions():
     query, key, value = arrays(3, heads_first=True)
     old, sizes, dilations = natten.functional, (2, 3, 3), (2, 1, 1)

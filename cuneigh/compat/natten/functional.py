@@ -223,6 +223,21 @@ na1d_av, na2d_av, na3d_av = map(_av, (1, 2, 3))
 # 0.14. In 3-D the first axis has a window of its own.
 
 
+def _sorted(array: Any, heads: int) -> Any:
+    """`array` ``[batch, heads, height, width, dim]``, the axes of which may have to be sorted.
+
+    The DiNAT of transformers, from 4.54 on, hands over ``[batch, width, height, heads, dim]`` and
+    takes results heads-first, with which it fails in NATTEN. Where it has as many heads as columns,
+    the memory says which is which: there is no other reason for it to hold one row after the other,
+    and the width outside of the heads.
+    """
+    if array.ndim != 5:
+        return array
+    _, first, rows, last, _ = array.stride()
+    is_width_first = array.shape[3] == heads and (array.shape[1] != heads or rows > first > last)
+    return array.transpose(1, 3) if is_width_first else array
+
+
 def natten1dqkrpb(query: Any, key: Any, rpb: Any, kernel_size: int, dilation: int) -> Any:
     return na1d_qk(query, key, kernel_size, dilation, rpb=rpb)
 
@@ -236,7 +251,8 @@ def natten1dav(attn: Any, value: Any, kernel_size: int, dilation: int) -> Any:
 
 
 def natten2dqkrpb(query: Any, key: Any, rpb: Any, kernel_size: int, dilation: int) -> Any:
-    return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
+    heads = rpb.shape[0]
+    return na2d_qk(_sorted(query, heads), _sorted(key, heads), kernel_size, dilation, rpb=rpb)
 
 
 def natten2dqk(query: Any, key: Any, kernel_size: int, dilation: int) -> Any:
@@ -244,7 +260,7 @@ def natten2dqk(query: Any, key: Any, kernel_size: int, dilation: int) -> Any:
 
 
 def natten2dav(attn: Any, value: Any, kernel_size: int, dilation: int) -> Any:
-    return na2d_av(attn, value, kernel_size, dilation)
+    return na2d_av(attn, _sorted(value, attn.shape[1]), kernel_size, dilation)
 
 
 def natten3dqkrpb(
