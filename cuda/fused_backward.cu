@@ -7,13 +7,16 @@
 // walks over the boxes of columns that they meet: the window of queries, the inverse window of
 // keys, in every query head that shares them. No atomics, so that the sums never change.
 //
-// blockIdx.x: (batch, head, box of rows). The plan is that of fused_forward.cu, with kColumns the
-// columns of a box and kSharedBytes that of BackwardSmem.
+// blockIdx.x: (batch, head, box of rows). The plan is that of fused_forward.cu, with kSharedBytes
+// that of BackwardSmem and
+//
+//   static constexpr bool kGradKey, kGradValue;  which gradients to compute: dQ or dK, and dV. Long
+//                                                dK and dV are too many registers for one kernel
 
 #include "cuneigh/async.cuh"
 #include "cuneigh/boxes.cuh"
 #include "cuneigh/fused.cuh"
-#include "cuneigh/mma.cuh"
+#include "cuneigh/products.cuh"
 
 namespace cuneigh {
 
@@ -31,84 +34,27 @@ struct FusedBackward {
 template <typename Plan>
 struct BackwardSmem {
   using Element = typename Plan::Element;
-  Element row_key[Tables<Plan>::kRows][padded(Plan::kHeadDim)];  // in the end the gradients
-  Element row_value[Tables<Plan>::kRows][padded(Plan::kValueDim)];
-  Element key[2][Plan::kColumns][padded(Plan::kHeadDim)];
-  Element value[2][Plan::kColumns][padded(Plan::kValueDim)];
+  Element row_key[Tables<Plan>::kRows]
+                 [kPitchOf<Element, Plan::kHeadDim>];  // in the end the gradients
+  Element row_value[Tables<Plan>::kRows][kPitchOf<Element, Plan::kValueDim>];
+  Element key[2][Plan::kColumns][kPitchOf<Element, Plan::kHeadDim>];
+  Element value[2][Plan::kColumns][kPitchOf<Element, Plan::kValueDim>];
   float2 statistics[2][Plan::kColumns];
   Tables<Plan> tables;
 };
 
-// product += rows columns^T, for a warp's rows and a box of columns.
-template <int kDim, int kRowTiles, int kColumnTiles, typename Element>
-__device__ void multiply(const Element (*rows_smem)[padded(kDim)],
-                         const Element (*columns_smem)[padded(kDim)], int lane,
-                         float (&product)[kRowTiles][kColumnTiles][4]) {
-#pragma unroll
-  for (int d = 0; d < kDim; d += 16) {
-    unsigned row_rmem[kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-      ldmatrix_x4(row_rmem[m], shared_address(&rows_smem[m * 16 + lane % 16][d + lane / 16 * 8]));
-#pragma unroll
-    for (int n = 0; n < kColumnTiles * 8; n += 16) {
-      unsigned column_rmem[4];
-      ldmatrix_x4(
-          column_rmem,
-          shared_address(&columns_smem[n + lane / 16 * 8 + lane % 8][d + lane / 8 % 2 * 8]));
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        mma_m16n8k16(product[m][n / 8], row_rmem[m], column_rmem[0], column_rmem[1], Element());
-        mma_m16n8k16(product[m][n / 8 + 1], row_rmem[m], column_rmem[2], column_rmem[3], Element());
-      }
-    }
-  }
-}
-
-// sum += weights columns, for a warp's rows and a box of columns.
-template <int kDim, int kRowTiles, int kColumnTiles, typename Element>
-__device__ void accumulate(const float (&weight)[kRowTiles][kColumnTiles][4],
-                           const Element (*columns_smem)[padded(kDim)], int lane,
-                           float (&sum)[kRowTiles][kDim / 8][4]) {
-#pragma unroll
-  for (int n = 0; n < kColumnTiles * 8; n += 16) {
-    unsigned weight_rmem[kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      const auto& left = weight[m][n / 8];
-      const auto& right = weight[m][n / 8 + 1];
-      weight_rmem[m][0] = pack(left[0], left[1], Element());
-      weight_rmem[m][1] = pack(left[2], left[3], Element());
-      weight_rmem[m][2] = pack(right[0], right[1], Element());
-      weight_rmem[m][3] = pack(right[2], right[3], Element());
-    }
-#pragma unroll
-    for (int d = 0; d < kDim; d += 16) {
-      unsigned column_rmem[4];
-      ldmatrix_x4_trans(column_rmem,
-                        shared_address(&columns_smem[n + lane % 16][d + lane / 16 * 8]));
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        mma_m16n8k16(sum[m][d / 8], weight_rmem[m], column_rmem[0], column_rmem[1], Element());
-        mma_m16n8k16(sum[m][d / 8 + 1], weight_rmem[m], column_rmem[2], column_rmem[3], Element());
-      }
-    }
-  }
-}
-
 // Rounds a warp's sums to shared memory, on their way out.
 template <int kDim, int kRowTiles, typename Element>
 __device__ void stage(const float (&sum)[kRowTiles][kDim / 8][4], float scale, int lane,
-                      Element (*rows_smem)[padded(kDim)]) {
+                      Element (*rows_smem)[kPitchOf<Element, kDim>]) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
     for (int d = 0; d < kDim / 8; ++d)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<unsigned*>(
-            &rows_smem[m * 16 + half * 8 + lane / 4][d * 8 + lane % 4 * 2]) =
-            pack(sum[m][d][2 * half] * scale, sum[m][d][2 * half + 1] * scale, Element());
+        store_pair(&rows_smem[m * 16 + half * 8 + lane / 4][d * 8 + lane % 4 * 2],
+                   sum[m][d][2 * half] * scale, sum[m][d][2 * half + 1] * scale);
 }
 
 template <typename Plan>
@@ -150,8 +96,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   ColumnBox<kRank> next = first_columns<Plan>(problem, rows, tables);
   load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.row_key, rows, problem.head_dim, tables,
                                              smem.row_key);
-  load_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.row_value, rows, problem.value_dim,
-                                                tables, smem.row_value);
+  if constexpr (Plan::kGradKey)
+    load_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.row_value, rows, problem.value_dim,
+                                                  tables, smem.row_value);
   load(next, 0);
   if (problem.sign != 1) {
     cp_async_wait<0>();
@@ -214,8 +161,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           }
       }
     }
-    if constexpr (Plan::kRowsAreKeys)
+    if constexpr (Plan::kGradValue)
       accumulate<Plan::kValueDim>(weight, smem.value[buffer], lane, grad_value);
+    if constexpr (!Plan::kGradKey) continue;
 
     // dP and dS; what is hidden stays 0 whatever it is multiplied with
     float grad_weight[kRowTiles][kColumnTiles][4] = {};
@@ -237,13 +185,15 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
   // Every warp writes its rows through its part of the rows' memory
   __syncwarp();
-  stage<Plan::kHeadDim>(grad_key, problem.gradient_scale, lane, &smem.row_key[warp_row]);
-  if constexpr (Plan::kRowsAreKeys)
+  if constexpr (Plan::kGradKey)
+    stage<Plan::kHeadDim>(grad_key, problem.gradient_scale, lane, &smem.row_key[warp_row]);
+  if constexpr (Plan::kGradValue)
     stage<Plan::kValueDim>(grad_value, 1.0f, lane, &smem.row_value[warp_row]);
   __syncwarp();
-  store_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.grad_key, rows, problem.head_dim, tables,
-                                              smem.row_key, warp, lane);
-  if constexpr (Plan::kRowsAreKeys)
+  if constexpr (Plan::kGradKey)
+    store_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.grad_key, rows, problem.head_dim, tables,
+                                                smem.row_key, warp, lane);
+  if constexpr (Plan::kGradValue)
     store_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.grad_value, rows, problem.value_dim,
                                                    tables, smem.row_value, warp, lane);
 }

@@ -7,21 +7,24 @@
 //
 // struct Plan {
 //   static constexpr int kRank;                  token axes
-//   static constexpr int kWarps, kRowTiles;      warps of a block; each takes kRowTiles * 16
-//   queries static constexpr int kKeys;                  keys of a box, a multiple of 16 up to 64
+//   static constexpr int kWarps, kRowTiles;      warps of a block, and sixteens of queries of a
+//   warp static constexpr int kBlocks;                blocks on a multiprocessor to leave registers
+//   for static constexpr int kColumns;               keys of a box, a multiple of 16 up to 64; of 8
+//   for
+//                                                float32
 //   static constexpr int kHeadDim, kValueDim;    head dimensions, padded to multiples of 16
 //   static constexpr bool kKeyExact, kValueExact; they needed no padding
 //   static constexpr int kKeyBytes, kValueBytes; widths of the loads that the alignment allows
 //   static constexpr int kSharedBytes;           of ForwardSmem, as the launcher counts them
 //   static constexpr bool kRowsAreKeys;          false
-//   using Element;                               float16 or bfloat16
+//   using Element;                               float16, bfloat16 or float32
 //   using Bias;                                  dtype of rpb, or void when there is none
 // };
 
 #include "cuneigh/async.cuh"
 #include "cuneigh/boxes.cuh"
 #include "cuneigh/fused.cuh"
-#include "cuneigh/mma.cuh"
+#include "cuneigh/products.cuh"
 
 namespace cuneigh {
 
@@ -40,9 +43,9 @@ struct ForwardSmem {
   static constexpr int kQueryDim =
       Plan::kHeadDim > Plan::kValueDim ? Plan::kHeadDim : Plan::kValueDim;
 
-  Element query[Tables<Plan>::kRows][padded(kQueryDim)];  // in the end the output
-  Element key[2][Plan::kColumns][padded(Plan::kHeadDim)];
-  Element value[2][Plan::kColumns][padded(Plan::kValueDim)];
+  Element query[Tables<Plan>::kRows][kPitchOf<Element, kQueryDim>];  // in the end the output
+  Element key[2][Plan::kColumns][kPitchOf<Element, Plan::kHeadDim>];
+  Element value[2][Plan::kColumns][kPitchOf<Element, Plan::kValueDim>];
   Tables<Plan> tables;
 };
 
@@ -88,7 +91,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
   // Rows lane / 4 and lane / 4 + 8 of every 16 are this thread's, in columns 2 * (lane % 4) and the
   // one after of every 8 keys or dimensions
-  const int first_row = warp * 16 * kRowTiles + lane / 4;
+  const int warp_row = warp * 16 * kRowTiles, first_row = warp_row + lane / 4;
   float output_rmem[kRowTiles][Plan::kValueDim / 8][4] = {};
   float maximum[kRowTiles][2], sum[kRowTiles][2] = {};
 #pragma unroll
@@ -109,28 +112,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
     // S = Q K^T
     float logit_rmem[kRowTiles][kColumnTiles][4] = {};
-#pragma unroll
-    for (int d = 0; d < Plan::kHeadDim; d += 16) {
-      unsigned query_rmem[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-        ldmatrix_x4(query_rmem[m],
-                    shared_address(
-                        &smem.query[(warp * kRowTiles + m) * 16 + lane % 16][d + lane / 16 * 8]));
-#pragma unroll
-      for (int n = 0; n < Plan::kColumns; n += 16) {
-        unsigned key_rmem[4];
-        ldmatrix_x4(
-            key_rmem,
-            shared_address(&smem.key[buffer][n + lane / 16 * 8 + lane % 8][d + lane / 8 % 2 * 8]));
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma_m16n8k16(logit_rmem[m][n / 8], query_rmem[m], key_rmem[0], key_rmem[1], Element());
-          mma_m16n8k16(logit_rmem[m][n / 8 + 1], query_rmem[m], key_rmem[2], key_rmem[3],
-                       Element());
-        }
-      }
-    }
+    multiply<Plan::kHeadDim>(&smem.query[warp_row], smem.key[buffer], lane, logit_rmem);
 
     // Bias and mask
 #pragma unroll
@@ -203,32 +185,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         }
 
     // O += P V
-#pragma unroll
-    for (int n = 0; n < Plan::kColumns; n += 16) {
-      unsigned weight_rmem[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        const auto& left = logit_rmem[m][n / 8];
-        const auto& right = logit_rmem[m][n / 8 + 1];
-        weight_rmem[m][0] = pack(left[0], left[1], Element());
-        weight_rmem[m][1] = pack(left[2], left[3], Element());
-        weight_rmem[m][2] = pack(right[0], right[1], Element());
-        weight_rmem[m][3] = pack(right[2], right[3], Element());
-      }
-#pragma unroll
-      for (int d = 0; d < Plan::kValueDim; d += 16) {
-        unsigned value_rmem[4];
-        ldmatrix_x4_trans(value_rmem,
-                          shared_address(&smem.value[buffer][n + lane % 16][d + lane / 16 * 8]));
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma_m16n8k16(output_rmem[m][d / 8], weight_rmem[m], value_rmem[0], value_rmem[1],
-                       Element());
-          mma_m16n8k16(output_rmem[m][d / 8 + 1], weight_rmem[m], value_rmem[2], value_rmem[3],
-                       Element());
-        }
-      }
-    }
+    accumulate<Plan::kValueDim>(logit_rmem, smem.value[buffer], lane, output_rmem);
   }
 
   // Normalize, and write each warp's rows through its part of the queries' memory
@@ -244,9 +201,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const float normalizer = total == 0 ? 0.0f : 1 / total;
 #pragma unroll
       for (int d = 0; d < Plan::kValueDim / 8; ++d)
-        *reinterpret_cast<unsigned*>(&smem.query[row][d * 8 + lane % 4 * 2]) =
-            pack(output_rmem[m][d][2 * half] * normalizer,
-                 output_rmem[m][d][2 * half + 1] * normalizer, Element());
+        store_pair(&smem.query[row][d * 8 + lane % 4 * 2], output_rmem[m][d][2 * half] * normalizer,
+                   output_rmem[m][d][2 * half + 1] * normalizer);
       const auto& token = tables.token[row];
       if (arguments.lse.data && lane % 4 == 0 && token[0] >= 0)
         *arguments.lse.at(rows.batch, token, rows.head) =

@@ -28,6 +28,26 @@ class Device:
 
 CPU = Device("cpu")
 
+SHARED_MEMORY = {
+    (7, 5): 64,
+    (8, 0): 163,
+    (8, 6): 99,
+    (8, 7): 163,
+    (8, 9): 99,
+    (9, 0): 227,
+    (10, 0): 227,
+    (10, 3): 227,
+    (12, 0): 99,
+}
+"""KiB of shared memory that one block may have, by compute capability."""
+
+
+def of_capability(capability: tuple[int, int]) -> Device:
+    """A device to compile for when there is none at hand."""
+    least = min(SHARED_MEMORY.values())
+    memory = SHARED_MEMORY.get(capability, least) * 1024
+    return Device("cuda", capability=capability, shared_memory=memory)
+
 
 @cache
 def cuda(index: int) -> Device:

@@ -18,21 +18,28 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from cuneigh._device import Device
-from cuneigh._problem import Problem
+from cuneigh._problem import DTYPES, Problem
 from cuneigh._window import Axis
 
 WARPS = 4
 """Warps of a block: one on each scheduler of a multiprocessor, and two blocks beside each other."""
 
 
-@dataclass(frozen=True, slots=True)
-class FusedPlan:
-    """The boxes of one problem. Areas are compiled in, shapes are run-time arguments."""
+class Area(NamedTuple):
+    """The sizes of the boxes of a block that are compiled into a kernel."""
 
     row_tiles: int
     """Sixteens of rows that a warp takes."""
     columns: int
     """Columns of a box, places past its end included."""
+    warps: int = WARPS
+
+
+@dataclass(frozen=True, slots=True)
+class FusedPlan:
+    """The boxes of one problem. Areas are compiled in, shapes are run-time arguments."""
+
+    area: Area
     warp_box: tuple[int, ...]
     warps: tuple[int, ...]
     column_box: tuple[int, ...]
@@ -51,8 +58,22 @@ class Counts(NamedTuple):
     """Those in which every row of the warp meets every column."""
 
 
-Role = Literal["forward", "query", "key"]
-"""What a kernel computes: the output, the gradient of query, or those of key and value."""
+Role = Literal["forward", "query", "key_value", "key", "value"]
+"""What a kernel computes: the output, or the gradients of one or two operands."""
+
+
+def roles(problem: Problem) -> tuple[Role, ...]:
+    """The kernels of an operation."""
+    if problem.operation == "forward":
+        return ("forward",)
+    # The sums of longer vectors fill the registers of a kernel.
+    if max(problem.head_dim, problem.value_dim) > 128:
+        return ("query", "key", "value")
+    return ("query", "key_value")
+
+
+def rows_are_keys(role: Role) -> bool:
+    return role not in ("forward", "query")
 
 
 @lru_cache(maxsize=8192)
@@ -91,20 +112,22 @@ def count_axis(
 def count(problem: Problem, plan: FusedPlan, role: Role = "forward") -> Counts:
     """The counts of one (batch, head), the additional keys left out."""
     along = [
-        count_axis(axis, *sizes, role == "key")
+        count_axis(axis, *sizes, rows_are_keys(role))
         for axis, *sizes in zip(
             problem.axes, plan.warp_box, plan.warps, plan.column_box, strict=True
         )
     ]
     totals = Counts(*(math.prod(values) for values in zip(*along, strict=True)))
     # Places past the end of a box are masked, so that a box that has some is never full.
-    return totals if math.prod(plan.column_box) == plan.columns else totals._replace(full=0)
+    return totals if math.prod(plan.column_box) == plan.area.columns else totals._replace(full=0)
 
 
 # Cycles of one scheduler, of which a multiprocessor has four: the non-negative least squares fit of
 # 62 measurements on an H200 (bench/NOTES.md).
 PRODUCT = 1 / 238
 """A multiply-add of the tensor cores."""
+PRODUCT_FLOAT32 = 6 * PRODUCT
+"""The same in float32, as three in TF32, which are half as fast."""
 EXPONENTIAL = 0.3
 """One logit's way through the softmax."""
 MASK = 1.2
@@ -117,23 +140,31 @@ BLOCK = 1000.0
 """What a block does once."""
 
 
-PRODUCTS = {"forward": 1.0, "query": 1.5, "key": 2.0}
+PRODUCTS: dict[Role, float] = {
+    "forward": 1.0,
+    "query": 1.5,
+    "key_value": 2.0,
+    "key": 1.5,
+    "value": 1.0,
+}
 """Matrix products of a role, those of the forward counted as one."""
 
 
 def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
     """Predicted cycles of one (batch, head) on one scheduler of a multiprocessor."""
     counts = count(problem, plan, role)
-    rows = 16 * plan.row_tiles
+    row_tiles, columns, warps = plan.area
+    logits = 16 * row_tiles * columns
     dims = problem.head_dim + problem.value_dim
-    visit = rows * plan.columns * (dims * PRODUCT * PRODUCTS[role] + EXPONENTIAL)
-    partial = rows * plan.columns * MASK
-    tile = plan.columns * dims / 8 * COPY + TILE
+    product = PRODUCT_FLOAT32 if problem.dtype == "float32" else PRODUCT
+    visit = logits * (dims * product * PRODUCTS[role] + EXPONENTIAL)
+    partial = logits * MASK
+    tile = columns * dims * DTYPES[problem.dtype] / 16 * COPY + TILE
     # The warps of a block wait for each other, each on its own scheduler.
     return (
         counts.blocks * BLOCK
         + counts.tiles * tile
-        + (counts.visits * visit + (counts.visits - counts.full) * partial) / WARPS
+        + (counts.visits * visit + (counts.visits - counts.full) * partial) / warps
     )
 
 
@@ -142,39 +173,52 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> FusedPlan 
     """The cheapest plan for `device`; None if nothing fits."""
     fitting = (
         candidate
-        for area in areas(problem, device.capability, role)
-        if shared_bytes(problem, *area, role) <= device.shared_memory
-        for candidate in candidates(problem, *area, role)
+        for area in areas(problem, device, role)
+        for candidate in candidates(problem, area, role)
     )
     return min(fitting, key=lambda candidate: cost(problem, candidate, role), default=None)
 
 
-def candidates(
-    problem: Problem, row_tiles: int, columns: int, role: Role = "forward"
-) -> Iterator[FusedPlan]:
+def candidates(problem: Problem, area: Area, role: Role = "forward") -> Iterator[FusedPlan]:
     """The shapes that these areas can have."""
-    for warp_box in shapes(problem.rank, 16 * row_tiles):
-        for warps in shapes(problem.rank, WARPS):
-            for column_box in column_shapes(problem, columns, role):
-                yield FusedPlan(row_tiles, columns, warp_box, warps, column_box)
+    for warp_box in shapes(problem.rank, 16 * area.row_tiles):
+        for warps in shapes(problem.rank, area.warps):
+            for column_box in column_shapes(problem, area.columns, role):
+                yield FusedPlan(area, warp_box, warps, column_box)
 
 
-def areas(
-    problem: Problem, capability: tuple[int, int], role: Role = "forward"
+def areas(problem: Problem, device: Device, role: Role = "forward") -> tuple[Area, ...]:
+    """The areas to choose from: the fast ones that fit into shared memory.
+
+    Where none does, fewer columns and then fewer warps make a block that fits.
+    """
+    sizes = fast_sizes(problem, device.capability, role)
+    least = (1, 8 if problem.dtype == "float32" else 16)
+    for warps, some in itertools.product((WARPS, 2, 1), (sizes, (least,))):
+        fitting = tuple(
+            area
+            for area in (Area(*size, warps) for size in some)
+            if shared_bytes(problem, area, role) <= device.shared_memory
+        )
+        if fitting:
+            return fitting
+    return ()
+
+
+def fast_sizes(
+    problem: Problem, capability: tuple[int, int], role: Role
 ) -> tuple[tuple[int, int], ...]:
     """(row_tiles, columns) that fit into registers, as the compiler reports, and were fast."""
     longest = max(problem.head_dim, problem.value_dim)
+    if problem.dtype == "float32":
+        return ((1, 32), (1, 16)) if longest <= 128 else ((1, 16),)
+    if longest > 128:
+        return ((1, 32), (1, 16)) if role == "forward" else ((1, 16),)
     if role != "forward":
-        if longest > 128:
-            return ()
         if longest <= 64 or capability[0] != 9 or problem.rpb_dtype:
             return ((1, 32),)
         return ((1, 64), (1, 32))
-    if longest <= 64:
-        return ((1, 64), (1, 32))
-    if longest > 128:
-        return ((1, 32), (1, 16))
-    if problem.rpb_dtype:
+    if longest <= 64 or problem.rpb_dtype:
         return ((1, 64), (1, 32))
     if capability[0] != 9:
         return ((2, 32), (1, 64), (1, 32))
@@ -182,13 +226,13 @@ def areas(
 
 
 def blocks_per_multiprocessor(
-    problem: Problem, capability: tuple[int, int], columns: int, role: Role
+    problem: Problem, capability: tuple[int, int], area: Area, role: Role
 ) -> int:
     """Blocks to leave registers for; more of them hide latencies, as long as nothing spills."""
     longest = max(problem.head_dim, problem.value_dim)
-    if role != "forward" or longest > 64 or capability[0] > 9:
+    if role != "forward" or longest > 64 or capability[0] > 9 or problem.dtype == "float32":
         return 1
-    return 4 if columns > 32 else 5
+    return 4 if area.columns > 32 else 5
 
 
 def padded(dim: int) -> int:
@@ -196,21 +240,21 @@ def padded(dim: int) -> int:
     return math.ceil(dim / 16) * 16
 
 
-def shared_bytes(problem: Problem, row_tiles: int, columns: int, role: Role = "forward") -> int:
+def shared_bytes(problem: Problem, area: Area, role: Role = "forward") -> int:
     """Bytes of `ForwardSmem` of cuda/fused_forward.cu or `BackwardSmem` of fused_backward.cu."""
 
-    def pitch(dim: int) -> int:  # an odd number of 16-byte chunks
-        return 2 * (padded(dim) if padded(dim) // 8 % 2 else padded(dim) + 8)
+    def pitch(dim: int) -> int:
+        return DTYPES[problem.dtype] * padded(dim) + 16
 
     key, value, rank = pitch(problem.head_dim), pitch(problem.value_dim), problem.rank
-    rows = 16 * row_tiles * WARPS
+    rows, columns = 16 * area.row_tiles * area.warps, area.columns
     size = rows * (max(key, value) if role == "forward" else key + value)
     size += 2 * columns * (key + value)
     if role != "forward":
         size += 2 * 8 * columns  # statistics of the columns
     size += 8 * rank * (columns + 1)  # bits of the columns before a coordinate
     size += 24 * columns  # places of the columns
-    size += 8 * rank + 16 * rank * WARPS  # what block and warps meet
+    size += 8 * rank + 16 * rank * area.warps  # what block and warps meet
     size += rows * (8 * rank + 4 * rank + 4)  # windows, tokens and biases of the rows
     return math.ceil(size / 8) * 8
 
@@ -225,7 +269,7 @@ def shapes(rank: int, area: int) -> tuple[tuple[int, ...], ...]:
 @lru_cache(maxsize=1024)
 def column_shapes(problem: Problem, area: int, role: Role) -> tuple[tuple[int, ...], ...]:
     """Boxes of at most `area` columns that leave less than a quarter of it unused."""
-    lengths = problem.tokens if role == "key" else problem.key_tokens
+    lengths = problem.tokens if rows_are_keys(role) else problem.key_tokens
     longest = [
         min(area, math.ceil(length / axis.dilation))
         for length, axis in zip(lengths, problem.axes, strict=True)

@@ -19,12 +19,11 @@ from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
 from cuneigh._window import Axis
 
 H200 = _device.Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)
-HALVES = ("float16", "bfloat16")
 
 
 def supported(operations=("forward", "backward"), **arguments):
-    """Problems that this backend runs, but for head dimensions that are too long."""
-    return problems(operations=operations, dtypes=HALVES, **arguments)
+    """Problems that this backend runs on some GPU."""
+    return problems(operations=operations, dtypes=fused.DTYPES, **arguments)
 
 
 # Planning
@@ -69,7 +68,8 @@ def pairs_of_a_walk(problem, plan, rows_are_keys):
 )
 def test_counts_and_coverage_by_enumeration(problem, sizes, rows_are_keys):
     warp_box, warps, column_box = sizes
-    plan = _fused_plan.FusedPlan(1, column_box, (warp_box,), (warps,), (column_box,))
+    area = _fused_plan.Area(1, column_box)
+    plan = _fused_plan.FusedPlan(area, (warp_box,), (warps,), (column_box,))
     counts, seen = pairs_of_a_walk(problem, plan, rows_are_keys)
     assert tuple(_fused_plan.count_axis(problem.axes[0], *sizes, rows_are_keys)) == counts
     # Every visible pair is visited exactly once.
@@ -77,35 +77,36 @@ def test_counts_and_coverage_by_enumeration(problem, sizes, rows_are_keys):
     assert len(seen) == problem.axes[0].visible_pairs()
 
 
-DEVICES = [
-    _device.Device("cuda", 0, "a GPU", capability, 100, kilobytes * 1024)
-    for capability, kilobytes in (
-        ((7, 5), 64),
-        ((8, 0), 163),
-        ((8, 6), 99),
-        ((8, 9), 99),
-        ((9, 0), 227),
-        ((10, 0), 227),
-        ((12, 0), 99),
-    )
-]
+DEVICES = [_device.of_capability(capability) for capability in _device.SHARED_MEMORY]
 
 
 @given(problem=supported(), device=st.sampled_from(DEVICES))
 def test_a_plan_fits_the_kernel(problem, device):
-    for role in fused.ROLES[problem.operation]:
+    assume(fused.unsupported(problem, device) is None)
+    for role in _fused_plan.roles(problem):
         plan = _fused_plan.plan(problem, device, role)
-        longest = max(problem.head_dim, problem.value_dim)
-        if plan is None:
-            assert longest > 128 if role != "forward" else device.arch == "sm_75" and longest > 240
-            continue
-        area = (plan.row_tiles, plan.columns)
-        assert area in _fused_plan.areas(problem, device.capability, role)
-        assert _fused_plan.shared_bytes(problem, *area, role) <= device.shared_memory
-        assert np.prod(plan.warp_box) == 16 * plan.row_tiles
-        assert np.prod(plan.warps) == _fused_plan.WARPS
-        assert np.prod(plan.column_box) <= plan.columns <= 64
-        assert plan.columns % 16 == 0
+        assert plan is not None
+        area = plan.area
+        assert area in _fused_plan.areas(problem, device, role)
+        assert _fused_plan.shared_bytes(problem, area, role) <= device.shared_memory
+        assert np.prod(plan.warp_box) == 16 * area.row_tiles
+        assert np.prod(plan.warps) == area.warps
+        assert np.prod(plan.column_box) <= area.columns <= 64
+        assert area.columns % (8 if problem.dtype == "float32" else 16) == 0
+
+
+@given(problem=supported(), device=st.sampled_from(DEVICES))
+def test_what_is_refused(problem, device):
+    """bfloat16 before sm_80, and long vectors in the float32 backward with little memory."""
+    longest = max(problem.head_dim, problem.value_dim)
+    old = problem.dtype == "bfloat16" and device.capability < (8, 0)
+    long = (
+        (problem.dtype, problem.operation) == ("float32", "backward")
+        and longest > 128
+        and device.shared_memory < 100 * 1024
+    )
+    if old or not long:
+        assert (fused.unsupported(problem, device) is not None) == old
 
 
 @pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
@@ -148,12 +149,10 @@ def test_both_operations_agree_with_the_oracle(operation, data, rng, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
 def test_every_head_dim(head_dim):
-    for operation, longest in fused.LONGEST.items():
-        value_dim = head_dim * 7 % longest + 1
+    value_dim = head_dim * 7 % fused.LONGEST + 1
+    for dtype, operation in itertools.product(("bfloat16", "float32"), ("forward", "backward")):
         for dims in ((head_dim, head_dim), (head_dim, value_dim)):
-            if max(dims) > longest:
-                continue
-            query, value = (Spec((1, 9, 10, 2, dim), "bfloat16") for dim in dims)
+            query, value = (Spec((1, 9, 10, 2, dim), dtype) for dim in dims)
             window = window_arguments("test", 2, (5, 4), 1, (1, 2), False)
             problem = attention_problem("test", operation, query, query, value, window, None)
             check_backend(fused, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)

@@ -3,6 +3,13 @@
 
 namespace cuneigh {
 
+// Whether copies run beside the arithmetic.
+#if __CUDA_ARCH__ >= 800
+constexpr bool kAsync = true;
+#else
+constexpr bool kAsync = false;
+#endif
+
 // Copies 16 bytes, in pieces of kBytes since the source may be aligned no better; zeros stand for
 // what lies past the first `valid` bytes, a multiple of kBytes.
 template <int kBytes>

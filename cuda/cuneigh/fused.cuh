@@ -32,8 +32,12 @@ struct FusedProblem {
   float gradient_scale;  // the scale itself
 };
 
-// Rows of an odd number of 16-byte chunks: eight rows at the same chunk hit different banks.
-constexpr int padded(int dim) { return dim / 8 % 2 ? dim : dim + 8; }
+// Shared memory moves in chunks of 16 bytes. Head dimensions are padded to an even number of them,
+// and one more stands between rows: eight rows at the same chunk hit different banks.
+template <typename Element>
+constexpr int kChunk = 16 / sizeof(Element);
+template <typename Element, int kDim>
+constexpr int kPitchOf = kDim + kChunk<Element>;
 
 // The rows of a block.
 template <int kRank>
@@ -278,19 +282,20 @@ __device__ void load_columns(const FusedProblem<Plan::kRank>& problem,
                              const RowBox<Plan::kRank>& rows, const ColumnBox<Plan::kRank>& columns,
                              const View<const Element, Plan::kRank>& window,
                              const View<const Element, Plan::kRank>& additional, int dim,
-                             const Tables<Plan>& tables, Element (*columns_smem)[padded(kDim)]) {
-  constexpr int kThreads = Plan::kWarps * 32, kChunks = kDim / 8;
+                             const Tables<Plan>& tables,
+                             Element (*columns_smem)[kPitchOf<Element, kDim>]) {
+  constexpr int kThreads = Plan::kWarps * 32, kChunks = kDim / kChunk<Element>;
   const Element* first_column = columns.additional ? additional.at(rows.batch, columns.head) +
                                                          columns.begin[0] * additional.token[0]
                                                    : first_of<Plan>(problem, rows, columns, window);
-#pragma unroll
+#pragma unroll(kAsync ? 64 : 4)  // what is on its way takes registers where copies are not async
   for (int start = 0; start < Plan::kColumns * kChunks; start += kThreads) {
     const int i = start + threadIdx.x;
     if (Plan::kColumns * kChunks % kThreads && i >= Plan::kColumns * kChunks) break;
-    const int column = i / kChunks, first = i % kChunks * 8;
+    const int column = i / kChunks, first = i % kChunks * kChunk<Element>;
     const long long step =
         columns.additional ? column * additional.token[0] : tables.place[column].*kStep;
-    const int valid = kExact ? 16 : (dim - first) * 2;
+    const int valid = kExact ? 16 : (dim - first) * int(sizeof(Element));
     copy_16_bytes<kBytes>(&columns_smem[column][first], first_column + step + first,
                           columns.exists >> column & 1 ? valid : 0);
   }
@@ -301,13 +306,14 @@ template <int kDim, int kBytes, typename Plan, typename Element, int kPitch>
 __device__ void load_rows(const View<const Element, Plan::kRank>& view,
                           const RowBox<Plan::kRank>& rows, int dim, const Tables<Plan>& tables,
                           Element (*rows_smem)[kPitch]) {
-  constexpr int kThreads = Plan::kWarps * 32, kChunks = kDim / 8;
+  constexpr int kThreads = Plan::kWarps * 32, kChunks = kDim / kChunk<Element>;
 #pragma unroll 4
   for (int i = threadIdx.x; i < Tables<Plan>::kRows * kChunks; i += kThreads) {
-    const int row = i / kChunks, first = i % kChunks * 8;
+    const int row = i / kChunks, first = i % kChunks * kChunk<Element>;
     const auto& token = tables.token[row];
     const auto* source = view.at(rows.batch, token, rows.head) + first;
-    copy_16_bytes<kBytes>(&rows_smem[row][first], source, token[0] >= 0 ? (dim - first) * 2 : 0);
+    copy_16_bytes<kBytes>(&rows_smem[row][first], source,
+                          token[0] >= 0 ? (dim - first) * int(sizeof(Element)) : 0);
   }
 }
 
@@ -392,7 +398,8 @@ template <int kDim, int kBytes, typename Plan, typename Element, int kPitch>
 __device__ void store_rows(const View<Element, Plan::kRank>& view, const RowBox<Plan::kRank>& rows,
                            int dim, const Tables<Plan>& tables, const Element (*rows_smem)[kPitch],
                            int warp, int lane) {
-  constexpr int kRows = Plan::kRowTiles * 16, kWidth = kBytes / 2, kPackets = kDim / kWidth;
+  constexpr int kRows = Plan::kRowTiles * 16, kWidth = kBytes / sizeof(Element);
+  constexpr int kPackets = kDim / kWidth;
   struct alignas(kBytes) Packet {
     Element element[kWidth];
   };

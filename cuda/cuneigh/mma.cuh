@@ -1,4 +1,4 @@
-// Tensor core instructions on half types: one instruction a function, named after it.
+// Tensor core instructions: one instruction a function, named after it.
 #pragma once
 
 #include "cuneigh/types.cuh"
@@ -57,6 +57,15 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsig
 #endif
 }
 
+// d += a b, with a [16, 8], b [8, 8] and d [16, 8], in TF32; there from sm_80 on.
+__device__ inline void mma_m16n8k8(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Two numbers rounded to a pair of half elements, `low` in the lower half of the word.
 __device__ inline unsigned pack(float low, float high, float16) {
   const __half2 pair = __floats2half2_rn(low, high);
@@ -65,6 +74,17 @@ __device__ inline unsigned pack(float low, float high, float16) {
 __device__ inline unsigned pack(float low, float high, bfloat16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+// Stores two numbers side by side in the precision of their place.
+__device__ inline void store_pair(float16* place, float low, float high) {
+  *reinterpret_cast<unsigned*>(place) = pack(low, high, float16());
+}
+__device__ inline void store_pair(bfloat16* place, float low, float high) {
+  *reinterpret_cast<unsigned*>(place) = pack(low, high, bfloat16());
+}
+__device__ inline void store_pair(float32* place, float low, float high) {
+  *reinterpret_cast<float2*>(place) = {low, high};
 }
 
 __device__ inline float ex2_approx(float x) {

@@ -3,6 +3,9 @@
 The kernels multiply dense boxes of queries and keys, so that a non-finite *value* may reach queries
 whose box of keys held it though their window did not (0 * NaN is NaN). A non-finite key reaches
 only the queries whose window holds it.
+
+float32 is multiplied as three products of TF32 numbers, which keeps its precision, or by the FMA
+units where there is no TF32. An infinite element of a query or key then makes a logit NaN.
 """
 
 from __future__ import annotations
@@ -16,18 +19,16 @@ from cuneigh import _fused_plan, _jit
 from cuneigh._backends import naive
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
 from cuneigh._backends._program import Program
-from cuneigh._device import Device
-from cuneigh._fused_plan import WARPS, FusedPlan, Role, padded, plan
+from cuneigh._device import Device, of_capability
+from cuneigh._fused_plan import Area, FusedPlan, Role, padded, plan, roles, rows_are_keys
 from cuneigh._plan import row_plan
 from cuneigh._problem import Operands, Problem
 
 NAME = "fused"
-LONGEST = {"forward": 256, "backward": 128}
+DTYPES = ("float16", "bfloat16", "float32")
+HOPPER = of_capability((9, 0))
+LONGEST = 256
 """Head dimensions that the kernels take."""
-
-
-ROLES: dict[str, tuple[Role, ...]] = {"forward": ("forward",), "backward": ("query", "key")}
-"""The kernels of an operation."""
 
 
 def unsupported(problem: Problem, device: Device) -> str | None:
@@ -38,24 +39,20 @@ def unsupported(problem: Problem, device: Device) -> str | None:
             "'cuneigh[cuda12]' or 'cuneigh[cuda13]' and pass CuPy, PyTorch or JAX arrays that live "
             "on it"
         )
-    if problem.operation not in ROLES:
+    if problem.operation not in ("forward", "backward"):
         return f"computes attention and its gradients, not {problem.operation} alone"
     if device.capability < (7, 5):
         return f"needs compute capability 7.5, but {device.name} has {device.arch}"
-    if problem.dtype not in ("float16", "bfloat16"):
-        return f"computes in float16 and bfloat16, not in {problem.dtype}"
+    if problem.dtype not in DTYPES:
+        return f"computes in {', '.join(DTYPES)}, not in {problem.dtype}"
     if problem.dtype == "bfloat16" and device.capability < (8, 0):
         return f"needs compute capability 8.0 for bfloat16, but {device.name} has {device.arch}"
-    longest = LONGEST[problem.operation]
     for name in ("head_dim", "value_dim"):
-        if getattr(problem, name) > longest:
-            return (
-                f"takes head dimensions up to {longest} in the {problem.operation}, not "
-                f"{name}={getattr(problem, name)}"
-            )
+        if getattr(problem, name) > LONGEST:
+            return f"takes head dimensions up to {LONGEST}, not {name}={getattr(problem, name)}"
     if problem.is_empty:
         return None
-    if any(plan(problem, device, role) is None for role in ROLES[problem.operation]):
+    if any(plan(problem, device, role) is None for role in roles(problem)):
         return f"needs more shared memory than the {device.shared_memory} bytes of {device.name}"
     return None
 
@@ -106,7 +103,8 @@ def backward(
     views.bias(operands.rpb)
     views.pairs(statistics)
     views.vectors(gradients.key, gradients.value)
-    _launch(program, problem, "key", key_bytes, value_bytes, views)
+    for role in roles(problem)[1:]:
+        _launch(program, problem, role, key_bytes, value_bytes, views)
 
     if problem.additional or operands.rpb is not None:
         # Sums over all queries, which need no tensor cores
@@ -115,18 +113,16 @@ def backward(
         )
 
 
-def kernels(problem: Problem, capability: tuple[int, int] = (9, 0)) -> list[_jit.Kernel]:
+def kernels(problem: Problem, device: Device = HOPPER) -> list[_jit.Kernel]:
     """The kernels that `problem` may need when its arrays are contiguous, whatever its windows."""
-    dims = problem.head_dim, problem.value_dim
-    if problem.operation not in ROLES or problem.dtype not in ("float16", "bfloat16"):
+    if unsupported(problem, device) is not None:
         return []
-    if max(dims) > LONGEST[problem.operation]:
-        return []
-    widths = [min(16, 2 * (dim & -dim)) for dim in dims]
+    size = np.dtype(problem.dtype).itemsize
+    widths = [min(16, size * (dim & -dim)) for dim in (problem.head_dim, problem.value_dim)]
     needed = [
-        _kernel(problem, capability, role, *area, *widths)
-        for role in ROLES[problem.operation]
-        for area in _fused_plan.areas(problem, capability, role)
+        _kernel(problem, device.capability, role, area, *widths)
+        for role in roles(problem)
+        for area in _fused_plan.areas(problem, device, role)
     ]
     if problem.operation == "backward":
         rows = row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim)
@@ -147,17 +143,16 @@ def _launch(
     device = program.device
     chosen = plan(problem, device, role)
     assert chosen is not None, "`unsupported` has seen that one fits"
-    area = chosen.row_tiles, chosen.columns
-    kernel = _kernel(problem, device.capability, role, *area, key_bytes, value_bytes)
-    heads = problem.kv_heads if role == "key" else problem.heads
+    kernel = _kernel(problem, device.capability, role, chosen.area, key_bytes, value_bytes)
+    heads = problem.kv_heads if rows_are_keys(role) else problem.heads
     blocks = _fused_plan.count(problem, chosen, role).blocks * problem.batch * heads
     program.launch(
         kernel,
         (blocks, 1),
-        WARPS * 32,
+        chosen.area.warps * 32,
         _record(problem, chosen, role),
         views.words,
-        shared_bytes=_fused_plan.shared_bytes(problem, *area, role),
+        shared_bytes=_fused_plan.shared_bytes(problem, chosen.area, role),
     )
 
 
@@ -185,8 +180,7 @@ def _kernel(
     problem: Problem,
     capability: tuple[int, int],
     role: Role,
-    row_tiles: int,
-    columns: int,
+    area: Area,
     key_bytes: int,
     value_bytes: int,
 ) -> _jit.Kernel:
@@ -194,21 +188,26 @@ def _kernel(
     head_dim, value_dim = padded(problem.head_dim), padded(problem.value_dim)
     constants = {
         "kRank": problem.rank,
-        "kWarps": WARPS,
-        "kRowTiles": row_tiles,
-        "kBlocks": _fused_plan.blocks_per_multiprocessor(problem, capability, columns, role),
-        "kColumns": columns,
+        "kWarps": area.warps,
+        "kRowTiles": area.row_tiles,
+        "kBlocks": _fused_plan.blocks_per_multiprocessor(problem, capability, area, role),
+        "kColumns": area.columns,
         "kHeadDim": head_dim,
         "kValueDim": value_dim,
         "kKeyBytes": key_bytes,
         "kValueBytes": value_bytes,
-        "kSharedBytes": _fused_plan.shared_bytes(problem, row_tiles, columns, role),
+        "kSharedBytes": _fused_plan.shared_bytes(problem, area, role),
     }
     flags = {
         "kKeyExact": head_dim == problem.head_dim,
         "kValueExact": value_dim == problem.value_dim,
-        "kRowsAreKeys": role == "key",
+        "kRowsAreKeys": rows_are_keys(role),
     }
+    if role != "forward":
+        flags |= {
+            "kGradKey": role != "value",
+            "kGradValue": role in ("value", "key_value"),
+        }
     lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
     lines += [f"static constexpr bool {name} = {str(on).lower()};" for name, on in flags.items()]
     lines.append(f"using Element = {problem.dtype};")
@@ -239,14 +238,14 @@ def _record(problem: Problem, chosen: FusedPlan, role: Role) -> np.ndarray[Any, 
     record["warp_box"], record["warps"] = chosen.warp_box, chosen.warps
     record["column_box"] = chosen.column_box
     record["boxes"] = [
-        _fused_plan.count_axis(axis, *sizes, role == "key").blocks
+        _fused_plan.count_axis(axis, *sizes, rows_are_keys(role)).blocks
         for axis, *sizes in zip(
             problem.axes, chosen.warp_box, chosen.warps, chosen.column_box, strict=True
         )
     ]
     for name in ("batch", "heads", "group_size", "head_dim", "value_dim"):
         record[name] = getattr(problem, name)
-    record["additional"] = 0 if role == "key" else problem.additional or 0
+    record["additional"] = 0 if rows_are_keys(role) else problem.additional or 0
     record["sign"] = np.sign(problem.scale)
     record["scale"] = abs(problem.scale) or 1.0
     record["gradient_scale"] = problem.scale
