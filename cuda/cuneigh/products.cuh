@@ -5,30 +5,43 @@
 
 namespace cuneigh {
 
+// Of kSteps operands that are summed over, how many make the terms of one sum.
+template <typename Element, int kSteps>
+constexpr int kAtOnce = kSteps % Terms<Element>::kMost ? kSteps % 2 ? 1 : 2 : Terms<Element>::kMost;
+
 // product += rows columns^T
 template <int kDim, int kRowTiles, int kColumnTiles, int kRowPitch, int kColumnPitch,
           typename Element>
 __device__ void multiply(const Element (*rows_smem)[kRowPitch],
                          const Element (*columns_smem)[kColumnPitch], int lane,
                          float (&product)[kRowTiles][kColumnTiles][4]) {
+  constexpr int kSteps = kDim / kDepth<Element>, kTerms = kAtOnce<Element, kSteps>;
   constexpr int kTiles = kColumnTiles % 2 ? 1 : 2;  // loaded at a time
-#pragma unroll(kSame<Element, float32> ? 2 : 16)
-  for (int d = 0; d < kDim; d += kDepth<Element>) {
-    Left<Element> left[kRowTiles];
+#pragma unroll(kSame<Element, float32> ? 1 : kSteps)  // unrolled, float32 would spill
+  for (int first = 0; first < kSteps; first += kTerms) {
+    Left<Element> left[kTerms][kRowTiles];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) take_rows(left[m], &rows_smem[m * 16], d, lane);
+    for (int i = 0; i < kTerms; ++i)
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+        take_rows(left[i][m], &rows_smem[m * 16], (first + i) * kDepth<Element>, lane);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; n += kTiles) {
-      Right<Element> right[kTiles];
-      take_columns(right, &columns_smem[n * 8], d, lane);
+      Terms<Element> terms[kRowTiles][kTiles];
+#pragma unroll
+      for (int i = 0; i < kTerms; ++i) {
+        Right<Element> right[kTiles];
+        take_columns(right, &columns_smem[n * 8], (first + i) * kDepth<Element>, lane);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile)
+            terms[m][tile].add(product[m][n + tile], left[i][m], right[tile]);
+      }
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          Terms<Element> terms;
-          terms.add(product[m][n + tile], left[m], right[tile]);
-          terms.finish(product[m][n + tile]);
-        }
+        for (int tile = 0; tile < kTiles; ++tile) terms[m][tile].finish(product[m][n + tile]);
     }
   }
 }
@@ -40,14 +53,12 @@ __device__ void accumulate(const float (&weight)[kRowTiles][kColumnTiles][4],
                            float (&sum)[kRowTiles][kDim / 8][4]) {
   constexpr int kTiles = kDepth<Element> / 8;
   static_assert(kColumnTiles % kTiles == 0, "the columns of a box make whole operands");
-  constexpr int kSteps = kColumnTiles / kTiles;
-  constexpr int kMost = Terms<Element>::kMost, kAtOnce = kMost < kSteps ? kMost : kSteps;
-  static_assert(kSteps % kAtOnce == 0, "all sums have as many terms");
+  constexpr int kSteps = kColumnTiles / kTiles, kTerms = kAtOnce<Element, kSteps>;
 #pragma unroll
-  for (int first = 0; first < kSteps; first += kAtOnce) {
-    Left<Element> left[kAtOnce][kRowTiles];
+  for (int first = 0; first < kSteps; first += kTerms) {
+    Left<Element> left[kTerms][kRowTiles];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
+    for (int i = 0; i < kTerms; ++i)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
         take_weights(left[i][m], &weight[m][(first + i) * kTiles], lane);
@@ -55,7 +66,7 @@ __device__ void accumulate(const float (&weight)[kRowTiles][kColumnTiles][4],
     for (int d = 0; d < kDim; d += 16) {
       Terms<Element> terms[kRowTiles][2];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kTerms; ++i) {
         Right<Element> right[2];
         take_dimensions(right, &columns_smem[(first + i) * kDepth<Element>], d, lane);
 #pragma unroll
