@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call. Results are written to $OUT (default: bench/results).
 #
-#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo naive grid h200; default: all
+#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host naive grid h200; default: all
 #
 # A step that fails does not stop the others; the exit status says whether all of them passed.
 set -u
@@ -24,8 +24,14 @@ sanitizer() {
       >"$OUT/sanitizer-$tool.txt" 2>&1 || status=1
     tail -n 4 "$OUT/sanitizer-$tool.txt"
   done
+  # Racecheck has nothing to find in the lifetimes: it looks at shared memory.
+  compute-sanitizer --tool memcheck --error-exitcode 1 python3 tests/lifetimes.py \
+    >"$OUT/sanitizer-lifetimes.txt" 2>&1 || status=1
+  tail -n 3 "$OUT/sanitizer-lifetimes.txt"
   return $status
 }
+
+host() { python3 bench/host.py | tee "$OUT/host.txt"; return "${PIPESTATUS[0]}"; }
 
 h200() { python3 bench/h200.py --output "$OUT/h200.json" | tail -n 60; return "${PIPESTATUS[0]}"; }
 naive() { python3 bench/naive.py --output "$OUT/naive.json" | tail -n 12; return "${PIPESTATUS[0]}"; }
@@ -41,7 +47,7 @@ demo() {
   return "${PIPESTATUS[0]}"
 }
 
-for step in "${@:-tests sanitizer doctor demo naive grid h200}"; do
+for step in "${@:-tests sanitizer doctor demo host naive grid h200}"; do
   for name in $step; do
     echo "== $name"
     "$name" || { echo "== $name FAILED"; failed=1; }

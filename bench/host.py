@@ -1,54 +1,97 @@
 """Host cost of a call: ``python bench/host.py``, on a machine with a GPU.
 
 The median time from a call to its return in a loop over a 14x14 problem, with autograd on. The host
-waits for the GPU after every 50 calls, out of the measurement, so that the queue never fills.
+waits for the GPU after every 50 calls, out of the measurement, so that the queue never fills. What
+the frameworks take for the same arrays without cuneigh is measured beside it.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import cupy
+import jax
 import torch
+from harness import provenance
 
 import cuneigh
 
 SHAPE = (1, 14, 14, 4, 32)
 WINDOW = 7
 
+Case = tuple[str, Callable[[], object], Callable[[object], object]]
+"""Its name, the call, and what waits for the GPU, given what the call returned."""
 
-def median_us(call: Callable[[], object], synchronize: Callable[[], object]) -> float:
+
+def median_us(call: Callable[[], object], wait: Callable[[object], object]) -> float:
     """Median of 1,000 calls, after as many that warm up."""
-    times = []
+    times, result = [], call()
     for turn in range(2000):
         if turn % 50 == 0:
-            synchronize()
+            wait(result)
         start = time.perf_counter()
-        call()
+        result = call()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1000:]) * 1e6
 
 
-def main() -> None:
+def cases() -> Iterator[Case]:
     arrays = [cupy.random.standard_normal(SHAPE, "float32").astype("float16") for _ in range(3)]
+
+    def wait(_: object) -> None:
+        cupy.cuda.Device().synchronize()
+
+    yield "CuPy, forward", lambda: cuneigh.na2d(*arrays, WINDOW), wait
     leaves = [torch.as_tensor(array, device="cuda").requires_grad_() for array in arrays]
     grad_output = torch.ones_like(leaves[0])
 
     def forward() -> torch.Tensor:
         return cuneigh.na2d(*leaves, WINDOW)
 
-    def step() -> object:
+    def step(forward: Callable[[], torch.Tensor] = forward) -> object:
         return torch.autograd.grad(forward(), leaves, grad_output)
 
-    cases = {
-        "cupy, forward": lambda: cuneigh.na2d(*arrays, WINDOW),
-        "torch, forward": forward,
-        "torch, forward and backward": step,
-    }
-    for name, call in cases.items():
-        print(f"{name:28s} {median_us(call, torch.cuda.synchronize):6.1f} us")
+    def nothing() -> object:
+        return step(lambda: Nothing.apply(*leaves))
+
+    yield "PyTorch, forward", forward, wait
+    yield "PyTorch, forward and backward", step, wait
+    yield "  a function that computes nothing", nothing, wait
+    with torch.autograd.set_multithreading_enabled(False):
+        yield "  in one thread", step, wait
+        yield "  in one thread, nothing", nothing, wait
+
+    device = jax.devices("gpu")[0]
+    given = [jax.device_put(array.get(), device) for array in arrays]
+    jitted = jax.jit(lambda *arrays: cuneigh.na2d(*arrays, WINDOW))
+    add = jax.jit(lambda query, key, value: query + key * value)
+    yield "JAX, forward", lambda: cuneigh.na2d(*given, WINDOW), jax.block_until_ready
+    yield "JAX, forward, in jax.jit", lambda: jitted(*given), jax.block_until_ready
+    yield "  a sum in jax.jit", lambda: add(*given), jax.block_until_ready
+
+
+class Nothing(torch.autograd.Function):  # type: ignore[misc]
+    """Allocates what forward and backward return and need between them, and launches nothing."""
+
+    @staticmethod
+    def forward(ctx, *tensors):  # type: ignore[no-untyped-def]
+        output, lse = torch.empty_like(tensors[0]), tensors[0].new_empty(SHAPE[:-1])
+        ctx.save_for_backward(*tensors, output, lse)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def main() -> None:
+    about = provenance()
+    print(f"commit {about['commit']}, {about['date']}, {about['gpu']}, driver {about['driver']}")
+    print("microseconds from the call to its return, median of 1,000")
+    for name, call, wait in cases():
+        print(f"{name:36s} {median_us(call, wait):6.1f}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ array of theirs. No framework is ever imported for a user who has not imported i
 from __future__ import annotations
 
 import importlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -86,10 +85,9 @@ Memory = tuple[int, tuple[int, ...], Any]
 """An address, the elements from entry to entry along each axis, and what keeps the memory."""
 
 
-class Launcher(ABC):
+class Launcher:
     """A face whose framework launches by itself, now or when a program that it traces runs."""
 
-    @abstractmethod
     def launch(
         self,
         arguments: Arguments,
@@ -98,20 +96,20 @@ class Launcher(ABC):
         results: Sequence[Spec | None],
     ) -> list[Any]:
         """Arrays for `results`, None where that is None, of a problem that is not empty."""
+        raise NotImplementedError
 
 
-class Watcher(ABC):
+class Watcher:
     """A face whose framework may have to see a call: to differentiate it, or to trace it."""
 
-    @abstractmethod
     def cast_automatically(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
         """The arguments as the framework's own operations would take them now."""
+        raise NotImplementedError
 
-    @abstractmethod
     def watches(self, arrays: Mapping[str, Any]) -> bool:
         """Whether a derivative of a call with these arguments is asked for, or the call traced."""
+        raise NotImplementedError
 
-    @abstractmethod
     def record(
         self,
         call: str,
@@ -121,6 +119,7 @@ class Watcher(ABC):
         results: Sequence[Spec | None],
     ) -> list[Any]:
         """Arrays for `results`, None where that is None, by an operation of the framework."""
+        raise NotImplementedError
 
 
 class Arguments(NamedTuple):
@@ -242,6 +241,7 @@ def dtype_name(dtype: Any) -> str:
     return _DTYPE_NAMES.get(dtype) or str(dtype)
 
 
+@cache
 def import_cupy() -> Any:
     """The module cupy, for arrays of other frameworks that live on a GPU."""
     try:
@@ -252,28 +252,6 @@ def import_cupy() -> Any:
             "pip install 'cuneigh[cuda13]', or 'cuneigh[cuda12]' for a CUDA 12 driver"
         ) from error
     return cupy
-
-
-_HERE: AbstractContextManager[None] = nullcontext()
-
-
-def current(index: int) -> AbstractContextManager[Any]:
-    """Within it CUDA device `index` is current, and the driver knows that of this thread.
-
-    Where that is so already, nothing is changed: XLA, for one, pushes a context of its own.
-    """
-    cuda = _cuda()
-    if cuda.runtime.getDevice() != index:
-        device: AbstractContextManager[Any] = cuda.Device(index)
-        return device
-    if not cuda.driver.ctxGetCurrent():  # a thread that has not used CUDA yet
-        cuda.runtime.setDevice(index)
-    return _HERE
-
-
-@cache
-def _cuda() -> Any:
-    return import_cupy().cuda
 
 
 class NumPyFace:
@@ -354,12 +332,12 @@ class CuPyFace:
         return stream
 
     def full(self, place: int, shape: tuple[int, ...], dtype: str, value: float) -> Any:
-        with current(place):
+        with _device.current(place):
             return self._cupy.full(shape, value, numpy_dtype(dtype))
 
     @contextmanager
     def operations(self, place: int) -> Iterator[Any]:
-        with current(place):
+        with _device.current(place):
             yield self._cupy
 
     def cast(self, array: Any, dtype: str) -> Any:

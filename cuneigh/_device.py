@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +65,22 @@ def cuda(index: int) -> Device:
         sm_count=properties["multiProcessorCount"],
         shared_memory=properties["sharedMemPerBlockOptin"],
     )
+
+
+def current(index: int) -> AbstractContextManager[Any]:
+    """Within it CUDA device `index` is current, and the driver knows that of this thread.
+
+    Where that is so already, nothing is changed. XLA, for one, makes a device current by pushing a
+    context; to make it current once more would outlast that.
+    """
+    from cupy import cuda
+
+    if cuda.runtime.getDevice() != index:
+        device: AbstractContextManager[Any] = cuda.Device(index)
+        return device
+    if not cuda.driver.ctxGetCurrent():  # a thread that has not used CUDA yet
+        cuda.runtime.setDevice(index)
+    return _HERE
+
+
+_HERE: AbstractContextManager[None] = nullcontext()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -468,6 +469,19 @@ def test_a_thousand_calls_leak_nothing(name):
     for _ in range(1000):
         call()
     assert used_bytes(name) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_a_thread_that_has_not_used_the_gpu_may_call(name):
+    """The driver knows no device of such a thread, and memory may come from what is kept."""
+    own, arguments = framework(name), arrays(name, 3)
+    wanted = own.numpy(cuneigh.na2d(*arguments, 3))
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(cuneigh.na2d(*arguments, 3)))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(own.numpy(results[0]), wanted)
 
 
 @pytest.mark.gpu

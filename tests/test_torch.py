@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -227,6 +229,22 @@ def test_only_what_needs_a_gradient_gets_one():
         assert not cuneigh.na2d(query, key, value, 3).requires_grad
     with torch.inference_mode():
         assert cuneigh.na2d(query, key, value, 3).is_inference()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_leaves_nothing_to_the_garbage_collector(device):
+    step(*tensors(device=device, dtype=torch.float32))  # what is kept is kept now
+    gc.collect()
+    gc.disable()
+    try:
+        given = tensors(device=device, dtype=torch.float32)
+        made = step(*given)
+        alive = [weakref.ref(tensor) for tensor in (*given, *made)]
+        del given, made
+        assert not any(reference() is not None for reference in alive)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_gradients_accumulate_and_graphs_survive_if_they_are_retained():

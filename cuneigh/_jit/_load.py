@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from cuneigh._device import Device
+from cuneigh._device import Device, current
 from cuneigh._jit import _compiler
 from cuneigh._jit._build import compile, find
 from cuneigh._jit._cache import Compiled
@@ -31,7 +31,7 @@ def _load(kernel: Kernel, device: Device) -> Any:
     import cupy
 
     compiled = choose(kernel, device)
-    with cupy.cuda.Device(device.index):
+    with current(device.index):
         try:
             function = cupy.RawModule(path=str(compiled.cubin)).get_function(compiled.entry)
             function.kernel  # noqa: B018 - loads the module, which CuPy may put off until now

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from cuneigh._arrays import Arguments, GpuFace, HostFace, Launcher, Watcher, current, meet
+from cuneigh._arrays import Arguments, GpuFace, HostFace, Launcher, Watcher, meet
 from cuneigh._backends import choose
-from cuneigh._device import CPU
+from cuneigh._device import CPU, current
 from cuneigh._ops.launch import perform, program
 from cuneigh._problem import Problem, Spec, finite_scale
 

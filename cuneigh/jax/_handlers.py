@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cuneigh import _device
-from cuneigh._arrays import current, numpy_dtype
+from cuneigh._arrays import numpy_dtype
 from cuneigh._backends import choose
 from cuneigh._backends._program import contiguous
 from cuneigh._ops.launch import perform, program
@@ -92,7 +92,7 @@ def serve_cuda(asked: _xla.Call) -> None:
     layouts = tuple(
         (steps, address % 16) for steps, address in zip(request.steps, asked.arguments, strict=True)
     )
-    with current(index):
+    with _device.current(index):
         launches = program(
             call.problem, index, call.backend, call.arguments, layouts, request.wanted
         )

@@ -14,7 +14,7 @@ import torch
 from cuneigh._arrays import Arguments
 from cuneigh._ops.call import run
 from cuneigh._problem import GRADIENT, RESULTS, Problem, Spec
-from cuneigh.torch._operators import SECOND, gradient_arguments
+from cuneigh.torch._operators import SECOND, add_gradients
 
 
 def differentiable(
@@ -23,47 +23,44 @@ def differentiable(
     """The results of a problem, through which gradients flow back to the arguments."""
     if problem.operation == "forward":
         results = problem.output, problem.lse  # which the gradient needs in any case
-    made = _Differentiable.apply(arguments, problem, backend, results, *arguments.arrays.values())
+    call = arguments, problem, backend, results
+    made = _Differentiable.apply(call, *arguments.arrays.values())
     return (made,) if isinstance(made, torch.Tensor) else made
+
+
+Call = tuple[Arguments, Problem, str | None, Sequence[Spec]]
+"""What `run` takes."""
 
 
 class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(
-        ctx: Any,
-        arguments: Arguments,
-        problem: Problem,
-        backend: str | None,
-        results: Sequence[Spec],
-        *tensors: torch.Tensor,
-    ) -> Any:
-        made = run(arguments, problem, backend, results)
-        ctx.set_materialize_grads(False)
-        ctx.names = tuple(arguments.arrays)
-        ctx.lender = arguments.face, arguments.place
-        ctx.problem, ctx.backend = problem, backend
+    def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> Any:
+        (face, place, arrays, _), problem, backend, _ = call
+        made = run(*call)
+        names = tuple(arrays)
         if problem.operation == "forward":
-            ctx.names += RESULTS["forward"]
+            names += RESULTS["forward"]
             tensors += tuple(made)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
+        ctx.call = names, face, place, problem, backend
         return made[0] if len(made) == 1 else tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        nothing = (None,) * len(ctx.needs_input_grad)
+        count = len(ctx.needs_input_grad)
         if all(gradient is None for gradient in gradients):
-            return nothing
-        problem = ctx.problem
-        if problem.operation not in GRADIENT:
-            raise RuntimeError(f"cuneigh: {problem.operation} {SECOND}")
-        arrays = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        given = gradient_arguments(problem.operation, arrays, gradients)
-        wanted = problem.gradient.specs
-        if problem.operation == "av":
-            wanted = (problem.logits, *wanted)
+            return (None,) * count
+        names, face, place, problem, backend = ctx.call
+        operation = problem.operation
+        if operation not in GRADIENT:
+            raise RuntimeError(f"cuneigh: {operation} {SECOND}")
+        arrays = dict(zip(names, ctx.saved_tensors, strict=True))
+        add_gradients(operation, arrays, gradients)
+        gradient = problem.gradient
+        wanted = gradient.specs if operation != "av" else (problem.logits, *gradient.specs)
         # Somebody who wants to differentiate the gradient must meet the error above.
         compute: Any = differentiable if torch.is_grad_enabled() else run
-        face, place = ctx.lender
-        made = compute(Arguments(face, place, given, {}), problem.gradient, ctx.backend, wanted)
-        of = dict(zip(RESULTS[problem.gradient.operation], made, strict=True))
-        return (*nothing[:4], *map(of.get, ctx.names[: len(nothing) - 4]))
+        made = compute(Arguments(face, place, arrays, {}), gradient, backend, wanted)
+        of = dict(zip(RESULTS[gradient.operation], made, strict=True))
+        return (None, *map(of.get, names[: count - 1]))

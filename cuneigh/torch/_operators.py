@@ -103,19 +103,17 @@ def apply(
     return [named.get(name) for name in RESULTS[operation]]
 
 
-def gradient_arguments(
+def add_gradients(
     operation: Operation,
     arrays: dict[str, torch.Tensor],
     gradients: Sequence[torch.Tensor | None],
-) -> dict[str, torch.Tensor]:
-    """What the gradient of `operation` takes, given what it took, returned, and is given back."""
-    given = arrays.copy()
+) -> None:
+    """Make of what `operation` took and returned what its gradient takes, given what came back."""
     for name, gradient in zip(GRADIENT[operation][1], gradients, strict=True):
         if gradient is not None:
-            given[name] = gradient
+            arrays[name] = gradient
     if operation == "forward" and gradients[0] is None:
-        given["grad_output"] = torch.zeros_like(arrays["output"])
-    return given
+        arrays["grad_output"] = torch.zeros_like(arrays["output"])
 
 
 def _given_results(operation: Operation, arrays: dict[str, Any]) -> list[str]:
@@ -222,8 +220,8 @@ def _derivative(operation: Operation) -> tuple[Callable[..., None], Callable[...
             return nothing
         saved = zip((*names, *kept), ctx.saved_tensors, strict=True)
         arrays = {name: array for name, array in saved if array is not None}
-        given = gradient_arguments(operation, arrays, gradients)
-        of = dict(zip(RESULTS[gradient], apply(gradient, given, ctx.parameters), strict=True))
+        add_gradients(operation, arrays, gradients)
+        of = dict(zip(RESULTS[gradient], apply(gradient, arrays, ctx.parameters), strict=True))
         return (*map(of.get, names), *nothing[len(names) :])
 
     return setup, backward
