@@ -213,6 +213,41 @@ assert natten.na2d is na2d is cuneigh.compat.natten.na2d
     assert done.returncode == 0, done.stderr
 
 
+def test_what_natten_says_of_itself():
+    """Of models that run with or without fused kernels, and set modes when they are imported."""
+    done = run(
+        """
+import cuneigh.compat.natten
+cuneigh.compat.natten.install()
+import natten, natten.context, torch
+assert natten.HAS_LIBNATTEN and natten.has_fna() and natten.has_cuda() == torch.cuda.is_available()
+for name in natten.context.__all__:
+    assert getattr(natten, name) is getattr(natten.context, name), name
+natten.use_fused_na(False, kv_parallel=True)
+assert not natten.is_fna_enabled()
+natten.use_fused_na()
+assert natten.is_fused_na_enabled()
+natten.use_autotuner(backward_pass=True)
+assert natten.is_autotuner_enabled()
+natten.disable_autotuner()
+assert not natten.is_autotuner_enabled()
+natten.set_memory_usage_preference("unrestricted")
+assert natten.is_memory_usage_unrestricted() and not natten.is_memory_usage_default()
+try:
+    natten.set_memory_usage_preference("some")
+except ValueError as error:
+    assert "pref='some' is not one of default, strict" in str(error)
+else:
+    raise AssertionError
+query, key, value = torch.randn(3, 1, 8, 8, 2, 16).unbind()
+assert natten.has_fused_na()
+output = natten.functional.na2d(query, key, value, 7, scale=1.0)
+assert torch.equal(output, cuneigh.na2d(query, key, value, 7, scale=1.0))
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("before", "words"),
     [

@@ -8,6 +8,8 @@
   ``rpb`` and additional keys. `na1d`, `na2d` and `na3d` take ``rpb`` as well; positional arguments
   after ``kernel_size`` are in the order of 0.20, where ``stride`` comes first.
 - 0.14: `natten1dqkrpb`, `natten1dqk`, `natten1dav`, and likewise in 2-D and 3-D.
+- What ``natten`` is asked about itself (``natten.has_fused_na()``) and its switches
+  (``natten.use_fused_na()``) are in `context`, and below the installed module as well.
 
 Results of the heads-first functions are views of heads-last memory, whose ``.contiguous()`` NATTEN
 would have returned.

@@ -11,7 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cuneigh.compat.natten import context
+
 SUBMODULES = {
+    "context": "context",
     "functional": "functional",
     "modules": "modules",
     "na1d": "modules",
@@ -51,6 +54,7 @@ def install() -> None:
     sys.meta_path.append(_Finder())
     sys.modules["natten"] = root = _module("natten", HERE)
     root.__path__ = []
+    vars(root).update({name: getattr(context, name) for name in context.__all__})
     for name, source in SUBMODULES.items():
         module = _module(f"natten.{name}", f"{HERE}.{source}")
         sys.modules[module.__name__] = module
