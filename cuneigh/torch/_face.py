@@ -67,14 +67,15 @@ class TorchFace(Watcher):
         return torch.empty(shape, dtype=_DTYPES[dtype], device=place)
 
     def borrow(self, array: torch.Tensor) -> npt.NDArray[Any]:
-        array = _resolved(array).detach()
+        array = array.resolve_neg().detach()
         if array.dtype is torch.bfloat16:  # which NumPy does not have
             native: npt.NDArray[Any] = array.view(torch.int16).numpy()
             return native.view(numpy_dtype("bfloat16"))
         return array.numpy()  # type: ignore[no-any-return]
 
     def memory(self, array: torch.Tensor) -> Memory:
-        array = _resolved(array)
+        if array.is_neg():  # a pending change of sign, which nobody else can see
+            array = array.resolve_neg()
         return array.data_ptr(), array.stride(), array
 
     def address(self, array: torch.Tensor) -> int:
@@ -157,8 +158,3 @@ def _is_traced(arrays: Mapping[str, torch.Tensor]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return True
     return not TRACED.isdisjoint(map(type, arrays.values()))
-
-
-def _resolved(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without a pending change of sign, which nothing else can see."""
-    return tensor.resolve_neg() if tensor.is_neg() else tensor

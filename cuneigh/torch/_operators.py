@@ -60,16 +60,12 @@ class Parameters(NamedTuple):
     backend: str | None
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    name = _DTYPE_NAMES.get(dtype)
-    return str(dtype).removeprefix("torch.") if name is None else name
+def spec_of(tensor: torch.Tensor) -> Spec:
+    dtype = tensor.dtype
+    return Spec(tuple(tensor.shape), _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch."))
 
 
 _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
-
-
-def spec_of(tensor: torch.Tensor) -> Spec:
-    return Spec(tuple(tensor.shape), dtype_name(tensor.dtype))
 
 
 def call(
