@@ -20,7 +20,7 @@ import numpy as np
 from harness import ROOT, ceilings, check, measure, provenance
 
 import cuneigh
-from cuneigh import _fused_plan, _problem
+from cuneigh import _fused_plan, _halo_plan, _problem
 from cuneigh._device import cuda
 from cuneigh._problem import Operands, Problem, Spec
 
@@ -32,11 +32,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
     parser.add_argument("--longest", type=float, default=50.0, help="ms of one naive call at most")
+    parser.add_argument("--cases", nargs="+", help="names of the cases to run; default: all")
     arguments = parser.parse_args()
     peers = json.loads((ROOT / "peers-h200.json").read_text())["cases"]
     document: dict[str, Any] = {**provenance(), **ceilings(), "cases": {}}
     for case in json.loads((ROOT / "cases.json").read_text()):
         name = case["name"]
+        if arguments.cases and name not in arguments.cases:
+            continue
         results = document["cases"][name] = run(case, arguments.longest)
         for backend, figures in results.items():
             for kind, figure in figures.items():
@@ -84,7 +87,7 @@ def run(case: dict[str, Any], longest: float) -> dict[str, dict[str, Any]]:
         check(problem, operands, forward(backend))
         figure = timed(problem, lambda backend=backend: forward(backend))
         if backend == "fused":
-            figure["plan"] = str(_fused_plan.plan(problem, cuda(0)))
+            figure["plan"] = plan_of(problem)
         results[backend] = {"forward": figure}
         if backend == "fused" or 3.5 * naive_ms <= longest:
             results[backend]["forward_backward"] = timed(
@@ -104,6 +107,12 @@ def problem_of(case: dict[str, Any], shape: tuple[int, ...]) -> Problem:
         case["causal"],
     )
     return _problem.attention_problem("bench", "forward", spec, spec, spec, window, None)
+
+
+def plan_of(problem: Problem) -> str:
+    """What `fused` takes for contiguous arrays."""
+    device = cuda(0)
+    return str(_halo_plan.plan(problem, device) or _fused_plan.plan(problem, device))
 
 
 def timed(problem: Problem, call: Callable[[], object], passes: float = 1.0) -> dict[str, Any]:

@@ -23,6 +23,7 @@ LAYERS = (
     {"_problem"},
     {"_device", "reference"},
     {"_fused_plan", "_gemm_plan", "_plan"},
+    {"_halo_plan"},
     {"_jit"},
     {"_arrays", "_backends"},
     {"_ops"},

@@ -43,6 +43,18 @@ __device__ inline void copy_16_bytes(void* target_smem, const void* source, int 
   }
 }
 
+// Copies 16 bytes from an address as well aligned to this address in shared memory.
+__device__ inline void copy_16_bytes(unsigned target, const void* source) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+#else
+  const uint4 bytes = *static_cast<const uint4*>(source);
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(bytes.x), "r"(bytes.y),
+               "r"(bytes.z), "r"(bytes.w)
+               : "memory");
+#endif
+}
+
 // Copies 8 bytes, or zeros if not `exists`.
 __device__ inline void copy_8_bytes(void* target_smem, const void* source, bool exists) {
 #if __CUDA_ARCH__ >= 800

@@ -46,8 +46,8 @@ struct RowBox {
   Place first[kRank];  // dilation group and first group index
 };
 
-template <typename Plan>
-__device__ RowBox<Plan::kRank> row_box(const FusedProblem<Plan::kRank>& problem) {
+template <typename Plan, typename Problem>
+__device__ RowBox<Plan::kRank> row_box(const Problem& problem) {
   RowBox<Plan::kRank> box;
   unsigned block = blockIdx.x;
 #pragma unroll

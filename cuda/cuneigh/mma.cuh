@@ -66,6 +66,33 @@ __device__ inline void mma_m16n8k8(float (&d)[4], const unsigned (&a)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d = a b.
+__device__ inline void mma_m16n8k16_zero(float (&d)[4], const unsigned (&a)[4], unsigned b0,
+                                         unsigned b1, float16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+#else
+  d[0] = d[1] = d[2] = d[3] = 0;
+  mma_m16n8k16(d, a, b0, b1, float16());
+#endif
+}
+__device__ inline void mma_m16n8k16_zero(float (&d)[4], const unsigned (&a)[4], unsigned b0,
+                                         unsigned b1, bfloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+#else
+  asm volatile("trap;");
+#endif
+}
+
 // Two numbers rounded to a pair of half elements, `low` in the lower half of the word.
 __device__ inline unsigned pack(float low, float high, float16) {
   const __half2 pair = __floats2half2_rn(low, high);
@@ -90,6 +117,11 @@ __device__ inline void store_pair(float32* place, float low, float high) {
 __device__ inline float ex2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float lg2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

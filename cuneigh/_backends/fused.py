@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cuneigh import _fused_plan, _jit
-from cuneigh._backends import naive
+from cuneigh._backends import _halo, naive
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
 from cuneigh._backends._program import Program
 from cuneigh._device import Device, of_capability
@@ -59,6 +59,12 @@ def unsupported(problem: Problem, device: Device) -> str | None:
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
     operands = Operands(*(readable(array, program) for array in operands))
+    vectors = (*operands[:3], output)
+    small = _halo.plan(program, problem, "forward", vectors)
+    if small is not None:
+        arrays = (*((array, "vectors") for array in vectors), (lse, "scalars"))
+        _halo.launch(program, problem, "forward", small, arrays)
+        return
     key_bytes = load_width((operands.query, operands.key, operands.additional_keys))
     value_bytes = load_width((operands.value, operands.additional_values, output))
     views = Views(problem.rank)
@@ -89,21 +95,27 @@ def backward(
     statistics = program.allocate((*lse.shape, 2), "float32")
     _statistics(program, problem, grad_output, output, lse, grad_lse, statistics)
 
-    views = Views(problem.rank)
-    views.vectors(query, grad_output, key, value)
-    views.additional(operands.additional_keys, operands.additional_values)
-    views.bias(operands.rpb)
-    views.pairs(statistics)
-    views.vectors(gradients.query, None)
-    _launch(program, problem, "query", key_bytes, value_bytes, views)
-
-    views = Views(problem.rank)
-    views.vectors(key, value, query, grad_output)
-    views.additional(None, None)
-    views.bias(operands.rpb)
-    views.pairs(statistics)
-    views.vectors(gradients.key, gradients.value)
-    for role in roles(problem)[1:]:
+    of_queries, of_keys = (query, grad_output), (key, value)
+    for role in roles(problem):
+        by_keys = rows_are_keys(role)
+        rows, columns = (of_keys, of_queries) if by_keys else (of_queries, of_keys)
+        results = (gradients.key, gradients.value) if by_keys else (gradients.query, None)
+        vectors = (*rows, *columns, *results)
+        small = _halo.plan(program, problem, role, [array for array in vectors if array])
+        if small is not None:
+            arrays = [(array, "vectors") for array in vectors]
+            arrays.insert(4, (statistics, "pairs"))
+            _halo.launch(program, problem, role, small, arrays)
+            continue
+        views = Views(problem.rank)
+        views.vectors(*rows, *columns)
+        if by_keys:  # additional keys are rows of no box
+            views.additional(None, None)
+        else:
+            views.additional(operands.additional_keys, operands.additional_values)
+        views.bias(operands.rpb)
+        views.pairs(statistics)
+        views.vectors(*results)
         _launch(program, problem, role, key_bytes, value_bytes, views)
 
     if problem.additional or operands.rpb is not None:
@@ -124,6 +136,8 @@ def kernels(problem: Problem, device: Device = HOPPER) -> list[_jit.Kernel]:
         for role in roles(problem)
         for area in _fused_plan.areas(problem, device, role)
     ]
+    if device.capability >= (8, 0):
+        needed += [kernel for role in roles(problem) for kernel in _halo.kernels(problem, role)]
     if problem.operation == "backward":
         rows = row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim)
         needed.append(_jit.Kernel("fused_delta", rows.source()))

@@ -1,0 +1,139 @@
+"""The launches of the kernels for small windows: slabs of keys and lists out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from cuneigh import _halo_plan, _jit
+from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width
+from cuneigh._backends._program import Array, Program
+from cuneigh._fused_plan import Role, rows_are_keys
+from cuneigh._halo_plan import HaloPlan
+from cuneigh._problem import Problem
+
+UNIT = 16
+"""Bytes of a load, and what steps in memory are counted in."""
+
+
+def plan(
+    program: Program, problem: Problem, role: Role, vectors: Sequence[Array]
+) -> HaloPlan | None:
+    """The plan for these arrays; None where the other kernels of `fused` are to be taken."""
+    if load_width(vectors) < UNIT or not all(_steps_fit(array) for array in vectors):
+        return None
+    return _halo_plan.plan(problem, program.device, role)
+
+
+def launch(
+    program: Program,
+    problem: Problem,
+    role: Role,
+    chosen: HaloPlan,
+    arrays: Sequence[tuple[Array | None, str]],
+) -> None:
+    """Launch the kernel of `role` on `arrays`, each with the method of `Views` that takes it."""
+    views = Views(problem.rank)
+    for array, kind in arrays:
+        if array is not None and _halo_plan.inner(problem) == "heads":
+            array = _heads_first(array, -1 if kind == "scalars" else -2)
+        getattr(views, kind)(array)
+    length, outer = _halo_plan.sizes(problem, role)
+    record = _record(problem, chosen, role)
+    boxes = int(record["boxes"].prod())
+    program.launch(
+        kernel(problem, role, chosen.columns, chosen.whole),
+        (boxes * outer * -(-length // chosen.part), 1),
+        chosen.form.warps * 32,
+        record,
+        views.words,
+        shared_bytes=_halo_plan.shared_bytes(problem, chosen, role),
+    )
+
+
+@lru_cache(maxsize=1024)
+def kernel(problem: Problem, role: Role, columns: int, whole: bool) -> _jit.Kernel:
+    """The kernel of a role, with the plan that cuda/halo_forward.cu describes."""
+    form = _halo_plan.form(problem, role)
+    constants = {
+        "kRank": problem.rank,
+        "kWarps": form.warps,
+        "kBlocks": form.blocks,
+        "kColumns": columns,
+        "kBuffers": form.buffers,
+        "kHeadDim": problem.head_dim,
+        "kValueDim": problem.value_dim,
+        "kTableBytes": _halo_plan.table_bytes(problem, columns, form.warps),
+    }
+    lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
+    flags = {"kRowsAreKeys": rows_are_keys(role)}
+    if role == "forward":
+        flags["kWhole"] = whole
+    lines += [f"static constexpr bool {name} = {str(on).lower()};" for name, on in flags.items()]
+    lines.append(f"using Element = {problem.dtype};")
+    name = "halo_forward" if role == "forward" else "halo_backward"
+    return _jit.Kernel(name, "\n".join(lines))
+
+
+def kernels(problem: Problem, role: Role) -> list[_jit.Kernel]:
+    """All that `problem` may need, whatever its windows."""
+    if not _halo_plan.takes(problem):
+        return []
+    return list(
+        dict.fromkeys(
+            kernel(problem, role, columns, whole)
+            for whole in (True, False)
+            for columns in _halo_plan.columns(role, whole)
+        )
+    )
+
+
+def _steps_fit(array: Array) -> bool:
+    """Whether the steps to all tokens are positive and fit into 32 bits."""
+    tokens = list(zip(array.shape, array.steps, strict=True))[1:-2]
+    span = sum((length - 1) * step for length, step in tokens)
+    return all(step >= 0 for _, step in tokens) and span * array.itemsize < UNIT << 32
+
+
+def _heads_first(array: Array, heads: int) -> Array:
+    """The array with batch and heads in each other's place."""
+
+    def swapped(values: tuple[int, ...]) -> tuple[int, ...]:
+        changed = list(values)
+        changed[0], changed[heads] = changed[heads], changed[0]
+        return tuple(changed)
+
+    return replace(array, shape=swapped(array.shape), steps=swapped(array.steps))
+
+
+@lru_cache(maxsize=1024)
+def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, Any]:
+    """`HaloProblem` of cuda/cuneigh/halo.cuh."""
+    rank = problem.rank
+    shapes = ("warp_box", "warps", "slab", "list", "boxes")
+    numbers = ("batch", "part", "heads", "group_size")
+    record = np.zeros(
+        1,
+        np.dtype(
+            [
+                ("axes", AXIS, (rank,)),
+                *((name, "i4", (rank,)) for name in shapes),
+                *((name, "i4") for name in numbers),
+                ("scale", "f4"),
+            ],
+            align=True,
+        ),
+    )
+    record["axes"] = [axis_record(axis) for axis in problem.axes]
+    for name in shapes[:-1]:
+        record[name] = getattr(chosen, name)
+    record["boxes"] = [count.blocks for count in _halo_plan.along(problem, chosen, role)]
+    record["batch"], heads = _halo_plan.sizes(problem, role)
+    record["heads"] = heads * problem.group_size if rows_are_keys(role) else heads
+    record["part"], record["group_size"] = chosen.part, problem.group_size
+    record["scale"] = problem.scale
+    return record

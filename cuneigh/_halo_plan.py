@@ -1,0 +1,309 @@
+"""How the kernels for small windows cut a problem: exact counts and a cost model, no GPU needed.
+
+A block takes a box of rows, one part of it a warp, and brings the columns that they meet to shared
+memory in slabs, which are whole along every axis but the first. A warp multiplies its rows with its
+list: a box of columns out of the slab, as large as any warp's rows meet. Rows and columns are
+queries and keys, or the other way round, as in `_fused_plan`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cuneigh import _fused_plan
+from cuneigh._device import Device
+from cuneigh._fused_plan import PRODUCTS, Role, rows_are_keys, shapes
+from cuneigh._problem import Problem
+from cuneigh._window import Axis
+
+Indices = npt.NDArray[np.int64]
+
+ROWS = 16
+"""Rows of a warp: those of one tensor core instruction."""
+DIMS = (32, 64)
+"""Head dimensions that the kernels are made for."""
+MOST_SLABS = 8
+
+
+def columns(role: Role, whole: bool) -> tuple[int, ...]:
+    """Places that a list can have; `whole` if one slab holds all that a block meets.
+
+    With several slabs there are running sums, beside which long lists would not fit in registers.
+    Backward does not keep a list's logits.
+    """
+    if role != "forward":
+        return (64, 80, 112, 128)
+    return (64, 80, 112) if whole else (64,)
+
+
+class Form(NamedTuple):
+    """What is compiled into a kernel beside dtype and dimensions, but for the places of a list."""
+
+    warps: int
+    buffers: int
+    """Slabs in shared memory; of two, one arrives while the other is worked on."""
+    blocks: int
+    """Blocks of a multiprocessor that registers are left for."""
+
+
+@dataclass(frozen=True, slots=True)
+class HaloPlan:
+    """The boxes of one problem. Shapes are run-time arguments."""
+
+    form: Form
+    columns: int
+    """Places of a list."""
+    warp_box: tuple[int, ...]
+    warps: tuple[int, ...]
+    list: tuple[int, ...]
+    slab: tuple[int, ...]
+    whole: bool
+    """Whether one slab holds all that a block meets."""
+    part: int
+    """Entries of the inner axis that a block works through; see `inner`."""
+
+
+class Counts(NamedTuple):
+    """What is met along one axis."""
+
+    blocks: int
+    warps: int
+    """Warps that have rows."""
+    met: int
+    """Columns that warps meet, in all."""
+    sight: int
+    """The most columns that a warp meets."""
+    reach: int
+    """The most columns that a block meets."""
+
+
+@lru_cache(maxsize=8192)
+def count_axis(axis: Axis, warp_box: int, warps: int, rows_are_keys: bool = False) -> Counts:
+    """The counts along one axis."""
+    total = axis.key_length if rows_are_keys else axis.length
+    size = warp_box * warps
+    blocks = active = met = sight = reach = 0
+    longer = total % axis.dilation
+    for group, groups in ((0, longer), (longer, axis.dilation - longer)):
+        length = axis.key_group_length(group) if rows_are_keys else axis.group_length(group)
+        if not groups or not length:
+            continue
+        index = np.arange(length, dtype=np.int64)
+        meets = axis.inverse if rows_are_keys else axis.window
+        begin, end = meets(index, np.full_like(index, group))
+        of_warps, of_blocks = (unions(begin, end, box) for box in (warp_box, size))
+        blocks += groups * len(of_blocks)
+        active += groups * len(of_warps)
+        met += groups * int(of_warps.sum())
+        sight = max(sight, int(of_warps.max()))
+        reach = max(reach, int(of_blocks.max()))
+    return Counts(blocks, active, met, sight, reach)
+
+
+def unions(begin: Indices, end: Indices, box: int) -> Indices:
+    """Columns that each box of rows meets, of which a row meets [begin, end)."""
+    first = np.arange(0, len(begin), box)
+    last = np.minimum(first + box, len(begin)) - 1
+    lengths: Indices = end[last] - begin[first]
+    return lengths
+
+
+def along(problem: Problem, plan: HaloPlan, role: Role) -> tuple[Counts, ...]:
+    """The counts along every axis."""
+    return tuple(
+        count_axis(axis, box, warps, rows_are_keys(role))
+        for axis, box, warps in zip(problem.axes, plan.warp_box, plan.warps, strict=True)
+    )
+
+
+def inner(problem: Problem) -> str:
+    """The axis that blocks walk along with one set of tables: ``"heads"`` or ``"batch"``.
+
+    Heads that share a key head do not lie at equal steps for queries and keys, so that only others
+    can be walked along.
+    """
+    return "heads" if problem.group_size == 1 and problem.heads > problem.batch else "batch"
+
+
+def sizes(problem: Problem, role: Role) -> tuple[int, int]:
+    """Lengths of the inner axis and of the outer one, out of batch and heads."""
+    heads = problem.kv_heads if rows_are_keys(role) else problem.heads
+    lengths = problem.batch, heads
+    return lengths if inner(problem) == "batch" else (lengths[1], lengths[0])
+
+
+def form(problem: Problem, role: Role) -> Form:
+    """What was fastest, and what its registers allow."""
+    short = max(problem.head_dim, problem.value_dim) <= 32
+    if role == "forward":
+        return Form(4, 2, 4) if short else Form(8, 1, 2)
+    if short:
+        return Form(4, 1, 4 if role == "query" else 3)
+    return Form(4, 1, 3 if role == "query" else 2)
+
+
+# Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md).
+PRODUCT = 1 / 182
+"""A multiply-add of the tensor cores, on one of four schedulers."""
+LOGIT = 0.55
+"""One logit's way through mask and softmax, on one of four schedulers."""
+VISIT = 330.0
+"""What a warp does once for each slab, on one of four schedulers."""
+COPY = 0.46
+"""Bringing 16 bytes to shared memory."""
+SLAB = 330.0
+"""What a block does once for each slab: waiting and meeting."""
+TABLES = 420.0
+"""A warp's share of filling the tables."""
+
+
+def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
+    """Cycles that a block takes for one entry of the inner axis."""
+    counts = along(problem, plan, role)
+    slabs = math.ceil(counts[0].reach / plan.slab[0])
+    blocks = math.prod(count.blocks for count in counts)
+    active = math.prod(count.warps for count in counts) / blocks
+    # A warp that does not begin with a slab may end in one more
+    shifted = slabs > 1 and plan.warps[0] > 1
+    visits = min(slabs, math.ceil(counts[0].sight / plan.slab[0]) + shifted)
+    dims = problem.head_dim + problem.value_dim
+    columns = plan.columns
+    if rows_are_keys(role):  # sixteens of columns that no row of a warp meets are skipped
+        mean = min(counts[0].met / counts[0].warps, plan.list[0])
+        columns = min(columns, 16 * math.ceil(mean * math.prod(plan.list[1:]) / 16))
+    visit = ROWS * columns * (dims * PRODUCT * PRODUCTS[role] + LOGIT) + VISIT
+    slab = math.prod(plan.slab) * dims / 8 * COPY + SLAB
+    if rows_are_keys(role):
+        visits, slabs = visits * problem.group_size, slabs * problem.group_size
+    return slabs * slab + active * visits * visit / 4
+
+
+def resident(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> int:
+    """Blocks that a multiprocessor works on at a time."""
+    reserved = 1024  # of each block's shared memory, by the driver
+    fit = (device.shared_memory + reserved) // (shared_bytes(problem, plan, role) + reserved)
+    return min(plan.form.blocks, fit)
+
+
+def with_part(
+    problem: Problem, plan: HaloPlan, device: Device, role: Role
+) -> tuple[float, HaloPlan]:
+    """Cycles of the whole problem, and the plan with the part that takes the fewest.
+
+    Long parts fill tables less often; short ones leave less to do for the last blocks.
+    """
+    length, outer = sizes(problem, role)
+    boxes = outer * math.prod(count.blocks for count in along(problem, plan, role))
+    beside = resident(problem, plan, device, role)
+    entry = entry_cost(problem, plan, role)
+
+    def cycles(part: int) -> float:
+        waves = boxes * math.ceil(length / part) / (beside * max(device.sm_count, 1))
+        if waves < 4:
+            waves = math.ceil(waves)
+        return waves * beside * (TABLES * plan.form.warps + part * entry)
+
+    parts = {math.ceil(length / count) for count in range(1, min(length, 64) + 1)}
+    best = min(sorted(parts), key=cycles)
+    return cycles(best), replace(plan, part=best)
+
+
+def takes(problem: Problem) -> bool:
+    """Whether the kernels are made for this kind of problem."""
+    return (
+        problem.dtype in ("float16", "bfloat16")
+        and {problem.head_dim, problem.value_dim} <= {*DIMS}
+        and not problem.rpb_dtype
+        and not problem.additional
+        and problem.scale > 0
+    )
+
+
+@lru_cache(maxsize=1024)
+def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan | None:
+    """The cheapest plan for `device`; None if there is none, or the boxes of `_fused_plan` are
+    expected to be faster."""
+    if not takes(problem) or device.capability < (8, 0):
+        return None
+    cycles, best = min(
+        (
+            with_part(problem, candidate, device, role)
+            for candidate in candidates(problem, role)
+            if shared_bytes(problem, candidate, role) <= device.shared_memory
+        ),
+        key=lambda pair: pair[0],
+        default=(math.inf, None),
+    )
+    other = _fused_plan.plan(problem, device, role)
+    if other is not None:
+        heads = problem.kv_heads if rows_are_keys(role) else problem.heads
+        share = problem.batch * heads / max(device.sm_count, 1)
+        if _fused_plan.cost(problem, other, role) * share < cycles:
+            return None
+    return best
+
+
+def candidates(problem: Problem, role: Role = "forward") -> Iterator[HaloPlan]:
+    """All shapes that a list and a slab can have; of each the part is 1."""
+    kind = form(problem, role)
+    for box in warp_boxes(problem, role):
+        for warps in shapes(problem.rank, kind.warps):
+            counts = [
+                count_axis(axis, *size, rows_are_keys(role))
+                for axis, *size in zip(problem.axes, box, warps, strict=True)
+            ]
+            across = tuple(count.sight for count in counts[1:])
+            reach = tuple(count.reach for count in counts[1:])
+            heights = {math.ceil(counts[0].reach / slabs) for slabs in range(1, MOST_SLABS + 1)}
+            for height in sorted(heights):
+                high = min(height, counts[0].sight)
+                whole = height >= counts[0].reach
+                for places in columns(role, whole):
+                    if high * math.prod(across) <= places:
+                        shape = (high, *across), (height, *reach)
+                        yield HaloPlan(kind, places, box, warps, *shape, whole, 1)
+                        break
+
+
+def warp_boxes(problem: Problem, role: Role) -> list[tuple[int, ...]]:
+    """Boxes that leave few of a warp's rows unused."""
+    lengths = problem.key_tokens if rows_are_keys(role) else problem.tokens
+    longest = [
+        min(ROWS, math.ceil(length / axis.dilation))
+        for length, axis in zip(lengths, problem.axes, strict=True)
+    ]
+    boxes = [
+        box
+        for box in itertools.product(*(range(1, most + 1) for most in longest))
+        if math.prod(box) <= ROWS
+    ]
+    good = [box for box in boxes if math.prod(box) > ROWS * 3 // 4]
+    return good or [max(boxes, key=math.prod)]
+
+
+def table_bytes(problem: Problem, columns: int, warps: int) -> int:
+    """Bytes of `HaloTables` of cuda/cuneigh/halo.cuh."""
+    rank, rows = problem.rank, ROWS * warps
+    size = 16 * (columns + 2 * rank) + 4 * columns  # bits and places of the list
+    size += 8 * rank * (1 + warps) + 12 * rank * rows + rows  # what block, warps and rows meet
+    size += 8 + 8 * rank + 4  # the block's rows, the columns of a slab
+    return math.ceil(size / 8) * 8 + 24  # where the columns start
+
+
+def shared_bytes(problem: Problem, plan: HaloPlan, role: Role = "forward") -> int:
+    """Bytes of `HaloMemory` of cuda/cuneigh/halo.cuh, and of the steps to rows beside it."""
+    rows, places = ROWS * plan.form.warps, math.prod(plan.slab)
+    both = problem.head_dim + problem.value_dim
+    row = problem.head_dim if role == "forward" else both
+    vectors = plan.form.buffers * 2 * (rows * (row + 8) + places * (both + 8))
+    steps = 12 * places + (12 if role == "forward" else 20) * rows
+    tables = table_bytes(problem, plan.columns, plan.form.warps)
+    return math.ceil(tables / 16) * 16 + vectors + steps
