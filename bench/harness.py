@@ -110,7 +110,9 @@ def provenance() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checked out commit, marked when the sources differ from it; `COMMIT` outside of git."""
+    """`COMMIT`, or the one that is checked out, marked when the sources differ from it."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=ROOT,
@@ -118,4 +120,4 @@ def commit() -> str:
         text=True,
         check=False,
     )
-    return described.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    return described.stdout.strip() or "unknown"

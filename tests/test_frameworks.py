@@ -551,6 +551,10 @@ def test_arrays_on_another_device_than_the_current_one(name, second_device):
         assert str(result.device) == str(query.device)
     np.testing.assert_array_equal(framework(name).numpy(output), wanted)
     assert cupy.cuda.runtime.getDevice() == 0
+    for backend in ("naive", "gemm"):
+        other = framework(name).numpy(cuneigh.na2d(query, query, query, 3, backend=backend))
+        np.testing.assert_allclose(other, wanted, rtol=2**-10, atol=2**-10)
+        assert cupy.cuda.runtime.getDevice() == 0
 
 
 @pytest.mark.gpu
