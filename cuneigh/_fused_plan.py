@@ -122,22 +122,30 @@ def count(problem: Problem, plan: FusedPlan, role: Role = "forward") -> Counts:
     return totals if math.prod(plan.column_box) == plan.area.columns else totals._replace(full=0)
 
 
-# Cycles of one scheduler, of which a multiprocessor has four: the non-negative least squares fit of
-# 62 measurements on an H200 (bench/NOTES.md).
-PRODUCT = 1 / 238
-"""A multiply-add of the tensor cores."""
-PRODUCT_FLOAT32 = 6 * PRODUCT
-"""The same in float32, as three in TF32, which are half as fast."""
-EXPONENTIAL = 0.3
-"""One logit's way through the softmax."""
-MASK = 1.2
-"""Masking one logit."""
-COPY = 0.21
-"""Bringing 16 bytes of a column to shared memory."""
-TILE = 150.0
-"""What a block does once for each box of columns: waiting and meeting."""
-BLOCK = 1000.0
-"""What a block does once."""
+class Cycles(NamedTuple):
+    """Cycles of one scheduler, of which a multiprocessor has four.
+
+    Non-negative least squares fits of measurements on an H200 (bench/NOTES.md).
+    """
+
+    product: float
+    """A multiply-add of the tensor cores."""
+    exponential: float
+    """One logit's way through the softmax."""
+    mask: float
+    """Masking one logit."""
+    copy: float
+    """Bringing 16 bytes of a column to shared memory."""
+    tile: float
+    """What a block does once for each box of columns: waiting and meeting."""
+    row: float
+    """Reading 16 bytes of a row and writing them in the end."""
+    block: float
+    """What a block does once."""
+
+
+HALF = Cycles(1 / 238, exponential=0.3, mask=1.2, copy=0.21, tile=150, row=0.0, block=1000)
+FLOAT32 = Cycles(1 / 32, exponential=0.0, mask=1.7, copy=0.5, tile=270, row=2.7, block=0)
 
 
 PRODUCTS: dict[Role, float] = {
@@ -154,29 +162,47 @@ def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
     """Predicted cycles of one (batch, head) on one scheduler of a multiprocessor."""
     counts = count(problem, plan, role)
     row_tiles, columns, warps = plan.area
+    cycles = FLOAT32 if problem.dtype == "float32" else HALF
     logits = 16 * row_tiles * columns
     dims = problem.head_dim + problem.value_dim
-    product = PRODUCT_FLOAT32 if problem.dtype == "float32" else PRODUCT
-    visit = logits * (dims * product * PRODUCTS[role] + EXPONENTIAL)
-    partial = logits * MASK
-    tile = columns * dims * DTYPES[problem.dtype] / 16 * COPY + TILE
+    chunks = dims * DTYPES[problem.dtype] / 16
+    visit = logits * (dims * cycles.product * PRODUCTS[role] + cycles.exponential)
+    partial = logits * cycles.mask
+    tile = columns * chunks * cycles.copy + cycles.tile
+    block = 16 * row_tiles * warps * chunks * cycles.row + cycles.block
     # The warps of a block wait for each other, each on its own scheduler.
     return (
-        counts.blocks * BLOCK
+        counts.blocks * block
         + counts.tiles * tile
         + (counts.visits * visit + (counts.visits - counts.full) * partial) / warps
     )
 
 
+CYCLES_PER_MS = 132 * 1.755e6
+"""Of all multiprocessors of an H200."""
+LAUNCH_MS = 0.003
+
+
 @lru_cache(maxsize=1024)
-def plan(problem: Problem, device: Device, role: Role = "forward") -> FusedPlan | None:
-    """The cheapest plan for `device`; None if nothing fits."""
+def predicted(problem: Problem, device: Device) -> float:
+    """Milliseconds of one call with the plans for `device`, if that were an H200."""
+    milliseconds = 0.0
+    for role in roles(problem):
+        chosen = plan(problem, device, role)
+        cycles = cost(problem, chosen, role) * problem.batch * problem.heads
+        milliseconds += LAUNCH_MS + cycles / CYCLES_PER_MS
+    return milliseconds
+
+
+@lru_cache(maxsize=1024)
+def plan(problem: Problem, device: Device, role: Role = "forward") -> FusedPlan:
+    """The cheapest plan for `device`, where any area fits."""
     fitting = (
         candidate
         for area in areas(problem, device, role)
         for candidate in candidates(problem, area, role)
     )
-    return min(fitting, key=lambda candidate: cost(problem, candidate, role), default=None)
+    return min(fitting, key=lambda candidate: cost(problem, candidate, role))
 
 
 def candidates(problem: Problem, area: Area, role: Role = "forward") -> Iterator[FusedPlan]:
@@ -211,7 +237,13 @@ def fast_sizes(
     """(row_tiles, columns) that fit into registers, as the compiler reports, and were fast."""
     longest = max(problem.head_dim, problem.value_dim)
     if problem.dtype == "float32":
-        return ((1, 32), (1, 16)) if longest <= 128 else ((1, 16),)
+        if longest > 128:
+            return ((1, 16),)
+        if role != "forward":
+            return ((1, 32), (1, 16)) if longest <= 64 else ((1, 16),)
+        if longest > 64:
+            return ((2, 16), (1, 32), (1, 16))
+        return ((2, 32), (1, 32), (1, 16)) if problem.rank == 1 else ((1, 32), (1, 16))
     if longest > 128:
         return ((1, 32), (1, 16)) if role == "forward" else ((1, 16),)
     if role != "forward":
@@ -230,7 +262,14 @@ def blocks_per_multiprocessor(
 ) -> int:
     """Blocks to leave registers for; more of them hide latencies, as long as nothing spills."""
     longest = max(problem.head_dim, problem.value_dim)
-    if role != "forward" or longest > 64 or capability[0] > 9 or problem.dtype == "float32":
+    if longest > 64 or capability[0] > 9:
+        return 1
+    if problem.dtype == "float32":
+        roomy = area.columns == 16 or (role == "forward" and problem.rank < 3)
+        if role == "query" or area.row_tiles > 1 or not roomy:
+            return 1
+        return 3 if longest > 32 else 4
+    if role != "forward":
         return 1
     return 4 if area.columns > 32 else 5
 

@@ -1,4 +1,4 @@
-"""Every naive and GEMM kernel on small shapes, for compute-sanitizer: no pool hides a stray access.
+"""Every GPU kernel on small shapes, for compute-sanitizer: no pool hides a stray access.
 
 compute-sanitizer --tool memcheck python tests/small_shapes.py [BACKEND ..]
 """
@@ -82,6 +82,8 @@ def main(names: list[str]) -> None:
     for operation, dtype, rank in itertools.product(OPERATIONS, DTYPES, WINDOWS):
         cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
         cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
+        if operation in ("forward", "backward"):
+            cases.append((problem_of(operation, dtype, rank, (130, 250), False), "packed"))
         if operation[:2] != "av":
             cases.append((problem_of(operation, dtype, rank, (32, 32), True), "contiguous"))
         for problem, layout in cases:

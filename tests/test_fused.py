@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import generators, inputs, layouts, problems
 
+import cuneigh
 from cuneigh import _device, _fused_plan, _jit
 from cuneigh._backends import fused
 from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
@@ -85,7 +85,6 @@ def test_a_plan_fits_the_kernel(problem, device):
     assume(fused.unsupported(problem, device) is None)
     for role in _fused_plan.roles(problem):
         plan = _fused_plan.plan(problem, device, role)
-        assert plan is not None
         area = plan.area
         assert area in _fused_plan.areas(problem, device, role)
         assert _fused_plan.shared_bytes(problem, area, role) <= device.shared_memory
@@ -109,26 +108,25 @@ def test_what_is_refused(problem, device):
         assert (fused.unsupported(problem, device) is not None) == old
 
 
+# 128 takes the most registers. All else is compiled for the oldest and one newer architecture.
+COMPILED = [
+    *itertools.product(DEVICES, (128,), ("float16", "float32")),
+    *itertools.product((DEVICES[0], H200), (32, 72, 256), ("float16", "float32")),
+]
+
+
 @pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
 @pytest.mark.parametrize(
-    ("device", "head_dim"),
-    # 128 takes the most registers; all else is compiled for the oldest and one newer architecture.
-    [(device, 128) for device in DEVICES]
-    + [(device, dim) for device in (DEVICES[0], DEVICES[4]) for dim in (32, 72, 256)],
-    ids=lambda value: getattr(value, "arch", str(value)),
+    ("device", "head_dim", "dtype"), COMPILED, ids=lambda value: getattr(value, "arch", str(value))
 )
-def test_kernels_do_not_spill(device, head_dim, tmp_path):
+def test_kernels_do_not_spill(device, head_dim, dtype, tmp_path):
     axes = (Axis(1, 1, 1, 1, 1, False),) * 3
     kernels = []
     for operation, rpb_dtype in itertools.product(("forward", "backward"), (None, "float32")):
-        problem = Problem(
-            operation, "float16", 1, 1, 1, head_dim, head_dim, axes, 1.0, None, rpb_dtype
-        )
-        for kernel in fused.kernels(problem, device.capability):
-            # Not every kernel has a size: those that fused shares with naive take little.
-            sizes = re.findall(r"kSharedBytes = (\d+)", kernel.plan)
-            if all(int(size) <= device.shared_memory for size in sizes):
-                kernels.append(kernel)
+        problem = Problem(operation, dtype, 1, 1, 1, head_dim, head_dim, axes, 1.0, None, rpb_dtype)
+        kernels += [
+            kernel for kernel in fused.kernels(problem, device) if kernel.name.startswith("fused")
+        ]
     for (kernel, _), compiled in _jit.precompile(kernels, [device.arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
         assert spilled == 0, f"{kernel.name} spills {spilled} on {device.arch}:\n{kernel.plan}"
@@ -156,6 +154,81 @@ def test_every_head_dim(head_dim):
             window = window_arguments("test", 2, (5, 4), 1, (1, 2), False)
             problem = attention_problem("test", operation, query, query, value, window, None)
             check_backend(fused, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", fused.DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "kernel_size"),
+    [
+        ((1,), 1),
+        ((131,), 1),
+        ((97,), 97),
+        ((521,), 13),
+        ((3, 5), (3, 5)),
+        ((31, 37), (5, 7)),
+        ((2, 3, 2), 1),
+        ((5, 7, 11), (5, 3, 11)),
+    ],
+)
+def test_windows_and_layouts_of_extreme_sizes(dtype, tokens, kernel_size):
+    query, value = (Spec((1, *tokens, 2, dim), dtype) for dim in (24, 40))
+    window = window_arguments("test", len(tokens), kernel_size, 1, 1, False)
+    for operation in ("forward", "backward"):
+        problem = attention_problem("test", operation, query, query, value, window, None)
+        check_backend(fused, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", fused.DTYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_logits(dtype, sign):
+    """They are all near 1e4 or all near -1e4."""
+    spec = Spec((1, 200, 2, 64), dtype)
+    window = window_arguments("test", 1, 40, 1, 1, False)
+    for operation in ("forward", "backward"):
+        problem = attention_problem("test", operation, spec, spec, spec, window, sign * 1e4 / 64)
+        given_inputs = inputs(problem, np.random.default_rng(0))
+        near_one = {
+            name: (1 + array / 256).astype(array.dtype)
+            for name, array in given_inputs.operands._asdict().items()
+            if name in ("query", "key")
+        }
+        operands = given_inputs.operands._replace(**near_one)
+        check_backend(fused, problem, given_inputs._replace(operands=operands), **NATIVE)
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count(monkeypatch):
+    """The end of a long sequence is that of a short one, bit for bit: they are cut alike."""
+    import cupy
+
+    dtype, dim, kernel_size, tail = "float16", 128, 5, 1024
+    tokens = (1 << 31) // dim + 4 * tail
+    if cupy.cuda.runtime.memGetInfo()[0] < 12 * 2 * tokens * dim:
+        pytest.skip("not enough memory on the GPU")
+    window = window_arguments("test", 1, kernel_size, 1, 1, False)
+    spec = Spec((1, tokens, 1, dim), dtype)
+    long = {
+        operation: attention_problem("test", operation, spec, spec, spec, window, None)
+        for operation in ("forward", "backward")
+    }
+    plan = fused.plan
+    monkeypatch.setattr(fused, "plan", lambda problem, *rest: plan(long[problem.operation], *rest))
+    rng = cupy.random.default_rng(0)
+    pattern = rng.standard_normal((1 << 15, dim), dtype=np.float32).astype(dtype)
+    arrays = [cupy.resize(cupy.roll(pattern, i, 0), spec.shape) for i in range(4)]
+
+    def results(query, key, value, grad_output):
+        window = {"kernel_size": kernel_size, "backend": "fused"}
+        output, lse = cuneigh.na1d(query, key, value, return_lse=True, **window)
+        gradients = cuneigh.na1d_backward(grad_output, query, key, value, output, lse, **window)
+        return output, lse, *gradients[:3]
+
+    whole = results(*arrays)
+    end = results(*(array[:, -2 * tail :] for array in arrays))
+    for long_result, short_result in zip(whole, end, strict=True):
+        cupy.testing.assert_array_equal(long_result[:, -tail:], short_result[:, -tail:])
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ from strategies import (
 )
 
 from cuneigh import _backends, _gemm_plan, _jit
-from cuneigh._backends import gemm, naive
+from cuneigh._backends import fused, gemm, naive
 from cuneigh._backends.gemm import _walk
 from cuneigh._device import CPU, Device
 from cuneigh._gemm_plan import cut_axis
@@ -40,7 +40,7 @@ from cuneigh._problem import (
 )
 from cuneigh._window import Axis
 
-GPU = Device("cuda", 0, "a GPU", (9, 0), 132)
+GPU = Device("cuda", 0, "a GPU", (9, 0), 132, 227 * 1024)
 
 
 def attention(
@@ -166,20 +166,20 @@ def test_what_does_not_fit_is_refused_with_the_number_of_bytes(monkeypatch):
     assert gemm.unsupported(problem, GPU) is None
 
 
-def test_the_choice_between_naive_and_gemm_is_by_predicted_time():
-    small, large = attention((56, 56), 3, (64, 64)), attention((2048,), 511, (64, 64), heads=8)
-    half = replace(small, dtype="float64")
-    for problem in (small, large, half):
-        chosen = _backends.choose(problem, GPU, None)
-        assert chosen is min((naive, gemm), key=lambda backend: backend.predicted_ms(problem, GPU))
-    assert _backends.choose(small, GPU, None) is naive
-    assert _backends.choose(large, GPU, None) is gemm
+def test_the_choice_of_a_backend_is_by_predicted_time():
+    small = attention((56, 56), 3, (64, 64), heads=8, batch=64)
+    large = attention((2048,), 511, (64, 64), heads=8, batch=32)
+    double = replace(large, dtype="float64")
+    for problem, expected in ((small, naive), (large, fused), (double, gemm)):
+        can = [each for each in (fused, naive, gemm) if each.unsupported(problem, GPU) is None]
+        fastest = min(can, key=lambda backend: backend.predicted_ms(problem, GPU))
+        assert _backends.choose(problem, GPU, None) is fastest is expected
     assert _backends.choose(large, GPU, "naive") is naive
 
 
 def test_what_gemm_refuses_is_for_naive(monkeypatch):
     monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", "100")
-    assert _backends.choose(attention((2048,), 511, (64, 64)), GPU, None) is naive
+    assert _backends.choose(attention((2048,), 511, dtype="float64"), GPU, None) is naive
 
 
 @given(problem=empty_problems(budget=500))

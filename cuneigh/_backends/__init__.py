@@ -37,6 +37,9 @@ class Backend(Protocol):
     def unsupported(self, problem: Problem, device: Device) -> str | None:
         """Why this backend cannot run `problem` on `device`; None when it can."""
 
+    def predicted_ms(self, problem: Problem, device: Device) -> float:
+        """How long a call is expected to take, in milliseconds."""
+
     def forward(
         self, problem: Problem, operands: Operands, output: Any, lse: Any, space: Any, /
     ) -> None:
@@ -89,12 +92,9 @@ class Backend(Protocol):
         """Fill `grad_weights` and every array of `gradients`."""
 
 
-# `fused` has only the functions of the operations that its `unsupported` does not refuse.
-BACKENDS: tuple[Backend, ...] = (cast(Backend, fused), naive, gemm, cpu)
-
-
-COMPETING: tuple[Any, ...] = (naive, gemm)
-"""Those that predict their time (`predicted_ms`): which is faster depends on the problem."""
+# `fused` has only the functions of the operations that its `unsupported` does not refuse; `cpu`,
+# which competes with none, predicts nothing.
+BACKENDS: tuple[Backend, ...] = (cast(Backend, fused), naive, gemm, cast(Backend, cpu))
 
 
 def settings() -> tuple[str | None, ...]:
@@ -103,9 +103,7 @@ def settings() -> tuple[str | None, ...]:
 
 
 def choose(problem: Problem, device: Device, name: str | None) -> Backend:
-    """The backend called `name`, or the first that supports `problem`.
-
-    Where that is one of those that compete, the one that is expected to be fastest.
+    """The backend called `name`, or of those that support `problem` the one expected to be fastest.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason of every backend that
     was asked, when none can run the problem.
@@ -125,18 +123,11 @@ def _choose(
     if not candidates:
         known = ", ".join(repr(backend.NAME) for backend in backends)
         raise ValueError(f"backend={name!r} is not one of {known}")
-    competing, reasons = [], []
-    for backend in candidates:
-        reason = backend.unsupported(problem, device)
-        if reason is not None:
-            reasons.append(f"{backend.NAME}: {reason}")
-        elif backend in COMPETING:
-            competing.append(cast(Any, backend))
-        elif not competing:
-            return backend
-    if competing and problem.is_empty:  # a problem without a time
-        return cast(Backend, competing[0])
-    if competing:
-        fastest: Backend = min(competing, key=lambda each: each.predicted_ms(problem, device))
-        return fastest
-    raise RuntimeError("no backend can run this problem; " + "; ".join(reasons))
+    reasons = {backend: backend.unsupported(problem, device) for backend in candidates}
+    supporting = [backend for backend, reason in reasons.items() if reason is None]
+    if not supporting:
+        told = "; ".join(f"{backend.NAME}: {reason}" for backend, reason in reasons.items())
+        raise RuntimeError(f"no backend can run this problem; {told}")
+    if len(supporting) == 1 or problem.is_empty:  # nothing to compare, or a problem without a time
+        return supporting[0]
+    return min(supporting, key=lambda backend: backend.predicted_ms(problem, device))

@@ -52,9 +52,14 @@ def unsupported(problem: Problem, device: Device) -> str | None:
             return f"takes head dimensions up to {LONGEST}, not {name}={getattr(problem, name)}"
     if problem.is_empty:
         return None
-    if any(plan(problem, device, role) is None for role in roles(problem)):
+    if not all(_fused_plan.areas(problem, device, role) for role in roles(problem)):
         return f"needs more shared memory than the {device.shared_memory} bytes of {device.name}"
     return None
+
+
+def predicted_ms(problem: Problem, device: Device) -> float:
+    """How long a call is expected to take, in milliseconds."""
+    return _fused_plan.predicted(problem, device)
 
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
@@ -156,7 +161,6 @@ def _launch(
 ) -> None:
     device = program.device
     chosen = plan(problem, device, role)
-    assert chosen is not None, "`unsupported` has seen that one fits"
     kernel = _kernel(problem, device.capability, role, chosen.area, key_bytes, value_bytes)
     heads = problem.kv_heads if rows_are_keys(role) else problem.heads
     blocks = _fused_plan.count(problem, chosen, role).blocks * problem.batch * heads
