@@ -178,22 +178,6 @@ def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
     )
 
 
-CYCLES_PER_MS = 132 * 1.755e6
-"""Of all multiprocessors of an H200."""
-LAUNCH_MS = 0.003
-
-
-@lru_cache(maxsize=1024)
-def predicted(problem: Problem, device: Device) -> float:
-    """Milliseconds of one call with the plans for `device`, if that were an H200."""
-    milliseconds = 0.0
-    for role in roles(problem):
-        chosen = plan(problem, device, role)
-        cycles = cost(problem, chosen, role) * problem.batch * problem.heads
-        milliseconds += LAUNCH_MS + cycles / CYCLES_PER_MS
-    return milliseconds
-
-
 @lru_cache(maxsize=1024)
 def plan(problem: Problem, device: Device, role: Role = "forward") -> FusedPlan:
     """The cheapest plan for `device`, where any area fits."""

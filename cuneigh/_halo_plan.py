@@ -242,13 +242,10 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
         key=lambda pair: pair[0],
         default=(math.inf, None),
     )
+    heads = problem.kv_heads if rows_are_keys(role) else problem.heads
+    share = problem.batch * heads / max(device.sm_count, 1)
     other = _fused_plan.plan(problem, device, role)
-    if other is not None:
-        heads = problem.kv_heads if rows_are_keys(role) else problem.heads
-        share = problem.batch * heads / max(device.sm_count, 1)
-        if _fused_plan.cost(problem, other, role) * share < cycles:
-            return None
-    return best
+    return None if _fused_plan.cost(problem, other, role) * share < cycles else best
 
 
 def candidates(problem: Problem, role: Role = "forward") -> Iterator[HaloPlan]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cuneigh import _fused_plan, _jit
+from cuneigh import _fused_plan, _halo_plan, _jit
 from cuneigh._backends import _halo, naive
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
 from cuneigh._backends._program import Program
@@ -57,9 +57,23 @@ def unsupported(problem: Problem, device: Device) -> str | None:
     return None
 
 
+CYCLES_PER_MS = 132 * 1.755e6
+"""Of all multiprocessors of an H200."""
+LAUNCH_MS = 0.003
+
+
 def predicted_ms(problem: Problem, device: Device) -> float:
-    """How long a call is expected to take, in milliseconds."""
-    return _fused_plan.predicted(problem, device)
+    """How long a call with the plans for `device` is expected to take on an H200."""
+    milliseconds = 0.0
+    for role in roles(problem):
+        small = _halo_plan.plan(problem, device, role)
+        if small is not None:
+            cycles = _halo_plan.with_part(problem, small, device, role)[0] * device.sm_count
+        else:
+            cycles = _fused_plan.cost(problem, plan(problem, device, role), role)
+            cycles *= problem.batch * problem.heads
+        milliseconds += LAUNCH_MS + cycles / CYCLES_PER_MS
+    return milliseconds
 
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
