@@ -23,7 +23,8 @@ struct RowStep {
   unsigned key, value, statistics, grad_key, grad_value;
 };
 
-// product = rows columns^T, for sixteen of each.
+// product = rows columns^T, for sixteen of each. A lane's address is that of dimensions
+// lane / 8 % 2 * 8 of column lane / 16 * 8 + lane % 8.
 template <int kDim, typename Element>
 __device__ void multiply(const unsigned (&rows)[kDim / 16][4], unsigned columns,
                          float (&product)[2][4], Element) {
@@ -41,7 +42,8 @@ __device__ void multiply(const unsigned (&rows)[kDim / 16][4], unsigned columns,
   }
 }
 
-// sum += weights columns, for sixteen rows and columns.
+// sum += weights columns, for sixteen rows and columns. A lane's address is that of dimensions
+// lane / 16 * 8 of column lane % 16.
 template <int kDim, typename Element>
 __device__ void accumulate(const float (&weight)[2][4], unsigned columns, float (&sum)[kDim / 8][4],
                            Element) {
@@ -53,8 +55,8 @@ __device__ void accumulate(const float (&weight)[2][4], unsigned columns, float 
   for (int d = 0; d < kDim; d += 16) {
     unsigned fragment[4];
     ldmatrix_x4_trans(fragment, columns + d * 2);
-    mma_m16n8k16(sum[d / 8], weights, fragment[0], fragment[2], Element());
-    mma_m16n8k16(sum[d / 8 + 1], weights, fragment[1], fragment[3], Element());
+    mma_m16n8k16(sum[d / 8], weights, fragment[0], fragment[1], Element());
+    mma_m16n8k16(sum[d / 8 + 1], weights, fragment[2], fragment[3], Element());
   }
 }
 
@@ -69,30 +71,30 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   __shared__ RowStep steps_smem[HaloTables<Plan>::kRows];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  fill_tables<Plan>(problem, smem.tables);
+  fill_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
+    steps_smem[row] = {step_to<8>(arguments.row_key, token), step_to<8>(arguments.row_value, token),
+                       step_to<1>(arguments.statistics, token),
+                       step_to<8>(arguments.grad_key, token),
+                       step_to<8>(arguments.grad_value, token)};
+  });
   __syncthreads();
   fill_steps<Plan>(problem, arguments.column_key, arguments.column_value, arguments.statistics,
                    smem);
-  if (threadIdx.x < HaloTables<Plan>::kRows) {
-    const auto& token = tables.token[threadIdx.x];
-    steps_smem[threadIdx.x] = {
-        step_to<8>(arguments.row_key, token), step_to<8>(arguments.row_value, token),
-        step_to<1>(arguments.statistics, token), step_to<8>(arguments.grad_key, token),
-        step_to<8>(arguments.grad_value, token)};
-  }
   __syncthreads();
 
   // The statistics of a column follow its vectors, in what pads them
-  static_assert(kColumnPitch<Plan> > kHeadDim + kValueDim);
+  constexpr int kStatistics = (kHeadDim + kValueDim) * sizeof(Element);
   auto load = [&](const Slab& slab, int buffer) {
-    Element* first = smem.column(buffer, 0);
+    char* first = smem.column(buffer, 0);
     load_slab<kHeadDim, 0>(problem, slab, arguments.column_key, smem, first);
-    load_slab<kValueDim, 1>(problem, slab, arguments.column_value, smem, first + kHeadDim);
+    load_slab<kValueDim, 1>(problem, slab, arguments.column_value, smem,
+                            first + kHeadDim * sizeof(Element));
     if constexpr (Plan::kRowsAreKeys) {
       const float2* source = first_of<2, Plan>(problem, slab, arguments.statistics, tables);
-      for (int place = threadIdx.x; place < tables.places; place += Plan::kWarps * 32)
-        copy_8_bytes(smem.column(buffer, place) + kHeadDim + kValueDim,
-                     source + smem.steps()[place].scalar, true);
+      for (int i = threadIdx.x; i < tables.places; i += Plan::kWarps * 32) {
+        const auto& step = smem.steps()[i];
+        copy_8_bytes(first + step.target + kStatistics, source + step.statistics, true);
+      }
     }
     load_rows<kHeadDim, &RowStep::key>(arguments.row_key.at(slab.batch, tables.rows.head),
                                        &steps_smem[warp * 16], lane, &smem.row[buffer][warp * 16],
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
       for (int d = 0; d < kValueDim; d += 16)
         take_rows(&smem.row[buffer][warp * 16], kHeadDim + d, lane, value_rmem[d / 16]);
-      const Element* columns = smem.column(buffer, list.place);
+      const char* columns = smem.column(buffer, list.first);
 #pragma unroll
       for (int n = 0; n < Plan::kColumns; n += 16) {
         // Near a border keys are seen by more queries than elsewhere, where lists are not full
@@ -149,11 +151,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         if (Plan::kRowsAreKeys && !__any_sync(0xffffffffu, seen)) continue;
 
         // S and dP
-        const unsigned column =
+        const unsigned across =
             shared_address(columns) + lane / 8 % 2 * 16 + tables.list[n + lane / 16 * 8 + lane % 8];
         float weight[2][4], grad_weight[2][4];
-        multiply<kHeadDim>(key_rmem, column, weight, Element());
-        multiply<kValueDim>(value_rmem, column + kHeadDim * 2, grad_weight, Element());
+        multiply<kHeadDim>(key_rmem, across, weight, Element());
+        multiply<kValueDim>(value_rmem, across + kHeadDim * 2, grad_weight, Element());
 
         // P and dS; what is hidden stays 0 whatever it is multiplied with
 #pragma unroll
@@ -162,8 +164,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const int bytes = tables.list[n + t * 8 + lane % 4 * 2 + i];
-              statistics[i] = *reinterpret_cast<const float2*>(
-                  reinterpret_cast<const char*>(columns + kHeadDim + kValueDim) + bytes);
+              statistics[i] = *reinterpret_cast<const float2*>(columns + bytes + kStatistics);
             }
           }
 #pragma unroll
@@ -176,9 +177,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
             grad_weight[t][i] = ds;
           }
         }
+        const unsigned along =
+            shared_address(columns) + lane / 16 * 16 + tables.list[n + lane % 16];
         if constexpr (Plan::kRowsAreKeys)
-          accumulate<kValueDim>(weight, column + kHeadDim * 2, grad_value, Element());
-        accumulate<kHeadDim>(grad_weight, column, grad_key, Element());
+          accumulate<kValueDim>(weight, along + kHeadDim * 2, grad_value, Element());
+        accumulate<kHeadDim>(grad_weight, along, grad_key, Element());
       }
     }
 

@@ -12,6 +12,7 @@
 //   static constexpr bool kWhole;             one slab holds all that a block meets
 //   static constexpr int kBuffers;            slabs in shared memory: 1, or 2 by turns
 //   static constexpr int kHeadDim, kValueDim; head dimensions: 32, 64 or 128
+//   static constexpr int kSides;              entries of HaloTables::below
 //   static constexpr int kTableBytes;         of HaloTables, as the launcher counts them
 //   static constexpr bool kRowsAreKeys;       false
 //   using Element;                            float16 or bfloat16
@@ -44,21 +45,19 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   __shared__ QueryStep steps_smem[HaloTables<Plan>::kRows];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  fill_tables<Plan>(problem, smem.tables);
+  fill_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
+    steps_smem[row] = {step_to<8>(arguments.query, token), step_to<8>(arguments.output, token),
+                       step_to<1>(arguments.lse, token)};
+  });
   __syncthreads();
   fill_steps<Plan>(problem, arguments.key, arguments.value, arguments.lse, smem);
-  if (threadIdx.x < HaloTables<Plan>::kRows) {
-    const auto& token = tables.token[threadIdx.x];
-    steps_smem[threadIdx.x] = {step_to<8>(arguments.query, token),
-                               step_to<8>(arguments.output, token),
-                               step_to<1>(arguments.lse, token)};
-  }
   __syncthreads();
 
   auto load = [&](const Slab& slab, int buffer) {
-    Element* first = smem.column(buffer, 0);
+    char* first = smem.column(buffer, 0);
     load_slab<Plan::kHeadDim, 0>(problem, slab, arguments.key, smem, first);
-    load_slab<Plan::kValueDim, 1>(problem, slab, arguments.value, smem, first + Plan::kHeadDim);
+    load_slab<Plan::kValueDim, 1>(problem, slab, arguments.value, smem,
+                                  first + Plan::kHeadDim * sizeof(Element));
     load_rows<Plan::kHeadDim, &QueryStep::query>(arguments.query.at(slab.batch, tables.rows.head),
                                                  &steps_smem[warp * 16], lane,
                                                  &smem.row[buffer][warp * 16], 0);
@@ -88,10 +87,14 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     if (!Plan::kWhole && slab.begin != list.begin)
       list = list_of<Plan>(problem, slab, tables, warp, lane);
     if (Plan::kWhole || list.meets) {
-      // Of every 16 columns, the address of this lane's part of a step of ldmatrix
-      const unsigned first = shared_address(smem.column(buffer, list.place)) + lane / 8 % 2 * 16;
-      const auto column_of = [&](int n) {
-        return first + tables.list[n * 8 + lane / 16 * 8 + lane % 8];
+      // Where this lane's part of a step of ldmatrix begins, of every sixteen columns: the operands
+      // of S are eight columns by sixteen dimensions, those of O sixteen by eight
+      const unsigned columns = shared_address(smem.column(buffer, list.first));
+      const auto key_of = [&](int n) {
+        return columns + tables.list[n * 8 + lane / 16 * 8 + lane % 8] + lane / 8 % 2 * 16;
+      };
+      const auto value_of = [&](int n) {
+        return columns + tables.list[n * 8 + lane % 16] + lane / 16 * 16 + Plan::kHeadDim * 2;
       };
 
       // S = Q K^T
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
         for (int n = 0; n < kColumnTiles; n += 2) {
           unsigned key_rmem[4];
-          ldmatrix_x4(key_rmem, column_of(n) + d * 2);
+          ldmatrix_x4(key_rmem, key_of(n) + d * 2);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             if (d == 0)
@@ -144,7 +147,6 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           output_rmem[d][i] = Plan::kWhole ? 0.0f : output_rmem[d][i] * decay[i / 2];
 
       // O += P V
-      asm volatile("" ::: "memory");  // the addresses are rather read again than kept
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n += 2) {
         unsigned weight_rmem[4];
@@ -156,13 +158,13 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           sum[i % 2] += low + high;
           weight_rmem[i] = pack(low, high, Element());
         }
-        const unsigned column = column_of(n);
+        const unsigned values = value_of(n);
 #pragma unroll
         for (int d = 0; d < Plan::kValueDim; d += 16) {
           unsigned value_rmem[4];
-          ldmatrix_x4_trans(value_rmem, column + (Plan::kHeadDim + d) * 2);
-          mma_m16n8k16(output_rmem[d / 8], weight_rmem, value_rmem[0], value_rmem[2], Element());
-          mma_m16n8k16(output_rmem[d / 8 + 1], weight_rmem, value_rmem[1], value_rmem[3],
+          ldmatrix_x4_trans(value_rmem, values + d * 2);
+          mma_m16n8k16(output_rmem[d / 8], weight_rmem, value_rmem[0], value_rmem[1], Element());
+          mma_m16n8k16(output_rmem[d / 8 + 1], weight_rmem, value_rmem[2], value_rmem[3],
                        Element());
         }
       }

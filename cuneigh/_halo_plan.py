@@ -31,6 +31,8 @@ ROWS = 16
 DIMS = (32, 64)
 """Head dimensions that the kernels are made for."""
 MOST_SLABS = 8
+SIDES = 48
+"""Along several axes a list has at most as many sides, each of which has an entry in a table."""
 
 
 def columns(role: Role, whole: bool) -> tuple[int, ...]:
@@ -146,7 +148,7 @@ def form(problem: Problem, role: Role) -> Form:
     if role == "forward":
         return Form(4, 2, 4) if short else Form(8, 1, 2)
     if short:
-        return Form(4, 1, 4 if role == "query" else 3)
+        return Form(4, 1, 4)
     return Form(4, 1, 3 if role == "query" else 2)
 
 
@@ -262,6 +264,8 @@ def candidates(problem: Problem, role: Role = "forward") -> Iterator[HaloPlan]:
             heights = {math.ceil(counts[0].reach / slabs) for slabs in range(1, MOST_SLABS + 1)}
             for height in sorted(heights):
                 high = min(height, counts[0].sight)
+                if problem.rank > 1 and sum(across) + high + problem.rank > SIDES:
+                    continue
                 whole = height >= counts[0].reach
                 for places in columns(role, whole):
                     if high * math.prod(across) <= places:
@@ -286,21 +290,39 @@ def warp_boxes(problem: Problem, role: Role) -> list[tuple[int, ...]]:
     return good or [max(boxes, key=math.prod)]
 
 
+def sides(rank: int, columns: int) -> int:
+    """Entries of the table of a list's sides: one more along each axis than the list is long."""
+    return columns + 1 if rank == 1 else SIDES
+
+
 def table_bytes(problem: Problem, columns: int, warps: int) -> int:
     """Bytes of `HaloTables` of cuda/cuneigh/halo.cuh."""
     rank, rows = problem.rank, ROWS * warps
-    size = 16 * (columns + 2 * rank) + 4 * columns  # bits and places of the list
-    size += 8 * rank * (1 + warps) + 12 * rank * rows + rows  # what block, warps and rows meet
-    size += 8 + 8 * rank + 4  # the block's rows, the columns of a slab
+    size = 16 * sides(rank, columns) + 4 * columns
+    size += 8 * rank * (1 + warps + rows) + rows  # what block, warps and rows meet
+    size += 8 + 8 * rank + 8  # the block's rows, the size of a slab
     return math.ceil(size / 8) * 8 + 24  # where the columns start
 
 
+def pitches(problem: Problem, plan: HaloPlan) -> tuple[int, ...]:
+    """Bytes from column to column of a slab along each axis.
+
+    Eight columns that follow each other in a list hit different banks of shared memory: a column
+    is an odd number of 16 bytes, and where a list goes on at the next coordinate of an axis, some
+    padding lets it go on with the next bank.
+    """
+    pitch = [2 * (problem.head_dim + problem.value_dim) + 16]
+    for slab, listed in zip(plan.slab[:0:-1], plan.list[:0:-1], strict=True):
+        pitch.append(slab * pitch[-1] + (listed - slab) * pitch[-1] % 128)
+    return tuple(reversed(pitch))
+
+
 def shared_bytes(problem: Problem, plan: HaloPlan, role: Role = "forward") -> int:
-    """Bytes of `HaloMemory` of cuda/cuneigh/halo.cuh, and of the steps to rows beside it."""
+    """Bytes of `HaloMemory` of cuda/cuneigh/halo.cuh, and of the steps of rows beside it."""
     rows, places = ROWS * plan.form.warps, math.prod(plan.slab)
-    both = problem.head_dim + problem.value_dim
-    row = problem.head_dim if role == "forward" else both
-    vectors = plan.form.buffers * 2 * (rows * (row + 8) + places * (both + 8))
-    steps = 12 * places + (12 if role == "forward" else 20) * rows
+    row = problem.head_dim + (0 if role == "forward" else problem.value_dim)
+    slab = plan.slab[0] * pitches(problem, plan)[0]
+    arrays = plan.form.buffers * (rows * 2 * (row + 8) + slab)
+    steps = places * (16 if rows_are_keys(role) else 12) + rows * (12 if role == "forward" else 20)
     tables = table_bytes(problem, plan.columns, plan.form.warps)
-    return math.ceil(tables / 16) * 16 + vectors + steps
+    return math.ceil(tables / 16) * 16 + arrays + steps

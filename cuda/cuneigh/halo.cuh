@@ -22,6 +22,7 @@ struct HaloProblem {
   int warps[kRank];     // warps of a block along each axis
   int slab[kRank];      // columns of a slab along each axis
   int list[kRank];      // columns of a warp's list along each axis
+  int pitch[kRank];     // bytes from column to column of a slab along each axis
   int boxes[kRank];     // boxes of rows along each axis, those of all dilation groups
   int batch;
   int part;  // batch entries that a block works through
@@ -41,14 +42,16 @@ struct Divisor {
   __device__ int remainder(int x) const { return x - quotient(x) * divisor; }
 };
 
-// Steps of the two vectors of a column, and of its statistics in elements.
+// Where a column lies in a slab, in bytes, and the steps of its vectors; of queries, which have
+// statistics, the step of those too, in elements.
+template <bool kHasStatistics>
 struct ColumnStep {
-  unsigned first, second, scalar;
+  unsigned target, first, second;
 };
-
-// The two vectors of a column are neighbors in shared memory, so that one address serves both.
-template <typename Plan>
-constexpr int kColumnPitch = kPitchOf<typename Plan::Element, Plan::kHeadDim + Plan::kValueDim>;
+template <>
+struct ColumnStep<true> {
+  unsigned target, first, second, statistics;
+};
 
 template <typename Plan>
 struct HaloTables {
@@ -56,20 +59,21 @@ struct HaloTables {
 
   // Bits of the list whose coordinate along an axis is less than an index, axis after axis. A lane
   // has the columns 2 * (lane % 4) and the one after of every 8.
-  unsigned below[Plan::kColumns + 2 * Plan::kRank][4];
+  unsigned below[Plan::kSides][4];
   int list[Plan::kColumns];                // bytes from the warp's first column in the slab on
   Range reach[Plan::kRank];                // columns that the block meets
   Range sight[Plan::kWarps][Plan::kRank];  // columns that a warp meets
   Range window[kRows][Plan::kRank];        // columns of a row; none where there is no row
-  int token[kRows][Plan::kRank];           // a valid one also where there is no row
   bool exists[kRows];
   RowBox<Plan::kRank> rows;
-  int places;          // columns of a slab
+  int places;  // columns of a slab
+  int slab_bytes;
   long long start[3];  // elements from a batch entry to the block's first column, in three arrays
 };
 
-// The dynamic shared memory: tables, kBuffers times the block's rows and a slab, and the steps to
-// the columns of a slab. `kRowDim` elements of a row are kept.
+// The dynamic shared memory: tables, kBuffers times the block's rows and a slab, and the steps of a
+// slab's columns. `kRowDim` elements of a row are kept. The two vectors of a column are neighbors,
+// so that one address serves both.
 template <typename Plan, int kRowDim>
 struct HaloMemory {
   using Element = typename Plan::Element;
@@ -78,13 +82,14 @@ struct HaloMemory {
 
   HaloTables<Plan> tables;
   alignas(16) Element row[Plan::kBuffers][HaloTables<Plan>::kRows][kPitchOf<Element, kRowDim>];
-  alignas(16) Element slab[1][kColumnPitch<Plan>];
+  alignas(16) char slab[1];
 
-  __device__ Element* column(int buffer, int place) {
-    return slab[(Plan::kBuffers == 1 ? 0 : buffer * tables.places) + place];
+  __device__ char* column(int buffer, unsigned bytes) {
+    return slab + (Plan::kBuffers == 1 ? 0 : buffer * tables.slab_bytes) + bytes;
   }
-  __device__ ColumnStep* steps() {
-    return reinterpret_cast<ColumnStep*>(slab[Plan::kBuffers * tables.places]);
+  __device__ ColumnStep<Plan::kRowsAreKeys>* steps() {
+    return reinterpret_cast<ColumnStep<Plan::kRowsAreKeys>*>(
+        column(Plan::kBuffers - 1, tables.slab_bytes));
   }
 };
 
@@ -107,8 +112,11 @@ __device__ unsigned step_to(const View<Element, kRank>& view, const int (&token)
   return unsigned(step / kUnit);
 }
 
-template <typename Plan>
-__device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<Plan>& tables) {
+// Fills all but `start`, and calls keep(row, token) for every row, with a valid token also where
+// there is no row.
+template <typename Plan, typename Keep>
+__device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<Plan>& tables,
+                            Keep keep) {
   constexpr int kRank = Plan::kRank, kThreads = Plan::kWarps * 32;
   const int lane = threadIdx.x % 32;
   const RowBox<kRank> rows = row_box<Plan>(problem);
@@ -126,7 +134,7 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
   // Rows: every warp takes a box of its own
   if (threadIdx.x < HaloTables<Plan>::kRows) {
     const int row = threadIdx.x;
-    int in_warp = row % 16, warp = row / 16, index[kRank];
+    int in_warp = row % 16, warp = row / 16, index[kRank], token[kRank];
     bool exists = true;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
@@ -146,7 +154,7 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
       const Axis& axis = problem.axes[r];
       const int group = rows.first[r].group;
       const Range window = columns_of<Plan>(axis, index[r], group);
-      tables.token[row][r] = axis.token({group, index[r]});
+      token[r] = axis.token({group, index[r]});
       tables.window[row][r] = exists ? window : Range{0, 0};
       int begin = exists ? window.begin : 1 << 30, end = exists ? window.end : 0;
 #pragma unroll
@@ -156,6 +164,7 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
       }
       tables.sight[row / 16][r] = {begin, end};
     }
+    keep(row, token);
   }
 
   // The list in raster order; its places past the end repeat the first
@@ -167,20 +176,19 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
   }
 #pragma unroll 1
   for (int column = threadIdx.x; column < Plan::kColumns; column += kThreads) {
-    int rest = column, place = 0, step = 1;
+    int rest = column, bytes = 0;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
       const Divisor size(problem.list[r]);
-      place += (r == 0 ? rest : size.remainder(rest)) * step;
+      bytes += (r == 0 ? rest : size.remainder(rest)) * problem.pitch[r];
       rest = size.quotient(rest);
-      step *= problem.slab[r];
     }
-    constexpr int kBytes = kColumnPitch<Plan> * sizeof(typename Plan::Element);
-    tables.list[column] = column < area ? place * kBytes : 0;
+    tables.list[column] = column < area ? bytes : 0;
   }
   if (threadIdx.x == 0) {
     tables.rows = rows;
     tables.places = places;
+    tables.slab_bytes = problem.slab[0] * problem.pitch[0];
   }
 
   // A ballot gathers the bits of one quarter
@@ -221,28 +229,34 @@ __device__ long long start_of(const HaloProblem<Plan::kRank>& problem, const Arr
   return start;
 }
 
-// Places past the reach of the block repeat its last ones.
-template <typename Plan, int kRowDim, typename First, typename Second, typename Scalar>
+// Fills `start` and the steps of columns. Places past the reach of the block repeat its last ones.
+template <typename Plan, int kRowDim, typename First, typename Second, typename Statistics>
 __device__ void fill_steps(const HaloProblem<Plan::kRank>& problem, const First& first,
-                           const Second& second, const Scalar& scalar,
+                           const Second& second, const Statistics& statistics,
                            HaloMemory<Plan, kRowDim>& smem) {
   constexpr int kRank = Plan::kRank;
-  if (threadIdx.x == 0) smem.tables.start[0] = start_of<Plan>(problem, first, smem.tables);
-  if (threadIdx.x == 32) smem.tables.start[1] = start_of<Plan>(problem, second, smem.tables);
-  if (threadIdx.x == 64) smem.tables.start[2] = start_of<Plan>(problem, scalar, smem.tables);
+  auto& tables = smem.tables;
+  if (threadIdx.x == 0) tables.start[0] = start_of<Plan>(problem, first, tables);
+  if (threadIdx.x == 32) tables.start[1] = start_of<Plan>(problem, second, tables);
+  if (threadIdx.x == 64) tables.start[2] = start_of<Plan>(problem, statistics, tables);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < smem.tables.places; i += Plan::kWarps * 32) {
+  for (int i = threadIdx.x; i < tables.places; i += Plan::kWarps * 32) {
     int rest = i, tokens[kRank];
+    unsigned target = 0;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
       const Divisor size(problem.slab[r]);
-      const Range reach = smem.tables.reach[r];
-      tokens[r] = smaller(r == 0 ? rest : size.remainder(rest), reach.end - 1 - reach.begin) *
-                  problem.axes[r].dilation;
+      const Range reach = tables.reach[r];
+      const int coordinate = r == 0 ? rest : size.remainder(rest);
+      target += coordinate * problem.pitch[r];
+      tokens[r] = smaller(coordinate, reach.end - 1 - reach.begin) * problem.axes[r].dilation;
       rest = size.quotient(rest);
     }
-    smem.steps()[i] = {step_to<8>(first, tokens), step_to<8>(second, tokens),
-                       step_to<1>(scalar, tokens)};
+    auto& step = smem.steps()[i];
+    step.target = target;
+    step.first = step_to<8>(first, tokens);
+    step.second = step_to<8>(second, tokens);
+    if constexpr (Plan::kRowsAreKeys) step.statistics = step_to<1>(statistics, tokens);
   }
 }
 
@@ -288,27 +302,25 @@ __device__ Element* first_of(const HaloProblem<Plan::kRank>& problem, const Slab
   return Plan::kRowsAreKeys ? first + slab.member * view.head : first;
 }
 
-// Copies one vector of every column of a slab, the first or the second.
+// Copies one vector of every column of a slab, the first or the second, to `slab_smem`.
 template <int kDim, int kArray, typename Plan, int kRowDim, typename Element>
 __device__ void load_slab(const HaloProblem<Plan::kRank>& problem, const Slab& slab,
                           const View<const Element, Plan::kRank>& view,
-                          HaloMemory<Plan, kRowDim>& smem, Element* slab_smem) {
-  constexpr int kChunks = kDim / 8, kStride = Plan::kWarps * 32 / kChunks;
-  constexpr int kUnroll = 4;
-  constexpr int kTargetStride = kStride * kColumnPitch<Plan> * sizeof(Element);
+                          HaloMemory<Plan, kRowDim>& smem, const void* slab_smem) {
+  constexpr int kChunks = kDim / 8, kStride = Plan::kWarps * 32 / kChunks, kUnroll = 4;
   const int chunk = threadIdx.x % kChunks * 8, first = threadIdx.x / kChunks;
   const Element* source = first_of<kArray, Plan>(problem, slab, view, smem.tables) + chunk;
-  const ColumnStep* step = smem.steps() + first;
-  unsigned target =
-      shared_address(slab_smem) + (first * kColumnPitch<Plan> + chunk) * sizeof(Element);
+  const unsigned target = shared_address(slab_smem) + chunk * sizeof(Element);
+  const auto* step = smem.steps() + first;
 #pragma unroll 1
   for (int left = smem.tables.places - first; left > 0; left -= kUnroll * kStride) {
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i)
-      if (i * kStride < left)
-        copy_16_bytes(target + i * kTargetStride,
-                      step_by(source, kArray ? step[i * kStride].second : step[i * kStride].first));
-    target += kUnroll * kTargetStride;
+      if (i * kStride < left) {
+        const auto& column = step[i * kStride];
+        copy_16_bytes(target + column.target,
+                      step_by(source, kArray ? column.second : column.first));
+      }
     step += kUnroll * kStride;
   }
 }
@@ -317,7 +329,7 @@ __device__ void load_slab(const HaloProblem<Plan::kRank>& problem, const Slab& s
 struct List {
   int begin;            // that of the slab
   bool meets;           // whether the warp meets anything in it
-  int place;            // of the first column
+  unsigned first;       // bytes to the first column
   unsigned visible[2];  // columns that the lane's rows lane / 4 and lane / 4 + 8 meet, as bits
 };
 
@@ -337,7 +349,7 @@ __device__ List list_of(const HaloProblem<Plan::kRank>& problem, const Slab& sla
     }
     result.meets &= sight.begin < sight.end;
     const int start = smaller(larger(sight.begin - base, 0), size - list);
-    result.place = result.place * size + start;
+    result.first += start * problem.pitch[r];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Range window = tables.window[warp * 16 + half * 8 + lane / 4][r];

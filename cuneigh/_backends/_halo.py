@@ -67,6 +67,7 @@ def kernel(problem: Problem, role: Role, columns: int, whole: bool) -> _jit.Kern
         "kBuffers": form.buffers,
         "kHeadDim": problem.head_dim,
         "kValueDim": problem.value_dim,
+        "kSides": _halo_plan.sides(problem.rank, columns),
         "kTableBytes": _halo_plan.table_bytes(problem, columns, form.warps),
     }
     lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
@@ -114,7 +115,7 @@ def _heads_first(array: Array, heads: int) -> Array:
 def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, Any]:
     """`HaloProblem` of cuda/cuneigh/halo.cuh."""
     rank = problem.rank
-    shapes = ("warp_box", "warps", "slab", "list", "boxes")
+    shapes = ("warp_box", "warps", "slab", "list", "pitch", "boxes")
     numbers = ("batch", "part", "heads", "group_size")
     record = np.zeros(
         1,
@@ -129,8 +130,9 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
         ),
     )
     record["axes"] = [axis_record(axis) for axis in problem.axes]
-    for name in shapes[:-1]:
+    for name in shapes[:4]:
         record[name] = getattr(chosen, name)
+    record["pitch"] = _halo_plan.pitches(problem, chosen)
     record["boxes"] = [count.blocks for count in _halo_plan.along(problem, chosen, role)]
     record["batch"], heads = _halo_plan.sizes(problem, role)
     record["heads"] = heads * problem.group_size if rows_are_keys(role) else heads
