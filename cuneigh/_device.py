@@ -39,15 +39,16 @@ SHARED_MEMORY = {
     (9, 0): 227,
     (10, 0): 227,
     (10, 3): 227,
+    (11, 0): 227,
     (12, 0): 99,
+    (12, 1): 99,
 }
 """KiB of shared memory that one block may have, by compute capability."""
 
 
 def of_capability(capability: tuple[int, int]) -> Device:
     """A device to compile for when there is none at hand."""
-    least = min(SHARED_MEMORY.values())
-    memory = SHARED_MEMORY.get(capability, least) * 1024
+    memory = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values())) * 1024
     return Device("cuda", capability=capability, shared_memory=memory)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cuneigh import _jit
-from cuneigh._backends import cpu, naive
+from cuneigh._backends import cpu, fused, naive
+from cuneigh._device import of_capability
 from cuneigh._jit import _build as build
 from cuneigh._jit import _compiler as compiler
 from cuneigh._problem import DTYPES, Spec, Window, attention_problem, qk_problem
@@ -74,6 +75,8 @@ def test_compile_serves_a_call(tmp_path: Path, capsys: pytest.CaptureFixture[str
         problem = attention_problem("test", operation, query, key, key, window, None)
         for arch in ("sm_90a", "sm_80"):
             assert_cached(naive.kernels(problem), arch, tmp_path)
+            device = of_capability((9, 0) if arch == "sm_90a" else (8, 0))
+            assert_cached(fused.kernels(problem, device), arch, tmp_path)
 
 
 @needs_nvrtc

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 import time
 from pathlib import Path
 from typing import Any, get_args
 
 from cuneigh import _jit
-from cuneigh._backends import BACKENDS
+from cuneigh._backends import fused, gemm, naive
+from cuneigh._device import of_capability
 from cuneigh._problem import DTYPES, Operation, Problem
 from cuneigh._window import Axis
 
@@ -66,10 +68,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    kernels = [kernel for problem in _problems(options) for kernel in _kernels(problem)]
     start = time.perf_counter()
+    compiled: dict[tuple[_jit.Kernel, str], _jit.Compiled] = {}
     try:
-        compiled = _jit.precompile(kernels, options.arch, options.cache_dir, jobs=options.jobs)
+        for arch in options.arch:
+            kernels = [kernel for each in _problems(options) for kernel in _kernels(each, arch)]
+            compiled |= _jit.precompile(kernels, [arch], options.cache_dir, jobs=options.jobs)
     except (_jit.CompilationError, OSError) as error:
         print(f"python -m cuneigh compile: {error}", file=sys.stderr)
         return 1
@@ -108,10 +112,12 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
     ]
 
 
-def _kernels(problem: Problem) -> list[_jit.Kernel]:
+def _kernels(problem: Problem, arch: str) -> list[_jit.Kernel]:
     """The kernels of every backend that has any."""
-    lists = [getattr(backend, "kernels", None) for backend in BACKENDS]
-    return [kernel for of_problem in lists if of_problem for kernel in of_problem(problem)]
+    number = re.sub(r"\D", "", arch)  # of sm_90a
+    device = of_capability(divmod(int(number or 0), 10))
+    of_fused = fused.kernels(problem, device)
+    return [*of_fused, *naive.kernels(problem), *gemm.kernels(problem)]
 
 
 def _positive(text: str) -> int:
