@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import pickle
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -172,7 +173,11 @@ def test_a_contiguous_call_loads_what_kernels_names(backend, data):
 
 
 def forward_of(
-    layouts: Any = None, results: Any = None, backend: str | None = None, window: int = 7
+    layouts: Any = None,
+    results: Any = None,
+    backend: str | None = None,
+    window: int = 7,
+    misalignments: tuple[int, ...] = (),
 ) -> Program:
     query = Spec((1, 14, 14, 4, 32), "float16")
     axes = window_arguments("test", 2, window, 1, 1, False)
@@ -184,6 +189,7 @@ def forward_of(
         ("query", "key", "value"),
         layouts or ((contiguous(query.shape), 0),) * 3,
         results or (problem.output, problem.lse),
+        misalignments,
     )
 
 
@@ -198,6 +204,7 @@ def test_a_program_is_kept_for_calls_that_are_laid_out_alike(launched, monkeypat
         forward_of(layouts=(plain, plain, wide)),
         forward_of(layouts=(plain, off, plain)),
         forward_of(results=(Spec((1, 14, 14, 4, 32), "float16"), None)),
+        forward_of(misalignments=(8, 0)),
         forward_of(backend="naive"),
         forward_of(window=5),
     ]
@@ -206,6 +213,18 @@ def test_a_program_is_kept_for_calls_that_are_laid_out_alike(launched, monkeypat
     monkeypatch.setattr("cuneigh._backends.BACKENDS", BACKENDS[1:])
     others.append(forward_of())
     assert len({id(program) for program in (first, *others)}) == len(others) + 1
+
+
+def test_a_result_off_its_alignment_is_stored_in_narrower_pieces(monkeypatch, launched):
+    seen = []
+    monkeypatch.setattr(
+        _jit, "load", lambda kernel, device: seen.append(kernel.plan) or loaded(kernel, device)
+    )
+    launch._program.cache_clear()
+    for misalignments in ((), (8, 0), (2, 4)):
+        forward_of(backend="naive", misalignments=misalignments)
+    widths = [re.search(r"kValueVector = (\d+)", plan)[1] for plan in seen]
+    assert widths == ["8", "4", "1"]
 
 
 def test_two_threads_may_run_one_program(launched):

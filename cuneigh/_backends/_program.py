@@ -158,9 +158,7 @@ class _Launch:
             first = len(self._frame)
             self._starts.append((place, 8 * first))
             if isinstance(parameter, np.ndarray):
-                self._frame.frombytes(
-                    parameter.tobytes().ljust(-parameter.nbytes % 8 + parameter.nbytes, b"\0")
-                )
+                self._frame.frombytes(parameter.tobytes() + bytes(-parameter.nbytes % 8))
                 continue
             for i, word in enumerate(parameter, first):
                 if isinstance(word, Pointer):

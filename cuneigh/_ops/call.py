@@ -163,6 +163,7 @@ def _on_gpu(
     backend: str | None,
     results: Sequence[Spec | None],
 ) -> list[Any]:
+    """What every warm call does; how long it takes is how long the host takes for a call."""
     place, arrays = arguments.place, arguments.arrays
     with current(index):
         memories = [face.memory(array) for array in arrays.values()]

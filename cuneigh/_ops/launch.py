@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 from cuneigh import _backends, _device
@@ -22,14 +23,16 @@ def program(
     names: tuple[str, ...],
     layouts: tuple[Layout, ...],
     results: tuple[Spec | None, ...],
+    misalignments: tuple[int, ...] = (),
 ) -> Program:
     """The program for `problem` on a CUDA device, which is current.
 
     It is run with the addresses of the arguments `names`, which are laid out as `layouts`, and then
-    those of `results`, contiguous and at multiples of 16; a result that is None is not wanted.
+    those of `results`, None where not wanted. Results are contiguous, and at multiples of 16 unless
+    `misalignments` has for each that is wanted its address modulo 16.
     """
     known = _backends.BACKENDS, _backends.settings()
-    return _program(known, problem, device, backend, names, layouts, results)
+    return _program(known, problem, device, backend, names, layouts, results, misalignments)
 
 
 @lru_cache(maxsize=4096)
@@ -41,6 +44,7 @@ def _program(
     names: tuple[str, ...],
     layouts: tuple[Layout, ...],
     results: tuple[Spec | None, ...],
+    misalignments: tuple[int, ...],
 ) -> Program:
     place = _device.cuda(device)
     chosen = _backends.choose(problem, place, backend)
@@ -49,7 +53,10 @@ def _program(
         name: made.array(problem.spec(name), *layout)
         for name, layout in zip(names, layouts, strict=True)
     }
-    wanted = [None if spec is None else made.array(spec) for spec in results]
+    off = iter(misalignments or repeat(0))
+    wanted = [
+        None if spec is None else made.array(spec, misalignment=next(off)) for spec in results
+    ]
     perform(chosen, problem, given, wanted, made)
     return made
 

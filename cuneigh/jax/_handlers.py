@@ -92,9 +92,17 @@ def serve_cuda(asked: _xla.Call) -> None:
     layouts = tuple(
         (steps, address % 16) for steps, address in zip(request.steps, asked.arguments, strict=True)
     )
+    # XLA may have a call write a slice of a larger array.
+    off = tuple(address % 16 for address in asked.results)
     with _device.current(index):
         launches = program(
-            call.problem, index, call.backend, call.arguments, layouts, request.wanted
+            call.problem,
+            index,
+            call.backend,
+            call.arguments,
+            layouts,
+            request.wanted,
+            off if any(off) else (),
         )
         workspace = [asked.allocate(size_of(spec)) for spec in launches.workspace]
         launches.run([*asked.arguments, *asked.results, *workspace], asked.stream())
