@@ -153,17 +153,17 @@ def form(problem: Problem, role: Role) -> Form:
 
 
 # Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md).
-PRODUCT = 1 / 182
+PRODUCT = 1 / 240
 """A multiply-add of the tensor cores, on one of four schedulers."""
-LOGIT = 0.55
+LOGIT = 0.42
 """One logit's way through mask and softmax, on one of four schedulers."""
-VISIT = 330.0
+VISIT = 250.0
 """What a warp does once for each slab, on one of four schedulers."""
-COPY = 0.46
+COPY = 0.35
 """Bringing 16 bytes to shared memory."""
-SLAB = 330.0
+SLAB = 250.0
 """What a block does once for each slab: waiting and meeting."""
-TABLES = 420.0
+TABLES = 320.0
 """A warp's share of filling the tables."""
 
 
