@@ -255,7 +255,8 @@ def blocks_per_multiprocessor(
         return 3 if longest > 32 else 4
     if role != "forward":
         return 1
-    return 4 if area.columns > 32 else 5
+    tight = longest > 32 and (problem.rank == 3 or capability < (8, 0))
+    return (4 if area.columns > 32 else 5) - tight
 
 
 def padded(dim: int) -> int:
