@@ -39,7 +39,9 @@ struct BackwardSmem {
   Element row_value[Tables<Plan>::kRows][kPitchOf<Element, Plan::kValueDim>];
   Element key[2][Plan::kColumns][kPitchOf<Element, Plan::kHeadDim>];
   Element value[2][Plan::kColumns][kPitchOf<Element, Plan::kValueDim>];
-  float2 statistics[2][Plan::kColumns];
+  // Of the boxes of columns where those are queries, else of the rows
+  float2 statistics[Plan::kRowsAreKeys ? 2 : 1]
+                   [Plan::kRowsAreKeys ? Plan::kColumns : Tables<Plan>::kRows];
   Tables<Plan> tables;
 };
 
@@ -66,40 +68,50 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   constexpr bool kHasBias = !kSame<typename Plan::Bias, void>;
   static_assert(sizeof(BackwardSmem<Plan>) == Plan::kSharedBytes,
                 "'backward_bytes' in cuneigh/_fused_plan.py counts what BackwardSmem holds");
-  extern __shared__ __align__(16) char memory_smem[];
-  auto& smem = *reinterpret_cast<BackwardSmem<Plan>*>(memory_smem);
+  auto& smem = dynamic_smem<BackwardSmem<Plan>>();
   auto& tables = smem.tables;
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int thread = thread_of_block(), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp * 16 * kRowTiles;
   const RowBox<kRank> rows = row_box<Plan>(problem);
-  fill_tables<Plan>(problem, rows, arguments.column_key, arguments.column_value,
-                    arguments.statistics, arguments.rpb, tables);
+  const Columns<Plan> arrays = {arguments.column_key, arguments.column_value,
+                                arguments.additional_keys, arguments.additional_values,
+                                arguments.statistics};
+  fill_tables<Plan>(problem, rows, arrays, arguments.rpb, tables, thread);
   __syncthreads();
 
   // Boxes of columns arrive in two buffers by turns
-  auto load = [&](const ColumnBox<kRank>& columns, int buffer) {
-    load_columns<Plan::kHeadDim, Plan::kKeyBytes, Plan::kKeyExact, &ColumnPlace::first>(
-        problem, rows, columns, arguments.column_key, arguments.additional_keys, problem.head_dim,
-        tables, smem.key[buffer]);
-    load_columns<Plan::kValueDim, Plan::kValueBytes, Plan::kValueExact, &ColumnPlace::second>(
-        problem, rows, columns, arguments.column_value, arguments.additional_values,
-        problem.value_dim, tables, smem.value[buffer]);
-    if (Plan::kRowsAreKeys && threadIdx.x < Plan::kColumns) {
-      const bool exists = columns.exists >> threadIdx.x & 1;
-      const float2* first = first_of<Plan>(problem, rows, columns, arguments.statistics);
-      copy_8_bytes(&smem.statistics[buffer][threadIdx.x],
-                   first + tables.place[threadIdx.x].statistics, exists);
-    }
+  auto load = [&](const ColumnBox<Plan>& columns, int thread, int buffer) {
+    const bool has_statistics = Plan::kRowsAreKeys && thread < Plan::kColumns;
+    const float2* statistics = nullptr;
+    if (has_statistics)
+      statistics = columns.statistics + tables.scalar_steps[thread].statistics;
+    const bool exists = columns.exists >> thread % 64 & 1;
+    load_columns<Plan>(problem, columns, tables, thread, smem.key[buffer], smem.value[buffer]);
+    if (has_statistics) copy_8_bytes(&smem.statistics[buffer][thread], statistics, exists);
     cp_async_commit();
   };
-  ColumnBox<kRank> next = first_columns<Plan>(problem, rows, tables);
-  load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.row_key, rows, problem.head_dim, tables,
-                                             smem.row_key);
-  if constexpr (Plan::kGradKey)
-    load_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.row_value, rows, problem.value_dim,
-                                                  tables, smem.row_value);
-  load(next, 0);
+  {
+    const auto columns = first_columns<Plan>(problem, rows, arrays, tables, warp);
+    load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.row_key, rows, problem.head_dim, tables,
+                                               thread, smem.row_key);
+    if constexpr (Plan::kGradKey)
+      load_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.row_value, rows, problem.value_dim,
+                                                    tables, thread, smem.row_value);
+    load(columns, thread, 0);
+    if constexpr (!Plan::kRowsAreKeys) {
+      for (int row = thread; row < Tables<Plan>::kRows; row += Plan::kWarps * 32)
+        copy_8_bytes(&smem.statistics[0][row],
+                     arguments.statistics.at(rows.batch, tables.token[row], rows.head),
+                     tables.token[row][0] >= 0);
+      cp_async_commit();
+    }
+    const auto next = next_columns<Plan>(problem, arrays, tables, warp, columns);
+    if (lane == 0) {
+      tables.walk[warp][0] = columns;
+      tables.walk[warp][1] = next;
+    }
+  }
   if (problem.sign != 1) {
     cp_async_wait<0>();
     __syncthreads();
@@ -110,29 +122,31 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   // one after of every 8
   float grad_key[kRowTiles][Plan::kHeadDim / 8][4] = {};
   float grad_value[kRowTiles][Plan::kValueDim / 8][4] = {};
-  float2 row_statistics[kRowTiles][2] = {};
-  if constexpr (!Plan::kRowsAreKeys) {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const auto& token = tables.token[warp_row + m * 16 + half * 8 + lane / 4];
-        if (token[0] >= 0)
-          row_statistics[m][half] = *arguments.statistics.at(rows.batch, token, rows.head);
-      }
-  }
-  const float scale = problem.scale * 1.44269504f;  // logits in base 2
+  const float scale = problem.scale;
 
-  bool more = true;
-  for (int buffer = 0; more; buffer ^= 1) {
+  const int given_thread = thread;
+  for (int buffer = 0;; buffer ^= 1) {
+    const int thread = renewed(given_thread), lane = thread % 32, warp = thread / 32;
+    const int warp_row = warp * 16 * kRowTiles;
     // This box has arrived, and everyone is done with the one before, whose memory the next takes
-    const ColumnBox<kRank> columns = next;
     cp_async_wait<0>();
     __syncthreads();
-    more = advance<Plan>(problem, tables, next);
-    if (more) load(next, buffer ^ 1);
-    const Visibility visibility = visibility_of<Plan>(problem, columns, tables, warp);
-    if (visibility == Visibility::kNone) continue;
+    ColumnBox<Plan>& columns = tables.walk[warp][buffer];
+    const ColumnBox<Plan>& next = tables.walk[warp][buffer ^ 1];
+    if (columns.past_end) break;
+    const Visibility visibility = columns.visibility;
+    if (!next.past_end) load(next, thread, buffer ^ 1);
+    // The box after the next takes the place of this one
+    auto walk = [&] {
+      const auto after = next_columns<Plan>(problem, arrays, tables, warp, next);
+      __syncwarp();
+      if (lane == 0) columns = after;
+    };
+    if (visibility == Visibility::kSome) note_visible<Plan>(problem, columns, tables, warp, lane);
+    if (visibility == Visibility::kNone) {
+      walk();
+      continue;
+    }
 
     // S and P, in the same registers
     float weight[kRowTiles][kColumnTiles][4] = {};
@@ -143,11 +157,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + m * 16 + half * 8 + lane / 4;
-        unsigned long long visible = ~0ull;
-        if (visibility == Visibility::kSome)
-          visible = visible_columns<Plan>(problem, columns, tables, row, lane);
+        auto visible = Visible<Plan::kColumns>::all();
+        if (visibility == Visibility::kSome) visible = {tables.visible[row], lane};
         if constexpr (kHasBias)
-          add_bias<Plan>(arguments.rpb, rows, columns, tables, row, half, lane, scale, visible,
+          add_bias<Plan>(arguments.rpb, tables.rows, columns, tables, row, half, lane, scale, visible,
                          weight[m]);
 #pragma unroll
         for (int n = 0; n < kColumnTiles; ++n)
@@ -156,31 +169,35 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
             float& x = weight[m][n][2 * half + i];
             const float shift = Plan::kRowsAreKeys
                                     ? smem.statistics[buffer][n * 8 + lane % 4 * 2 + i].x
-                                    : row_statistics[m][half].x;
-            x = visible >> (n * 8 + i) & 1 ? ex2_approx(fmaf(x, factor, -shift)) : 0.0f;
+                                    : smem.statistics[0][row].x;
+            x = visible(n * 8 + i) ? ex2_approx(fmaf(x, factor, -shift)) : 0.0f;
           }
       }
     }
+    if constexpr (!Plan::kGradKey) walk();
     if constexpr (Plan::kGradValue)
       accumulate<Plan::kValueDim>(weight, smem.value[buffer], lane, grad_value);
-    if constexpr (!Plan::kGradKey) continue;
 
     // dP and dS; what is hidden stays 0 whatever it is multiplied with
-    float grad_weight[kRowTiles][kColumnTiles][4] = {};
-    multiply<Plan::kValueDim>(&smem.row_value[warp_row], smem.value[buffer], lane, grad_weight);
+    if constexpr (Plan::kGradKey) {
+      float grad_weight[kRowTiles][kColumnTiles][4] = {};
+      multiply<Plan::kValueDim>(&smem.row_value[warp_row], smem.value[buffer], lane, grad_weight);
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
+      for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n)
+        for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float delta = Plan::kRowsAreKeys
-                                  ? smem.statistics[buffer][n * 8 + lane % 4 * 2 + i % 2].y
-                                  : row_statistics[m][i / 2].y;
-          const float p = weight[m][n][i];
-          weight[m][n][i] = p == 0 ? 0.0f : p * (grad_weight[m][n][i] - delta);
-        }
-    accumulate<Plan::kHeadDim>(weight, smem.key[buffer], lane, grad_key);
+          for (int i = 0; i < 4; ++i) {
+            const float delta =
+                Plan::kRowsAreKeys
+                    ? smem.statistics[buffer][n * 8 + lane % 4 * 2 + i % 2].y
+                    : smem.statistics[0][warp_row + m * 16 + i / 2 * 8 + lane / 4].y;
+            const float p = weight[m][n][i];
+            weight[m][n][i] = p == 0 ? 0.0f : p * (grad_weight[m][n][i] - delta);
+          }
+      walk();
+      accumulate<Plan::kHeadDim>(weight, smem.key[buffer], lane, grad_key);
+    }
   }
 
   // Every warp writes its rows through its part of the rows' memory
@@ -191,10 +208,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     stage<Plan::kValueDim>(grad_value, 1.0f, lane, &smem.row_value[warp_row]);
   __syncwarp();
   if constexpr (Plan::kGradKey)
-    store_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.grad_key, rows, problem.head_dim, tables,
+    store_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.grad_key, tables.rows, problem.head_dim, tables,
                                                 smem.row_key, warp, lane);
   if constexpr (Plan::kGradValue)
-    store_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.grad_value, rows, problem.value_dim,
+    store_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.grad_value, tables.rows, problem.value_dim,
                                                    tables, smem.row_value, warp, lane);
 }
 

@@ -49,6 +49,11 @@ struct ForwardSmem {
   Tables<Plan> tables;
 };
 
+// Weights are 2^(logit - shift), whose shift follows a row's maximum only when that has moved by
+// more than this, which is seldom; no float16 is near overflow.
+constexpr float kSlack = 8;
+constexpr float kLargest = 3.402823466e38f;
+
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     fused_forward(const FusedProblem<Plan::kRank> problem, const FusedForward<Plan> arguments) {
@@ -59,30 +64,32 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   constexpr bool kHasBias = !kSame<typename Plan::Bias, void>;
   static_assert(sizeof(ForwardSmem<Plan>) == Plan::kSharedBytes,
                 "'forward_bytes' in cuneigh/_fused_plan.py counts what ForwardSmem holds");
-  extern __shared__ __align__(16) char memory_smem[];
-  auto& smem = *reinterpret_cast<ForwardSmem<Plan>*>(memory_smem);
+  auto& smem = dynamic_smem<ForwardSmem<Plan>>();
   auto& tables = smem.tables;
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int thread = thread_of_block(), lane = thread % 32, warp = thread / 32;
   const RowBox<kRank> rows = row_box<Plan>(problem);
-  fill_tables<Plan>(problem, rows, arguments.key, arguments.value, arguments.lse, arguments.rpb,
-                    tables);
+  const Columns<Plan> arrays = {arguments.key, arguments.value, arguments.additional_keys,
+                                arguments.additional_values, {}};
+  fill_tables<Plan>(problem, rows, arrays, arguments.rpb, tables, thread);
   __syncthreads();
 
   // Boxes of keys and values arrive in two buffers by turns
-  auto load = [&](const ColumnBox<kRank>& keys, int buffer) {
-    load_columns<Plan::kHeadDim, Plan::kKeyBytes, Plan::kKeyExact, &ColumnPlace::first>(
-        problem, rows, keys, arguments.key, arguments.additional_keys, problem.head_dim, tables,
-        smem.key[buffer]);
-    load_columns<Plan::kValueDim, Plan::kValueBytes, Plan::kValueExact, &ColumnPlace::second>(
-        problem, rows, keys, arguments.value, arguments.additional_values, problem.value_dim,
-        tables, smem.value[buffer]);
+  auto load = [&](const ColumnBox<Plan>& keys, int buffer) {
+    load_columns<Plan>(problem, keys, tables, thread, smem.key[buffer], smem.value[buffer]);
     cp_async_commit();
   };
-  ColumnBox<kRank> next = first_columns<Plan>(problem, rows, tables);
-  load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.query, rows, problem.head_dim, tables,
-                                             smem.query);
-  load(next, 0);
+  {
+    const auto keys = first_columns<Plan>(problem, rows, arrays, tables, warp);
+    load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.query, rows, problem.head_dim, tables,
+                                               thread, smem.query);
+    load(keys, 0);
+    const auto next = next_columns<Plan>(problem, arrays, tables, warp, keys);
+    if (lane == 0) {
+      tables.walk[warp][0] = keys;
+      tables.walk[warp][1] = next;
+    }
+  }
   if (problem.sign != 1) {
     cp_async_wait<0>();
     __syncthreads();
@@ -93,54 +100,61 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   // one after of every 8 keys or dimensions
   const int warp_row = warp * 16 * kRowTiles, first_row = warp_row + lane / 4;
   float output_rmem[kRowTiles][Plan::kValueDim / 8][4] = {};
-  float maximum[kRowTiles][2], sum[kRowTiles][2] = {};
+  float shift[kRowTiles][2], sum[kRowTiles][2] = {};
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) maximum[m][0] = maximum[m][1] = -infinity<float>();
-  const float scale = problem.scale * 1.44269504f;  // logits in base 2
+  for (int m = 0; m < kRowTiles; ++m) shift[m][0] = shift[m][1] = -kLargest;
+  const float scale = problem.scale;
 
-  bool more = true;
-  for (int buffer = 0; more; buffer ^= 1) {
+  for (int buffer = 0;; buffer ^= 1) {
     // This box has arrived, and everyone is done with the one before, whose memory the next takes
-    const ColumnBox<kRank> keys = next;
     cp_async_wait<0>();
     __syncthreads();
-    more = advance<Plan>(problem, tables, next);
-    if (more) load(next, buffer ^ 1);
-
-    const Visibility visibility = visibility_of<Plan>(problem, keys, tables, warp);
-    if (visibility == Visibility::kNone) continue;
+    ColumnBox<Plan>& keys = tables.walk[warp][buffer];
+    const ColumnBox<Plan>& next = tables.walk[warp][buffer ^ 1];
+    if (keys.past_end) break;
+    const Visibility visibility = keys.visibility;
+    if (!next.past_end) load(next, buffer ^ 1);
+    // The box after the next takes the place of this one
+    auto walk = [&] {
+      const auto after = next_columns<Plan>(problem, arrays, tables, warp, next);
+      __syncwarp();
+      if (lane == 0) keys = after;
+    };
+    if (visibility == Visibility::kSome) note_visible<Plan>(problem, keys, tables, warp, lane);
+    if (visibility == Visibility::kNone) {
+      walk();
+      continue;
+    }
 
     // S = Q K^T
     float logit_rmem[kRowTiles][kColumnTiles][4] = {};
     multiply<Plan::kHeadDim>(&smem.query[warp_row], smem.key[buffer], lane, logit_rmem);
 
     // Bias and mask
+    if (kHasBias || visibility == Visibility::kSome) {
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
+      for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + m * 16 + half * 8;
-        unsigned long long visible = ~0ull;
-        if (visibility == Visibility::kSome)
-          visible = visible_columns<Plan>(problem, keys, tables, row, lane);
-        if constexpr (kHasBias)
-          add_bias<Plan>(arguments.rpb, rows, keys, tables, row, half, lane, scale, visible,
-                         logit_rmem[m]);
-        if (visibility == Visibility::kSome) {
+        for (int half = 0; half < 2; ++half) {
+          const int row = first_row + m * 16 + half * 8;
+          auto visible = Visible<Plan::kColumns>::all();
+          if (visibility == Visibility::kSome) visible = {tables.visible[row], lane};
+          if constexpr (kHasBias)
+            add_bias<Plan>(arguments.rpb, tables.rows, keys, tables, row, half, lane, scale, visible,
+                           logit_rmem[m]);
 #pragma unroll
           for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-              if (!(visible >> (n * 8 + i) & 1))
-                logit_rmem[m][n][2 * half + i] = -infinity<float>();
+              if (!visible(n * 8 + i)) logit_rmem[m][n][2 * half + i] = -infinity<float>();
         }
       }
     }
 
     // Running softmax; four lanes share a row. The rows go side by side: a chain alone is slow
     const float factor = kHasBias ? 1.0f : scale;
-    float shift[kRowTiles][2], decay[kRowTiles][2];
-    bool moved = false;
+    float top[kRowTiles][2];
+    bool moves = false;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
@@ -148,31 +162,35 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float pair = fmaxf(logit_rmem[m][n][2 * half], logit_rmem[m][n][2 * half + 1]);
-          shift[m][half] = n == 0 ? pair : fmaxf(shift[m][half], pair);
+          top[m][half] = n == 0 ? pair : fmaxf(top[m][half], pair);
         }
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float top = shift[m][half];
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        top = fmaxf(maximum[m][half], top * factor);
-        shift[m][half] = top == -infinity<float>() ? 0.0f : top;
-        decay[m][half] = ex2_approx(maximum[m][half] - shift[m][half]);
-        maximum[m][half] = top;
-        sum[m][half] *= decay[m][half];
-        moved |= decay[m][half] != 1.0f;
+        top[m][half] *= factor;
+        moves |= top[m][half] > shift[m][half] + kSlack;
       }
-    // The maximum seldom moves after the first boxes
-    if (__any_sync(0xffffffffu, moved)) {
+    if (__any_sync(0xffffffffu, moves)) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int d = 0; d < Plan::kValueDim / 8; ++d)
+        for (int half = 0; half < 2; ++half) {
+          float highest = top[m][half];
+          highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+          highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+          if (!(highest > shift[m][half] + kSlack)) highest = shift[m][half];
+          const float decay = ex2_approx(shift[m][half] - highest);
+          shift[m][half] = highest;
+          sum[m][half] *= decay;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) output_rmem[m][d][i] *= decay[m][i / 2];
+          for (int d = 0; d < Plan::kValueDim / 8; ++d) {
+            output_rmem[m][d][2 * half] *= decay;
+            output_rmem[m][d][2 * half + 1] *= decay;
+          }
+        }
     }
+    walk();
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
@@ -205,12 +223,12 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
                    output_rmem[m][d][2 * half + 1] * normalizer);
       const auto& token = tables.token[row];
       if (arguments.lse.data && lane % 4 == 0 && token[0] >= 0)
-        *arguments.lse.at(rows.batch, token, rows.head) =
-            total == 0 ? -infinity<float>() : maximum[m][half] * 0.693147181f + logf(total);
+        *arguments.lse.at(tables.rows.batch, token, tables.rows.head) =
+            total == 0 ? -infinity<float>() : shift[m][half] * 0.693147181f + logf(total);
     }
   }
   __syncwarp();
-  store_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.output, rows, problem.value_dim, tables,
+  store_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.output, tables.rows, problem.value_dim, tables,
                                                  smem.query, warp, lane);
 }
 

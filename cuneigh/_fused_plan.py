@@ -233,7 +233,7 @@ def fast_sizes(
     if role != "forward":
         if longest <= 64 or capability[0] != 9 or problem.rpb_dtype:
             return ((1, 32),)
-        return ((1, 64), (1, 32))
+        return ((2, 32), (1, 64), (1, 32)) if role == "query" else ((1, 64), (1, 32))
     if longest <= 64 or problem.rpb_dtype:
         return ((1, 64), (1, 32))
     if capability[0] != 9:
@@ -275,12 +275,19 @@ def shared_bytes(problem: Problem, area: Area, role: Role = "forward") -> int:
     size = rows * (max(key, value) if role == "forward" else key + value)
     size += 2 * columns * (key + value)
     if role != "forward":
-        size += 2 * 8 * columns  # statistics of the columns
+        size += 8 * (2 * columns if rows_are_keys(role) else rows)  # statistics of the queries
     size += 8 * rank * (columns + 1)  # bits of the columns before a coordinate
-    size += 24 * columns  # places of the columns
+    size += (16 + 16 * has_additional(problem, role) + 8) * columns  # steps to the columns
+    size += 2 * area.warps * math.ceil((44 + 4 * rank) / 16) * 16  # boxes of the walk
+    size += 24 + 8 * rank  # additional vectors, the rows
     size += 8 * rank + 16 * rank * area.warps  # what block and warps meet
-    size += rows * (8 * rank + 4 * rank + 4)  # windows, tokens and biases of the rows
-    return math.ceil(size / 8) * 8
+    size += rows * (8 + 8 * rank + 4 * rank + 4)  # the rows' visible columns, windows, tokens, biases
+    return math.ceil(size / 16) * 16
+
+
+def has_additional(problem: Problem, role: Role) -> bool:
+    """Whether a kernel walks additional keys after the window."""
+    return not rows_are_keys(role) and bool(problem.additional)
 
 
 @lru_cache(maxsize=64)

@@ -24,15 +24,20 @@ __device__ inline void copy_16_bytes(void* target_smem, const void* source, int 
 #pragma unroll
     for (int i = 0; i < 16; i += kBytes) {
 #if __CUDA_ARCH__ >= 800
-      const int size = i < valid ? kBytes : 0;
+      // A predicate says whether to read: sizes that are not constants take instructions
+      const int ignored = i >= valid;
       if constexpr (kBytes == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target + i),
-                     "l"(static_cast<const char*>(source) + i), "r"(size)
-                     : "memory");
+        asm volatile(
+            "{ .reg .pred p; setp.ne.s32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p; }" ::
+                "r"(target + i),
+            "l"(static_cast<const char*>(source) + i), "r"(ignored)
+            : "memory");
       else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(target + i),
-                     "l"(static_cast<const char*>(source) + i), "r"(size), "n"(kBytes)
-                     : "memory");
+        asm volatile(
+            "{ .reg .pred p; setp.ne.s32 p, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, p; }" ::
+                "r"(target + i),
+            "l"(static_cast<const char*>(source) + i), "r"(ignored), "n"(kBytes)
+            : "memory");
 #else
       for (int j = i; j < i + kBytes; j += 4)
         *reinterpret_cast<unsigned*>(static_cast<char*>(target_smem) + j) =

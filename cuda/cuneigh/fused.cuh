@@ -28,7 +28,7 @@ struct FusedProblem {
   int value_dim;
   int additional;        // number of additional keys
   int sign;              // of the scale: 1, 0 or -1
-  float scale;           // its magnitude; 1 where the sign is 0
+  float scale;           // its magnitude times log2(e); log2(e) where the sign is 0
   float gradient_scale;  // the scale itself
 };
 
@@ -74,110 +74,197 @@ __device__ int rows_of_group(const Axis& axis, int group) {
   return Plan::kRowsAreKeys ? axis.key_group_length(group) : axis.group_length(group);
 }
 
-// Steps from the first column of a box to one of the others, in the memory of the two arrays that
-// columns have, of their statistics and of rpb.
-struct ColumnPlace {
+// Steps from the first column of a box to one of the others: in bytes in the two arrays of columns,
+struct alignas(16) ColumnSteps {
   long long first, second;
+};
+// and in elements in their statistics and rpb.
+struct ScalarSteps {
   int statistics, bias;
 };
 
-// What does not depend on the box of columns.
+enum class Visibility { kNone, kSome, kAll };
+
+// A box of columns: of the window, or of the additional keys.
+template <typename Plan>
+struct alignas(16) ColumnBox {
+  const typename Plan::Element *first, *second;  // the first column in the two arrays
+  const float2* statistics;                      // its statistics, where the columns are queries
+  unsigned long long exists;   // as bits, the columns that any row of the block may meet
+  int begin[Plan::kRank];      // group indices; the first of a box of additional keys
+  int head;
+  bool additional;
+  bool past_end;  // there is no such box: the walk is over
+  Visibility visibility;  // to the rows of a warp
+};
+
+// What does not depend on the box of columns, and two boxes of each warp's walk.
 template <typename Plan>
 struct Tables {
   static constexpr int kRows = Plan::kWarps * Plan::kRowTiles * 16;
 
+  ColumnBox<Plan> walk[Plan::kWarps][2];
+  ColumnSteps steps[1 + Plan::kAdditional][Plan::kColumns];  // in a window; among additional keys
   unsigned long long before[Plan::kRank][Plan::kColumns + 1];  // bits of the columns of a box whose
                                                                // coordinate is less than an index
-  ColumnPlace place[Plan::kColumns];
-  Range reach[Plan::kRank];                // columns that the block meets
-  Sight sight[Plan::kWarps][Plan::kRank];  // columns that every warp meets
-  Range window[kRows][Plan::kRank];        // columns of a row; none where there is no row
-  int token[kRows][Plan::kRank];           // -1 where there is no row
-  int bias[kRows];                         // step in rpb
+  unsigned long long visible[kRows];        // bits of the columns of the box at hand
+  ScalarSteps scalar_steps[Plan::kColumns];
+  const typename Plan::Element *additional_first, *additional_second;
+  RowBox<Plan::kRank> rows;
+  Range reach[Plan::kRank];                 // columns that the block meets
+  Sight sight[Plan::kWarps][Plan::kRank];   // columns that every warp meets
+  Range window[kRows][Plan::kRank];         // columns of a row; none where there is no row
+  int token[kRows][Plan::kRank];            // -1 where there is no row
+  int bias[kRows];                          // step in rpb
 };
 
-// A box of columns: of the window, or of the additional keys.
-template <int kRank>
-struct ColumnBox {
-  int begin[kRank];           // group indices; the first of a box of additional keys
-  unsigned long long exists;  // as bits, the columns that any row of the block may meet
-  int head;
-  bool additional;
-};
-
-// Sets `exists` of a box of columns.
+// The arrays of the columns.
 template <typename Plan>
-__device__ void bound(const FusedProblem<Plan::kRank>& problem, const Tables<Plan>& tables,
-                      ColumnBox<Plan::kRank>& box) {
-  box.exists = ~0ull;
-  if (box.additional) {
-    const int left = problem.additional - box.begin[0];
-    if (left < 64) box.exists >>= 64 - left;
-    return;
-  }
+struct Columns {
+  using Const = View<const typename Plan::Element, Plan::kRank>;
+  const Const &first, &second, &additional_first, &additional_second;
+  const View<const float2, Plan::kRank>& statistics;
+};
+
+// This thread's number in its block, in a register of its own: the compiler takes threadIdx.x for
+// cheap and reads it again wherever it is used, but each time takes dozens of cycles.
+__device__ inline int thread_of_block() { return __shfl_xor_sync(0xffffffffu, threadIdx.x, 0); }
+
+// The same number to the compiler's eye a new one: what a loop makes of it is then not kept in
+// registers from round to round.
+__device__ inline int renewed(int thread) {
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+// A block's dynamic shared memory, its address in a register for the same reason.
+template <typename Smem>
+__device__ Smem& dynamic_smem() {
+  extern __shared__ __align__(16) char memory_smem[];
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(memory_smem));
+  address = __shfl_xor_sync(0xffffffffu, address, 0);
+  return *reinterpret_cast<Smem*>(__cvta_shared_to_generic(address));
+}
+
+// The element of an array that the first column of a box has.
+template <typename Plan, typename Element>
+__device__ Element* first_of(const FusedProblem<Plan::kRank>& problem,
+                             const RowBox<Plan::kRank>& rows, const ColumnBox<Plan>& columns,
+                             const View<Element, Plan::kRank>& view) {
+  Element* first = view.at(rows.batch, columns.head);
 #pragma unroll
   for (int r = 0; r < Plan::kRank; ++r)
-    box.exists &=
-        tables.before[r][smaller(tables.reach[r].end - box.begin[r], problem.column_box[r])];
+    first += problem.axes[r].token({rows.first[r].group, columns.begin[r]}) * view.token[r];
+  return first;
+}
+
+// Sets what exists of a box of columns and what a warp sees of it.
+template <typename Plan>
+__device__ void look(const FusedProblem<Plan::kRank>& problem, const Tables<Plan>& tables, int warp,
+                     ColumnBox<Plan>& box) {
+  constexpr unsigned long long kAll = ~0ull >> (64 - Plan::kColumns);
+  if (Plan::kAdditional && box.additional) {
+    const int left = problem.additional - box.begin[0];
+    box.past_end = left <= 0;
+    box.exists = left < Plan::kColumns ? ~(~0ull << larger(left, 0)) : kAll;
+    box.visibility = box.exists == kAll ? Visibility::kAll : Visibility::kSome;
+    return;
+  }
+  box.exists = kAll;
+  bool any = true, all = true;
+#pragma unroll
+  for (int r = 0; r < Plan::kRank; ++r) {
+    const int begin = box.begin[r], end = begin + problem.column_box[r];
+    box.exists &= tables.before[r][smaller(tables.reach[r].end - begin, problem.column_box[r])];
+    const Sight sight = tables.sight[warp][r];
+    any &= !sight.misses(begin, end);
+    all &= sight.covers(begin, end);
+  }
+  all &= box.exists == kAll;
+  box.visibility = !any ? Visibility::kNone : all ? Visibility::kAll : Visibility::kSome;
 }
 
 // The first box of columns.
 template <typename Plan>
-__device__ ColumnBox<Plan::kRank> first_columns(const FusedProblem<Plan::kRank>& problem,
-                                                const RowBox<Plan::kRank>& rows,
-                                                const Tables<Plan>& tables) {
-  ColumnBox<Plan::kRank> box;
-  box.additional = false;
+__device__ ColumnBox<Plan> first_columns(const FusedProblem<Plan::kRank>& problem,
+                                         const RowBox<Plan::kRank>& rows,
+                                         const Columns<Plan>& arrays, const Tables<Plan>& tables,
+                                         int warp) {
+  ColumnBox<Plan> box;
+  box.additional = box.past_end = false;
   box.head = Plan::kRowsAreKeys ? rows.head * problem.group_size : rows.head / problem.group_size;
 #pragma unroll
   for (int r = 0; r < Plan::kRank; ++r) box.begin[r] = tables.reach[r].begin;
-  bound<Plan>(problem, tables, box);
+  box.first = first_of<Plan>(problem, rows, box, arrays.first);
+  box.second = first_of<Plan>(problem, rows, box, arrays.second);
+  if (Plan::kRowsAreKeys) box.statistics = first_of<Plan>(problem, rows, box, arrays.statistics);
+  look<Plan>(problem, tables, warp, box);
   return box;
 }
 
-// Moves on to the next box of columns; false after the last. Those that cover the reach of the
-// block come in raster order. After them come the additional keys of queries, and for keys the
-// same walk in the next query head that shares them.
+// The box of columns after another. Those that cover the reach of the block come in raster order.
+// After them come the additional keys of queries, and for keys the same walk in the next query head
+// that shares them.
 template <typename Plan>
-__device__ bool advance(const FusedProblem<Plan::kRank>& problem, const Tables<Plan>& tables,
-                        ColumnBox<Plan::kRank>& box) {
-  if (box.additional) {
-    box.begin[0] += Plan::kColumns;
-  } else {
-    int r = Plan::kRank - 1;
+__device__ ColumnBox<Plan> next_columns(const FusedProblem<Plan::kRank>& problem,
+                                        const Columns<Plan>& arrays, const Tables<Plan>& tables,
+                                        int warp, ColumnBox<Plan> box) {
+  const bool in_window = !Plan::kAdditional || !box.additional;
+  bool carry = in_window;
 #pragma unroll
-    for (int axis = Plan::kRank - 1; axis >= 0; --axis) {
-      if (r == axis) {
-        box.begin[axis] += problem.column_box[axis];
-        if (box.begin[axis] >= tables.reach[axis].end) {
-          box.begin[axis] = tables.reach[axis].begin;
-          r = axis - 1;
-        }
-      }
-    }
-    if (r < 0) {
-      if (Plan::kRowsAreKeys) {
-        if (++box.head % problem.group_size == 0) return false;
-      } else {
-        box.additional = true;
-        box.begin[0] = 0;
-      }
-    }
+  for (int r = Plan::kRank - 1; r >= 0; --r) {
+    const Range reach = tables.reach[r];
+    int begin = box.begin[r] + problem.column_box[r];
+    const bool over = begin >= reach.end;
+    begin = over ? reach.begin : begin;
+    const long long steps =
+        carry ? (begin - box.begin[r]) * (long long)problem.axes[r].dilation : 0;
+    box.first += steps * arrays.first.token[r];
+    box.second += steps * arrays.second.token[r];
+    if (Plan::kRowsAreKeys) box.statistics += steps * arrays.statistics.token[r];
+    box.begin[r] = carry ? begin : box.begin[r];
+    carry &= over;
   }
-  if (box.additional && box.begin[0] >= problem.additional) return false;
-  bound<Plan>(problem, tables, box);
-  return true;
+  if (Plan::kRowsAreKeys) {
+    if (carry) {
+      ++box.head;
+      box.first += arrays.first.head;
+      box.second += arrays.second.head;
+      box.statistics += arrays.statistics.head;
+      box.past_end = box.head % problem.group_size == 0;
+    }
+  } else if (Plan::kAdditional) {
+    if (carry) {
+      box.additional = true;
+      box.begin[0] = 0;
+      box.first = tables.additional_first;
+      box.second = tables.additional_second;
+    } else if (!in_window) {
+      box.begin[0] += Plan::kColumns;
+      box.first += Plan::kColumns * arrays.additional_first.token[0];
+      box.second += Plan::kColumns * arrays.additional_second.token[0];
+    }
+  } else {
+    box.past_end = carry;
+  }
+  look<Plan>(problem, tables, warp, box);
+  return box;
 }
 
-template <typename Plan, typename First, typename Second, typename Statistics, typename Bias>
+template <typename Plan, typename Bias>
 __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
-                            const RowBox<Plan::kRank>& rows, const First& first,
-                            const Second& second, const Statistics& statistics, const Bias& rpb,
-                            Tables<Plan>& tables) {
+                            const RowBox<Plan::kRank>& rows, const Columns<Plan>& arrays,
+                            const Bias& rpb, Tables<Plan>& tables, int thread) {
   constexpr int kRank = Plan::kRank, kThreads = Plan::kWarps * 32;
   constexpr int kWarpRows = Plan::kRowTiles * 16;
   constexpr int kSign = Plan::kRowsAreKeys ? -1 : 1;  // of a column's step in rpb
-  if (threadIdx.x == 0) {
+  if (thread == 0) {
+    tables.rows = rows;
+    if (Plan::kAdditional) {
+      const int kv_head = rows.head / problem.group_size;
+      tables.additional_first = arrays.additional_first.at(rows.batch, kv_head);
+      tables.additional_second = arrays.additional_second.at(rows.batch, kv_head);
+    }
 #pragma unroll
     for (int r = 0; r < kRank; ++r) {
       const Axis& axis = problem.axes[r];
@@ -190,7 +277,7 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
   }
 
   // Rows: every warp takes a box of its own
-  for (int row = threadIdx.x; row < Tables<Plan>::kRows; row += kThreads) {
+  for (int row = thread; row < Tables<Plan>::kRows; row += kThreads) {
     int in_warp = row % kWarpRows, warp = row / kWarpRows;
     bool exists = true;
     int index[kRank];
@@ -216,25 +303,31 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
   }
 
   // Columns: a box in raster order; places past its end belong to no row
-  for (int place = threadIdx.x; place < Plan::kColumns; place += kThreads) {
+  for (int place = thread; place < Plan::kColumns; place += kThreads) {
     int rest = place;
-    ColumnPlace steps = {};
+    ColumnSteps steps = {};
+    ScalarSteps scalar_steps = {};
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
       const int coordinate = r == 0 ? rest : rest % problem.column_box[r];
       rest /= problem.column_box[r];
       const long long tokens = (long long)coordinate * problem.axes[r].dilation;
-      steps.first += tokens * first.token[r];
-      steps.second += tokens * second.token[r];
-      steps.statistics += int(tokens * statistics.token[r]);
-      steps.bias += int(kSign * coordinate * rpb.token[r]);
+      steps.first += tokens * arrays.first.token[r];
+      steps.second += tokens * arrays.second.token[r];
+      scalar_steps.statistics += int(tokens * arrays.statistics.token[r]);
+      scalar_steps.bias += int(kSign * coordinate * rpb.token[r]);
     }
-    tables.place[place] = steps;
+    constexpr int kBytes = sizeof(typename Plan::Element);
+    tables.steps[0][place] = {steps.first * kBytes, steps.second * kBytes};
+    if (Plan::kAdditional)
+      tables.steps[1][place] = {place * arrays.additional_first.token[0] * kBytes,
+                                place * arrays.additional_second.token[0] * kBytes};
+    tables.scalar_steps[place] = scalar_steps;
   }
   __syncthreads();
 
   // What the rows of every warp meet together
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int r = 0; r < kRank; ++r) {
     Sight sight = Sight::nothing();
@@ -252,7 +345,7 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
     int area = 1;
 #pragma unroll
     for (int other = 0; other < kRank; ++other) area *= problem.column_box[other];
-    for (int index = threadIdx.x; index <= problem.column_box[r]; index += kThreads) {
+    for (int index = thread; index <= problem.column_box[r]; index += kThreads) {
       const int bits = index * inner;
       const unsigned long long pattern = bits < 64 ? (1ull << bits) - 1 : ~0ull;
       unsigned long long before = 0;
@@ -263,52 +356,80 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
   }
 }
 
-// The element of an array that the first column of a box has.
-template <typename Plan, typename Element>
-__device__ Element* first_of(const FusedProblem<Plan::kRank>& problem,
-                             const RowBox<Plan::kRank>& rows, const ColumnBox<Plan::kRank>& columns,
-                             const View<Element, Plan::kRank>& view) {
-  Element* first = view.at(rows.batch, columns.head);
-#pragma unroll
-  for (int r = 0; r < Plan::kRank; ++r)
-    first += problem.axes[r].token({rows.first[r].group, columns.begin[r]}) * view.token[r];
-  return first;
-}
+// How a block copies the vectors of a box of columns: a few neighboring lanes take a column.
+template <typename Plan, int kDim>
+struct ColumnCopy {
+  using Element = typename Plan::Element;
+  static constexpr int kChunks = kDim / kChunk<Element>;
+  static constexpr int kLanes = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
+  static constexpr int kAtOnce = Plan::kWarps * 32 / kLanes;
+  static constexpr int kPasses = (Plan::kColumns + kAtOnce - 1) / kAtOnce;
+  static constexpr bool kEven = Plan::kColumns % kAtOnce == 0;
 
-// Copies the vectors of a box of columns; zeros stand for columns that no row meets. `kStep` names
-// the member of ColumnPlace that leads from column to column; kExact promises dim == kDim.
-template <int kDim, int kBytes, bool kExact, auto kStep, typename Plan, typename Element>
-__device__ void load_columns(const FusedProblem<Plan::kRank>& problem,
-                             const RowBox<Plan::kRank>& rows, const ColumnBox<Plan::kRank>& columns,
-                             const View<const Element, Plan::kRank>& window,
-                             const View<const Element, Plan::kRank>& additional, int dim,
-                             const Tables<Plan>& tables,
-                             Element (*columns_smem)[kPitchOf<Element, kDim>]) {
-  constexpr int kThreads = Plan::kWarps * 32, kChunks = kDim / kChunk<Element>;
-  const Element* first_column = columns.additional ? additional.at(rows.batch, columns.head) +
-                                                         columns.begin[0] * additional.token[0]
-                                                   : first_of<Plan>(problem, rows, columns, window);
-#pragma unroll(kAsync ? 64 : 4)  // what is on its way takes registers where copies are not async
-  for (int start = 0; start < Plan::kColumns * kChunks; start += kThreads) {
-    const int i = start + threadIdx.x;
-    if (Plan::kColumns * kChunks % kThreads && i >= Plan::kColumns * kChunks) break;
-    const int column = i / kChunks, first = i % kChunks * kChunk<Element>;
-    const long long step =
-        columns.additional ? column * additional.token[0] : tables.place[column].*kStep;
-    const int valid = kExact ? 16 : (dim - first) * int(sizeof(Element));
-    copy_16_bytes<kBytes>(&columns_smem[column][first], first_column + step + first,
-                          columns.exists >> column & 1 ? valid : 0);
+  // The column that a thread copies in a pass, or the last where there is none.
+  __device__ static int column(int pass, unsigned thread) {
+    const int column = pass * kAtOnce + thread / kLanes;
+    return kEven ? column : smaller(column, Plan::kColumns - 1);
   }
+
+  // Zeros stand for columns that no row meets; kExact promises dim == kDim.
+  template <int kBytes, bool kExact>
+  __device__ static void run(const Element* first_column, const long long (&step)[kPasses],
+                             unsigned long long exists, int dim, unsigned thread,
+                             Element (*columns_smem)[kPitchOf<Element, kDim>]) {
+    const unsigned first = thread / kLanes, lane = thread % kLanes;
+    const char* lane_column = reinterpret_cast<const char*>(first_column) + lane * 16;
+    exists >>= first;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const unsigned column = pass * kAtOnce + first;
+      if (!kEven && column >= Plan::kColumns) break;
+      const char* source = lane_column + step[pass];
+#pragma unroll
+      for (int i = 0; i < kChunks; i += kLanes) {
+        const unsigned place = (i + lane) * kChunk<Element>;
+        const int valid = kExact ? 16 : (dim - int(place)) * int(sizeof(Element));
+        copy_16_bytes<kBytes>(&columns_smem[column][place], source + i * 16,
+                              exists >> pass * kAtOnce & 1 ? valid : 0);
+      }
+    }
+  }
+};
+
+// Copies the vectors of a box of columns. All that is read of shared memory is read first: behind
+// copies it would wait for long.
+template <typename Plan, typename Element>
+__device__ void load_columns(const FusedProblem<Plan::kRank>& problem,
+                             const ColumnBox<Plan>& columns, const Tables<Plan>& tables, int thread,
+                             Element (*first_smem)[kPitchOf<Element, Plan::kHeadDim>],
+                             Element (*second_smem)[kPitchOf<Element, Plan::kValueDim>]) {
+  using First = ColumnCopy<Plan, Plan::kHeadDim>;
+  using Second = ColumnCopy<Plan, Plan::kValueDim>;
+  const auto* first_column = columns.first;
+  const auto* second_column = columns.second;
+  const unsigned long long exists = columns.exists;
+  const ColumnSteps* steps = tables.steps[Plan::kAdditional && columns.additional];
+  long long first_step[First::kPasses], second_step[Second::kPasses];
+#pragma unroll
+  for (int pass = 0; pass < First::kPasses; ++pass)
+    first_step[pass] = steps[First::column(pass, thread)].first;
+#pragma unroll
+  for (int pass = 0; pass < Second::kPasses; ++pass)
+    second_step[pass] = steps[Second::column(pass, thread)].second;
+  First::template run<Plan::kKeyBytes, Plan::kKeyExact>(first_column, first_step, exists,
+                                                        problem.head_dim, thread, first_smem);
+  Second::template run<Plan::kValueBytes, Plan::kValueExact>(
+      second_column, second_step, exists, problem.value_dim, thread, second_smem);
 }
 
 // Copies the vectors of the block's rows.
 template <int kDim, int kBytes, typename Plan, typename Element, int kPitch>
 __device__ void load_rows(const View<const Element, Plan::kRank>& view,
                           const RowBox<Plan::kRank>& rows, int dim, const Tables<Plan>& tables,
-                          Element (*rows_smem)[kPitch]) {
+                          int thread, Element (*rows_smem)[kPitch]) {
   constexpr int kThreads = Plan::kWarps * 32, kChunks = kDim / kChunk<Element>;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < Tables<Plan>::kRows * kChunks; i += kThreads) {
+  for (int i = thread; i < Tables<Plan>::kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, first = i % kChunks * kChunk<Element>;
     const auto& token = tables.token[row];
     const auto* source = view.at(rows.batch, token, rows.head) + first;
@@ -329,33 +450,16 @@ __device__ void sign_rows(const FusedProblem<Plan::kRank>& problem, Element (*ro
   __syncwarp();
 }
 
-enum class Visibility { kNone, kSome, kAll };
-
-// How many of the pairs of a warp's rows with a box of columns are visible.
+// Notes the columns that each of a warp's rows meets: a lane takes a row.
 template <typename Plan>
-__device__ Visibility visibility_of(const FusedProblem<Plan::kRank>& problem,
-                                    const ColumnBox<Plan::kRank>& columns,
-                                    const Tables<Plan>& tables, int warp) {
-  bool all = columns.exists << (64 - Plan::kColumns) == ~0ull << (64 - Plan::kColumns);
-  if (!columns.additional) {
-#pragma unroll
-    for (int r = 0; r < Plan::kRank; ++r) {
-      const Sight sight = tables.sight[warp][r];
-      const int end = columns.begin[r] + problem.column_box[r];
-      if (sight.misses(columns.begin[r], end)) return Visibility::kNone;
-      all &= sight.covers(columns.begin[r], end);
-    }
-  }
-  return all ? Visibility::kAll : Visibility::kSome;
-}
-
-// The columns that a row meets, as bits, shifted so that this lane's first column is bit 0.
-template <typename Plan>
-__device__ unsigned long long visible_columns(const FusedProblem<Plan::kRank>& problem,
-                                              const ColumnBox<Plan::kRank>& columns,
-                                              const Tables<Plan>& tables, int row, int lane) {
+__device__ void note_visible(const FusedProblem<Plan::kRank>& problem,
+                             const ColumnBox<Plan>& columns, Tables<Plan>& tables, int warp,
+                             int lane) {
+  constexpr int kRows = Plan::kRowTiles * 16;
+  static_assert(kRows <= 32, "one row a lane");
+  const int row = warp * kRows + lane % kRows;
   unsigned long long visible = columns.exists;
-  if (!columns.additional) {
+  if (!Plan::kAdditional || !columns.additional) {
 #pragma unroll
     for (int r = 0; r < Plan::kRank; ++r) {
       const Range window = tables.window[row][r];
@@ -365,19 +469,39 @@ __device__ unsigned long long visible_columns(const FusedProblem<Plan::kRank>& p
       visible &= tables.before[r][end] & ~tables.before[r][begin];
     }
   }
-  return visible >> (lane % 4 * 2);
+  __syncwarp();
+  tables.visible[row] = visible;
+  __syncwarp();
 }
+
+// A row's columns as bits, those that a lane has.
+template <int kColumns>
+struct Visible {
+  unsigned word[(kColumns + 31) / 32];
+  __device__ bool operator()(int column) const { return word[column / 32] >> column % 32 & 1; }
+  __device__ static Visible all() {
+    Visible visible;
+#pragma unroll
+    for (unsigned& word : visible.word) word = ~0u;
+    return visible;
+  }
+  __device__ Visible(unsigned long long bits, int lane) { 
+#pragma unroll
+    for (int i = 0; i < (kColumns + 31) / 32; ++i) word[i] = unsigned(bits >> 32 * i) >> lane % 4 * 2;
+  }
+  __device__ Visible() {}
+};
 
 // Scales a row's logits to base 2 and adds the bias.
 template <typename Plan>
 __device__ void add_bias(const View<const typename Plan::Bias, Plan::kRank>& rpb,
-                         const RowBox<Plan::kRank>& rows, const ColumnBox<Plan::kRank>& columns,
+                         const RowBox<Plan::kRank>& rows, const ColumnBox<Plan>& columns,
                          const Tables<Plan>& tables, int row, int half, int lane, float scale,
-                         unsigned long long visible, float (&logit)[Plan::kColumns / 8][4]) {
+                         const Visible<Plan::kColumns>& visible, float (&logit)[Plan::kColumns / 8][4]) {
   constexpr float kLog2E = 1.44269504f;
   constexpr int kSign = Plan::kRowsAreKeys ? -1 : 1;
   long long origin = tables.bias[row];
-  if (!columns.additional) {
+  if (!Plan::kAdditional || !columns.additional) {
 #pragma unroll
     for (int r = 0; r < Plan::kRank; ++r) origin += kSign * columns.begin[r] * rpb.token[r];
   }
@@ -388,8 +512,8 @@ __device__ void add_bias(const View<const typename Plan::Bias, Plan::kRank>& rpb
     for (int i = 0; i < 2; ++i) {
       float& x = logit[n][2 * half + i];
       x *= scale;
-      if (!columns.additional && (visible >> (n * 8 + i) & 1))
-        x += kLog2E * convert<float>(entry[tables.place[n * 8 + i + lane % 4 * 2].bias]);
+      if ((!Plan::kAdditional || !columns.additional) && visible(n * 8 + i))
+        x += kLog2E * convert<float>(entry[tables.scalar_steps[n * 8 + i + lane % 4 * 2].bias]);
     }
 }
 

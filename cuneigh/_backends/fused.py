@@ -10,6 +10,7 @@ units where there is no TF32. An infinite element of a query or key then makes a
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -234,6 +235,7 @@ def _kernel(
         "kKeyExact": head_dim == problem.head_dim,
         "kValueExact": value_dim == problem.value_dim,
         "kRowsAreKeys": rows_are_keys(role),
+        "kAdditional": _fused_plan.has_additional(problem, role),
     }
     if role != "forward":
         flags |= {
@@ -279,6 +281,6 @@ def _record(problem: Problem, chosen: FusedPlan, role: Role) -> np.ndarray[Any, 
         record[name] = getattr(problem, name)
     record["additional"] = 0 if rows_are_keys(role) else problem.additional or 0
     record["sign"] = np.sign(problem.scale)
-    record["scale"] = abs(problem.scale) or 1.0
+    record["scale"] = (abs(problem.scale) or 1.0) * math.log2(math.e)
     record["gradient_scale"] = problem.scale
     return record
