@@ -84,8 +84,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   auto load = [&](const ColumnBox<Plan>& columns, int thread, int buffer) {
     const bool has_statistics = Plan::kRowsAreKeys && thread < Plan::kColumns;
     const float2* statistics = nullptr;
-    if (has_statistics)
-      statistics = columns.statistics + tables.scalar_steps[thread].statistics;
+    if (has_statistics) statistics = columns.statistics + tables.scalar_steps[thread].statistics;
     const bool exists = columns.exists >> thread % 64 & 1;
     load_columns<Plan>(problem, columns, tables, thread, smem.key[buffer], smem.value[buffer]);
     if (has_statistics) copy_8_bytes(&smem.statistics[buffer][thread], statistics, exists);
@@ -160,8 +159,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         auto visible = Visible<Plan::kColumns>::all();
         if (visibility == Visibility::kSome) visible = {tables.visible[row], lane};
         if constexpr (kHasBias)
-          add_bias<Plan>(arguments.rpb, tables.rows, columns, tables, row, half, lane, scale, visible,
-                         weight[m]);
+          add_bias<Plan>(arguments.rpb, tables.rows, columns, tables, row, half, lane, scale,
+                         visible, weight[m]);
 #pragma unroll
         for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
@@ -189,9 +188,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float delta =
-                Plan::kRowsAreKeys
-                    ? smem.statistics[buffer][n * 8 + lane % 4 * 2 + i % 2].y
-                    : smem.statistics[0][warp_row + m * 16 + i / 2 * 8 + lane / 4].y;
+                Plan::kRowsAreKeys ? smem.statistics[buffer][n * 8 + lane % 4 * 2 + i % 2].y
+                                   : smem.statistics[0][warp_row + m * 16 + i / 2 * 8 + lane / 4].y;
             const float p = weight[m][n][i];
             weight[m][n][i] = p == 0 ? 0.0f : p * (grad_weight[m][n][i] - delta);
           }
@@ -208,11 +206,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     stage<Plan::kValueDim>(grad_value, 1.0f, lane, &smem.row_value[warp_row]);
   __syncwarp();
   if constexpr (Plan::kGradKey)
-    store_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.grad_key, tables.rows, problem.head_dim, tables,
-                                                smem.row_key, warp, lane);
+    store_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.grad_key, tables.rows, problem.head_dim,
+                                                tables, smem.row_key, warp, lane);
   if constexpr (Plan::kGradValue)
-    store_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.grad_value, tables.rows, problem.value_dim,
-                                                   tables, smem.row_value, warp, lane);
+    store_rows<Plan::kValueDim, Plan::kValueBytes>(
+        arguments.grad_value, tables.rows, problem.value_dim, tables, smem.row_value, warp, lane);
 }
 
 }  // namespace cuneigh

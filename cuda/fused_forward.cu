@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
   const int thread = thread_of_block(), lane = thread % 32, warp = thread / 32;
   const RowBox<kRank> rows = row_box<Plan>(problem);
-  const Columns<Plan> arrays = {arguments.key, arguments.value, arguments.additional_keys,
-                                arguments.additional_values, {}};
+  const Columns<Plan> arrays = {
+      arguments.key, arguments.value, arguments.additional_keys, arguments.additional_values, {}};
   fill_tables<Plan>(problem, rows, arrays, arguments.rpb, tables, thread);
   __syncthreads();
 
@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           auto visible = Visible<Plan::kColumns>::all();
           if (visibility == Visibility::kSome) visible = {tables.visible[row], lane};
           if constexpr (kHasBias)
-            add_bias<Plan>(arguments.rpb, tables.rows, keys, tables, row, half, lane, scale, visible,
-                           logit_rmem[m]);
+            add_bias<Plan>(arguments.rpb, tables.rows, keys, tables, row, half, lane, scale,
+                           visible, logit_rmem[m]);
 #pragma unroll
           for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
@@ -228,8 +228,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     }
   }
   __syncwarp();
-  store_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.output, tables.rows, problem.value_dim, tables,
-                                                 smem.query, warp, lane);
+  store_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.output, tables.rows, problem.value_dim,
+                                                 tables, smem.query, warp, lane);
 }
 
 }  // namespace cuneigh

@@ -28,14 +28,14 @@ __device__ inline void copy_16_bytes(void* target_smem, const void* source, int 
       const int ignored = i >= valid;
       if constexpr (kBytes == 16)
         asm volatile(
-            "{ .reg .pred p; setp.ne.s32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p; }" ::
-                "r"(target + i),
+            "{ .reg .pred p; setp.ne.s32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p; "
+            "}" ::"r"(target + i),
             "l"(static_cast<const char*>(source) + i), "r"(ignored)
             : "memory");
       else
         asm volatile(
-            "{ .reg .pred p; setp.ne.s32 p, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, p; }" ::
-                "r"(target + i),
+            "{ .reg .pred p; setp.ne.s32 p, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, p; "
+            "}" ::"r"(target + i),
             "l"(static_cast<const char*>(source) + i), "r"(ignored), "n"(kBytes)
             : "memory");
 #else

@@ -90,11 +90,11 @@ template <typename Plan>
 struct alignas(16) ColumnBox {
   const typename Plan::Element *first, *second;  // the first column in the two arrays
   const float2* statistics;                      // its statistics, where the columns are queries
-  unsigned long long exists;   // as bits, the columns that any row of the block may meet
-  int begin[Plan::kRank];      // group indices; the first of a box of additional keys
+  unsigned long long exists;  // as bits, the columns that any row of the block may meet
+  int begin[Plan::kRank];     // group indices; the first of a box of additional keys
   int head;
   bool additional;
-  bool past_end;  // there is no such box: the walk is over
+  bool past_end;          // there is no such box: the walk is over
   Visibility visibility;  // to the rows of a warp
 };
 
@@ -104,18 +104,18 @@ struct Tables {
   static constexpr int kRows = Plan::kWarps * Plan::kRowTiles * 16;
 
   ColumnBox<Plan> walk[Plan::kWarps][2];
-  ColumnSteps steps[1 + Plan::kAdditional][Plan::kColumns];  // in a window; among additional keys
+  ColumnSteps steps[1 + Plan::kAdditional][Plan::kColumns];    // in a window; among additional keys
   unsigned long long before[Plan::kRank][Plan::kColumns + 1];  // bits of the columns of a box whose
                                                                // coordinate is less than an index
-  unsigned long long visible[kRows];        // bits of the columns of the box at hand
+  unsigned long long visible[kRows];  // bits of the columns of the box at hand
   ScalarSteps scalar_steps[Plan::kColumns];
   const typename Plan::Element *additional_first, *additional_second;
   RowBox<Plan::kRank> rows;
-  Range reach[Plan::kRank];                 // columns that the block meets
-  Sight sight[Plan::kWarps][Plan::kRank];   // columns that every warp meets
-  Range window[kRows][Plan::kRank];         // columns of a row; none where there is no row
-  int token[kRows][Plan::kRank];            // -1 where there is no row
-  int bias[kRows];                          // step in rpb
+  Range reach[Plan::kRank];                // columns that the block meets
+  Sight sight[Plan::kWarps][Plan::kRank];  // columns that every warp meets
+  Range window[kRows][Plan::kRank];        // columns of a row; none where there is no row
+  int token[kRows][Plan::kRank];           // -1 where there is no row
+  int bias[kRows];                         // step in rpb
 };
 
 // The arrays of the columns.
@@ -485,9 +485,10 @@ struct Visible {
     for (unsigned& word : visible.word) word = ~0u;
     return visible;
   }
-  __device__ Visible(unsigned long long bits, int lane) { 
+  __device__ Visible(unsigned long long bits, int lane) {
 #pragma unroll
-    for (int i = 0; i < (kColumns + 31) / 32; ++i) word[i] = unsigned(bits >> 32 * i) >> lane % 4 * 2;
+    for (int i = 0; i < (kColumns + 31) / 32; ++i)
+      word[i] = unsigned(bits >> 32 * i) >> lane % 4 * 2;
   }
   __device__ Visible() {}
 };
@@ -497,7 +498,8 @@ template <typename Plan>
 __device__ void add_bias(const View<const typename Plan::Bias, Plan::kRank>& rpb,
                          const RowBox<Plan::kRank>& rows, const ColumnBox<Plan>& columns,
                          const Tables<Plan>& tables, int row, int half, int lane, float scale,
-                         const Visible<Plan::kColumns>& visible, float (&logit)[Plan::kColumns / 8][4]) {
+                         const Visible<Plan::kColumns>& visible,
+                         float (&logit)[Plan::kColumns / 8][4]) {
   constexpr float kLog2E = 1.44269504f;
   constexpr int kSign = Plan::kRowsAreKeys ? -1 : 1;
   long long origin = tables.bias[row];
