@@ -144,7 +144,10 @@ class Cycles(NamedTuple):
     """What a block does once."""
 
 
-HALF = Cycles(1 / 238, exponential=0.3, mask=1.2, copy=0.21, tile=150, row=0.0, block=1000)
+HALF_FORWARD = Cycles(1 / 261, exponential=0.0, mask=0.39, copy=0.42, tile=87, row=0.0, block=2080)
+HALF_BACKWARD = Cycles(
+    1 / 265, exponential=0.0, mask=0.26, copy=0.58, tile=314, row=0.0, block=2170
+)
 FLOAT32 = Cycles(1 / 32, exponential=0.0, mask=1.7, copy=0.5, tile=270, row=2.7, block=0)
 
 
@@ -162,7 +165,8 @@ def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
     """Predicted cycles of one (batch, head) on one scheduler of a multiprocessor."""
     counts = count(problem, plan, role)
     row_tiles, columns, warps = plan.area
-    cycles = FLOAT32 if problem.dtype == "float32" else HALF
+    half = HALF_FORWARD if role == "forward" else HALF_BACKWARD
+    cycles = FLOAT32 if problem.dtype == "float32" else half
     logits = 16 * row_tiles * columns
     dims = problem.head_dim + problem.value_dim
     chunks = dims * DTYPES[problem.dtype] / 16
@@ -281,7 +285,9 @@ def shared_bytes(problem: Problem, area: Area, role: Role = "forward") -> int:
     size += 2 * area.warps * math.ceil((44 + 4 * rank) / 16) * 16  # boxes of the walk
     size += 24 + 8 * rank  # additional vectors, the rows
     size += 8 * rank + 16 * rank * area.warps  # what block and warps meet
-    size += rows * (8 + 8 * rank + 4 * rank + 4)  # the rows' visible columns, windows, tokens, biases
+    size += rows * (
+        8 + 8 * rank + 4 * rank + 4
+    )  # the rows' visible columns, windows, tokens, biases
     return math.ceil(size / 16) * 16
 
 
