@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   __syncthreads();
 
   // Boxes of keys and values arrive in two buffers by turns
-  auto load = [&](const ColumnBox<Plan>& keys, int buffer) {
+  auto load = [&](const ColumnBox<Plan>& keys, int thread, int buffer) {
     load_columns<Plan>(problem, keys, tables, thread, smem.key[buffer], smem.value[buffer]);
     cp_async_commit();
   };
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     const auto keys = first_columns<Plan>(problem, rows, arrays, tables, warp);
     load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.query, rows, problem.head_dim, tables,
                                                thread, smem.query);
-    load(keys, 0);
+    load(keys, thread, 0);
     const auto next = next_columns<Plan>(problem, arrays, tables, warp, keys);
     if (lane == 0) {
       tables.walk[warp][0] = keys;
@@ -105,7 +105,12 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   for (int m = 0; m < kRowTiles; ++m) shift[m][0] = shift[m][1] = -kLargest;
   const float scale = problem.scale;
 
+  const int given_thread = thread;
   for (int buffer = 0;; buffer ^= 1) {
+    // Where several blocks share the registers, little of what a thread knows is kept in them
+    const int thread = Plan::kBlocks > 1 ? renewed(given_thread) : given_thread;
+    const int lane = thread % 32, warp = thread / 32;
+    const int warp_row = warp * 16 * kRowTiles, first_row = warp_row + lane / 4;
     // This box has arrived, and everyone is done with the one before, whose memory the next takes
     cp_async_wait<0>();
     __syncthreads();
@@ -113,7 +118,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     const ColumnBox<Plan>& next = tables.walk[warp][buffer ^ 1];
     if (keys.past_end) break;
     const Visibility visibility = keys.visibility;
-    if (!next.past_end) load(next, buffer ^ 1);
+    if (!next.past_end) load(next, thread, buffer ^ 1);
     // The box after the next takes the place of this one
     auto walk = [&] {
       const auto after = next_columns<Plan>(problem, arrays, tables, warp, next);

@@ -44,6 +44,11 @@ class FusedPlan:
     warps: tuple[int, ...]
     column_box: tuple[int, ...]
 
+    def __str__(self) -> str:
+        boxes = self.warps, self.warp_box, self.column_box
+        warps, rows, columns = ("x".join(map(str, box)) for box in boxes)
+        return f"{warps} warps of {rows} rows, {columns} columns in {self.area.columns} places"
+
 
 class Counts(NamedTuple):
     """What is walked along one axis, or over a whole layout."""
@@ -259,8 +264,9 @@ def blocks_per_multiprocessor(
         return 3 if longest > 32 else 4
     if role != "forward":
         return 1
-    tight = longest > 32 and (problem.rank == 3 or capability < (8, 0))
-    return (4 if area.columns > 32 else 5) - tight
+    if problem.rpb_dtype:
+        return 2 if area.columns > 32 else 3
+    return 4 if area.columns > 32 else 5
 
 
 def padded(dim: int) -> int:

@@ -68,6 +68,14 @@ class GemmPlan:
     milliseconds: float
     """Predicted time on an H200."""
 
+    def __str__(self) -> str:
+        box = "x".join(map(str, self.box))
+        how = "in place" if self.direct else "packed"
+        size = f"{self.rows} by {self.columns}"
+        return (
+            f"boxes of {box} queries, {self.tiles} tiles of {size}, {self.chunk} at a time, {how}"
+        )
+
     @property
     def box(self) -> tuple[int, ...]:
         return tuple(cut.size for cut in self.cuts)

@@ -72,6 +72,11 @@ class HaloPlan:
     part: int
     """Entries of the inner axis that a block works through; see `inner`."""
 
+    def __str__(self) -> str:
+        boxes = self.warps, self.warp_box, self.list, self.slab
+        warps, rows, columns, slab = ("x".join(map(str, box)) for box in boxes)
+        return f"{warps} warps of {rows} rows, lists of {columns} columns out of slabs of {slab}"
+
 
 class Counts(NamedTuple):
     """What is met along one axis."""

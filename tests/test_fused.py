@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from strategies import generators, inputs, layouts, problems
 
 import cuneigh
-from cuneigh import _device, _fused_plan, _jit
-from cuneigh._backends import fused
+from cuneigh import _device, _fused_plan, _halo_plan, _jit
+from cuneigh._backends import _halo, fused
+from cuneigh._backends._announce import announce
 from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
 from cuneigh._window import Axis
 
@@ -107,6 +108,50 @@ def test_what_is_refused(problem, device):
     )
     if old or not long:
         assert (fused.unsupported(problem, device) is not None) == old
+
+
+def test_few_kernels_serve_all_layouts_and_windows():
+    rng = np.random.default_rng(0)
+    chosen = set()
+    for _ in range(50):
+        tokens, batch = rng.integers(8, 200, 2), rng.integers(1, 9)
+        kernel_size = [int(rng.integers(2, length + 1)) for length in tokens]
+        dilation = [
+            int(rng.integers(1, length // size + 1))
+            for length, size in zip(tokens, kernel_size, strict=True)
+        ]
+        stride = [int(rng.integers(1, size + 1)) for size in kernel_size]
+        spec = Spec((int(batch), *map(int, tokens), 2, 64), "bfloat16")
+        sizes = tuple(kernel_size), tuple(stride), tuple(dilation)
+        window = window_arguments("test", 2, *sizes, False)
+        problem = attention_problem("test", "forward", spec, spec, spec, window, None)
+        small = _halo_plan.plan(problem, H200, "forward")
+        if small is not None:
+            kernel = _halo.kernel(problem, "forward", small.columns, small.whole)
+        else:
+            area = _fused_plan.plan(problem, H200).area
+            kernel = fused._kernel(problem, H200.capability, "forward", area, 16, 16)
+        assert kernel in fused.kernels(problem, H200)
+        chosen.add(kernel)
+    assert len(chosen) <= 6
+
+
+def test_each_plan_is_printed_once(monkeypatch, capsys):
+    spec = Spec((1, 30, 48, 4, 64), "float16")
+    window = window_arguments("test", 2, (7, 9), 1, (2, 1), (True, False))
+    problem = attention_problem("test", "forward", spec, spec, spec, window, None)
+    plan = _fused_plan.plan(problem, H200)
+    announce("fused", "forward", problem, plan)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("CUNEIGH_PRINT_PLANS", "1")
+    for _ in range(2):
+        announce("fused", "forward", problem, plan)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "cuneigh: fused forward of float16, 30x48 tokens, kernel_size 7x9, dilation 2x1, "
+        f"causal 1x0, batch 1, 4 heads, head_dim 64: {plan}"
+    )
+    assert "columns in" in str(plan)
 
 
 OLDEST, SMALL, LARGE = map(_device.of_capability, ((7, 5), (8, 6), (9, 0)))

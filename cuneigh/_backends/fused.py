@@ -18,6 +18,7 @@ import numpy as np
 
 from cuneigh import _fused_plan, _halo_plan, _jit
 from cuneigh._backends import _halo, naive
+from cuneigh._backends._announce import announce
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
 from cuneigh._backends._program import Program
 from cuneigh._device import Device, of_capability
@@ -82,6 +83,7 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     vectors = (*operands[:3], output)
     small = _halo.plan(program, problem, "forward", vectors)
     if small is not None:
+        announce(NAME, "forward", problem, small)
         arrays = (*((array, "vectors") for array in vectors), (lse, "scalars"))
         _halo.launch(program, problem, "forward", small, arrays)
         return
@@ -123,6 +125,7 @@ def backward(
         vectors = (*rows, *columns, *results)
         small = _halo.plan(program, problem, role, [array for array in vectors if array])
         if small is not None:
+            announce(NAME, role, problem, small)
             arrays = [(array, "vectors") for array in vectors]
             arrays.insert(4, (statistics, "pairs"))
             _halo.launch(program, problem, role, small, arrays)
@@ -176,6 +179,7 @@ def _launch(
 ) -> None:
     device = program.device
     chosen = plan(problem, device, role)
+    announce(NAME, role, problem, chosen)
     kernel = _kernel(problem, device.capability, role, chosen.area, key_bytes, value_bytes)
     heads = problem.kv_heads if rows_are_keys(role) else problem.heads
     blocks = _fused_plan.count(problem, chosen, role).blocks * problem.batch * heads

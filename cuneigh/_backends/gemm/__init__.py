@@ -22,6 +22,7 @@ from typing import Any
 
 from cuneigh import _gemm_plan, _jit
 from cuneigh._backends import naive
+from cuneigh._backends._announce import announce
 from cuneigh._backends._arguments import Views, load_width, readable
 from cuneigh._backends._program import Array, Program
 from cuneigh._backends.gemm import _walk
@@ -276,7 +277,9 @@ def _in_place_of(product: Matrix, walk: Walk) -> Matrix:
 def _walk_over(problem: Problem, program: Program, *tokens: Array) -> Walk:
     """A walk over `problem`, which reads and writes `tokens`."""
     aligned = load_width(tokens) == 16
-    return Walk(problem, plan_of(problem, contiguous=aligned and _one_step(tokens)), program)
+    plan = plan_of(problem, contiguous=aligned and _one_step(tokens))
+    announce(NAME, problem.operation, problem, plan)
+    return Walk(problem, plan, program)
 
 
 def _one_step(tokens: tuple[Array, ...]) -> bool:

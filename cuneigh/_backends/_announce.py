@@ -1,0 +1,53 @@
+"""`CUNEIGH_PRINT_PLANS=1`: every plan that a backend makes, as one line on standard error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+
+from cuneigh._problem import Problem
+
+
+def announce(backend: str, part: str, problem: Problem, plan: object) -> None:
+    """Print what `backend` does for `part` of an operation, once for each problem and plan."""
+    if os.environ.get("CUNEIGH_PRINT_PLANS", "").strip() == "1":
+        _print_once(f"cuneigh: {backend} {part} of {describe(problem)}: {plan}")
+
+
+def describe(problem: Problem) -> str:
+    """A problem in one line; what is as usual is left out."""
+    axes = problem.axes
+    parts = [
+        f"{joined(problem.tokens)} tokens",
+        *([f"{joined(problem.key_tokens)} keys"] if problem.key_tokens != problem.tokens else []),
+        f"kernel_size {joined(axis.kernel_size for axis in axes)}",
+    ]
+    for name in ("stride", "dilation"):
+        values = [getattr(axis, name) for axis in axes]
+        if any(value != 1 for value in values):
+            parts.append(f"{name} {joined(values)}")
+    if any(axis.is_causal for axis in axes):
+        parts.append(f"causal {joined(int(axis.is_causal) for axis in axes)}")
+    heads = f"{problem.heads} heads"
+    if problem.kv_heads != problem.heads:
+        heads += f" on {problem.kv_heads}"
+    parts += [f"batch {problem.batch}", heads, f"head_dim {problem.head_dim}"]
+    if problem.value_dim != problem.head_dim:
+        parts.append(f"value_dim {problem.value_dim}")
+    if problem.additional:
+        parts.append(f"{problem.additional} additional keys")
+    if problem.rpb_dtype:
+        parts.append("rpb")
+    return f"{problem.dtype}, " + ", ".join(parts)
+
+
+def joined(sizes: Iterable[int]) -> str:
+    """Sizes along the axes, such as 4x8."""
+    return "x".join(map(str, sizes))
+
+
+@cache
+def _print_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
