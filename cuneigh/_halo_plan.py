@@ -147,11 +147,15 @@ def sizes(problem: Problem, role: Role) -> tuple[int, int]:
     return lengths if inner(problem) == "batch" else (lengths[1], lengths[0])
 
 
-def form(problem: Problem, role: Role) -> Form:
-    """What was fastest, and what its registers allow."""
+def form(
+    problem: Problem, capability: tuple[int, int], role: Role, places: int, whole: bool
+) -> Form:
+    """What was fastest, and what registers allow, as the compiler reports."""
     short = max(problem.head_dim, problem.value_dim) <= 32
     if role == "forward":
-        return Form(4, 2, 4) if short else Form(8, 1, 2)
+        fastest = Form(4, 2, 4) if short else Form(8, 1, 2)
+        spills = (problem.rank == 1 and places > 80) or (capability[0] > 9 and not whole)
+        return fastest._replace(blocks=fastest.blocks - 1) if spills else fastest
     if short:
         return Form(4, 1, 4)
     return Form(4, 1, 3 if role == "query" else 2)
@@ -200,10 +204,16 @@ def resident(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> in
     return min(plan.form.blocks, fit)
 
 
-def with_part(
-    problem: Problem, plan: HaloPlan, device: Device, role: Role
-) -> tuple[float, HaloPlan]:
-    """Cycles of the whole problem, and the plan with the part that takes the fewest.
+def cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
+    """Predicted cycles of a multiprocessor that had everything to do by itself."""
+    length, outer = sizes(problem, role)
+    blocks = outer * math.prod(count.blocks for count in along(problem, plan, role))
+    tables = TABLES * plan.form.warps * math.ceil(length / plan.part)
+    return blocks * (tables + length * entry_cost(problem, plan, role))
+
+
+def with_part(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> HaloPlan:
+    """The plan with the part that makes all multiprocessors ready first.
 
     Long parts fill tables less often; short ones leave less to do for the last blocks.
     """
@@ -216,11 +226,10 @@ def with_part(
         waves = boxes * math.ceil(length / part) / (beside * max(device.sm_count, 1))
         if waves < 4:
             waves = math.ceil(waves)
-        return waves * beside * (TABLES * plan.form.warps + part * entry)
+        return waves * (TABLES * plan.form.warps + part * entry)
 
     parts = {math.ceil(length / count) for count in range(1, min(length, 64) + 1)}
-    best = min(sorted(parts), key=cycles)
-    return cycles(best), replace(plan, part=best)
+    return replace(plan, part=min(sorted(parts), key=cycles))
 
 
 def takes(problem: Problem) -> bool:
@@ -240,26 +249,28 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
     expected to be faster."""
     if not takes(problem) or device.capability < (8, 0):
         return None
-    cycles, best = min(
-        (
-            with_part(problem, candidate, device, role)
-            for candidate in candidates(problem, role)
-            if shared_bytes(problem, candidate, role) <= device.shared_memory
-        ),
-        key=lambda pair: pair[0],
-        default=(math.inf, None),
+    fitting = (
+        with_part(problem, candidate, device, role)
+        for candidate in candidates(problem, device.capability, role)
+        if shared_bytes(problem, candidate, role) <= device.shared_memory
     )
-    heads = problem.kv_heads if rows_are_keys(role) else problem.heads
-    share = problem.batch * heads / max(device.sm_count, 1)
+    best = min(fitting, key=lambda candidate: cost(problem, candidate, role), default=None)
     other = _fused_plan.plan(problem, device, role)
-    return None if _fused_plan.cost(problem, other, role) * share < cycles else best
+    if best is not None and other is not None:
+        heads = problem.kv_heads if rows_are_keys(role) else problem.heads
+        of_all = _fused_plan.cost(problem, other, role) * problem.batch * heads
+        if of_all < cost(problem, best, role):
+            return None
+    return best
 
 
-def candidates(problem: Problem, role: Role = "forward") -> Iterator[HaloPlan]:
+def candidates(
+    problem: Problem, capability: tuple[int, int], role: Role = "forward"
+) -> Iterator[HaloPlan]:
     """All shapes that a list and a slab can have; of each the part is 1."""
-    kind = form(problem, role)
+    count_of_warps = form(problem, capability, role, 0, True).warps
     for box in warp_boxes(problem, role):
-        for warps in shapes(problem.rank, kind.warps):
+        for warps in shapes(problem.rank, count_of_warps):
             counts = [
                 count_axis(axis, *size, rows_are_keys(role))
                 for axis, *size in zip(problem.axes, box, warps, strict=True)
@@ -274,6 +285,7 @@ def candidates(problem: Problem, role: Role = "forward") -> Iterator[HaloPlan]:
                 whole = height >= counts[0].reach
                 for places in columns(role, whole):
                     if high * math.prod(across) <= places:
+                        kind = form(problem, capability, role, places, whole)
                         shape = (high, *across), (height, *reach)
                         yield HaloPlan(kind, places, box, warps, *shape, whole, 1)
                         break

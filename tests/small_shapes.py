@@ -18,7 +18,7 @@ from accuracy import check_backend
 from gpu_arrays import NATIVE
 from strategies import OPERATIONS, inputs
 
-from cuneigh import _device
+from cuneigh import _device, _halo_plan
 from cuneigh._backends import fused, gemm, naive
 from cuneigh._problem import (
     DTYPES,
@@ -75,6 +75,17 @@ def plain_problem_of(operation: str, dtype: str, rank: int) -> Problem:
     return attention_problem("small", operation, query, query, query, window, 0.5)
 
 
+def small_window_problem_of(operation: str, dtype: str, rank: int) -> Problem:
+    """One that `fused` has kernels of their own for, with borders, dilation and a causal axis."""
+    tokens = {1: (37,), 2: (11, 14), 3: (6, 5, 9)}[rank]
+    window = Window((3,) * rank, (1,) * rank, (2, 1, 1)[:rank], (False,) * (rank - 1) + (True,))
+    query, key = (Spec((3, *tokens, heads, 32), dtype) for heads in (4, 2))
+    value = Spec((3, *tokens, 2, 64), dtype)
+    problem = attention_problem("small", operation, query, key, value, window, 0.5)
+    assert _halo_plan.plan(problem, _device.cuda(0)) is not None
+    return problem
+
+
 def main(names: list[str]) -> None:
     cupy.cuda.set_allocator(None)
     device = _device.cuda(0)
@@ -84,6 +95,8 @@ def main(names: list[str]) -> None:
         cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
         if operation in ("forward", "backward"):
             cases.append((problem_of(operation, dtype, rank, (130, 250), False), "packed"))
+            if DTYPES[dtype] == 2:
+                cases.append((small_window_problem_of(operation, dtype, rank), "contiguous"))
         if operation[:2] != "av":
             cases.append((problem_of(operation, dtype, rank, (32, 32), True), "contiguous"))
         for problem, layout in cases:

@@ -13,9 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import generators, inputs, layouts, problems
 
-from cuneigh import _device, _fused_plan, _halo_plan
-from cuneigh._backends import fused
-from cuneigh._problem import Spec, attention_problem, window_arguments
+from cuneigh import _device, _fused_plan, _halo_plan, _jit
+from cuneigh._backends import _halo, fused
+from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
+from cuneigh._window import Axis
 
 H200 = replace(_device.of_capability((9, 0)), sm_count=132)
 
@@ -42,7 +43,7 @@ def plans(problem, role):
     length, _ = _halo_plan.sizes(problem, role)
     return [
         replace(candidate, part=part)
-        for candidate in _halo_plan.candidates(problem, role)
+        for candidate in _halo_plan.candidates(problem, H200.capability, role)
         if _halo_plan.shared_bytes(problem, candidate, role) <= H200.shared_memory
         for part in range(1, length + 1)
     ]
@@ -55,7 +56,7 @@ def plans(problem, role):
 def test_slabs_and_lists_meet_every_visible_pair_once(problem, data):
     """Along every axis, by the kernel's own rules."""
     role = data.draw(st.sampled_from(_fused_plan.roles(problem)))
-    choices = list(_halo_plan.candidates(problem, role))
+    choices = list(_halo_plan.candidates(problem, H200.capability, role))
     assume(choices)
     plan = data.draw(st.sampled_from(choices))
     by_keys = _fused_plan.rows_are_keys(role)
@@ -119,6 +120,21 @@ def test_small_windows_are_planned_so(kernel_size):
     window = window_arguments("test", 2, kernel_size, 1, 1, False)
     problem = attention_problem("test", "forward", query, query, query, window, None)
     assert _halo_plan.plan(problem, H200) is not None
+
+
+@pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
+@pytest.mark.parametrize(("capability", "rank"), [((8, 0), 1), ((9, 0), 2), ((10, 0), 2)])
+def test_kernels_do_not_spill(capability, rank, tmp_path):
+    kernels = []
+    for operation in ("forward", "backward"):
+        axes = (Axis(1, 1, 1, 1, 1, False),) * rank
+        problem = Problem(operation, "bfloat16", 1, 1, 1, 64, 64, axes, 1.0)
+        for role in _fused_plan.roles(problem):
+            kernels += _halo.kernels(problem, capability, role)
+    arch = _device.of_capability(capability).arch
+    for (kernel, _), compiled in _jit.precompile(kernels, [arch], tmp_path).items():
+        spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
+        assert spilled == 0, f"{kernel.name} spills {spilled} on {arch}:\n{kernel.plan}"
 
 
 # Kernels

@@ -46,7 +46,7 @@ def launch(
     record = _record(problem, chosen, role)
     boxes = int(record["boxes"].prod())
     program.launch(
-        kernel(problem, role, chosen.columns, chosen.whole),
+        kernel(problem, program.device.capability, role, chosen.columns, chosen.whole),
         (boxes * outer * -(-length // chosen.part), 1),
         chosen.form.warps * 32,
         record,
@@ -56,9 +56,11 @@ def launch(
 
 
 @lru_cache(maxsize=1024)
-def kernel(problem: Problem, role: Role, columns: int, whole: bool) -> _jit.Kernel:
+def kernel(
+    problem: Problem, capability: tuple[int, int], role: Role, columns: int, whole: bool
+) -> _jit.Kernel:
     """The kernel of a role, with the plan that cuda/halo_forward.cu describes."""
-    form = _halo_plan.form(problem, role)
+    form = _halo_plan.form(problem, capability, role, columns, whole)
     constants = {
         "kRank": problem.rank,
         "kWarps": form.warps,
@@ -80,13 +82,13 @@ def kernel(problem: Problem, role: Role, columns: int, whole: bool) -> _jit.Kern
     return _jit.Kernel(name, "\n".join(lines))
 
 
-def kernels(problem: Problem, role: Role) -> list[_jit.Kernel]:
+def kernels(problem: Problem, capability: tuple[int, int], role: Role) -> list[_jit.Kernel]:
     """All that `problem` may need, whatever its windows."""
     if not _halo_plan.takes(problem):
         return []
     return list(
         dict.fromkeys(
-            kernel(problem, role, columns, whole)
+            kernel(problem, capability, role, columns, whole)
             for whole in (True, False)
             for columns in _halo_plan.columns(role, whole)
         )

@@ -70,7 +70,7 @@ def predicted_ms(problem: Problem, device: Device) -> float:
     for role in roles(problem):
         small = _halo_plan.plan(problem, device, role)
         if small is not None:
-            cycles = _halo_plan.with_part(problem, small, device, role)[0] * device.sm_count
+            cycles = _halo_plan.cost(problem, small, role)
         else:
             cycles = _fused_plan.cost(problem, plan(problem, device, role), role)
             cycles *= problem.batch * problem.heads
@@ -160,7 +160,11 @@ def kernels(problem: Problem, device: Device = HOPPER) -> list[_jit.Kernel]:
         for area in _fused_plan.areas(problem, device, role)
     ]
     if device.capability >= (8, 0):
-        needed += [kernel for role in roles(problem) for kernel in _halo.kernels(problem, role)]
+        needed += [
+            kernel
+            for role in roles(problem)
+            for kernel in _halo.kernels(problem, device.capability, role)
+        ]
     if problem.operation == "backward":
         rows = row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim)
         needed.append(_jit.Kernel("fused_delta", rows.source()))
