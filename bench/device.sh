@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call. Results are written to $OUT (default: bench/results).
 #
-#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host naive grid h200; default: all
+#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host memory naive grid h200;
+#                                default: all
 #
 # A step that fails does not stop the others; the exit status says whether all of them passed.
 set -u
@@ -31,6 +32,7 @@ sanitizer() {
   return $status
 }
 
+memory() { python3 bench/memory.py --output "$OUT/memory.json"; }
 host() { python3 bench/host.py | tee "$OUT/host.txt"; return "${PIPESTATUS[0]}"; }
 
 h200() { python3 bench/h200.py --output "$OUT/h200.json" | tail -n 60; return "${PIPESTATUS[0]}"; }
@@ -47,7 +49,7 @@ demo() {
   return "${PIPESTATUS[0]}"
 }
 
-for step in "${@:-tests sanitizer doctor demo host naive grid h200}"; do
+for step in "${@:-tests sanitizer doctor demo host memory naive grid h200}"; do
   for name in $step; do
     echo "== $name"
     "$name" || { echo "== $name FAILED"; failed=1; }

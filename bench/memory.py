@@ -1,0 +1,101 @@
+"""What a call of `fused` takes of the device's memory, against the number of tokens.
+
+    python bench/memory.py --output bench/results/memory.json
+
+Peaks are those of CuPy's allocations during a call, results included, in units of 512 bytes. `forward` is compared with
+the output and lse, `backward` with the gradients in float32 once, delta and 64 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cupy
+from h200 import normal
+from harness import provenance
+
+import cuneigh
+
+HEADS, DIM = 8, 64
+MIB = 1 << 20
+CASES: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...]]] = {
+    "1-D, window 512": ([(1 << power,) for power in range(12, 20, 2)], (512,)),
+    "2-D, window 24x24": ([(side, side) for side in (64, 128, 256, 512)], (24, 24)),
+    "3-D, window 8x8x8": ([(16, side, side) for side in (16, 32, 64, 128)], (8, 8, 8)),
+}
+
+
+class Peak(cupy.cuda.MemoryHook):
+    """The most that is allocated at a time while the hook is active."""
+
+    name = "peak"
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def malloc_postprocess(self, **event: Any) -> None:
+        self.now += event["mem_size"]
+        self.most = max(self.most, self.now)
+
+    def free_preprocess(self, **event: Any) -> None:
+        self.now -= event["mem_size"]
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes that `call` has allocated at its peak, when it runs for the second time."""
+    call()
+    with Peak() as hook:
+        results = call()
+        del results
+    return hook.most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
+    arguments = parser.parse_args()
+    document: dict[str, Any] = {**provenance(), "heads": HEADS, "dim": DIM, "cases": []}
+    print(f"{'':28} tokens  forward MiB (allowed)  backward MiB (allowed)")
+    for name, (layouts, window) in CASES.items():
+        for tokens in layouts:
+            for rpb in (False, True):
+                figures = measure(tokens, window, rpb)
+                label = name + (", rpb" if rpb else "")
+                document["cases"].append({"case": label, "tokens": tokens, **figures})
+                mib = {key: value / MIB for key, value in figures.items()}
+                print(
+                    f"{label:26} {figures['queries']:8} {mib['forward']:8.1f} "
+                    f"({mib['forward_allowed']:8.1f}) {mib['backward']:8.1f} "
+                    f"({mib['backward_allowed']:8.1f})",
+                    flush=True,
+                )
+    if arguments.output:
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def measure(tokens: tuple[int, ...], window: tuple[int, ...], with_rpb: bool) -> dict[str, int]:
+    rank = len(tokens)
+    shape = (1, *tokens, HEADS, DIM)
+    query, key, value, grad_output = (normal(shape, seed) for seed in range(4))
+    keywords: dict[str, Any] = {"kernel_size": window, "backend": "fused"}
+    if with_rpb:
+        keywords["rpb"] = cupy.zeros((HEADS, *(2 * size - 1 for size in window)), "float32")
+    forward = getattr(cuneigh, f"na{rank}d")
+    backward = getattr(cuneigh, f"na{rank}d_backward")
+    output, lse = forward(query, key, value, return_lse=True, **keywords)
+    bias_bytes = keywords["rpb"].nbytes if with_rpb else 0
+    return {
+        "queries": query.size // (HEADS * DIM),
+        "forward": peak(lambda: forward(query, key, value, return_lse=True, **keywords)),
+        "forward_allowed": output.nbytes + lse.nbytes,
+        "backward": peak(lambda: backward(grad_output, query, key, value, output, lse, **keywords)),
+        "backward_allowed": 4 * 3 * query.size + bias_bytes + lse.nbytes + 64 * MIB,
+    }
+
+
+if __name__ == "__main__":
+    main()
