@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -168,8 +168,12 @@ PRODUCTS: dict[Role, float] = {
 
 def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
     """Predicted cycles of one (batch, head) on one scheduler of a multiprocessor."""
-    counts = count(problem, plan, role)
-    row_tiles, columns, warps = plan.area
+    return float(cost_of(problem, plan.area, count(problem, plan, role), role))
+
+
+def cost_of(problem: Problem, area: Area, counts: Counts, role: Role) -> Any:
+    """The same for these counts, which may be arrays of those of many plans."""
+    row_tiles, columns, warps = area
     half = HALF_FORWARD if role == "forward" else HALF_BACKWARD
     cycles = FLOAT32 if problem.dtype == "float32" else half
     logits = 16 * row_tiles * columns
@@ -190,20 +194,45 @@ def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
 @lru_cache(maxsize=1024)
 def plan(problem: Problem, device: Device, role: Role = "forward") -> FusedPlan:
     """The cheapest plan for `device`, where any area fits."""
-    fitting = (
-        candidate
-        for area in areas(problem, device, role)
-        for candidate in candidates(problem, area, role)
-    )
-    return min(fitting, key=lambda candidate: cost(problem, candidate, role))
+    cheapest = (cheapest_shapes(problem, area, role) for area in areas(problem, device, role))
+    return min(cheapest, key=lambda candidate: cost(problem, candidate, role))
+
+
+def cheapest_shapes(problem: Problem, area: Area, role: Role) -> FusedPlan:
+    """The first of the cheapest of `candidates`; all of them are counted at once."""
+    rows, boxes = row_shapes(problem, area), column_shapes(problem, area.columns, role)
+    totals = np.ones((len(Counts._fields), len(rows), len(boxes)))
+    for r, axis in enumerate(problem.axes):
+        of_rows, row = distinct([(warp_box[r], warps[r]) for warp_box, warps in rows])
+        of_boxes, box = distinct([column_box[r] for column_box in boxes])
+        counts = [
+            [count_axis(axis, *sizes, column_box, rows_are_keys(role)) for column_box in of_boxes]
+            for sizes in of_rows
+        ]
+        totals *= np.moveaxis(np.array(counts, dtype=float), -1, 0)[:, row][:, :, box]
+    totals[Counts._fields.index("full")] *= [math.prod(box) == area.columns for box in boxes]
+    costs = cost_of(problem, area, Counts(*totals), role)
+    row_index, box_index = np.unravel_index(costs.argmin(), costs.shape)
+    return FusedPlan(area, *rows[row_index], boxes[box_index])
+
+
+def distinct(values: list[Any]) -> tuple[list[Any], list[int]]:
+    """The values without repetition, and the place of each among them."""
+    places = {value: place for place, value in enumerate(dict.fromkeys(values))}
+    return list(places), [places[value] for value in values]
 
 
 def candidates(problem: Problem, area: Area, role: Role = "forward") -> Iterator[FusedPlan]:
     """The shapes that these areas can have."""
-    for warp_box in shapes(problem.rank, 16 * area.row_tiles):
-        for warps in shapes(problem.rank, area.warps):
-            for column_box in column_shapes(problem, area.columns, role):
-                yield FusedPlan(area, warp_box, warps, column_box)
+    for of_rows in row_shapes(problem, area):
+        for column_box in column_shapes(problem, area.columns, role):
+            yield FusedPlan(area, *of_rows, column_box)
+
+
+def row_shapes(problem: Problem, area: Area) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes of a warp's rows, and of a block's warps."""
+    of_rows, of_warps = (shapes(problem.rank, size) for size in (16 * area.row_tiles, area.warps))
+    return list(itertools.product(of_rows, of_warps))
 
 
 def areas(problem: Problem, device: Device, role: Role = "forward") -> tuple[Area, ...]:

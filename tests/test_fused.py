@@ -96,6 +96,18 @@ def test_a_plan_fits_the_kernel(problem, device):
         assert area.columns % (8 if problem.dtype == "float32" else 16) == 0
 
 
+@given(problem=supported(most_tokens=60), data=st.data())
+def test_the_plan_is_the_cheapest_of_all_candidates(problem, data):
+    role = data.draw(st.sampled_from(_fused_plan.roles(problem)))
+    area = data.draw(st.sampled_from(_fused_plan.areas(problem, H200, role)))
+    costs = [
+        _fused_plan.cost(problem, candidate, role)
+        for candidate in _fused_plan.candidates(problem, area, role)
+    ]
+    chosen = _fused_plan.cheapest_shapes(problem, area, role)
+    assert _fused_plan.cost(problem, chosen, role) == pytest.approx(min(costs), rel=1e-12)
+
+
 @given(problem=supported(), device=st.sampled_from(DEVICES))
 def test_what_is_refused(problem, device):
     """bfloat16 before sm_80, and long vectors in the float32 backward with little memory."""
