@@ -139,7 +139,8 @@ def test_few_kernels_serve_all_layouts_and_windows():
         problem = attention_problem("test", "forward", spec, spec, spec, window, None)
         small = _halo_plan.plan(problem, H200, "forward")
         if small is not None:
-            kernel = _halo.kernel(problem, "forward", small.columns, small.whole)
+            sizes = small.columns, small.whole
+            kernel = _halo.kernel(problem, H200.capability, "forward", *sizes)
         else:
             area = _fused_plan.plan(problem, H200).area
             kernel = fused._kernel(problem, H200.capability, "forward", area, 16, 16)
