@@ -16,7 +16,7 @@ __device__ void multiply(const Element (*rows_smem)[kRowPitch],
                          const Element (*columns_smem)[kColumnPitch], int lane,
                          float (&product)[kRowTiles][kColumnTiles][4]) {
   constexpr int kSteps = kDim / kDepth<Element>, kTerms = kAtOnce<Element, kSteps>;
-  constexpr int kTiles = kColumnTiles % 2 ? 1 : 2;  // loaded at a time
+  constexpr int kTiles = kColumnTiles % 2 ? 1 : 2;    // loaded at a time
 #pragma unroll(kSame<Element, float32> ? 1 : kSteps)  // unrolled, float32 would spill
   for (int first = 0; first < kSteps; first += kTerms) {
     Left<Element> left[kTerms][kRowTiles];
