@@ -2,8 +2,9 @@
 
     python bench/memory.py --output bench/results/memory.json
 
-Peaks are those of CuPy's allocations during a call, results included, in units of 512 bytes. `forward` is compared with
-the output and lse, `backward` with the gradients in float32 once, delta and 64 MiB.
+Peaks are those of CuPy's allocations during a call, results included, in units of 512 bytes.
+`forward` is compared with the output and lse, `backward` with the gradients in float32 once, delta
+and 64 MiB.
 """
 
 from __future__ import annotations

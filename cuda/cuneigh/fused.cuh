@@ -385,7 +385,7 @@ struct ColumnCopy {
       const unsigned column = pass * kAtOnce + first;
       if (!kEven && column >= Plan::kColumns) break;
       const char* source = lane_column + step[pass];
-#pragma unroll
+#pragma unroll(kAsync ? 64 : 2)  // what is on its way takes registers where copies are not async
       for (int i = 0; i < kChunks; i += kLanes) {
         const unsigned place = (i + lane) * kChunk<Element>;
         const int valid = kExact ? 16 : (dim - int(place)) * int(sizeof(Element));
@@ -509,14 +509,19 @@ __device__ void add_bias(const View<const typename Plan::Bias, Plan::kRank>& rpb
   }
   const auto* entry = rpb.at(0, Plan::kRowsAreKeys ? columns.head : rows.head) + origin;
 #pragma unroll
-  for (int n = 0; n < Plan::kColumns / 8; ++n)
+  for (int n = 0; n < Plan::kColumns / 8; ++n) {
+    logit[n][2 * half] *= scale;
+    logit[n][2 * half + 1] *= scale;
+    // A branch, without which all loads would be on their way at once and take registers for it
+    const bool met =
+        (!Plan::kAdditional || !columns.additional) && (visible(n * 8) || visible(n * 8 + 1));
+    if (!__any_sync(0xffffffffu, met)) continue;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float& x = logit[n][2 * half + i];
-      x *= scale;
-      if ((!Plan::kAdditional || !columns.additional) && visible(n * 8 + i))
-        x += kLog2E * convert<float>(entry[tables.scalar_steps[n * 8 + i + lane % 4 * 2].bias]);
-    }
+    for (int i = 0; i < 2; ++i)
+      if (met && visible(n * 8 + i))
+        logit[n][2 * half + i] +=
+            kLog2E * convert<float>(entry[tables.scalar_steps[n * 8 + i + lane % 4 * 2].bias]);
+  }
 }
 
 // Writes a warp's rows from shared memory in the widest packets that the alignment allows.
