@@ -11,7 +11,7 @@
 //   static constexpr int kColumns;            places for a warp's keys of a slab, up to 128
 //   static constexpr bool kWhole;             one slab holds all that a block meets
 //   static constexpr int kBuffers;            slabs in shared memory: 1, or 2 by turns
-//   static constexpr int kHeadDim, kValueDim; head dimensions: 32, 64 or 128
+//   static constexpr int kHeadDim, kValueDim; head dimensions: 32 or 64
 //   static constexpr int kSides;              entries of HaloTables::below
 //   static constexpr int kTableBytes;         of HaloTables, as the launcher counts them
 //   static constexpr bool kRowsAreKeys;       false

@@ -30,7 +30,11 @@ ROWS = 16
 """Rows of a warp: those of one tensor core instruction."""
 DIMS = (32, 64)
 """Head dimensions that the kernels are made for."""
+SMALLEST_SCALE = 1e-37
+"""Smaller ones are 0 in float32, where what is hidden would not stay so."""
 MOST_SLABS = 8
+LARGEST_QUOTIENT = 1 << 20
+"""What `Divisor` of cuda/cuneigh/halo.cuh divides times what it divides by stays below this."""
 SIDES = 48
 """Along several axes a list has at most as many sides, each of which has an entry in a table."""
 
@@ -239,7 +243,7 @@ def takes(problem: Problem) -> bool:
         and {problem.head_dim, problem.value_dim} <= {*DIMS}
         and not problem.rpb_dtype
         and not problem.additional
-        and problem.scale > 0
+        and SMALLEST_SCALE < problem.scale < 1 / SMALLEST_SCALE
     )
 
 
@@ -281,6 +285,8 @@ def candidates(
             for height in sorted(heights):
                 high = min(height, counts[0].sight)
                 if problem.rank > 1 and sum(across) + high + problem.rank > SIDES:
+                    continue
+                if height * math.prod(reach) * max(height, *reach, 1) >= LARGEST_QUOTIENT:
                     continue
                 whole = height >= counts[0].reach
                 for places in columns(role, whole):

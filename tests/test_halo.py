@@ -137,6 +137,15 @@ def test_kernels_do_not_spill(capability, rank, tmp_path):
         assert spilled == 0, f"{kernel.name} spills {spilled} on {arch}:\n{kernel.plan}"
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-46, 1e39])
+def test_only_scales_that_float32_has_are_taken(scale):
+    query = Spec((1, 16, 16, 1, 32), "float16")
+    window = window_arguments("test", 2, 3, 1, 1, False)
+    problem = attention_problem("test", "forward", query, query, query, window, scale)
+    assert not _halo_plan.takes(problem)
+    assert _halo_plan.plan(problem, H200) is None
+
+
 # Kernels
 
 

@@ -31,7 +31,7 @@ struct HaloProblem {
   float scale;     // positive
 };
 
-// Divides numbers up to 1023 by one of them.
+// Divides by multiplying; exact as long as number times divisor is less than 2^20.
 struct Divisor {
   int divisor;
   unsigned inverse;
