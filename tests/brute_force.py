@@ -39,6 +39,18 @@ def sees(axis: Axis, x: int, y: int) -> bool:
     return start <= y // d < end
 
 
+def seers(problem: Problem, token: tuple[int, ...]) -> np.ndarray:
+    """[X1..Xr] Which queries see the key at `token`."""
+    along = [
+        [sees(axis, x, y) for x in range(axis.length)]
+        for axis, y in zip(problem.axes, token, strict=True)
+    ]
+    result = np.array(along[0])
+    for others in along[1:]:
+        result = np.logical_and.outer(result, others)
+    return result
+
+
 def visible_keys(axis: Axis, x: int) -> list[int]:
     """Key tokens that query token x sees along one axis, in the order of their slots."""
     return [y for y in range(axis.key_length) if sees(axis, x, y)]

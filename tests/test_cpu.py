@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from accuracy import check_backend, run_backend
+from brute_force import seers
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -35,7 +36,6 @@ from cuneigh._backends.cpu import _gradients, _threads, _tiles
 from cuneigh._device import CPU, Device
 from cuneigh._problem import (
     Operands,
-    Problem,
     Spec,
     attention_problem,
     neighborhood_axes,
@@ -217,25 +217,13 @@ def test_a_token_reaches_only_the_queries_that_see_it(data, rng, name, poison, w
     touched = plain._replace(operands=plain.operands._replace(**{what: changed}))
     with cut(name):
         before, after = (run_backend(cpu, problem, each) for each in (plain, touched))
-    blind = ~np.broadcast_to(sees(problem, token), problem.tokens)
+    blind = ~seers(problem, token)
     for result in ("output", "lse", "grad query"):
         if result in before:
             bits = {result: before[result][:, blind]}
             assert_same_bits({result: after[result][:, blind]}, bits)
     if np.isnan(poison) and problem.operation == "forward":
         assert np.isnan(after["output"][:, ~blind].astype(float)).any(-1).all()
-
-
-def sees(problem: Problem, token: tuple[int, ...]) -> np.ndarray:
-    """[X1..Xr] Whether a query sees the key at `token`."""
-    result = np.ones((1,) * problem.rank, bool)
-    for r, (axis, y) in enumerate(zip(problem.axes, token, strict=True)):
-        start, end = axis.windows()
-        x = np.arange(axis.length)
-        index, group = y // axis.dilation, y % axis.dilation
-        along = (x % axis.dilation == group) & (start <= index) & (index < end)
-        result = result & along.reshape(*(-1 if axis == r else 1 for axis in range(problem.rank)))
-    return result
 
 
 @given(data=st.data(), rng=generators(), poison=st.sampled_from([np.nan, np.inf, 1e3]))
@@ -250,7 +238,7 @@ def test_a_query_and_its_gradient_reach_only_what_it_sees(data, rng, poison):
     before, after = (run_backend(cpu, problem, each) for each in (plain, touched))
     seen = np.zeros(problem.tokens, bool)
     for key in np.ndindex(*problem.tokens):
-        seen[key] = np.broadcast_to(sees(problem, key), problem.tokens)[token]
+        seen[key] = seers(problem, key)[token]
     for name in ("grad key", "grad value"):
         assert_same_bits({name: after[name][:, ~seen]}, {name: before[name][:, ~seen]})
     others = np.ones(problem.tokens, bool)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from accuracy import check_backend, run_backend
+from brute_force import seers
 from gpu_arrays import NATIVE, on_arrays, to_cupy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -345,14 +346,7 @@ def test_a_non_finite_key_reaches_only_the_queries_that_see_it(data, rng, poison
         given_inputs._replace(operands=given_inputs.operands._replace(key=key)),
         **NATIVE,
     )
-    sees = np.ones((1,) * problem.rank, bool)
-    for axis, (window, y) in enumerate(zip(problem.axes, token, strict=True)):
-        start, end = window.windows()
-        x = np.arange(window.length)
-        index, group = y // window.dilation, y % window.dilation
-        along = (x % window.dilation == group) & (start <= index) & (index < end)
-        sees = sees & along.reshape(*(-1 if r == axis else 1 for r in range(problem.rank)))
-    blind = np.broadcast_to(~sees, problem.tokens)
+    blind = ~seers(problem, token)
     for name in plain:
         np.testing.assert_array_equal(plain[name][:, blind], touched[name][:, blind])
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from accuracy import check_backend, run_backend
+from brute_force import seers
 from gpu_arrays import NATIVE
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -192,12 +193,6 @@ def test_a_key_reaches_only_the_queries_that_see_it(data, rng, poison):
         patch.setattr(_halo_plan, "plan", lambda problem, device, role: chosen)
         plain = run_backend(fused, problem, given_inputs, **NATIVE)
         touched = run_backend(fused, problem, touched_inputs, **NATIVE)
-    sees = np.ones((1,) * problem.rank, bool)
-    for r, (axis, y) in enumerate(zip(problem.axes, token, strict=True)):
-        begin, end = axis.windows()
-        index, group = y // axis.dilation, y % axis.dilation
-        along = (np.arange(axis.length) % axis.dilation == group) & (begin <= index) & (index < end)
-        sees = sees & along.reshape(*(-1 if r == other else 1 for other in range(problem.rank)))
-    blind = np.broadcast_to(~sees, problem.tokens)
+    blind = ~seers(problem, token)
     for name in plain:
         np.testing.assert_array_equal(plain[name][:, blind], touched[name][:, blind])
