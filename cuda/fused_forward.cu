@@ -23,8 +23,10 @@
 
 #include "cuneigh/async.cuh"
 #include "cuneigh/boxes.cuh"
+#include "cuneigh/copies.cuh"
 #include "cuneigh/fused.cuh"
 #include "cuneigh/products.cuh"
+#include "cuneigh/visible.cuh"
 
 namespace cuneigh {
 

@@ -293,7 +293,9 @@ def blocks_per_multiprocessor(
         return 3 if longest > 32 else 4
     if role != "forward":
         return 1
-    return (4 if area.columns > 32 else 5) - bool(problem.rpb_dtype)
+    if problem.rpb_dtype:
+        return 2 if area.columns > 32 else 3
+    return 4 if area.columns > 32 else 5
 
 
 def padded(dim: int) -> int:

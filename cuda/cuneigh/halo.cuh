@@ -9,8 +9,9 @@
 #pragma once
 
 #include "cuneigh/async.cuh"
-#include "cuneigh/fused.cuh"
+#include "cuneigh/layout.cuh"
 #include "cuneigh/mma.cuh"
+#include "cuneigh/row_box.cuh"
 
 namespace cuneigh {
 

@@ -6,8 +6,8 @@
 // each, or, before sm_80, as the numbers that a lane's own multiply-adds need.
 #pragma once
 
-#include "cuneigh/fused.cuh"
 #include "cuneigh/mma.cuh"
+#include "cuneigh/row_box.cuh"
 
 namespace cuneigh {
 
