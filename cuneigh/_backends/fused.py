@@ -35,12 +35,8 @@ LONGEST = 256
 
 def unsupported(problem: Problem, device: Device) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
-    if device.kind != "cuda":
-        return (
-            "needs arrays on a CUDA device, but these are on the CPU; with an NVIDIA GPU, install "
-            "'cuneigh[cuda12]' or 'cuneigh[cuda13]' and pass CuPy, PyTorch or JAX arrays that live "
-            "on it"
-        )
+    if reason := naive.unsupported(problem, device):
+        return reason
     if problem.operation not in ("forward", "backward"):
         return f"computes attention and its gradients, not {problem.operation} alone"
     if device.capability < (7, 5):
