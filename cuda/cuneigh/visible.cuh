@@ -63,22 +63,24 @@ __device__ void add_bias(const View<const typename Plan::Bias, Plan::kRank>& rpb
     for (int r = 0; r < Plan::kRank; ++r) origin += kSign * columns.begin[r] * rpb.token[r];
   }
   const auto* entry = rpb.at(0, Plan::kRowsAreKeys ? columns.head : rows.head) + origin;
-  const bool biased = !Plan::kAdditional || !columns.additional;
   constexpr bool kLong = Plan::kHeadDim + Plan::kValueDim > 256;
 #pragma unroll
   for (int n = 0; n < Plan::kColumns / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) logit[n][2 * half + i] *= scale;
     if constexpr (kLong) {
       // A branch, without which all loads would be on their way at once and take registers for it
-      const bool met = biased && (visible(n * 8) || visible(n * 8 + 1));
-      if (!__any_sync(0xffffffffu, met)) continue;
+      if (!__any_sync(0xffffffffu, visible(n * 8) || visible(n * 8 + 1))) {
+        logit[n][2 * half] *= scale;
+        logit[n][2 * half + 1] *= scale;
+        continue;
+      }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (biased && visible(n * 8 + i))
-        logit[n][2 * half + i] +=
-            kLog2E * convert<float>(entry[tables.scalar_steps[n * 8 + i + lane % 4 * 2].bias]);
+    for (int i = 0; i < 2; ++i) {
+      float& x = logit[n][2 * half + i];
+      x *= scale;
+      if ((!Plan::kAdditional || !columns.additional) && visible(n * 8 + i))
+        x += kLog2E * convert<float>(entry[tables.scalar_steps[n * 8 + i + lane % 4 * 2].bias]);
+    }
   }
 }
 
