@@ -99,7 +99,8 @@ def main(names: list[str]) -> None:
         cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
         cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
         if operation in ("forward", "backward"):
-            cases.append((problem_of(operation, dtype, rank, (130, 250), False), "packed"))
+            for rpb in (False, True):
+                cases.append((problem_of(operation, dtype, rank, (130, 250), rpb), "packed"))
             if DTYPES[dtype] == 2:
                 cases.append((small_window_problem_of(operation, dtype, rank), "contiguous"))
         if operation[:2] != "av":
