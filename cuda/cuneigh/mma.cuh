@@ -103,6 +103,10 @@ __device__ inline unsigned pack(float low, float high, bfloat16) {
   return *reinterpret_cast<const unsigned*>(&pair);
 }
 
+// A pair of ones: the elements of a right operand that sums the rows of the left one.
+__device__ constexpr unsigned ones(float16) { return 0x3c003c00; }
+__device__ constexpr unsigned ones(bfloat16) { return 0x3f803f80; }
+
 // Stores two numbers side by side in the precision of their place.
 __device__ inline void store_pair(float16* place, float low, float high) {
   *reinterpret_cast<unsigned*>(place) = pack(low, high, float16());
