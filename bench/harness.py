@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ FLUSH_BYTES = 256 << 20
 
 def measure(call: Callable[[], object], budget_ms: float = 200.0) -> dict[str, float]:
     """Median times of `call` in ms, plain and as a CUDA graph; `budget_ms` limits the repeats."""
-    stream = cupy.cuda.Stream(non_blocking=True)
-    flush = cupy.empty(FLUSH_BYTES, dtype=np.uint8)
+    stream, flush = _stream_and_flush()
     with stream:
         call()
         first = _time(call, stream, flush, 3)
@@ -39,6 +39,12 @@ def measure(call: Callable[[], object], budget_ms: float = 200.0) -> dict[str, f
         graph = stream.end_capture()
         replay = _time(lambda: graph.launch(stream), stream, flush, repeats)
     return {"ms": round(plain, 5), "graph_ms": round(replay, 5)}
+
+
+@lru_cache(maxsize=1)
+def _stream_and_flush() -> tuple[Any, Any]:
+    """The same for every measurement: CuPy's pool gives no stream what another one has freed."""
+    return cupy.cuda.Stream(non_blocking=True), cupy.empty(FLUSH_BYTES, dtype=np.uint8)
 
 
 def _time(call: Callable[[], object], stream: Any, flush: Any, repeats: int) -> float:
