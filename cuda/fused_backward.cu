@@ -37,10 +37,10 @@ template <typename Plan>
 struct BackwardSmem {
   using Element = typename Plan::Element;
   Element row_key[Tables<Plan>::kRows]
-                 [kPitchOf<Element, Plan::kHeadDim>];  // in the end the gradients
-  Element row_value[Tables<Plan>::kRows][kPitchOf<Element, Plan::kValueDim>];
-  Element key[2][Plan::kColumns][kPitchOf<Element, Plan::kHeadDim>];
-  Element value[2][Plan::kColumns][kPitchOf<Element, Plan::kValueDim>];
+                 [kVectorPitch<Element, Plan::kHeadDim>];  // in the end the gradients
+  Element row_value[Tables<Plan>::kRows][kVectorPitch<Element, Plan::kValueDim>];
+  Element key[2][Plan::kColumns][kVectorPitch<Element, Plan::kHeadDim>];
+  Element value[2][Plan::kColumns][kVectorPitch<Element, Plan::kValueDim>];
   // Of the boxes of columns where those are queries, else of the rows
   float2 statistics[Plan::kRowsAreKeys ? 2 : 1]
                    [Plan::kRowsAreKeys ? Plan::kColumns : Tables<Plan>::kRows];
@@ -50,14 +50,14 @@ struct BackwardSmem {
 // Rounds a warp's sums to shared memory, on their way out.
 template <int kDim, int kRowTiles, typename Element>
 __device__ void stage(const float (&sum)[kRowTiles][kDim / 8][4], float scale, int lane,
-                      Element (*rows_smem)[kPitchOf<Element, kDim>]) {
+                      Element (*rows_smem)[kVectorPitch<Element, kDim>]) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
     for (int d = 0; d < kDim / 8; ++d)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        store_pair(&rows_smem[m * 16 + half * 8 + lane / 4][d * 8 + lane % 4 * 2],
+        store_pair(place_of(rows_smem, m * 16 + half * 8 + lane / 4, d * 8 + lane % 4 * 2),
                    sum[m][d][2 * half] * scale, sum[m][d][2 * half + 1] * scale);
 }
 
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   constexpr int kColumnTiles = Plan::kColumns / 8;
   constexpr bool kHasBias = !kSame<typename Plan::Bias, void>;
   static_assert(sizeof(BackwardSmem<Plan>) == Plan::kSharedBytes,
-                "'backward_bytes' in cuneigh/_fused_plan.py counts what BackwardSmem holds");
+                "'shared_bytes' in cuneigh/_fused_plan.py counts what BackwardSmem holds");
   auto& smem = dynamic_smem<BackwardSmem<Plan>>();
   auto& tables = smem.tables;
 
@@ -136,7 +136,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     const ColumnBox<Plan>& next = tables.walk[warp][buffer ^ 1];
     if (columns.past_end) break;
     const Visibility visibility = columns.visibility;
-    if (!next.past_end) load(next, thread, buffer ^ 1);
+    auto load_next = [&] {
+      if (!next.past_end) load(next, thread, buffer ^ 1);
+    };
     // The box after the next takes the place of this one
     auto walk = [&] {
       const auto after = next_columns<Plan>(problem, arrays, tables, warp, next);
@@ -145,6 +147,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     };
     if (visibility == Visibility::kSome) note_visible<Plan>(problem, columns, tables, warp, lane);
     if (visibility == Visibility::kNone) {
+      load_next();
       walk();
       continue;
     }
@@ -152,6 +155,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     // S and P, in the same registers
     float weight[kRowTiles][kColumnTiles][4] = {};
     multiply<Plan::kHeadDim>(&smem.row_key[warp_row], smem.key[buffer], lane, weight);
+    load_next();  // behind the reads of this box, which would wait for these writes
     const float factor = kHasBias ? 1.0f : scale;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {

@@ -6,19 +6,20 @@
 // blockIdx.x: (batch, head, query box).
 //
 // struct Plan {
-//   static constexpr int kRank;                  token axes
-//   static constexpr int kWarps, kRowTiles;      warps of a block, and sixteens of queries of a
-//   warp static constexpr int kBlocks;                blocks on a multiprocessor to leave registers
-//   for static constexpr int kColumns;               keys of a box, a multiple of 16 up to 64; of 8
-//   for
-//                                                float32
-//   static constexpr int kHeadDim, kValueDim;    head dimensions, padded to multiples of 16
+//   static constexpr int kRank;                   token axes
+//   static constexpr int kWarps;                  warps of a block
+//   static constexpr int kRowTiles;               sixteens of queries of a warp
+//   static constexpr int kBlocks;                 blocks of a multiprocessor to leave registers for
+//   static constexpr int kColumns;                keys of a box, up to 64: a multiple of 16, in
+//                                                 float32 of 8
+//   static constexpr int kHeadDim, kValueDim;     head dimensions, padded to multiples of 16
 //   static constexpr bool kKeyExact, kValueExact; they needed no padding
-//   static constexpr int kKeyBytes, kValueBytes; widths of the loads that the alignment allows
-//   static constexpr int kSharedBytes;           of ForwardSmem, as the launcher counts them
-//   static constexpr bool kRowsAreKeys;          false
-//   using Element;                               float16, bfloat16 or float32
-//   using Bias;                                  dtype of rpb, or void when there is none
+//   static constexpr int kKeyBytes, kValueBytes;  widths of the loads that the alignment allows
+//   static constexpr int kSharedBytes;            of ForwardSmem, as the launcher counts them
+//   static constexpr bool kRowsAreKeys;           false
+//   static constexpr bool kAdditional;            whether there are additional keys
+//   using Element;                                float16, bfloat16 or float32
+//   using Bias;                                   dtype of rpb, or void when there is none
 // };
 
 #include "cuneigh/async.cuh"
@@ -45,9 +46,9 @@ struct ForwardSmem {
   static constexpr int kQueryDim =
       Plan::kHeadDim > Plan::kValueDim ? Plan::kHeadDim : Plan::kValueDim;
 
-  Element query[Tables<Plan>::kRows][kPitchOf<Element, kQueryDim>];  // in the end the output
-  Element key[2][Plan::kColumns][kPitchOf<Element, Plan::kHeadDim>];
-  Element value[2][Plan::kColumns][kPitchOf<Element, Plan::kValueDim>];
+  Element query[Tables<Plan>::kRows][kVectorPitch<Element, kQueryDim>];  // in the end the output
+  Element key[2][Plan::kColumns][kVectorPitch<Element, Plan::kHeadDim>];
+  Element value[2][Plan::kColumns][kVectorPitch<Element, Plan::kValueDim>];
   Tables<Plan> tables;
 };
 
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   constexpr int kColumnTiles = Plan::kColumns / 8;
   constexpr bool kHasBias = !kSame<typename Plan::Bias, void>;
   static_assert(sizeof(ForwardSmem<Plan>) == Plan::kSharedBytes,
-                "'forward_bytes' in cuneigh/_fused_plan.py counts what ForwardSmem holds");
+                "'shared_bytes' in cuneigh/_fused_plan.py counts what ForwardSmem holds");
   auto& smem = dynamic_smem<ForwardSmem<Plan>>();
   auto& tables = smem.tables;
 
@@ -120,7 +121,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     const ColumnBox<Plan>& next = tables.walk[warp][buffer ^ 1];
     if (keys.past_end) break;
     const Visibility visibility = keys.visibility;
-    if (!next.past_end) load(next, thread, buffer ^ 1);
+    auto load_next = [&] {
+      if (!next.past_end) load(next, thread, buffer ^ 1);
+    };
     // The box after the next takes the place of this one
     auto walk = [&] {
       const auto after = next_columns<Plan>(problem, arrays, tables, warp, next);
@@ -129,6 +132,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     };
     if (visibility == Visibility::kSome) note_visible<Plan>(problem, keys, tables, warp, lane);
     if (visibility == Visibility::kNone) {
+      load_next();
       walk();
       continue;
     }
@@ -136,6 +140,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     // S = Q K^T
     float logit_rmem[kRowTiles][kColumnTiles][4] = {};
     multiply<Plan::kHeadDim>(&smem.query[warp_row], smem.key[buffer], lane, logit_rmem);
+
+    load_next();  // behind the reads of this box, which would wait for these writes
 
     // Bias and mask
     if (kHasBias || visibility == Visibility::kSome) {
@@ -226,7 +232,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const float normalizer = total == 0 ? 0.0f : 1 / total;
 #pragma unroll
       for (int d = 0; d < Plan::kValueDim / 8; ++d)
-        store_pair(&smem.query[row][d * 8 + lane % 4 * 2], output_rmem[m][d][2 * half] * normalizer,
+        store_pair(place_of(smem.query, row, d * 8 + lane % 4 * 2),
+                   output_rmem[m][d][2 * half] * normalizer,
                    output_rmem[m][d][2 * half + 1] * normalizer);
       const auto& token = tables.token[row];
       if (arguments.lse.data && lane % 4 == 0 && token[0] >= 0)

@@ -307,7 +307,9 @@ def shared_bytes(problem: Problem, area: Area, role: Role = "forward") -> int:
     """Bytes of `ForwardSmem` of cuda/fused_forward.cu or `BackwardSmem` of fused_backward.cu."""
 
     def pitch(dim: int) -> int:
-        return DTYPES[problem.dtype] * padded(dim) + 16
+        size = DTYPES[problem.dtype] * padded(dim)
+        whole_lines = problem.dtype != "float32" and size % 128 == 0
+        return size if whole_lines else size + 16
 
     key, value, rank = pitch(problem.head_dim), pitch(problem.value_dim), problem.rank
     rows, columns = 16 * area.row_tiles * area.warps, area.columns

@@ -4,15 +4,22 @@
 
 #include "cuneigh/async.cuh"
 #include "cuneigh/fused.cuh"
+#include "cuneigh/vectors.cuh"
 
 namespace cuneigh {
 
-// How a block copies the vectors of a box of columns: a few neighboring lanes take a column.
+// How many neighboring lanes take a vector of so many pieces.
+template <int kPieces>
+constexpr int kLanesOf = kPieces % 8 == 0   ? 8
+                         : kPieces % 4 == 0 ? 4
+                                            : 2;
+
+// How a block copies the vectors of a box of columns.
 template <typename Plan, int kDim>
 struct ColumnCopy {
   using Element = typename Plan::Element;
   static constexpr int kChunks = kDim / kChunk<Element>;
-  static constexpr int kLanes = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
+  static constexpr int kLanes = kLanesOf<kChunks>;
   static constexpr int kAtOnce = Plan::kWarps * 32 / kLanes;
   static constexpr int kPasses = (Plan::kColumns + kAtOnce - 1) / kAtOnce;
   static constexpr bool kEven = Plan::kColumns % kAtOnce == 0;
@@ -27,7 +34,7 @@ struct ColumnCopy {
   template <int kBytes, bool kExact>
   __device__ static void run(const Element* first_column, const long long (&step)[kPasses],
                              unsigned long long exists, int dim, unsigned thread,
-                             Element (*columns_smem)[kPitchOf<Element, kDim>]) {
+                             Element (*columns_smem)[kVectorPitch<Element, kDim>]) {
     const unsigned first = thread / kLanes, lane = thread % kLanes;
     const char* lane_column = reinterpret_cast<const char*>(first_column) + lane * 16;
     exists >>= first;
@@ -40,7 +47,7 @@ struct ColumnCopy {
       for (int i = 0; i < kChunks; i += kLanes) {
         const unsigned place = (i + lane) * kChunk<Element>;
         const int valid = kExact ? 16 : (dim - int(place)) * int(sizeof(Element));
-        copy_16_bytes<kBytes>(&columns_smem[column][place], source + i * 16,
+        copy_16_bytes<kBytes>(place_of(columns_smem, column, place), source + i * 16,
                               exists >> pass * kAtOnce & 1 ? valid : 0);
       }
     }
@@ -52,8 +59,8 @@ struct ColumnCopy {
 template <typename Plan, typename Element>
 __device__ void load_columns(const FusedProblem<Plan::kRank>& problem,
                              const ColumnBox<Plan>& columns, const Tables<Plan>& tables, int thread,
-                             Element (*first_smem)[kPitchOf<Element, Plan::kHeadDim>],
-                             Element (*second_smem)[kPitchOf<Element, Plan::kValueDim>]) {
+                             Element (*first_smem)[kVectorPitch<Element, Plan::kHeadDim>],
+                             Element (*second_smem)[kVectorPitch<Element, Plan::kValueDim>]) {
   using First = ColumnCopy<Plan, Plan::kHeadDim>;
   using Second = ColumnCopy<Plan, Plan::kValueDim>;
   const auto* first_column = columns.first;
@@ -78,14 +85,17 @@ template <int kDim, int kBytes, typename Plan, typename Element, int kPitch>
 __device__ void load_rows(const View<const Element, Plan::kRank>& view,
                           const RowBox<Plan::kRank>& rows, int dim, const Tables<Plan>& tables,
                           int thread, Element (*rows_smem)[kPitch]) {
-  constexpr int kThreads = Plan::kWarps * 32, kChunks = kDim / kChunk<Element>;
+  constexpr int kChunks = kDim / kChunk<Element>, kLanes = kLanesOf<kChunks>;
+  const int first = thread % kLanes * kChunk<Element>;
 #pragma unroll 4
-  for (int i = thread; i < Tables<Plan>::kRows * kChunks; i += kThreads) {
-    const int row = i / kChunks, first = i % kChunks * kChunk<Element>;
+  for (int row = thread / kLanes; row < Tables<Plan>::kRows; row += Plan::kWarps * 32 / kLanes) {
     const auto& token = tables.token[row];
     const auto* source = view.at(rows.batch, token, rows.head) + first;
-    copy_16_bytes<kBytes>(&rows_smem[row][first], source,
-                          token[0] >= 0 ? (dim - first) * int(sizeof(Element)) : 0);
+    const int valid = token[0] >= 0 ? dim - first : 0;
+#pragma unroll
+    for (int i = 0; i < kDim; i += kLanes * kChunk<Element>)
+      copy_16_bytes<kBytes>(place_of(rows_smem, row, i + first), source + i,
+                            (valid - i) * int(sizeof(Element)));
   }
 }
 
@@ -95,7 +105,7 @@ __device__ void sign_rows(const FusedProblem<Plan::kRank>& problem, Element (*ro
                           int warp, int lane) {
   constexpr int kRows = Plan::kRowTiles * 16;
   for (int i = lane; i < kRows * kDim; i += 32) {
-    Element& element = rows_smem[warp * kRows + i / kDim][i % kDim];
+    Element& element = *place_of(rows_smem, warp * kRows + i / kDim, i % kDim);
     element = convert<Element>(float(problem.sign) * convert<float>(element));
   }
   __syncwarp();
@@ -107,17 +117,22 @@ __device__ void store_rows(const View<Element, Plan::kRank>& view, const RowBox<
                            int dim, const Tables<Plan>& tables, const Element (*rows_smem)[kPitch],
                            int warp, int lane) {
   constexpr int kRows = Plan::kRowTiles * 16, kWidth = kBytes / sizeof(Element);
-  constexpr int kPackets = kDim / kWidth;
+  constexpr int kLanes = kLanesOf<kDim / kWidth>;
   struct alignas(kBytes) Packet {
     Element element[kWidth];
   };
+  const int first = lane % kLanes * kWidth;
 #pragma unroll 4
-  for (int i = lane; i < kRows * kPackets; i += 32) {
-    const int row = warp * kRows + i / kPackets, first = i % kPackets * kWidth;
+  for (int i = lane / kLanes; i < kRows; i += 32 / kLanes) {
+    const int row = warp * kRows + i;
     const auto& token = tables.token[row];
-    if (token[0] >= 0 && first < dim)
-      *reinterpret_cast<Packet*>(view.at(rows.batch, token, rows.head) + first) =
-          *reinterpret_cast<const Packet*>(&rows_smem[row][first]);
+    if (token[0] < 0) continue;
+    auto* target = view.at(rows.batch, token, rows.head) + first;
+#pragma unroll
+    for (int d = 0; d < kDim; d += kLanes * kWidth)
+      if (d + first < dim)
+        *reinterpret_cast<Packet*>(target + d) =
+            *reinterpret_cast<const Packet*>(place_of(rows_smem, row, d + first));
   }
 }
 

@@ -91,10 +91,11 @@ __device__ inline int renewed(int thread) {
   return thread;
 }
 
-// A block's dynamic shared memory, its address in a register for the same reason.
+// A block's dynamic shared memory, its address in a register for the same reason. It starts with a
+// whole line (vectors.cuh).
 template <typename Smem>
 __device__ Smem& dynamic_smem() {
-  extern __shared__ __align__(16) char memory_smem[];
+  extern __shared__ __align__(128) char memory_smem[];
   unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(memory_smem));
   address = __shfl_xor_sync(0xffffffffu, address, 0);
   return *reinterpret_cast<Smem*>(__cvta_shared_to_generic(address));

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cuneigh/mma.cuh"
-#include "cuneigh/row_box.cuh"
+#include "cuneigh/vectors.cuh"
 
 namespace cuneigh {
 
@@ -40,10 +40,10 @@ struct Terms {
 
 // 16 rows as a left operand, from the dimension `d` on.
 template <typename Element, int kPitch>
-__device__ void take_rows(Left<Element>& left, const Element (*rows_smem)[kPitch], int d,
+__device__ void take_rows(Left<Element>& left, const Element (*rows_smem)[kPitch], int first, int d,
                           int lane) {
   unsigned word[4];
-  ldmatrix_x4(word, shared_address(&rows_smem[lane % 16][d + lane / 16 * kChunk<Element>]));
+  ldmatrix_x4(word, address_of(rows_smem, first, lane % 16, d, lane / 16 * kChunk<Element>));
   left.set(word[0], word[1], word[2], word[3]);
 }
 
@@ -58,10 +58,10 @@ __device__ void take_weights(Left<Element>& left, const float (*weight)[4], int)
 // 8 or 16 vectors as the columns of right operands, from the dimension `d` on.
 template <typename Element, int kPitch, int kTiles>
 __device__ void take_columns(Right<Element> (&right)[kTiles], const Element (*vectors_smem)[kPitch],
-                             int d, int lane) {
+                             int first, int d, int lane) {
   unsigned word[4];
   const int vector = (kTiles == 1 ? 0 : lane / 16 * 8) + lane % 8;
-  ldmatrix_x4(word, shared_address(&vectors_smem[vector][d + lane / 8 % 2 * kChunk<Element>]));
+  ldmatrix_x4(word, address_of(vectors_smem, first, vector, d, lane / 8 % 2 * kChunk<Element>));
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) right[tile].set(word[2 * tile], word[2 * tile + 1]);
 }
@@ -69,9 +69,9 @@ __device__ void take_columns(Right<Element> (&right)[kTiles], const Element (*ve
 // As many vectors as are summed over, of which 16 dimensions are the columns of right operands.
 template <typename Element, int kPitch>
 __device__ void take_dimensions(Right<Element> (&right)[2], const Element (*vectors_smem)[kPitch],
-                                int d, int lane) {
+                                int first, int d, int lane) {
   unsigned word[4];
-  ldmatrix_x4_trans(word, shared_address(&vectors_smem[lane % 16][d + lane / 16 * 8]));
+  ldmatrix_x4_trans(word, address_of(vectors_smem, first, lane % 16, d, lane / 16 * 8));
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) right[tile].set(word[2 * tile], word[2 * tile + 1]);
 }
@@ -131,8 +131,8 @@ __device__ inline void take_weights(Left<float32>& left, const float (*weight)[4
 }
 template <int kPitch>
 __device__ void take_dimensions(Right<float32> (&right)[2], const float32 (*vectors_smem)[kPitch],
-                                int d, int lane) {
-  const int even = lane % 4 * 2;
+                                int first, int d, int lane) {
+  const int even = first + lane % 4 * 2;
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
     const int dim = d + tile * 8 + lane / 4;
@@ -164,13 +164,13 @@ struct Terms<float32> {
   __device__ void finish(float (&)[4]) {}
 };
 template <int kPitch>
-__device__ void take_rows(Left<float32>& left, const float32 (*rows_smem)[kPitch], int d,
+__device__ void take_rows(Left<float32>& left, const float32 (*rows_smem)[kPitch], int first, int d,
                           int lane) {
 #pragma unroll
   for (int k = 0; k < 8; ++k)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      left.number[half][k] = rows_smem[half * 8 + lane / 4][d + k];
+      left.number[half][k] = rows_smem[first + half * 8 + lane / 4][d + k];
 }
 __device__ inline void take_weights(Left<float32>& left, const float (*weight)[4], int lane) {
 #pragma unroll
@@ -182,25 +182,25 @@ __device__ inline void take_weights(Left<float32>& left, const float (*weight)[4
 }
 template <int kPitch, int kTiles>
 __device__ void take_columns(Right<float32> (&right)[kTiles], const float32 (*vectors_smem)[kPitch],
-                             int d, int lane) {
+                             int first, int d, int lane) {
 #pragma unroll
   for (int k = 0; k < 8; ++k)
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        right[tile].number[i][k] = vectors_smem[tile * 8 + lane % 4 * 2 + i][d + k];
+        right[tile].number[i][k] = vectors_smem[first + tile * 8 + lane % 4 * 2 + i][d + k];
 }
 template <int kPitch>
 __device__ void take_dimensions(Right<float32> (&right)[2], const float32 (*vectors_smem)[kPitch],
-                                int d, int lane) {
+                                int first, int d, int lane) {
 #pragma unroll
   for (int k = 0; k < 8; ++k)
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        right[tile].number[i][k] = vectors_smem[k][d + tile * 8 + lane % 4 * 2 + i];
+        right[tile].number[i][k] = vectors_smem[first + k][d + tile * 8 + lane % 4 * 2 + i];
 }
 
 #endif

@@ -24,14 +24,14 @@ __device__ void multiply(const Element (*rows_smem)[kRowPitch],
     for (int i = 0; i < kTerms; ++i)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
-        take_rows(left[i][m], &rows_smem[m * 16], (first + i) * kDepth<Element>, lane);
+        take_rows(left[i][m], rows_smem, m * 16, (first + i) * kDepth<Element>, lane);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; n += kTiles) {
       Terms<Element> terms[kRowTiles][kTiles];
 #pragma unroll
       for (int i = 0; i < kTerms; ++i) {
         Right<Element> right[kTiles];
-        take_columns(right, &columns_smem[n * 8], (first + i) * kDepth<Element>, lane);
+        take_columns(right, columns_smem, n * 8, (first + i) * kDepth<Element>, lane);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -68,7 +68,7 @@ __device__ void accumulate(const float (&weight)[kRowTiles][kColumnTiles][4],
 #pragma unroll
       for (int i = 0; i < kTerms; ++i) {
         Right<Element> right[2];
-        take_dimensions(right, &columns_smem[(first + i) * kDepth<Element>], d, lane);
+        take_dimensions(right, columns_smem, (first + i) * kDepth<Element>, d, lane);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
