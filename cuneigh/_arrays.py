@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cuneigh import _device
-from cuneigh._problem import DTYPES, Problem, Spec
+from cuneigh._problem import DTYPES, Spec
 
 
 class Face(Protocol):
@@ -68,34 +68,31 @@ class HostFace(Face, Protocol):
 class GpuFace(Face, Protocol):
     """A face that says where its arrays, and new ones, are on a GPU, which is current."""
 
-    def empty(self, place: Any, shape: tuple[int, ...], dtype: str) -> Any:
-        """The same, at a multiple of 16 bytes."""
+    def memory(self, arrays: Sequence[Any]) -> Memory:
+        """Where the numbers of `arrays` are."""
 
-    def memory(self, array: Any) -> Memory:
-        """Where the numbers of `array` are."""
+    def allocate(self, place: Any, specs: Sequence[Spec | None], addresses: list[int]) -> list[Any]:
+        """Uninitialized contiguous arrays at multiples of 16 bytes, from the framework's allocator.
 
-    def address(self, array: Any) -> int:
-        """Where a result of `empty` is."""
+        Their addresses are appended to `addresses`. Where there is no spec there is no array.
+        """
 
     def stream(self, place: Any) -> int:
         """The caller's current CUDA stream."""
 
 
-Memory = tuple[int, tuple[int, ...], Any]
-"""An address, the elements from entry to entry along each axis, and what keeps the memory."""
+Layout = tuple[tuple[int, ...], int]
+"""How an array lies in memory: elements from entry to entry along each axis, address modulo 16."""
+
+Memory = tuple[list[int], tuple[Layout, ...], list[Any]]
+"""Of several arrays, the addresses and layouts, and what keeps the memory."""
 
 
 class Launcher:
     """A face whose framework launches by itself, now or when a program that it traces runs."""
 
-    def launch(
-        self,
-        arguments: Arguments,
-        problem: Problem,
-        backend: str | None,
-        results: Sequence[Spec | None],
-    ) -> list[Any]:
-        """Arrays for `results`, None where that is None, of a problem that is not empty."""
+    def launch(self, call: Any, arrays: Sequence[Any]) -> list[Any]:
+        """What `Call.run` of `cuneigh._ops.call` returns, of a problem that is not empty."""
         raise NotImplementedError
 
 
@@ -106,19 +103,18 @@ class Watcher:
         """The arguments as the framework's own operations would take them now."""
         raise NotImplementedError
 
-    def watches(self, arrays: Mapping[str, Any]) -> bool:
+    def look(self, arrays: Sequence[Any]) -> tuple[Any, ...] | None:
+        """What `examine` finds out about the arguments of a call, None being none, and nothing of
+        their numbers; or None, where it may find something else tomorrow.
+        """
+        raise NotImplementedError
+
+    def watches(self, arrays: Sequence[Any]) -> bool:
         """Whether a derivative of a call with these arguments is asked for, or the call traced."""
         raise NotImplementedError
 
-    def record(
-        self,
-        call: str,
-        arguments: Arguments,
-        problem: Problem,
-        backend: str | None,
-        results: Sequence[Spec | None],
-    ) -> list[Any]:
-        """Arrays for `results`, None where that is None, by an operation of the framework."""
+    def record(self, call: Any, arrays: Sequence[Any]) -> list[Any]:
+        """What `Call.compute` of `cuneigh._ops.call` returns, by an operation of the framework."""
         raise NotImplementedError
 
 
@@ -180,6 +176,11 @@ _by_framework: dict[str, Face] = {}
 def register(face: Face, *roots: str) -> None:
     """Enter the face of the framework whose types are defined below the modules `roots`."""
     _by_framework.update(dict.fromkeys(roots, face))
+
+
+def known_face(array: object) -> Face | None:
+    """The face of an array of a type that has been seen."""
+    return _faces.get(type(array))
 
 
 def _face_of(call: str, name: str, array: object) -> Face:
@@ -316,16 +317,23 @@ class CuPyFace:
     def device(self, place: int) -> _device.Device:
         return _device.cuda(place)
 
-    def empty(self, place: int, shape: tuple[int, ...], dtype: str) -> Any:
-        return self._cupy.ndarray(shape, numpy_dtype(dtype))
+    def memory(self, arrays: Sequence[Any]) -> Memory:
+        addresses, layouts = [], []
+        for array in arrays:
+            address, size = array.data.ptr, array.itemsize
+            addresses.append(address)
+            layouts.append((tuple([stride // size for stride in array.strides]), address % 16))
+        return addresses, tuple(layouts), list(arrays)
 
-    def memory(self, array: Any) -> Memory:
-        size = array.itemsize
-        return array.data.ptr, tuple([stride // size for stride in array.strides]), array
-
-    def address(self, array: Any) -> int:
-        address: int = array.data.ptr
-        return address
+    def allocate(self, place: int, specs: Sequence[Spec | None], addresses: list[int]) -> list[Any]:
+        made = []
+        for spec in specs:
+            array = None
+            if spec is not None:
+                array = self._cupy.ndarray(spec.shape, numpy_dtype(spec.dtype))
+                addresses.append(array.data.ptr)
+            made.append(array)
+        return made
 
     def stream(self, place: int) -> int:
         stream: int = self._cupy.cuda.get_current_stream().ptr

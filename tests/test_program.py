@@ -147,6 +147,14 @@ def results_of(problem: Problem) -> tuple[Spec | None, ...]:
     )
 
 
+def program_of(
+    problem: Problem, backend: str | None, names: Any, results: Any, layouts: Any, *off: Any
+) -> Program:
+    """The program of calls on device 0."""
+    known = launch.known_backends()
+    return launch.routine_for(known, problem, 0, backend, names, results).program(layouts, *off)
+
+
 @pytest.mark.parametrize("backend", [naive, gemm, fused])
 @given(data=st.data())
 def test_a_contiguous_call_loads_what_kernels_names(backend, data):
@@ -164,8 +172,8 @@ def test_a_contiguous_call_loads_what_kernels_names(backend, data):
         patch.setattr(_jit, "load", recording)
         patch.setattr(_device, "cuda", lambda index: H200)
         patch.setattr(driver, "launchKernel", lambda *_: None)
-        launch._program.cache_clear()
-        made = launch.program(problem, 0, backend.NAME, names, layouts, results_of(problem))
+        launch.routine_for.cache_clear()
+        made = program_of(problem, backend.NAME, names, results_of(problem), layouts)
     expected = set(backend.kernels(problem))
     assert seen <= expected
     assert seen == expected or backend is fused, "fused names those of other windows too"
@@ -182,19 +190,18 @@ def forward_of(
     query = Spec((1, 14, 14, 4, 32), "float16")
     axes = window_arguments("test", 2, window, 1, 1, False)
     problem = attention_problem("test", "forward", query, query, query, axes, None)
-    return launch.program(
+    return program_of(
         problem,
-        0,
         backend,
         ("query", "key", "value"),
-        layouts or ((contiguous(query.shape), 0),) * 3,
         results or (problem.output, problem.lse),
+        layouts or ((contiguous(query.shape), 0),) * 3,
         misalignments,
     )
 
 
 def test_a_program_is_kept_for_calls_that_are_laid_out_alike(launched, monkeypatch):
-    launch._program.cache_clear()
+    launch.routine_for.cache_clear()
     first = forward_of()
     assert forward_of() is first
     plain = contiguous((1, 14, 14, 4, 32)), 0
@@ -220,7 +227,7 @@ def test_a_result_off_its_alignment_is_stored_in_narrower_pieces(monkeypatch, la
     monkeypatch.setattr(
         _jit, "load", lambda kernel, device: seen.append(kernel.plan) or loaded(kernel, device)
     )
-    launch._program.cache_clear()
+    launch.routine_for.cache_clear()
     for misalignments in ((), (8, 0), (2, 4)):
         forward_of(backend="naive", misalignments=misalignments)
     widths = [re.search(r"kValueVector = (\d+)", plan)[1] for plan in seen]

@@ -97,9 +97,19 @@ class Backend(Protocol):
 BACKENDS: tuple[Backend, ...] = (cast(Backend, fused), naive, gemm, cast(Backend, cpu))
 
 
-def settings() -> tuple[str | None, ...]:
-    """What backends read of the environment when they are asked."""
-    return os.environ.get("CUNEIGH_WORKSPACE_BYTES"), os.environ.get("CUNEIGH_ALLOW_TF32")
+def settings() -> tuple[object, ...]:
+    """What backends read of the environment when they are asked, as it is stored there.
+
+    `os.environ.get` goes through an exception for a variable that is not set, which takes as long
+    as a launch does.
+    """
+    stored = os.environ._data  # type: ignore[attr-defined]
+    return tuple(map(stored.get, _SETTINGS))
+
+
+_SETTINGS = [
+    os.environ.encodekey(name) for name in ("CUNEIGH_WORKSPACE_BYTES", "CUNEIGH_ALLOW_TF32")
+]
 
 
 def choose(problem: Problem, device: Device, name: str | None) -> Backend:

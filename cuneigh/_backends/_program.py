@@ -11,6 +11,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +71,7 @@ class Array:
         )
 
 
+@lru_cache(maxsize=4096)
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Elements from one entry to the next along each axis of a contiguous array."""
     return tuple(math.prod(shape[axis:]) for axis in range(1, len(shape) + 1))

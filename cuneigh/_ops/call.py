@@ -6,14 +6,15 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from itertools import repeat
+from functools import cached_property
+from itertools import compress, repeat
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from cuneigh._arrays import Arguments, GpuFace, HostFace, Launcher, Watcher, meet
+from cuneigh._arrays import Arguments, Face, GpuFace, HostFace, Launcher, Watcher, meet
 from cuneigh._backends import choose
-from cuneigh._device import CPU, current
-from cuneigh._ops.launch import perform, program
-from cuneigh._problem import Problem, Spec, finite_scale
+from cuneigh._device import CPU, Device, current
+from cuneigh._ops.launch import Routine, known_backends, perform, routine_for
+from cuneigh._problem import GRADIENT, RESULTS, Problem, Spec, finite_scale
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,90 +90,144 @@ def scale_or_default(call: str, scale: object) -> float | None:
     return None if scale is None else finite_scale(call, scale)
 
 
+class Call:
+    """A call apart from its arrays: it serves every call like it."""
+
+    def __init__(
+        self,
+        name: str,
+        face: Face,
+        place: Any,
+        arguments: tuple[str, ...],
+        problem: Problem,
+        backend: str | None,
+        results: Sequence[Spec | None],
+    ) -> None:
+        if backend is not None and not isinstance(backend, str):
+            raise TypeError(f"{name}: backend={backend!r} is {type(backend).__name__}, not a str")
+        self.name = name
+        """Of the public function."""
+        self.face, self.place = face, place
+        self.arguments = arguments
+        """The names of the arrays that it takes, in their order."""
+        self.problem, self.backend = problem, backend
+        self.results = tuple(results)
+        """Those of all results that the operation has, None where not wanted."""
+        self._gradients: dict[tuple[bool, ...], Call] = {}
+
+    def compute(self, arrays: Sequence[Any]) -> list[Any]:
+        """Arrays of the caller's framework for the results, None where that is None.
+
+        A framework that watches the arguments, to differentiate or to trace the call, comes first.
+        """
+        face = self.face
+        if isinstance(face, Watcher) and face.watches(arrays):
+            return face.record(self, arrays)
+        return self.run(arrays)
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        """`compute` without anybody watching: the chosen backend fills the results.
+
+        A problem that is empty launches nothing: its results are those of no keys at all.
+        """
+        face, problem, device = self.face, self.problem, self._device
+        if device is not None and (problem.is_empty or isinstance(face, Launcher)):
+            choose(problem, device, self.backend)  # raises what any other problem would
+        if problem.is_empty:
+            values = (0.0, -math.inf) if problem.operation == "forward" else repeat(0.0)
+            return [
+                None if spec is None else face.full(self.place, *spec, value)
+                for spec, value in zip(self.results, values, strict=False)
+            ]
+        if isinstance(face, Launcher):
+            return face.launch(self, arrays)
+        assert device is not None, "only a launcher hides where its arrays are"
+        if device.kind == "cpu":
+            return self._on_host(cast(HostFace, face), arrays)
+        return self._on_gpu(cast(GpuFace, face), device.index, arrays)
+
+    @cached_property
+    def with_lse(self) -> Call:
+        """The same call with all results of the operation, which is ``forward``."""
+        results = self.problem.output, self.problem.lse
+        return Call(
+            self.name, self.face, self.place, self.arguments, self.problem, self.backend, results
+        )
+
+    def gradient(self, given: tuple[bool, ...]) -> Call:
+        """The call for the gradients of the arguments.
+
+        Its own arguments are those of this one, its results if the operation is ``forward``, and
+        then the gradients of its results, as far as they are `given`.
+        """
+        call = self._gradients.get(given)
+        if call is None:
+            problem, operation = self.problem.gradient, self.problem.operation
+            names = self.arguments
+            if operation == "forward":
+                names += RESULTS[operation]
+            names += tuple(compress(GRADIENT[operation][1], given))
+            results = (problem.logits, *problem.specs) if operation == "av" else problem.specs
+            call = Call(self.name, self.face, self.place, names, problem, self.backend, results)
+            self._gradients[given] = call
+        return call
+
+    @cached_property
+    def _routine(self) -> Routine:
+        assert self._device is not None, "only a launcher hides where its arrays are"
+        index = self._device.index
+        return routine_for(
+            known_backends(), self.problem, index, self.backend, self.arguments, self.results
+        )
+
+    @cached_property
+    def _device(self) -> Device | None:
+        return self.face.device(self.place)
+
+    def _on_host(self, face: HostFace, arrays: Sequence[Any]) -> list[Any]:
+        place = self.place
+
+        def allocate(shape: tuple[int, ...], dtype: str) -> Any:
+            return face.borrow(face.empty(place, shape, dtype))
+
+        chosen = choose(self.problem, CPU, self.backend)
+        given = dict(zip(self.arguments, map(face.borrow, arrays), strict=True))
+        made = [None if spec is None else face.empty(place, *spec) for spec in self.results]
+        native = [None if array is None else face.borrow(array) for array in made]
+        perform(chosen, self.problem, given, native, allocate)
+        return made
+
+    def _on_gpu(self, face: GpuFace, index: int, arrays: Sequence[Any]) -> list[Any]:
+        """What every warm call does; how long it takes is how long the host takes for a call."""
+        place, routine = self.place, self._routine
+        with current(index):
+            addresses, layouts, kept = face.memory(arrays)
+            program = routine.program(layouts)
+            made = face.allocate(place, self.results, addresses)
+            kept += face.allocate(place, program.workspace, addresses)
+            program.run(addresses, face.stream(place))
+        return made
+
+
+def call_of(
+    name: str,
+    arguments: Arguments,
+    problem: Problem,
+    backend: str | None,
+    results: Sequence[Spec | None],
+) -> Call:
+    """The call of the public function `name` with these arguments."""
+    face, place, arrays, _ = arguments
+    return Call(name, face, place, tuple(arrays), problem, backend, results)
+
+
 def compute(
-    call: str,
+    name: str,
     arguments: Arguments,
     problem: Problem,
     backend: str | None,
     results: Sequence[Spec | None],
 ) -> list[Any]:
-    """Arrays of the caller's framework for `results`, None where that is None.
-
-    A framework that watches the arguments, to differentiate or to trace the call, comes first.
-    """
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"{call}: backend={backend!r} is {type(backend).__name__}, not a str")
-    face = arguments.face
-    if isinstance(face, Watcher) and face.watches(arguments.arrays):
-        return face.record(call, arguments, problem, backend, results)
-    return run(arguments, problem, backend, results)
-
-
-def run(
-    arguments: Arguments, problem: Problem, backend: str | None, results: Sequence[Spec | None]
-) -> list[Any]:
-    """`compute` without anybody watching: the chosen backend fills the arrays.
-
-    A problem that is empty launches nothing: its results are those of no keys at all.
-    """
-    face, place = arguments.face, arguments.place
-    device = face.device(place)
-    if problem.is_empty:
-        if device is not None:
-            choose(problem, device, backend)  # raises what any other problem would
-        values = (0.0, -math.inf) if problem.operation == "forward" else repeat(0.0)
-        return [
-            None if spec is None else face.full(place, *spec, value)
-            for spec, value in zip(results, values, strict=False)
-        ]
-    if isinstance(face, Launcher):
-        if device is not None:
-            choose(problem, device, backend)
-        return face.launch(arguments, problem, backend, results)
-    assert device is not None, "only a launcher hides where its arrays are"
-    if device.kind == "cpu":
-        return _on_host(cast(HostFace, face), arguments, problem, backend, results)
-    return _on_gpu(cast(GpuFace, face), device.index, arguments, problem, backend, results)
-
-
-def _on_host(
-    face: HostFace,
-    arguments: Arguments,
-    problem: Problem,
-    backend: str | None,
-    results: Sequence[Spec | None],
-) -> list[Any]:
-    place = arguments.place
-
-    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
-        return face.borrow(face.empty(place, shape, dtype))
-
-    chosen = choose(problem, CPU, backend)
-    given = {name: face.borrow(array) for name, array in arguments.arrays.items()}
-    made = [None if spec is None else face.empty(place, *spec) for spec in results]
-    native = [None if array is None else face.borrow(array) for array in made]
-    perform(chosen, problem, given, native, allocate)
-    return made
-
-
-def _on_gpu(
-    face: GpuFace,
-    index: int,
-    arguments: Arguments,
-    problem: Problem,
-    backend: str | None,
-    results: Sequence[Spec | None],
-) -> list[Any]:
-    """What every warm call does; how long it takes is how long the host takes for a call."""
-    place, arrays = arguments.place, arguments.arrays
-    with current(index):
-        memories = [face.memory(array) for array in arrays.values()]
-        layouts = tuple([(steps, address % 16) for address, steps, _ in memories])
-        launches = program(problem, index, backend, tuple(arrays), layouts, tuple(results))
-        made = [None if spec is None else face.empty(place, *spec) for spec in results]
-        workspace = [face.empty(place, *spec) for spec in launches.workspace]
-        addresses = [address for address, _, _ in memories]
-        addresses += [face.address(array) for array in made if array is not None]
-        addresses += [face.address(array) for array in workspace]
-        launches.run(addresses, face.stream(place))
-    return made
+    """Arrays of the caller's framework for `results`, None where that is None."""
+    call = call_of(name, arguments, problem, backend, results)
+    return call.compute(tuple(arguments.arrays.values()))

@@ -8,57 +8,69 @@ from itertools import repeat
 from typing import Any
 
 from cuneigh import _backends, _device
+from cuneigh._arrays import Layout
 from cuneigh._backends import Backend, Space
 from cuneigh._backends._program import Program
 from cuneigh._problem import Operands, Problem, Spec
 
-Layout = tuple[tuple[int, ...], int]
-"""How an array lies in memory: elements from entry to entry along each axis, address modulo 16."""
+
+class Routine:
+    """What serves the calls of one problem on one GPU: a program for every layout of its arrays."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        device: int,
+        backend: str | None,
+        arguments: tuple[str, ...],
+        results: tuple[Spec | None, ...],
+    ) -> None:
+        self._problem, self._arguments, self._results = problem, arguments, results
+        self._place = _device.cuda(device)
+        self._backend = _backends.choose(problem, self._place, backend)
+        self.program = lru_cache(maxsize=256)(self._program)
+
+    def _program(self, layouts: tuple[Layout, ...], misalignments: tuple[int, ...] = ()) -> Program:
+        """The program for arguments that are laid out as `layouts`; the device is current.
+
+        It is run with the addresses of the arguments, in their order, and then those
+        of the results that are wanted. Results are contiguous, and at multiples of 16 unless
+        `misalignments` has for each that is wanted its address modulo 16.
+        """
+        made = Program(self._place)
+        given = {
+            name: made.array(self._problem.spec(name), *layout)
+            for name, layout in zip(self._arguments, layouts, strict=True)
+        }
+        off = iter(misalignments or repeat(0))
+        wanted = [
+            None if spec is None else made.array(spec, misalignment=next(off))
+            for spec in self._results
+        ]
+        perform(self._backend, self._problem, given, wanted, made)
+        return made
 
 
-def program(
-    problem: Problem,
-    device: int,
-    backend: str | None,
-    names: tuple[str, ...],
-    layouts: tuple[Layout, ...],
-    results: tuple[Spec | None, ...],
-    misalignments: tuple[int, ...] = (),
-) -> Program:
-    """The program for `problem` on a CUDA device, which is current.
-
-    It is run with the addresses of the arguments `names`, which are laid out as `layouts`, and then
-    those of `results`, None where not wanted. Results are contiguous, and at multiples of 16 unless
-    `misalignments` has for each that is wanted its address modulo 16.
-    """
-    known = _backends.BACKENDS, _backends.settings()
-    return _program(known, problem, device, backend, names, layouts, results, misalignments)
+def known_backends() -> object:
+    """What the choice of a backend and its programs depend on, apart from the problem."""
+    return _backends.BACKENDS, _backends.settings()
 
 
 @lru_cache(maxsize=4096)
-def _program(
+def routine_for(
     known: object,
     problem: Problem,
     device: int,
     backend: str | None,
-    names: tuple[str, ...],
-    layouts: tuple[Layout, ...],
+    arguments: tuple[str, ...],
     results: tuple[Spec | None, ...],
-    misalignments: tuple[int, ...],
-) -> Program:
-    place = _device.cuda(device)
-    chosen = _backends.choose(problem, place, backend)
-    made = Program(place)
-    given = {
-        name: made.array(problem.spec(name), *layout)
-        for name, layout in zip(names, layouts, strict=True)
-    }
-    off = iter(misalignments or repeat(0))
-    wanted = [
-        None if spec is None else made.array(spec, misalignment=next(off)) for spec in results
-    ]
-    perform(chosen, problem, given, wanted, made)
-    return made
+) -> Routine:
+    """The routine for `problem` on a CUDA device, by the backend called `backend` or the best one.
+
+    It takes arrays called `arguments` and fills `results`, None where not wanted. `known` is what
+    `known_backends` returns.
+    """
+    return Routine(problem, device, backend, arguments, results)
 
 
 def perform(

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from cuneigh._arrays import examine
-from cuneigh._ops.call import Flags, Sizes, compute, for_each_rank, scale_or_default
+from cuneigh._ops.call import (
+    Call,
+    Flags,
+    Sizes,
+    call_of,
+    compute,
+    for_each_rank,
+    scale_or_default,
+)
+from cuneigh._ops.recognize import recognized
 from cuneigh._problem import (
     Problem,
     Spec,
@@ -119,23 +129,30 @@ def na(
     >>> lse.shape
     (1, 8, 8, 2)
     """
-    call = f"na{rank}d"
+    call, arrays = _forward(
+        (query, key, value, additional_keys, additional_values, rpb),
+        (rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+    )
+    output, lse = call.compute(arrays)
+    return output if lse is None else (output, lse)
+
+
+@recognized
+def _forward(operands: Sequence[Any], parameters: tuple[Any, ...]) -> tuple[Call, Sequence[Any]]:
+    """The call of `na` with these arguments, and the arrays among them."""
+    query, key, value, additional_keys, additional_values, rpb = operands
+    rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend = parameters
+    name = f"na{rank}d"
     arguments = examine(
-        call,
+        name,
         {"query": query, "key": key, "value": value},
         {"additional_keys": additional_keys, "additional_values": additional_values, "rpb": rpb},
     )
-    window = window_arguments(call, rank, kernel_size, stride, dilation, is_causal)
-    problem = _problem(call, "forward", arguments.specs, window, scale)
-    with_lse = boolean(call, "return_lse", return_lse)
-    output, lse = compute(
-        call,
-        arguments,
-        problem,
-        backend,
-        (problem.output, problem.lse if with_lse else None),
-    )
-    return (output, lse) if with_lse else output
+    window = window_arguments(name, rank, kernel_size, stride, dilation, is_causal)
+    problem = _problem(name, "forward", arguments.specs, window, scale)
+    lse = problem.lse if boolean(name, "return_lse", return_lse) else None
+    call = call_of(name, arguments, problem, backend, (problem.output, lse))
+    return call, tuple(arguments.arrays.values())
 
 
 def na_backward(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import compress
 from typing import Any
 
 import jax
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 
 from cuneigh import _device
 from cuneigh._arrays import (
-    Arguments,
     Launcher,
     dtype_name,
     import_cupy,
@@ -26,7 +26,8 @@ from cuneigh._arrays import (
     register,
 )
 from cuneigh._backends import BACKENDS, choose
-from cuneigh._problem import RESULTS, Problem, Spec
+from cuneigh._ops.call import Call
+from cuneigh._problem import RESULTS, Spec
 from cuneigh.jax import _calls, _handlers
 
 
@@ -74,22 +75,16 @@ class JaxFace(Launcher):
     def cast(self, array: jax.Array, dtype: str) -> jax.Array:
         return array.astype(numpy_dtype(dtype))
 
-    def launch(
-        self,
-        arguments: Arguments,
-        problem: Problem,
-        backend: str | None,
-        results: Sequence[Spec | None],
-    ) -> list[Any]:
-        if arguments.place is None and backend not in (None, *(known.NAME for known in BACKENDS)):
+    def launch(self, call: Call, arrays: Sequence[jax.Array]) -> list[Any]:
+        problem, backend = call.problem, call.backend
+        if call.place is None and backend not in (None, *(known.NAME for known in BACKENDS)):
             choose(problem, _device.CPU, backend)  # raises now, not when the program runs
         names = RESULTS[problem.operation]
-        wanted = [name for name, spec in zip(names, results, strict=True) if spec is not None]
-        call = _calls.Call(problem, backend, tuple(arguments.arrays), tuple(wanted))
-        arrays = tuple(arguments.arrays.values())
-        if arguments.place is None:
+        wanted = tuple(compress(names, call.results))
+        if call.place is None:
             arrays = _calls.spread(arrays, _calls.spread_over(arrays))
-        made = dict(zip(wanted, _calls.eager(call, *arrays), strict=True))
+        asked = _calls.Call(problem, backend, call.arguments, wanted)
+        made = dict(zip(wanted, _calls.eager(asked, *arrays), strict=True))
         return [made.get(name) for name in names]
 
 

@@ -14,7 +14,7 @@ from cuneigh import _device
 from cuneigh._arrays import numpy_dtype
 from cuneigh._backends import choose
 from cuneigh._backends._program import contiguous
-from cuneigh._ops.launch import perform, program
+from cuneigh._ops.launch import known_backends, perform, routine_for
 from cuneigh._problem import RESULTS, Spec, size_of
 from cuneigh.jax import _arithmetic, _xla
 from cuneigh.jax._calls import TARGET, Call
@@ -95,15 +95,9 @@ def serve_cuda(asked: _xla.Call) -> None:
     # XLA may have a call write a slice of a larger array.
     off = tuple(address % 16 for address in asked.results)
     with _device.current(index):
-        launches = program(
-            call.problem,
-            index,
-            call.backend,
-            call.arguments,
-            layouts,
-            request.wanted,
-            off if any(off) else (),
-        )
+        known = known_backends()
+        asked_for = call.problem, index, call.backend, call.arguments, request.wanted
+        launches = routine_for(known, *asked_for).program(layouts, off if any(off) else ())
         workspace = [asked.allocate(size_of(spec)) for spec in launches.workspace]
         launches.run([*asked.arguments, *asked.results, *workspace], asked.stream())
 

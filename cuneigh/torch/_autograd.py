@@ -7,60 +7,57 @@ times as long as a function of `torch.autograd`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
 
-from cuneigh._arrays import Arguments
-from cuneigh._ops.call import run
-from cuneigh._problem import GRADIENT, RESULTS, Problem, Spec
-from cuneigh.torch._operators import SECOND, add_gradients
+from cuneigh._ops.call import Call
+from cuneigh._problem import GRADIENT
+from cuneigh.torch._operators import SECOND
 
 
-def differentiable(
-    arguments: Arguments, problem: Problem, backend: str | None, results: Sequence[Spec | None]
-) -> Sequence[torch.Tensor]:
-    """The results of a problem, through which gradients flow back to the arguments."""
-    if problem.operation == "forward":
-        results = problem.output, problem.lse  # which the gradient needs in any case
-    call = arguments, problem, backend, results
-    made = _Differentiable.apply(call, *arguments.arrays.values())
-    return (made,) if isinstance(made, torch.Tensor) else made
-
-
-Call = tuple[Arguments, Problem, str | None, Sequence[Spec]]
-"""What `run` takes."""
+def differentiable(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """What `call` computes of the arrays, through which gradients flow back to them."""
+    made = _apply(call, *arrays)
+    made = iter((made,) if isinstance(made, torch.Tensor) else made)
+    return [None if spec is None else next(made) for spec in call.results]
 
 
 class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> Any:
-        (face, place, arrays, _), problem, backend, _ = call
-        made = run(*call)
-        names = tuple(arrays)
-        if problem.operation == "forward":
-            names += RESULTS["forward"]
-            tensors += tuple(made)
+    def forward(ctx: Any, call: Call, *arrays: torch.Tensor) -> Any:
+        made: Sequence[Any]
+        if call.problem.operation == "forward":
+            made = call.with_lse.run(arrays)  # which the gradient needs in any case
+            ctx.save_for_backward(*arrays, *made)
+        else:
+            made = call.run(arrays)
+            ctx.save_for_backward(*arrays)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.call = names, face, place, problem, backend
-        return made[0] if len(made) == 1 else tuple(made)
+        ctx.call = call
+        wanted = tuple(compress(made, call.results))
+        return wanted[0] if len(wanted) == 1 else wanted
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        count = len(ctx.needs_input_grad)
-        if all(gradient is None for gradient in gradients):
-            return (None,) * count
-        names, face, place, problem, backend = ctx.call
-        operation = problem.operation
+        call: Call = ctx.call
+        operation = call.problem.operation
+        given = tuple([gradient is not None for gradient in gradients])
+        if True not in given:
+            return (None, *[None] * len(call.arguments))
         if operation not in GRADIENT:
             raise RuntimeError(f"cuneigh: {operation} {SECOND}")
-        arrays = dict(zip(names, ctx.saved_tensors, strict=True))
-        add_gradients(operation, arrays, gradients)
-        gradient = problem.gradient
-        wanted = gradient.specs if operation != "av" else (problem.logits, *gradient.specs)
+        arrays = ctx.saved_tensors
+        if operation == "forward" and not given[0]:  # of lse alone
+            gradients, given = (torch.zeros_like(arrays[-2]), *gradients[1:]), (True, True)
+        gradient = call.gradient(given)
+        arrays += tuple(compress(gradients, given))
         # Somebody who wants to differentiate the gradient must meet the error above.
-        compute: Any = differentiable if torch.is_grad_enabled() else run
-        made = compute(Arguments(face, place, arrays, {}), gradient, backend, wanted)
-        of = dict(zip(RESULTS[gradient.operation], made, strict=True))
-        return (None, *map(of.get, names[: count - 1]))
+        compute = differentiable if torch.is_grad_enabled() else Call.run
+        made = compute(gradient, arrays)  # in the order of the arguments
+        return (None, *[array for array in made if array is not None])
+
+
+# Function.apply itself, without its care for transformations of functorch, of which there are none.
+_apply = super(torch.autograd.Function, _Differentiable).apply

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from cuneigh._arrays import Arguments, examine
-from cuneigh._ops.call import run
+from cuneigh._arrays import examine
+from cuneigh._ops.call import Call, call_of
 from cuneigh._problem import (
     DTYPES,
     GRADIENT,
@@ -68,22 +68,19 @@ def spec_of(tensor: torch.Tensor) -> Spec:
 _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 
-def call(
-    name: str, arguments: Arguments, problem: Problem, backend: str | None
-) -> list[torch.Tensor | None]:
-    """The results of the public function called `name`, in its order, by an operator."""
-    operation = problem.operation
-    dense = name == "attention"
+def call(public: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The results of a call of a public function, in its order, by an operator."""
+    problem = public.problem
     axes = problem.axes
     parameters = Parameters(
-        [] if dense else [axis.kernel_size for axis in axes],
+        [] if public.name == "attention" else [axis.kernel_size for axis in axes],
         [axis.stride for axis in axes],
         [axis.dilation for axis in axes],
         [axis.is_causal for axis in axes],
         problem.scale,
-        backend,
+        public.backend,
     )
-    return apply(operation, arguments.arrays, parameters)
+    return apply(problem.operation, dict(zip(public.arguments, arrays, strict=True)), parameters)
 
 
 def apply(
@@ -175,11 +172,13 @@ def _kernel(operation: Operation) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         arrays, parameters = _split(operation, args)
         problem = _problem(operation, arrays, parameters)
-        arguments = examine(f"cuneigh::{operation}", arrays)
+        name = f"cuneigh::{operation}"
+        arguments = examine(name, arrays)
         given = _given_results(operation, arrays)
         results = [problem.spec(name) if name in given else None for name in RESULTS[operation]]
+        call = call_of(name, arguments, problem, parameters.backend, results)
         with torch.no_grad():
-            made = run(arguments, problem, parameters.backend, results)
+            made = call.run(tuple(arguments.arrays.values()))
         return _joined(operation, [array for array in made if array is not None])
 
     return kernel
