@@ -74,14 +74,20 @@ def current(index: int) -> AbstractContextManager[Any]:
     Where that is so already, nothing is changed. XLA, for one, makes a device current by pushing a
     context; to make it current once more would outlast that.
     """
-    from cupy import cuda
-
+    cuda = _cuda()
     if cuda.runtime.getDevice() != index:
         device: AbstractContextManager[Any] = cuda.Device(index)
         return device
     if not cuda.driver.ctxGetCurrent():  # a thread that has not used CUDA yet
         cuda.runtime.setDevice(index)
     return _HERE
+
+
+@cache
+def _cuda() -> Any:
+    from cupy import cuda
+
+    return cuda
 
 
 _HERE: AbstractContextManager[None] = nullcontext()

@@ -11,7 +11,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,8 +150,7 @@ class _Launch:
     ) -> None:
         from cupy.cuda import driver
 
-        self._launch = driver.launchKernel
-        self._function, self._size = function, size
+        self._launch = partial(driver.launchKernel, function, *size)
         # The frame holds the addresses of the parameters, then the parameters.
         self._frame = array("q", bytes(8 * len(parameters)))
         self._starts: list[tuple[int, int]] = []
@@ -174,7 +173,7 @@ class _Launch:
             frame[place] = start + offset
         for place, slot, offset in self._pointers:
             frame[place] = addresses[slot] + offset
-        self._launch(self._function, *self._size, stream, start, 0)
+        self._launch(stream, start, 0)
 
 
 def cupy_stream(pointer: int) -> Any:

@@ -203,10 +203,10 @@ class Call:
         with current(index):
             addresses, layouts, kept = face.memory(arrays)
             program = routine.program(layouts)
-            made = face.allocate(place, self.results, addresses)
-            kept += face.allocate(place, program.workspace, addresses)
+            made = face.allocate(place, (*self.results, *program.workspace), addresses)
             program.run(addresses, face.stream(place))
-        return made
+        del kept  # its memory goes only to what comes after these launches
+        return made[: len(self.results)]
 
 
 def call_of(
