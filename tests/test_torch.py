@@ -577,6 +577,77 @@ def test_bad_input_is_refused_with_and_without_a_gradient():
             cuneigh.na2d(tensor, key, value, 3, backend="none")
 
 
+def test_a_call_like_one_before_is_not_examined_again(monkeypatch):
+    given = tensors()
+    cuneigh.na2d(*given, 1)  # A type of array must have been met.
+    wanted = [cuneigh.na2d(*given, (3, 3), scale=0.5), cuneigh.na2d(*given, 3, return_lse=True)[1]]
+    monkeypatch.setattr("cuneigh._ops.neighborhood.examine", None)
+    again = [cuneigh.na2d(*given, (3, 3), scale=0.5), cuneigh.na2d(*given, 3, return_lse=True)[1]]
+    assert_equal(again, wanted)
+    with pytest.raises(TypeError, match="NoneType"):
+        cuneigh.na2d(*given, (3, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"kernel_size": True}, TypeError, "kernel_size=True is bool"),
+        ({"kernel_size": 1.0}, TypeError, "kernel_size=1.0 is float"),
+        ({"kernel_size": (1, True)}, TypeError, r"kernel_size\[1\]=True is bool"),
+        ({"kernel_size": [1, 1.0]}, TypeError, r"kernel_size\[1\]=1.0 is float"),
+        ({"is_causal": 0}, TypeError, "is_causal=0 is int"),
+        ({"return_lse": 0}, TypeError, "return_lse=0 is int"),
+        ({"scale": True}, TypeError, "scale=True is bool"),
+        ({"query": "sparse"}, TypeError, "query is a sparse_coo tensor"),
+        ({"query": "meta"}, ValueError, "query is on device meta"),
+        ({"query": "half"}, TypeError, "key has dtype float32"),
+        ({"query": "wide"}, ValueError, "key has size 8 on axis 4"),
+    ],
+)
+def test_what_only_looks_like_a_call_before_is_examined(changes, error, words):
+    given = torch.ones(1, 4, 4, 2, 8)
+    others = {
+        "sparse": given.to_sparse(),
+        "meta": given.to("meta"),
+        "half": given.half(),
+        "wide": torch.ones(1, 4, 4, 2, 16),
+    }
+    legal = {"query": given, "key": given, "value": given, "kernel_size": 1, "stride": 1}
+    legal |= {"is_causal": False, "scale": 1.0, "return_lse": False}
+    for kernel_size in (1, (1, 1)):
+        cuneigh.na2d(**legal | {"kernel_size": kernel_size})
+    changes = {name: others.get(str(value), value) for name, value in changes.items()}
+    with pytest.raises(error, match=words):
+        cuneigh.na2d(**legal | changes)
+
+
+def test_settings_are_noticed_by_a_call_like_one_before(monkeypatch):
+    given = [tensor.detach() for tensor in tensors()]
+    for _ in range(2):  # A type of array must have been met.
+        cuneigh.na2d(*given, 3)
+    monkeypatch.setattr("cuneigh._ops.neighborhood.examine", None)
+    cuneigh.na2d(*given, 3)
+    monkeypatch.setenv("CUNEIGH_ALLOW_TF32", "1")
+    with pytest.raises(TypeError, match="NoneType"):
+        cuneigh.na2d(*given, 3)
+
+
+def test_a_tensor_that_outlived_a_transformation():
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor * 2)
+        return kept[0].sum()
+
+    plain = tensors(1)[0].detach()
+    torch.func.grad(keep)(plain)
+    leaf = plain.clone().requires_grad_()
+    for other in (plain, leaf):
+        assert torch.equal(
+            cuneigh.na2d(kept[0], other, other, 3), cuneigh.na2d(plain * 2, leaf, leaf, 3)
+        )
+
+
 def test_bad_input_is_refused_while_tracing():
     def step(query, key, kernel_size=7):
         return cuneigh.na2d(query, key, key, kernel_size)
