@@ -27,6 +27,7 @@
 #include "cuneigh/copies.cuh"
 #include "cuneigh/fused.cuh"
 #include "cuneigh/products.cuh"
+#include "cuneigh/softmax.cuh"
 #include "cuneigh/visible.cuh"
 
 namespace cuneigh {
@@ -51,11 +52,6 @@ struct ForwardSmem {
   Element value[2][Plan::kColumns][kVectorPitch<Element, Plan::kValueDim>];
   Tables<Plan> tables;
 };
-
-// Weights are 2^(logit - shift), whose shift follows a row's maximum only when that has moved by
-// more than this, which is seldom; no float16 is near overflow.
-constexpr float kSlack = 8;
-constexpr float kLargest = 3.402823466e38f;
 
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)

@@ -1,26 +1,40 @@
 // The gradients of neighborhood attention of small windows on tensor cores, the logits recomputed:
 // the products of fused_backward.cu on the slabs and lists of halo_forward.cu. Sixteen columns are
-// done at a time, since no maximum has to be known first.
+// done at a time, since no maximum has to be known first. The kernel for queries computes their
+// statistics on the way and leaves them for the one for keys (fused_delta.cu says what they are).
 //
-// blockIdx.x: (part of the batch, head, box of rows). The plan is that of halo_forward.cu
-// without kWhole.
+// blockIdx.x: (part of the batch, head, box of rows). The plan is that of halo_forward.cu, with one
+// buffer; kWhole and kLse are false.
 
 #include "cuneigh/halo.cuh"
 #include "cuneigh/mma.cuh"
+#include "cuneigh/softmax.cuh"
 
 namespace cuneigh {
 
 template <typename Plan>
 struct HaloBackward {
   using Const = View<const typename Plan::Element, Plan::kRank>;
-  Const row_key, row_value;                    // query and grad_output, or key and value
-  Const column_key, column_value;              // key and value, or query and grad_output
-  View<const float2, Plan::kRank> statistics;  // by fused_delta
+  Const row_key, row_value;              // query and grad_output, or key and value
+  Const column_key, column_value;        // key and value, or query and grad_output
+  View<float2, Plan::kRank> statistics;  // written if the rows are queries, else read
   View<typename Plan::Element, Plan::kRank> grad_key, grad_value;  // of the rows; queries have one
+  Const output;                                                    // if the rows are queries
+  View<const float, Plan::kRank> lse, grad_lse;                    // likewise; grad_lse may be null
 };
 
-struct RowStep {
-  unsigned key, value, statistics, grad_key, grad_value;
+// The rows of a block in memory: where each array begins, and the steps to each row.
+template <typename Plan>
+struct Rows {
+  struct Steps {
+    unsigned key, value, grad_key, grad_value, output, statistics, lse, grad_lse;
+  };
+
+  Origin<const typename Plan::Element> key, value, output;
+  Origin<typename Plan::Element> grad_key, grad_value;
+  Origin<float2> statistics;
+  Origin<const float> lse, grad_lse;
+  Steps steps[HaloTables<Plan>::kRows];
 };
 
 // product = rows columns^T, for sixteen of each. A lane's address is that of dimensions
@@ -60,52 +74,86 @@ __device__ void accumulate(const float (&weight)[2][4], unsigned columns, float 
   }
 }
 
+// sum(grad_output * output) of row lane / 4, or the one eight rows after it: an element of the
+// diagonal of a product.
+template <typename Plan, typename Element, int kPitch>
+__device__ float delta_of_rows(const Element (*rows_smem)[kPitch], int half, int lane) {
+  constexpr int kHeadDim = Plan::kHeadDim, kValueDim = Plan::kValueDim;
+  const Element* outputs =
+      &rows_smem[lane / 16 * 8 + lane % 8][kHeadDim + kValueDim + lane / 8 % 2 * 8];
+  unsigned grad_outputs[kValueDim / 16][4];
+#pragma unroll
+  for (int d = 0; d < kValueDim; d += 16)
+    take_rows(rows_smem, kHeadDim + d, lane, grad_outputs[d / 16]);
+  float product[2][4];
+  multiply<kValueDim>(grad_outputs, shared_address(outputs), product, Element());
+  const int row = lane / 4, source = row * 4 + row / 2;
+  const float* of_half = &product[half][2 * half];
+  return __shfl_sync(0xffffffffu, row % 2 ? of_half[1] : of_half[0], source);
+}
+
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     halo_backward(const HaloProblem<Plan::kRank> problem, const HaloBackward<Plan> arguments) {
   using Element = typename Plan::Element;
   constexpr int kHeadDim = Plan::kHeadDim, kValueDim = Plan::kValueDim;
   extern __shared__ __align__(16) char memory_smem[];
-  auto& smem = *reinterpret_cast<HaloMemory<Plan, kHeadDim + kValueDim>*>(memory_smem);
+  constexpr int kRowDim = kHeadDim + kValueDim + (Plan::kRowsAreKeys ? 0 : kValueDim);
+  auto& smem = *reinterpret_cast<HaloMemory<Plan, kRowDim>*>(memory_smem);
   const auto& tables = smem.tables;
-  __shared__ RowStep steps_smem[HaloTables<Plan>::kRows];
+  __shared__ Rows<Plan> rows;
+  using Steps = typename Rows<Plan>::Steps;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   fill_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
-    steps_smem[row] = {step_to<8>(arguments.row_key, token), step_to<8>(arguments.row_value, token),
-                       step_to<1>(arguments.statistics, token),
-                       step_to<8>(arguments.grad_key, token),
-                       step_to<8>(arguments.grad_value, token)};
+    rows.steps[row] = {steps_to(arguments.row_key, token),  steps_to(arguments.row_value, token),
+                       steps_to(arguments.grad_key, token), steps_to(arguments.grad_value, token),
+                       steps_to(arguments.output, token),   steps_to(arguments.statistics, token),
+                       steps_to(arguments.lse, token),      steps_to(arguments.grad_lse, token)};
   });
   __syncthreads();
+  if (threadIdx.x == 96) {
+    const int head = tables.rows.head;
+    rows.key = origin_of(arguments.row_key, head);
+    rows.value = origin_of(arguments.row_value, head);
+    rows.grad_key = origin_of(arguments.grad_key, head);
+    rows.grad_value = origin_of(arguments.grad_value, head);
+    rows.output = origin_of(arguments.output, head);
+    rows.statistics = origin_of(arguments.statistics, head);
+    rows.lse = origin_of(arguments.lse, head);
+    rows.grad_lse = origin_of(arguments.grad_lse, head);
+  }
   fill_steps<Plan>(problem, arguments.column_key, arguments.column_value, arguments.statistics,
                    smem);
+  fill_lists<Plan>(problem, warp, lane, smem);
   __syncthreads();
 
   // The statistics of a column follow its vectors, in what pads them
   constexpr int kStatistics = (kHeadDim + kValueDim) * sizeof(Element);
-  auto load = [&](const Slab& slab, int buffer) {
-    char* first = smem.column(buffer, 0);
-    load_slab<kHeadDim, 0>(problem, slab, arguments.column_key, smem, first);
-    load_slab<kValueDim, 1>(problem, slab, arguments.column_value, smem,
-                            first + kHeadDim * sizeof(Element));
+  auto* rows_smem = &smem.row[0][warp * 16];
+  auto load = [&](const Slab& slab) {
+    load_slab<Plan>(slab, smem, 0);
     if constexpr (Plan::kRowsAreKeys) {
-      const float2* source = first_of<2, Plan>(problem, slab, arguments.statistics, tables);
+      char* first = smem.column(0, 0);
+      const float2* source = first_of<Plan>(tables.statistics, slab, tables);
       for (int i = threadIdx.x; i < tables.places; i += Plan::kWarps * 32) {
         const auto& step = smem.steps()[i];
-        copy_8_bytes(first + step.target + kStatistics, source + step.statistics, true);
+        copy_8_bytes(first + step.target + kStatistics, step_by(source, step.statistics), true);
       }
     }
-    load_rows<kHeadDim, &RowStep::key>(arguments.row_key.at(slab.batch, tables.rows.head),
-                                       &steps_smem[warp * 16], lane, &smem.row[buffer][warp * 16],
-                                       0);
-    load_rows<kValueDim, &RowStep::value>(arguments.row_value.at(slab.batch, tables.rows.head),
-                                          &steps_smem[warp * 16], lane,
-                                          &smem.row[buffer][warp * 16], kHeadDim);
+    if (slab.is_first()) {
+      const Steps* steps = &rows.steps[warp * 16];
+      load_rows<kHeadDim, &Steps::key>(entry_of(rows.key, slab.batch), steps, lane, rows_smem, 0);
+      load_rows<kValueDim, &Steps::value>(entry_of(rows.value, slab.batch), steps, lane, rows_smem,
+                                          kHeadDim);
+      if constexpr (!Plan::kRowsAreKeys)
+        load_rows<kValueDim, &Steps::output>(entry_of(rows.output, slab.batch), steps, lane,
+                                             rows_smem, kHeadDim + kValueDim);
+    }
     cp_async_commit();
   };
   Slab slab = first_slab<Plan>(problem, tables);
-  load(slab, 0);
+  load(slab);
 
   // Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are this thread's, in columns
   // 2 * (lane % 4) and the one after of every 8
@@ -114,40 +162,47 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   float grad_key[kHeadDim / 8][4] = {};
   float grad_value[kValueDim / 8][4] = {};
 
-  List list = {};
-  list.begin = -1;
-  for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
-    const int head = tables.rows.head;
-    float2 statistics[2];  // of the rows if they are queries, else of two columns
-    if constexpr (!Plan::kRowsAreKeys) {
-      const float2* of_head = arguments.statistics.at(slab.batch, head);
+  float2 statistics[2];  // of the rows if they are queries, else of two columns
+  while (true) {
+    const bool is_first = slab.is_first();
+    if (!Plan::kRowsAreKeys && is_first) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        statistics[half] = of_head[steps_smem[first_row + half * 8].statistics];
+      for (int half = 0; half < 2; ++half) {
+        const Steps& steps = rows.steps[first_row + half * 8];
+        const float lse = *step_by(entry_of(rows.lse, slab.batch), steps.lse);
+        const float grad_lse = rows.grad_lse.data == nullptr
+                                   ? 0.0f
+                                   : *step_by(entry_of(rows.grad_lse, slab.batch), steps.grad_lse);
+        statistics[half] = {1.44269504f * finite_shift(lse), -grad_lse};
+      }
     }
     cp_async_wait<0>();
     __syncthreads();
-    Slab next = slab;
-    bool more;
-    if (Plan::kBuffers == 2) {
-      more = advance<Plan>(problem, tables, next);
-      if (more) load(next, buffer ^ 1);
+    if (!Plan::kRowsAreKeys && is_first) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + half * 8;
+        statistics[half].y += delta_of_rows<Plan>(rows_smem, half, lane);
+        if (lane % 4 == 0 && tables.exists[row])
+          *step_by(entry_of(rows.statistics, slab.batch), rows.steps[row].statistics) =
+              statistics[half];
+      }
     }
 
-    if (slab.begin != list.begin) list = list_of<Plan>(problem, slab, tables, warp, lane);
-    if (list.meets) {
+    const List list = smem.list(slab.index, warp, lane);
+    const unsigned visible[2] = {list.visible.x, list.visible.y};
+    if (list.first != List::kNothing) {
       unsigned key_rmem[kHeadDim / 16][4], value_rmem[kValueDim / 16][4];
 #pragma unroll
-      for (int d = 0; d < kHeadDim; d += 16)
-        take_rows(&smem.row[buffer][warp * 16], d, lane, key_rmem[d / 16]);
+      for (int d = 0; d < kHeadDim; d += 16) take_rows(rows_smem, d, lane, key_rmem[d / 16]);
 #pragma unroll
       for (int d = 0; d < kValueDim; d += 16)
-        take_rows(&smem.row[buffer][warp * 16], kHeadDim + d, lane, value_rmem[d / 16]);
-      const char* columns = smem.column(buffer, list.first);
+        take_rows(rows_smem, kHeadDim + d, lane, value_rmem[d / 16]);
+      const char* columns = smem.column(0, list.first);
 #pragma unroll
       for (int n = 0; n < Plan::kColumns; n += 16) {
         // Near a border keys are seen by more queries than elsewhere, where lists are not full
-        const unsigned seen = (list.visible[0] | list.visible[1]) >> (n / 4) & 0xf;
+        const unsigned seen = (visible[0] | visible[1]) >> (n / 4) & 0xf;
         if (Plan::kRowsAreKeys && !__any_sync(0xffffffffu, seen)) continue;
 
         // S and dP
@@ -170,9 +225,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const auto [shift, delta] = statistics[Plan::kRowsAreKeys ? i % 2 : i / 2];
-            const bool visible = list.visible[i / 2] >> (n / 4 + t * 2 + i % 2) & 1;
-            const float p = visible ? ex2_approx(fmaf(weight[t][i], scale, -shift)) : 0.0f;
-            const float ds = p == 0 ? 0.0f : p * (grad_weight[t][i] - delta);
+            const bool sees = visible[i / 2] >> (n / 4 + t * 2 + i % 2) & 1;
+            const float p = sees ? ex2_approx(fmaf(weight[t][i], scale, -shift)) : 0.0f;
+            const float ds = sees ? p * (grad_weight[t][i] - delta) : 0.0f;
             weight[t][i] = p;
             grad_weight[t][i] = ds;
           }
@@ -185,26 +240,24 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       }
     }
 
-    if (Plan::kBuffers == 1) {
-      more = advance<Plan>(problem, tables, next);
-      __syncthreads();
-      if (more) load(next, 0);
-    }
+    Slab next = slab;
+    const bool more = advance<Plan>(problem, tables, next);
+    __syncthreads();
+    if (more) load(next);
     const int batch = slab.batch;
     slab = next;
-    if (more && next.batch == batch) continue;
+    if (more && !next.is_first()) continue;
 
     // After the last slab of a batch entry
-    Element* grad_keys = arguments.grad_key.at(batch, head);
-    Element* grad_values = arguments.grad_value.at(batch, head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + half * 8;
+      const auto steps = rows.steps[row];
       store_row<kHeadDim>(grad_key, half, problem.scale, tables.exists[row], lane,
-                          step_by(grad_keys, steps_smem[row].grad_key));
+                          step_by(entry_of(rows.grad_key, batch), steps.grad_key));
       if constexpr (Plan::kRowsAreKeys)
         store_row<kValueDim>(grad_value, half, 1.0f, tables.exists[row], lane,
-                             step_by(grad_values, steps_smem[row].grad_value));
+                             step_by(entry_of(rows.grad_value, batch), steps.grad_value));
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -10,6 +10,7 @@
 //   static constexpr int kBlocks;             blocks of a multiprocessor to leave registers for
 //   static constexpr int kColumns;            places for a warp's keys of a slab, up to 128
 //   static constexpr bool kWhole;             one slab holds all that a block meets
+//   static constexpr bool kLse;               lse is wanted
 //   static constexpr int kBuffers;            slabs in shared memory: 1, or 2 by turns
 //   static constexpr int kHeadDim, kValueDim; head dimensions: 32 or 64
 //   static constexpr int kSides;              entries of HaloTables::below
@@ -20,6 +21,7 @@
 
 #include "cuneigh/halo.cuh"
 #include "cuneigh/mma.cuh"
+#include "cuneigh/softmax.cuh"
 
 namespace cuneigh {
 
@@ -27,11 +29,20 @@ template <typename Plan>
 struct HaloForward {
   View<const typename Plan::Element, Plan::kRank> query, key, value;
   View<typename Plan::Element, Plan::kRank> output;
-  View<float, Plan::kRank> lse;  // may be null
+  View<float, Plan::kRank> lse;
 };
 
-struct QueryStep {
-  unsigned query, output, lse;
+// The rows of a block in memory: where each array begins, and the steps to each row.
+template <typename Plan>
+struct QueryRows {
+  struct Steps {
+    unsigned query, output, lse;
+  };
+
+  Origin<const typename Plan::Element> query;
+  Origin<typename Plan::Element> output;
+  Origin<float> lse;
+  Steps steps[HaloTables<Plan>::kRows];
 };
 
 template <typename Plan>
@@ -42,38 +53,48 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   extern __shared__ __align__(16) char memory_smem[];
   auto& smem = *reinterpret_cast<HaloMemory<Plan, Plan::kHeadDim>*>(memory_smem);
   const auto& tables = smem.tables;
-  __shared__ QueryStep steps_smem[HaloTables<Plan>::kRows];
+  __shared__ QueryRows<Plan> rows;
+  using Steps = typename QueryRows<Plan>::Steps;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   fill_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
-    steps_smem[row] = {step_to<8>(arguments.query, token), step_to<8>(arguments.output, token),
-                       step_to<1>(arguments.lse, token)};
+    rows.steps[row] = {steps_to(arguments.query, token), steps_to(arguments.output, token),
+                       steps_to(arguments.lse, token)};
   });
   __syncthreads();
+  if (threadIdx.x == 96) {
+    const int head = tables.rows.head;
+    rows.query = origin_of(arguments.query, head);
+    rows.output = origin_of(arguments.output, head);
+    rows.lse = origin_of(arguments.lse, head);
+  }
   fill_steps<Plan>(problem, arguments.key, arguments.value, arguments.lse, smem);
+  fill_lists<Plan>(problem, warp, lane, smem);
   __syncthreads();
 
-  auto load = [&](const Slab& slab, int buffer) {
-    char* first = smem.column(buffer, 0);
-    load_slab<Plan::kHeadDim, 0>(problem, slab, arguments.key, smem, first);
-    load_slab<Plan::kValueDim, 1>(problem, slab, arguments.value, smem,
-                                  first + Plan::kHeadDim * sizeof(Element));
-    load_rows<Plan::kHeadDim, &QueryStep::query>(arguments.query.at(slab.batch, tables.rows.head),
-                                                 &steps_smem[warp * 16], lane,
-                                                 &smem.row[buffer][warp * 16], 0);
+  // The rows of an entry come with its first slab, to the buffers for rows by turns
+  int row_buffer = 0;
+  auto load = [&](const Slab& slab, int buffer, int row_buffer) {
+    load_slab<Plan>(slab, smem, buffer);
+    if (slab.is_first())
+      load_rows<Plan::kHeadDim, &Steps::query>(entry_of(rows.query, slab.batch),
+                                               &rows.steps[warp * 16], lane,
+                                               &smem.row[row_buffer][warp * 16], 0);
     cp_async_commit();
   };
   Slab slab = first_slab<Plan>(problem, tables);
-  load(slab, 0);
+  load(slab, 0, 0);
 
   // Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are this thread's, in columns
   // 2 * (lane % 4) and the one after of every 8 keys or dimensions
   const int first_row = warp * 16 + lane / 4;
   const float scale = problem.scale * 1.44269504f;  // logits in base 2
   float output_rmem[Plan::kValueDim / 8][4] = {};
-  float maximum[2] = {-infinity<float>(), -infinity<float>()}, sum[2] = {};
+  float shift[2] = {-kLargest, -kLargest};
+  // Sums of weights: as tensor cores take them, rounded, two columns with the same, which is what
+  // the output is normalized by; and exact ones for lse
+  float rounded_rmem[4] = {}, sum[2] = {};
 
-  List list = list_of<Plan>(problem, slab, tables, warp, lane);
   for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
     cp_async_wait<0>();
     __syncthreads();
@@ -81,12 +102,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     bool more;
     if (Plan::kBuffers == 2) {
       more = advance<Plan>(problem, tables, next);
-      if (more) load(next, buffer ^ 1);
+      if (more) load(next, buffer ^ 1, next.is_first() ? row_buffer ^ 1 : row_buffer);
     }
 
-    if (!Plan::kWhole && slab.begin != list.begin)
-      list = list_of<Plan>(problem, slab, tables, warp, lane);
-    if (Plan::kWhole || list.meets) {
+    const List list = smem.list(slab.index, warp, lane);
+    if (list.first != List::kNothing) {
       // Where this lane's part of a step of ldmatrix begins, of every sixteen columns: the operands
       // of S are eight columns by sixteen dimensions, those of O sixteen by eight
       const unsigned columns = shared_address(smem.column(buffer, list.first));
@@ -102,7 +122,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
       for (int d = 0; d < Plan::kHeadDim; d += 16) {
         unsigned query_rmem[4];
-        take_rows(&smem.row[buffer][warp * 16], d, lane, query_rmem);
+        take_rows(&smem.row[row_buffer][warp * 16], d, lane, query_rmem);
 #pragma unroll
         for (int n = 0; n < kColumnTiles; n += 2) {
           unsigned key_rmem[4];
@@ -119,34 +139,46 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         }
       }
 
-      // Softmax, a running one if there are several slabs; four lanes share a row
-      float shift[2], decay[2];
+      // Mask, and the maximum of each row, which four lanes share
+      float top[2];
+      bool moves = Plan::kWhole;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float top = -infinity<float>();
+        top[half] = -infinity<float>();
+        const unsigned visible = half ? list.visible.y : list.visible.x;
 #pragma unroll
         for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = logit_rmem[n][2 * half + i];
-            if (!(list.visible[half] >> (n * 2 + i) & 1)) x = -infinity<float>();
-            top = fmaxf(top, x);
+            if (!(visible >> (n * 2 + i) & 1)) x = -infinity<float>();
+            top[half] = fmaxf(top[half], x);
           }
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        top = Plan::kWhole ? top * scale : fmaxf(maximum[half], top * scale);
-        shift[half] = top == -infinity<float>() ? 0.0f : top;
-        decay[half] = Plan::kWhole ? 0.0f : ex2_approx(maximum[half] - shift[half]);
-        maximum[half] = top;
-        sum[half] = Plan::kWhole ? 0.0f : sum[half] * decay[half];
+        top[half] *= scale;
+        moves |= top[half] > shift[half] + kSlack;
       }
+      if (Plan::kWhole || __any_sync(0xffffffffu, moves)) {
 #pragma unroll
-      for (int d = 0; d < Plan::kValueDim / 8; ++d)
+        for (int half = 0; half < 2; ++half) {
+          float highest = top[half];
+          highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+          highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+          if (!Plan::kWhole && !(highest > shift[half] + kSlack)) highest = shift[half];
+          highest = fmaxf(highest, -kLargest);
+          const float decay = ex2_approx(shift[half] - highest);
+          shift[half] = highest;
+          if (Plan::kWhole) continue;
+          sum[half] *= decay;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          output_rmem[d][i] = Plan::kWhole ? 0.0f : output_rmem[d][i] * decay[i / 2];
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            rounded_rmem[i] *= decay;
+#pragma unroll
+            for (int d = 0; d < Plan::kValueDim / 8; ++d) output_rmem[d][i] *= decay;
+          }
+        }
+      }
 
-      // O += P V
+      // O += P V, and P times ones
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n += 2) {
         unsigned weight_rmem[4];
@@ -155,9 +187,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           const float* logit = &logit_rmem[n + i / 2][i % 2 * 2];
           const float low = ex2_approx(fmaf(logit[0], scale, -shift[i % 2]));
           const float high = ex2_approx(fmaf(logit[1], scale, -shift[i % 2]));
-          sum[i % 2] += low + high;
+          if (Plan::kLse) sum[i % 2] += low + high;
           weight_rmem[i] = pack(low, high, Element());
         }
+        mma_m16n8k16(rounded_rmem, weight_rmem, ones(Element()), ones(Element()), Element());
         const unsigned values = value_of(n);
 #pragma unroll
         for (int d = 0; d < Plan::kValueDim; d += 16) {
@@ -173,34 +206,39 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     if (Plan::kBuffers == 1) {
       more = advance<Plan>(problem, tables, next);
       __syncthreads();
-      if (more) load(next, 0);
+      if (more) load(next, 0, 0);
     }
     const int batch = slab.batch;
     slab = next;
-    if (more && next.batch == batch) continue;
+    if (more && !next.is_first()) continue;
+    row_buffer ^= Plan::kBuffers - 1;
 
     // After the last slab of a batch entry: normalize and write
-    Element* output = arguments.output.at(batch, tables.rows.head);
-    float* lse = arguments.lse.at(batch, tables.rows.head);
+    Element* output = entry_of(rows.output, batch);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + half * 8;
+      const auto steps = rows.steps[row];
       const bool exists = tables.exists[row];
-      float total = sum[half];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      store_row<Plan::kValueDim>(output_rmem, half, total == 0 ? 0.0f : __fdividef(1, total),
-                                 exists, lane, step_by(output, steps_smem[row].output));
-      if (arguments.lse.data && lane % 4 == 0 && exists)
-        lse[steps_smem[row].lse] = (maximum[half] + lg2_approx(total)) * 0.693147181f;
-      if (!Plan::kWhole) maximum[half] = -infinity<float>();
-      if (!Plan::kWhole) sum[half] = 0;
+      const float rounded = rounded_rmem[2 * half];
+      store_row<Plan::kValueDim>(output_rmem, half, rounded == 0 ? 0.0f : rcp_approx(rounded),
+                                 exists, lane, step_by(output, steps.output));
+      if (Plan::kLse) {
+        float total = sum[half];
+        total += __shfl_xor_sync(0xffffffffu, total, 1);
+        total += __shfl_xor_sync(0xffffffffu, total, 2);
+        if (lane % 4 == 0 && exists)
+          *step_by(entry_of(rows.lse, batch), steps.lse) =
+              (shift[half] + lg2_approx(total)) * 0.693147181f;
+      }
+      shift[half] = -kLargest;
+      sum[half] = 0;
     }
-    if (!Plan::kWhole) {
 #pragma unroll
-      for (int d = 0; d < Plan::kValueDim / 8; ++d)
+    for (int i = 0; i < 4; ++i) {
+      rounded_rmem[i] = 0;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) output_rmem[d][i] = 0;
+      for (int d = 0; d < Plan::kValueDim / 8; ++d) output_rmem[d][i] = 0;
     }
     if (!more) break;
   }

@@ -40,11 +40,7 @@ SIDES = 48
 
 
 def columns(role: Role, whole: bool) -> tuple[int, ...]:
-    """Places that a list can have; `whole` if one slab holds all that a block meets.
-
-    With several slabs there are running sums, beside which long lists would not fit in registers.
-    Backward does not keep a list's logits.
-    """
+    """Places that a list can have; `whole` if one slab holds all that a block meets."""
     if role != "forward":
         return (64, 80, 112, 128)
     return (64, 80, 112) if whole else (64,)
@@ -135,6 +131,11 @@ def along(problem: Problem, plan: HaloPlan, role: Role) -> tuple[Counts, ...]:
     )
 
 
+def slabs(problem: Problem, plan: HaloPlan, role: Role) -> int:
+    """Slabs that the longest reach of a block is cut into."""
+    return math.ceil(along(problem, plan, role)[0].reach / plan.slab[0])
+
+
 def inner(problem: Problem) -> str:
     """The axis that blocks walk along with one set of tables: ``"heads"`` or ``"batch"``.
 
@@ -151,15 +152,13 @@ def sizes(problem: Problem, role: Role) -> tuple[int, int]:
     return lengths if inner(problem) == "batch" else (lengths[1], lengths[0])
 
 
-def form(
-    problem: Problem, capability: tuple[int, int], role: Role, places: int, whole: bool
-) -> Form:
+def form(problem: Problem, role: Role, whole: bool) -> Form:
     """What was fastest, and what registers allow, as the compiler reports."""
     short = max(problem.head_dim, problem.value_dim) <= 32
     if role == "forward":
-        fastest = Form(4, 2, 4) if short else Form(8, 1, 2)
-        spills = (problem.rank == 1 and places > 80) or (capability[0] > 9 and not whole)
-        return fastest._replace(blocks=fastest.blocks - 1) if spills else fastest
+        if short:
+            return Form(4, 2, 4 if whole else 3)  # running sums need registers
+        return Form(8, 1, 2)
     if short:
         return Form(4, 1, 4)
     return Form(4, 1, 3 if role == "query" else 2)
@@ -183,12 +182,12 @@ TABLES = 320.0
 def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
     """Cycles that a block takes for one entry of the inner axis."""
     counts = along(problem, plan, role)
-    slabs = math.ceil(counts[0].reach / plan.slab[0])
+    cuts = slabs(problem, plan, role)
     blocks = math.prod(count.blocks for count in counts)
     active = math.prod(count.warps for count in counts) / blocks
     # A warp that does not begin with a slab may end in one more
-    shifted = slabs > 1 and plan.warps[0] > 1
-    visits = min(slabs, math.ceil(counts[0].sight / plan.slab[0]) + shifted)
+    shifted = cuts > 1 and plan.warps[0] > 1
+    visits = min(cuts, math.ceil(counts[0].sight / plan.slab[0]) + shifted)
     dims = problem.head_dim + problem.value_dim
     columns = plan.columns
     if rows_are_keys(role):  # sixteens of columns that no row of a warp meets are skipped
@@ -197,15 +196,15 @@ def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
     visit = ROWS * columns * (dims * PRODUCT * PRODUCTS[role] + LOGIT) + VISIT
     slab = math.prod(plan.slab) * dims / 8 * COPY + SLAB
     if rows_are_keys(role):
-        visits, slabs = visits * problem.group_size, slabs * problem.group_size
-    return slabs * slab + active * visits * visit / 4
+        visits, cuts = visits * problem.group_size, cuts * problem.group_size
+    return cuts * slab + active * visits * visit / 4
 
 
 def resident(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> int:
     """Blocks that a multiprocessor works on at a time."""
     reserved = 1024  # of each block's shared memory, by the driver
-    fit = (device.shared_memory + reserved) // (shared_bytes(problem, plan, role) + reserved)
-    return min(plan.form.blocks, fit)
+    taken = shared_bytes(problem, plan, role) + static_bytes(plan, role) + reserved
+    return min(plan.form.blocks, (device.shared_memory + reserved) // taken)
 
 
 def cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
@@ -255,8 +254,8 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
         return None
     fitting = (
         with_part(problem, candidate, device, role)
-        for candidate in candidates(problem, device.capability, role)
-        if shared_bytes(problem, candidate, role) <= device.shared_memory
+        for candidate in candidates(problem, role)
+        if resident(problem, candidate, device, role)
     )
     best = min(fitting, key=lambda candidate: cost(problem, candidate, role), default=None)
     other = _fused_plan.plan(problem, device, role)
@@ -268,33 +267,32 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
     return best
 
 
-def candidates(
-    problem: Problem, capability: tuple[int, int], role: Role = "forward"
-) -> Iterator[HaloPlan]:
+def candidates(problem: Problem, role: Role = "forward") -> Iterator[HaloPlan]:
     """All shapes that a list and a slab can have; of each the part is 1."""
-    count_of_warps = form(problem, capability, role, 0, True).warps
-    for box in warp_boxes(problem, role):
-        for warps in shapes(problem.rank, count_of_warps):
-            counts = [
-                count_axis(axis, *size, rows_are_keys(role))
-                for axis, *size in zip(problem.axes, box, warps, strict=True)
-            ]
-            across = tuple(count.sight for count in counts[1:])
-            reach = tuple(count.reach for count in counts[1:])
-            heights = {math.ceil(counts[0].reach / slabs) for slabs in range(1, MOST_SLABS + 1)}
-            for height in sorted(heights):
-                high = min(height, counts[0].sight)
-                if problem.rank > 1 and sum(across) + high + problem.rank > SIDES:
-                    continue
-                if height * math.prod(reach) * max(height, *reach, 1) >= LARGEST_QUOTIENT:
-                    continue
-                whole = height >= counts[0].reach
-                for places in columns(role, whole):
-                    if high * math.prod(across) <= places:
-                        kind = form(problem, capability, role, places, whole)
-                        shape = (high, *across), (height, *reach)
-                        yield HaloPlan(kind, places, box, warps, *shape, whole, 1)
-                        break
+    for whole in (True, False):
+        kind = form(problem, role, whole)
+        for box in warp_boxes(problem, role):
+            for warps in shapes(problem.rank, kind.warps):
+                yield from _cuts(problem, role, HaloPlan(kind, 0, box, warps, (), (), whole, 1))
+
+
+def _cuts(problem: Problem, role: Role, plan: HaloPlan) -> Iterator[HaloPlan]:
+    """The lists and slabs that a plan without them can have."""
+    first, *others = along(problem, plan, role)
+    across = tuple(count.sight for count in others)
+    reach = tuple(count.reach for count in others)
+    cuts = (1,) if plan.whole else range(2, MOST_SLABS + 1)
+    for height in sorted({math.ceil(first.reach / count) for count in cuts}):
+        high = min(height, first.sight)
+        if problem.rank > 1 and sum(across) + high + problem.rank > SIDES:
+            continue
+        if height * math.prod(reach) * max(height, *reach, 1) >= LARGEST_QUOTIENT:
+            continue
+        for places in columns(role, plan.whole):
+            if high * math.prod(across) <= places:
+                shape = (high, *across), (height, *reach)
+                yield HaloPlan(plan.form, places, plan.warp_box, plan.warps, *shape, plan.whole, 1)
+                break
 
 
 def warp_boxes(problem: Problem, role: Role) -> list[tuple[int, ...]]:
@@ -323,8 +321,8 @@ def table_bytes(problem: Problem, columns: int, warps: int) -> int:
     rank, rows = problem.rank, ROWS * warps
     size = 16 * sides(rank, columns) + 4 * columns
     size += 8 * rank * (1 + warps + rows) + rows  # what block, warps and rows meet
-    size += 8 + 8 * rank + 8  # the block's rows, the size of a slab
-    return math.ceil(size / 8) * 8 + 24  # where the columns start
+    size += 8 + 8 * rank + 12  # the block's rows, the size and number of slabs
+    return math.ceil(size / 8) * 8 + 3 * 24  # where the columns are found
 
 
 def pitches(problem: Problem, plan: HaloPlan) -> tuple[int, ...]:
@@ -341,11 +339,18 @@ def pitches(problem: Problem, plan: HaloPlan) -> tuple[int, ...]:
 
 
 def shared_bytes(problem: Problem, plan: HaloPlan, role: Role = "forward") -> int:
-    """Bytes of `HaloMemory` of cuda/cuneigh/halo.cuh, and of the steps of rows beside it."""
+    """Bytes of `HaloMemory` of cuda/cuneigh/halo.cuh, which a launch asks for."""
     rows, places = ROWS * plan.form.warps, math.prod(plan.slab)
-    row = problem.head_dim + (0 if role == "forward" else problem.value_dim)
+    values = {"forward": 0, "query": 2}.get(role, 1)  # vectors of a row beside the first
+    row = problem.head_dim + values * problem.value_dim
     slab = plan.slab[0] * pitches(problem, plan)[0]
     arrays = plan.form.buffers * (rows * 2 * (row + 8) + slab)
-    steps = places * (16 if rows_are_keys(role) else 12) + rows * (12 if role == "forward" else 20)
+    lists = slabs(problem, plan, role) * plan.form.warps * (32 * 8 + 4)
     tables = table_bytes(problem, plan.columns, plan.form.warps)
-    return math.ceil(tables / 16) * 16 + arrays + steps
+    return math.ceil(tables / 16) * 16 + arrays + 16 * places + lists
+
+
+def static_bytes(plan: HaloPlan, role: Role) -> int:
+    """Bytes of shared memory that a kernel has beside: where arrays and rows are found."""
+    rows = ROWS * plan.form.warps
+    return 3 * 24 + 12 * rows if role == "forward" else 8 * 24 + 32 * rows

@@ -44,8 +44,8 @@ def plans(problem, role):
     length, _ = _halo_plan.sizes(problem, role)
     return [
         replace(candidate, part=part)
-        for candidate in _halo_plan.candidates(problem, H200.capability, role)
-        if _halo_plan.shared_bytes(problem, candidate, role) <= H200.shared_memory
+        for candidate in _halo_plan.candidates(problem, role)
+        if _halo_plan.resident(problem, candidate, H200, role)
         for part in range(1, length + 1)
     ]
 
@@ -57,7 +57,7 @@ def plans(problem, role):
 def test_slabs_and_lists_meet_every_visible_pair_once(problem, data):
     """Along every axis, by the kernel's own rules."""
     role = data.draw(st.sampled_from(_fused_plan.roles(problem)))
-    choices = list(_halo_plan.candidates(problem, H200.capability, role))
+    choices = list(_halo_plan.candidates(problem, role))
     assume(choices)
     plan = data.draw(st.sampled_from(choices))
     by_keys = _fused_plan.rows_are_keys(role)
@@ -110,7 +110,8 @@ def test_a_plan_fits_the_device(problem, device):
     for role in _fused_plan.roles(problem):
         plan = _halo_plan.plan(problem, device, role)
         if plan is not None:
-            assert _halo_plan.shared_bytes(problem, plan, role) <= device.shared_memory
+            taken = _halo_plan.shared_bytes(problem, plan, role)
+            assert taken + _halo_plan.static_bytes(plan, role) <= device.shared_memory
             assert 1 <= plan.part <= _halo_plan.sizes(problem, role)[0]
             assert math.prod(plan.warp_box) <= _halo_plan.ROWS
 
@@ -131,7 +132,7 @@ def test_kernels_do_not_spill(capability, rank, tmp_path):
         axes = (Axis(1, 1, 1, 1, 1, False),) * rank
         problem = Problem(operation, "bfloat16", 1, 1, 1, 64, 64, axes, 1.0)
         for role in _fused_plan.roles(problem):
-            kernels += _halo.kernels(problem, capability, role)
+            kernels += _halo.kernels(problem, role)
     arch = _device.of_capability(capability).arch
     for (kernel, _), compiled in _jit.precompile(kernels, [arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads

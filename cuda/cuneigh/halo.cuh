@@ -4,8 +4,8 @@
 // address for every column, so that picking costs nothing.
 //
 // Tables are the same for every batch entry, so a block works through several of them. (The
-// launcher may let heads and batch entries change places.) They hold steps in memory in units of 16
-// bytes, the width of every load and store here.
+// launcher may let heads and batch entries change places.) They hold steps in memory, of 16 bytes
+// in vectors and of one element in statistics, which 32 bits are enough for.
 #pragma once
 
 #include "cuneigh/async.cuh"
@@ -25,6 +25,7 @@ struct HaloProblem {
   int list[kRank];      // columns of a warp's list along each axis
   int pitch[kRank];     // bytes from column to column of a slab along each axis
   int boxes[kRank];     // boxes of rows along each axis, those of all dilation groups
+  int slabs;            // that the longest reach of a block is cut into
   int batch;
   int part;  // batch entries that a block works through
   int heads;
@@ -43,19 +44,23 @@ struct Divisor {
   __device__ int remainder(int x) const { return x - quotient(x) * divisor; }
 };
 
-// Where a column lies in a slab, in bytes, and the steps of its vectors; of queries, which have
-// statistics, the step of those too, in elements.
-template <bool kHasStatistics>
-struct ColumnStep {
-  unsigned target, first, second;
-};
-template <>
-struct ColumnStep<true> {
+// Where a column lies in a slab, in bytes, and the steps of its vectors; where columns are queries,
+// the step of their statistics, too, in elements.
+struct alignas(16) ColumnStep {
   unsigned target, first, second, statistics;
+};
+
+// Where a block finds an array in the first batch entry, and the steps to the next entry, to the
+// next head and along the first axis.
+template <typename Element>
+struct Origin {
+  Element* data;
+  unsigned batch, head, line;
 };
 
 template <typename Plan>
 struct HaloTables {
+  using Element = typename Plan::Element;
   static constexpr int kRows = Plan::kWarps * 16;
 
   // Bits of the list whose coordinate along an axis is less than an index, axis after axis. A lane
@@ -69,12 +74,22 @@ struct HaloTables {
   RowBox<Plan::kRank> rows;
   int places;  // columns of a slab
   int slab_bytes;
-  long long start[3];  // elements from a batch entry to the block's first column, in three arrays
+  int slabs;
+  Origin<const Element> first, second;  // the block's first column
+  Origin<float2> statistics;
 };
 
-// The dynamic shared memory: tables, kBuffers times the block's rows and a slab, and the steps of a
-// slab's columns. `kRowDim` elements of a row are kept. The two vectors of a column are neighbors,
-// so that one address serves both.
+// A warp's list in a slab.
+struct List {
+  static constexpr unsigned kNothing = ~0u;  // for `first` of a list in whose slab the warp meets
+                                             // nothing
+  unsigned first;                            // bytes from the slab to the first column
+  uint2 visible;  // columns that the lane's rows lane / 4 and lane / 4 + 8 meet, as bits
+};
+
+// The dynamic shared memory: tables, kBuffers times the block's rows and a slab, the steps of a
+// slab's columns, and the lists of every slab. `kRowDim` elements of a row are kept. The two
+// vectors of a column are neighbors, so that one address serves both.
 template <typename Plan, int kRowDim>
 struct HaloMemory {
   using Element = typename Plan::Element;
@@ -88,33 +103,60 @@ struct HaloMemory {
   __device__ char* column(int buffer, unsigned bytes) {
     return slab + (Plan::kBuffers == 1 ? 0 : buffer * tables.slab_bytes) + bytes;
   }
-  __device__ ColumnStep<Plan::kRowsAreKeys>* steps() {
-    return reinterpret_cast<ColumnStep<Plan::kRowsAreKeys>*>(
-        column(Plan::kBuffers - 1, tables.slab_bytes));
+  __device__ ColumnStep* steps() {
+    return reinterpret_cast<ColumnStep*>(column(Plan::kBuffers - 1, tables.slab_bytes));
+  }
+  // Of a lane of a warp in a slab
+  __device__ uint2& visible(int slab, int warp, int lane) {
+    auto* lists = reinterpret_cast<uint2*>(steps() + tables.places);
+    return lists[(slab * Plan::kWarps + warp) * 32 + lane];
+  }
+  __device__ unsigned& first(int slab, int warp) {
+    auto* lists = reinterpret_cast<unsigned*>(&visible(tables.slabs, 0, 0));
+    return lists[slab * Plan::kWarps + warp];
+  }
+  __device__ List list(int slab, int warp, int lane) {
+    return {first(slab, warp), visible(slab, warp, lane)};
   }
 };
 
-// `count` times 16 bytes from a pointer on, in one instruction.
+template <typename Element>
+constexpr int kStep = sizeof(Element) == 2 ? 8 : 1;  // elements
+
+// The element that is `count` steps away, in one instruction.
 template <typename Element>
 __device__ Element* step_by(Element* pointer, unsigned count) {
   unsigned long long address = reinterpret_cast<unsigned long long>(pointer);
-  asm("mad.wide.u32 %0, %1, 16, %0;" : "+l"(address) : "r"(count));
+  asm("mad.wide.u32 %0, %1, %2, %0;"
+      : "+l"(address)
+      : "r"(count), "n"(kStep<Element> * int(sizeof(Element))));
   pointer = reinterpret_cast<Element*>(address);
   __builtin_assume(__isGlobal(pointer));
   return pointer;
 }
 
-// The step in an array from the token at 0 on.
-template <int kUnit, typename Element, int kRank>
-__device__ unsigned step_to(const View<Element, kRank>& view, const int (&token)[kRank]) {
-  long long step = 0;
+// Steps in an array from the token at 0 on.
+template <typename Element, int kRank>
+__device__ unsigned steps_to(const View<Element, kRank>& view, const int (&token)[kRank]) {
+  long long elements = 0;
 #pragma unroll
-  for (int r = 0; r < kRank; ++r) step += token[r] * view.token[r];
-  return unsigned(step / kUnit);
+  for (int r = 0; r < kRank; ++r) elements += token[r] * view.token[r];
+  return unsigned(elements / kStep<Element>);
 }
 
-// Fills all but `start`, and calls keep(row, token) for every row, with a valid token also where
-// there is no row.
+// The origin of the rows' array.
+template <typename Element, int kRank>
+__device__ Origin<Element> origin_of(const View<Element, kRank>& view, int head) {
+  return {view.at(0, head), unsigned(view.batch / kStep<Element>), 0, 0};
+}
+
+template <typename Element>
+__device__ Element* entry_of(const Origin<Element>& origin, int batch) {
+  return step_by(origin.data, batch * origin.batch);
+}
+
+// Fills all but what `fill_steps` does, and calls keep(row, token) for every row, with a valid
+// token also where there is no row.
 template <typename Plan, typename Keep>
 __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<Plan>& tables,
                             Keep keep) {
@@ -190,6 +232,7 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
     tables.rows = rows;
     tables.places = places;
     tables.slab_bytes = problem.slab[0] * problem.pitch[0];
+    tables.slabs = problem.slabs;
   }
 
   // A ballot gathers the bits of one quarter
@@ -216,30 +259,33 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
   }
 }
 
-// Elements from a batch entry to the first column of the block.
-template <typename Plan, typename Array>
-__device__ long long start_of(const HaloProblem<Plan::kRank>& problem, const Array& view,
-                              const HaloTables<Plan>& tables) {
+// The origin of the columns' array.
+template <typename Plan, typename Element>
+__device__ Origin<Element> origin_of(const HaloProblem<Plan::kRank>& problem,
+                                     const View<Element, Plan::kRank>& view,
+                                     const HaloTables<Plan>& tables) {
   const auto& rows = tables.rows;
   const int head =
       Plan::kRowsAreKeys ? rows.head * problem.group_size : rows.head / problem.group_size;
-  long long start = head * view.head;
+  Element* data = view.at(0, head);
 #pragma unroll
   for (int r = 0; r < Plan::kRank; ++r)
-    start += problem.axes[r].token({rows.first[r].group, tables.reach[r].begin}) * view.token[r];
-  return start;
+    data += problem.axes[r].token({rows.first[r].group, tables.reach[r].begin}) * view.token[r];
+  return {data, unsigned(view.batch / kStep<Element>), unsigned(view.head / kStep<Element>),
+          unsigned(problem.axes[0].dilation * view.token[0] / kStep<Element>)};
 }
 
-// Fills `start` and the steps of columns. Places past the reach of the block repeat its last ones.
-template <typename Plan, int kRowDim, typename First, typename Second, typename Statistics>
-__device__ void fill_steps(const HaloProblem<Plan::kRank>& problem, const First& first,
-                           const Second& second, const Statistics& statistics,
+// Fills the origins and steps of columns. Places past the reach of the block repeat its last ones.
+template <typename Plan, int kRowDim, typename Vectors, typename Statistics>
+__device__ void fill_steps(const HaloProblem<Plan::kRank>& problem, const Vectors& first,
+                           const Vectors& second, const Statistics& statistics,
                            HaloMemory<Plan, kRowDim>& smem) {
   constexpr int kRank = Plan::kRank;
   auto& tables = smem.tables;
-  if (threadIdx.x == 0) tables.start[0] = start_of<Plan>(problem, first, tables);
-  if (threadIdx.x == 32) tables.start[1] = start_of<Plan>(problem, second, tables);
-  if (threadIdx.x == 64) tables.start[2] = start_of<Plan>(problem, statistics, tables);
+  if (threadIdx.x == 0) tables.first = origin_of<Plan>(problem, first, tables);
+  if (threadIdx.x == 32) tables.second = origin_of<Plan>(problem, second, tables);
+  if constexpr (Plan::kRowsAreKeys)
+    if (threadIdx.x == 64) tables.statistics = origin_of<Plan>(problem, statistics, tables);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tables.places; i += Plan::kWarps * 32) {
     int rest = i, tokens[kRank];
@@ -253,11 +299,8 @@ __device__ void fill_steps(const HaloProblem<Plan::kRank>& problem, const First&
       tokens[r] = smaller(coordinate, reach.end - 1 - reach.begin) * problem.axes[r].dilation;
       rest = size.quotient(rest);
     }
-    auto& step = smem.steps()[i];
-    step.target = target;
-    step.first = step_to<8>(first, tokens);
-    step.second = step_to<8>(second, tokens);
-    if constexpr (Plan::kRowsAreKeys) step.statistics = step_to<1>(statistics, tokens);
+    smem.steps()[i] = {target, steps_to(first, tokens), steps_to(second, tokens),
+                       Plan::kRowsAreKeys ? steps_to(statistics, tokens) : 0};
   }
 }
 
@@ -266,25 +309,40 @@ __device__ void fill_steps(const HaloProblem<Plan::kRank>& problem, const First&
 struct Slab {
   int batch;
   int member;       // the column's head among those that share the row's
+  int index;        // among the slabs of the block
   int base, begin;  // group indices along the first axis
+
+  // Whether it is the first of a batch entry
+  __device__ bool is_first() const { return index == 0 && member == 0; }
 };
 
 template <typename Plan>
 __device__ Slab first_slab(const HaloProblem<Plan::kRank>& problem,
                            const HaloTables<Plan>& tables) {
   const int begin = tables.reach[0].begin;
-  return {tables.rows.batch * problem.part, 0, begin, begin};
+  return {tables.rows.batch * problem.part, 0, 0, begin, begin};
+}
+
+// Moves on to the next slab of the same entry and head; false, and back to the first, after the
+// last.
+template <typename Plan>
+__device__ bool next_in_reach(const HaloProblem<Plan::kRank>& problem,
+                              const HaloTables<Plan>& tables, Slab& slab) {
+  const Range reach = tables.reach[0];
+  ++slab.index;
+  slab.begin += problem.slab[0];
+  slab.base = smaller(slab.begin, larger(reach.end - problem.slab[0], reach.begin));
+  if (!Plan::kWhole && slab.begin < reach.end) return true;
+  slab.index = 0;
+  slab.base = slab.begin = reach.begin;
+  return false;
 }
 
 // Moves on to the next slab; false after the last.
 template <typename Plan>
 __device__ bool advance(const HaloProblem<Plan::kRank>& problem, const HaloTables<Plan>& tables,
                         Slab& slab) {
-  const Range reach = tables.reach[0];
-  slab.begin += problem.slab[0];
-  slab.base = smaller(slab.begin, larger(reach.end - problem.slab[0], reach.begin));
-  if (slab.begin < reach.end) return true;
-  slab.base = slab.begin = reach.begin;
+  if (next_in_reach<Plan>(problem, tables, slab)) return true;
   if (Plan::kRowsAreKeys) {
     if (++slab.member < problem.group_size) return true;
     slab.member = 0;
@@ -293,88 +351,98 @@ __device__ bool advance(const HaloProblem<Plan::kRank>& problem, const HaloTable
 }
 
 // The element of an array that the first column of a slab has.
-template <int kArray, typename Plan, typename Element>
-__device__ Element* first_of(const HaloProblem<Plan::kRank>& problem, const Slab& slab,
-                             const View<Element, Plan::kRank>& view,
+template <typename Plan, typename Element>
+__device__ Element* first_of(const Origin<Element>& origin, const Slab& slab,
                              const HaloTables<Plan>& tables) {
-  const int tokens = (slab.base - tables.reach[0].begin) * problem.axes[0].dilation;
-  Element* first =
-      view.data + tables.start[kArray] + slab.batch * view.batch + tokens * view.token[0];
-  return Plan::kRowsAreKeys ? first + slab.member * view.head : first;
+  unsigned steps = slab.batch * origin.batch;
+  if (!Plan::kWhole) steps += (slab.base - tables.reach[0].begin) * origin.line;
+  if (Plan::kRowsAreKeys) steps += slab.member * origin.head;
+  return step_by(origin.data, steps);
 }
 
-// Copies one vector of every column of a slab, the first or the second, to `slab_smem`.
-template <int kDim, int kArray, typename Plan, int kRowDim, typename Element>
-__device__ void load_slab(const HaloProblem<Plan::kRank>& problem, const Slab& slab,
-                          const View<const Element, Plan::kRank>& view,
-                          HaloMemory<Plan, kRowDim>& smem, const void* slab_smem) {
-  constexpr int kChunks = kDim / 8, kStride = Plan::kWarps * 32 / kChunks, kUnroll = 4;
-  const int chunk = threadIdx.x % kChunks * 8, first = threadIdx.x / kChunks;
-  const Element* source = first_of<kArray, Plan>(problem, slab, view, smem.tables) + chunk;
-  const unsigned target = shared_address(slab_smem) + chunk * sizeof(Element);
-  const auto* step = smem.steps() + first;
+// Copies both vectors of every column of a slab.
+template <typename Plan, int kRowDim>
+__device__ void load_slab(const Slab& slab, HaloMemory<Plan, kRowDim>& smem, int buffer) {
+  using Element = typename Plan::Element;
+  constexpr int kDims[2] = {Plan::kHeadDim, Plan::kValueDim};
+  constexpr int kChunks = (kDims[0] > kDims[1] ? kDims[0] : kDims[1]) / 8;
+  constexpr int kStride = Plan::kWarps * 32 / kChunks, kUnroll = 4;
+  const int chunk = threadIdx.x % kChunks * 8, begin = threadIdx.x / kChunks;
+  const auto& tables = smem.tables;
+  const Element* source[2] = {first_of<Plan>(tables.first, slab, tables) + chunk,
+                              first_of<Plan>(tables.second, slab, tables) + chunk};
+  const unsigned target = shared_address(smem.column(buffer, 0)) + chunk * sizeof(Element);
+  const ColumnStep* steps = smem.steps() + begin;
 #pragma unroll 1
-  for (int left = smem.tables.places - first; left > 0; left -= kUnroll * kStride) {
+  for (int left = tables.places - begin; left > 0; left -= kUnroll * kStride) {
+    uint4 step[kUnroll];  // all read before the first copy, which a later read would wait for
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i)
-      if (i * kStride < left) {
-        const auto& column = step[i * kStride];
-        copy_16_bytes(target + column.target,
-                      step_by(source, kArray ? column.second : column.first));
-      }
-    step += kUnroll * kStride;
+      if (i * kStride < left) step[i] = *reinterpret_cast<const uint4*>(&steps[i * kStride]);
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (i * kStride >= left) continue;
+      const ColumnStep column = {step[i].x, step[i].y, step[i].z, step[i].w};
+      if (chunk < kDims[0]) copy_16_bytes(target + column.target, step_by(source[0], column.first));
+      if (chunk < kDims[1])
+        copy_16_bytes(target + column.target + kDims[0] * int(sizeof(Element)),
+                      step_by(source[1], column.second));
+    }
+    steps += kUnroll * kStride;
   }
 }
 
-// A warp's list in a slab.
-struct List {
-  int begin;            // that of the slab
-  bool meets;           // whether the warp meets anything in it
-  unsigned first;       // bytes to the first column
-  unsigned visible[2];  // columns that the lane's rows lane / 4 and lane / 4 + 8 meet, as bits
-};
-
-template <typename Plan>
-__device__ List list_of(const HaloProblem<Plan::kRank>& problem, const Slab& slab,
-                        const HaloTables<Plan>& tables, int warp, int lane) {
-  List result = {slab.begin, true, 0, {~0u, ~0u}};
-  int table = 0;
+// Fills the lists of every slab.
+template <typename Plan, int kRowDim>
+__device__ void fill_lists(const HaloProblem<Plan::kRank>& problem, int warp, int lane,
+                           HaloMemory<Plan, kRowDim>& smem) {
+  const auto& tables = smem.tables;
+  Slab slab = first_slab<Plan>(problem, tables);
+  do {
+    bool meets = true;
+    unsigned first = 0, visible[2] = {~0u, ~0u};
+    int table = 0;
 #pragma unroll
-  for (int r = 0; r < Plan::kRank; ++r) {
-    Range sight = tables.sight[warp][r];
-    const int size = problem.slab[r], list = problem.list[r];
-    int base = tables.reach[r].begin;
-    if (r == 0) {
-      base = slab.base;
-      sight = {larger(sight.begin, slab.begin), smaller(sight.end, slab.begin + size)};
-    }
-    result.meets &= sight.begin < sight.end;
-    const int start = smaller(larger(sight.begin - base, 0), size - list);
-    result.first += start * problem.pitch[r];
+    for (int r = 0; r < Plan::kRank; ++r) {
+      Range sight = tables.sight[warp][r];
+      const int size = problem.slab[r], list = problem.list[r];
+      int base = tables.reach[r].begin;
+      if (r == 0) {
+        base = slab.base;
+        sight = {larger(sight.begin, slab.begin), smaller(sight.end, slab.begin + size)};
+      }
+      meets &= sight.begin < sight.end;
+      const int start = smaller(larger(sight.begin - base, 0), size - list);
+      first += start * problem.pitch[r];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Range window = tables.window[warp * 16 + half * 8 + lane / 4][r];
-      const int begin = r == 0 ? larger(window.begin, slab.begin) : window.begin;
-      const int low = smaller(larger(begin - base - start, 0), list);
-      const int high = smaller(larger(window.end - base - start, 0), list);
-      result.visible[half] &=
-          tables.below[table + high][lane % 4] & ~tables.below[table + low][lane % 4];
+      for (int half = 0; half < 2; ++half) {
+        const Range window = tables.window[warp * 16 + half * 8 + lane / 4][r];
+        const int begin = r == 0 ? larger(window.begin, slab.begin) : window.begin;
+        const int low = smaller(larger(begin - base - start, 0), list);
+        const int high = smaller(larger(window.end - base - start, 0), list);
+        visible[half] &=
+            tables.below[table + high][lane % 4] & ~tables.below[table + low][lane % 4];
+      }
+      table += list + 1;
     }
-    table += list + 1;
-  }
-  return result;
+    smem.visible(slab.index, warp, lane) = make_uint2(visible[0], visible[1]);
+    if (lane == 0) smem.first(slab.index, warp) = meets ? first : List::kNothing;
+  } while (next_in_reach<Plan>(problem, tables, slab));
 }
 
 // Copies one vector of each of a warp's rows, to `offset` in the rows.
 template <int kDim, auto kStep, typename Step, typename Element, int kPitch>
 __device__ void load_rows(const Element* source, const Step* step, int lane,
                           Element (*rows_smem)[kPitch], int offset) {
-  constexpr int kChunks = kDim / 8;
-  const int chunk = lane % kChunks * 8;
+  constexpr int kChunks = kDim / 8, kStride = 32 / kChunks;
+  const int chunk = lane % kChunks * 8, first = lane / kChunks;
+  unsigned steps[16 / kStride];
 #pragma unroll
-  for (int row = lane / kChunks; row < 16; row += 32 / kChunks)
-    copy_16_bytes(shared_address(&rows_smem[row][offset + chunk]),
-                  step_by(source + chunk, step[row].*kStep));
+  for (int i = 0; i < 16 / kStride; ++i) steps[i] = step[first + i * kStride].*kStep;
+#pragma unroll
+  for (int i = 0; i < 16 / kStride; ++i)
+    copy_16_bytes(shared_address(&rows_smem[first + i * kStride][offset + chunk]),
+                  step_by(source + chunk, steps[i]));
 }
 
 // Sixteen elements from `first` on of a warp's rows, as the left operand of a product.
@@ -384,37 +452,24 @@ __device__ void take_rows(const Element (*rows_smem)[kPitch], int first, int lan
   ldmatrix_x4(operand, shared_address(&rows_smem[lane % 16][first + lane / 16 * 8]));
 }
 
-// Word t of lane q to word q of lane t, among four lanes.
-__device__ inline void transpose(unsigned (&word)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const unsigned received =
-          __shfl_xor_sync(0xffffffffu, upper ? word[i] : word[i + step], step);
-      word[i] = upper ? received : word[i];
-      word[i + step] = upper ? word[i + step] : received;
-    }
-  }
-}
-
-// Writes a row of sums times `factor`, `half` saying which of the lane's two, if it exists.
+// Writes a row of sums times `factor`, `half` saying which of the lane's two, if it exists. Lanes
+// swap words in pairs so that four of them fill 32 bytes, what memory is written in.
 template <int kDim, typename Element>
 __device__ void store_row(const float (&sum)[kDim / 8][4], int half, float factor, bool exists,
                           int lane, Element* row) {
+  const bool odd = lane % 2;
+  row += lane % 2 * 8 + lane / 2 % 2 * 4;
 #pragma unroll
-  for (int d = 0; d < kDim; d += 32) {
-    unsigned word[4];
+  for (int d = 0; d < kDim; d += 16) {
+    unsigned word[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 2; ++i)
       word[i] =
           pack(sum[d / 8 + i][2 * half] * factor, sum[d / 8 + i][2 * half + 1] * factor, Element());
-    transpose(word, lane);
+    const unsigned received = __shfl_xor_sync(0xffffffffu, odd ? word[0] : word[1], 1);
     if (exists)
-      *reinterpret_cast<uint4*>(row + d + lane % 4 * 8) =
-          make_uint4(word[0], word[1], word[2], word[3]);
+      __stcs(reinterpret_cast<uint2*>(row + d),
+             odd ? make_uint2(received, word[1]) : make_uint2(word[0], received));
   }
 }
 

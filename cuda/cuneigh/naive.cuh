@@ -16,6 +16,7 @@
 
 #include "cuneigh/layout.cuh"
 #include "cuneigh/row.cuh"
+#include "cuneigh/softmax.cuh"
 
 namespace cuneigh {
 
@@ -56,12 +57,6 @@ __device__ auto bias_of(const Problem<Plan::kRank>& problem, const BiasView<Plan
     const long long step = kSign * rpb.token[Plan::kRank - 1];
     return [first, step](int i) { return convert<Number>(first[i * step]); };
   }
-}
-
-// The lse to subtract from a logit; that of a row without any finite logit makes all weights 0.
-template <typename Number>
-__device__ Number finite_shift(Number lse) {
-  return lse == -infinity<Number>() ? infinity<Number>() : lse;
 }
 
 // What a block of the kernels over additional keys works on.

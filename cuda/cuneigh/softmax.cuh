@@ -1,12 +1,17 @@
-// The running softmax of one row of logits.
+// The running softmax of rows of logits.
 #pragma once
 
 #include "cuneigh/types.cuh"
 
 namespace cuneigh {
 
+// Tensor core kernels have weights 2^(logit - shift), whose shift follows a row's maximum only when
+// that has moved by more than this, which is seldom; no float16 is near overflow.
+constexpr float kSlack = 8;
+constexpr float kLargest = 3.402823466e38f;
+
 template <typename Number>
-struct Softmax {
+struct Softmax {  // of one row
   Number maximum = -infinity<Number>();
   Number sum = 0;  // of exp(logit - maximum)
 
@@ -36,5 +41,11 @@ struct Softmax {
   }
   __device__ Number normalizer() const { return sum == 0 ? Number(0) : 1 / sum; }
 };
+
+// The lse to subtract from a logit; that of a row without any finite logit makes all weights 0.
+template <typename Number>
+__device__ Number finite_shift(Number lse) {
+  return lse == -infinity<Number>() ? infinity<Number>() : lse;
+}
 
 }  // namespace cuneigh

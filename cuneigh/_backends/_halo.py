@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -38,6 +39,8 @@ def launch(
 ) -> None:
     """Launch the kernel of `role` on `arrays`, each with the method of `Views` that takes it."""
     views = Views(problem.rank)
+    lse, _ = arrays[-1]
+    flags = (chosen.whole, lse is not None) if role == "forward" else ()
     for array, kind in arrays:
         if array is not None and _halo_plan.inner(problem) == "heads":
             array = _heads_first(array, -1 if kind == "scalars" else -2)
@@ -46,7 +49,7 @@ def launch(
     record = _record(problem, chosen, role)
     boxes = int(record["boxes"].prod())
     program.launch(
-        kernel(problem, program.device.capability, role, chosen.columns, chosen.whole),
+        kernel(problem, role, chosen.columns, *flags),
         (boxes * outer * -(-length // chosen.part), 1),
         chosen.form.warps * 32,
         record,
@@ -57,10 +60,10 @@ def launch(
 
 @lru_cache(maxsize=1024)
 def kernel(
-    problem: Problem, capability: tuple[int, int], role: Role, columns: int, whole: bool
+    problem: Problem, role: Role, columns: int, whole: bool = False, lse: bool = False
 ) -> _jit.Kernel:
     """The kernel of a role, with the plan that cuda/halo_forward.cu describes."""
-    form = _halo_plan.form(problem, capability, role, columns, whole)
+    form = _halo_plan.form(problem, role, whole)
     constants = {
         "kRank": problem.rank,
         "kWarps": form.warps,
@@ -73,33 +76,31 @@ def kernel(
         "kTableBytes": _halo_plan.table_bytes(problem, columns, form.warps),
     }
     lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
-    flags = {"kRowsAreKeys": rows_are_keys(role)}
-    if role == "forward":
-        flags["kWhole"] = whole
+    flags = {"kRowsAreKeys": rows_are_keys(role), "kWhole": whole, "kLse": lse}
     lines += [f"static constexpr bool {name} = {str(on).lower()};" for name, on in flags.items()]
     lines.append(f"using Element = {problem.dtype};")
     name = "halo_forward" if role == "forward" else "halo_backward"
     return _jit.Kernel(name, "\n".join(lines))
 
 
-def kernels(problem: Problem, capability: tuple[int, int], role: Role) -> list[_jit.Kernel]:
+def kernels(problem: Problem, role: Role) -> list[_jit.Kernel]:
     """All that `problem` may need, whatever its windows."""
     if not _halo_plan.takes(problem):
         return []
-    return list(
-        dict.fromkeys(
-            kernel(problem, capability, role, columns, whole)
-            for whole in (True, False)
-            for columns in _halo_plan.columns(role, whole)
-        )
-    )
+    if role != "forward":
+        return [kernel(problem, role, columns) for columns in _halo_plan.columns(role, False)]
+    return [
+        kernel(problem, role, columns, whole, lse)
+        for whole, lse in itertools.product((True, False), repeat=2)
+        for columns in _halo_plan.columns(role, whole)
+    ]
 
 
 def _steps_fit(array: Array) -> bool:
-    """Whether the steps to all tokens are positive and fit into 32 bits."""
-    tokens = list(zip(array.shape, array.steps, strict=True))[1:-2]
-    span = sum((length - 1) * step for length, step in tokens)
-    return all(step >= 0 for _, step in tokens) and span * array.itemsize < UNIT << 32
+    """Whether the steps to all vectors are positive and fit into 32 bits."""
+    axes = list(zip(array.shape, array.steps, strict=True))[:-1]
+    span = sum((length - 1) * step for length, step in axes)
+    return all(step >= 0 for _, step in axes) and span * array.itemsize < UNIT << 32
 
 
 def _heads_first(array: Array, heads: int) -> Array:
@@ -118,7 +119,7 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
     """`HaloProblem` of cuda/cuneigh/halo.cuh."""
     rank = problem.rank
     shapes = ("warp_box", "warps", "slab", "list", "pitch", "boxes")
-    numbers = ("batch", "part", "heads", "group_size")
+    numbers = ("slabs", "batch", "part", "heads", "group_size")
     record = np.zeros(
         1,
         np.dtype(
@@ -136,6 +137,7 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
         record[name] = getattr(chosen, name)
     record["pitch"] = _halo_plan.pitches(problem, chosen)
     record["boxes"] = [count.blocks for count in _halo_plan.along(problem, chosen, role)]
+    record["slabs"] = _halo_plan.slabs(problem, chosen, role)
     record["batch"], heads = _halo_plan.sizes(problem, role)
     record["heads"] = heads * problem.group_size if rows_are_keys(role) else heads
     record["part"], record["group_size"] = chosen.part, problem.group_size

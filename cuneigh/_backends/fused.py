@@ -111,21 +111,23 @@ def backward(
     values = (value, operands.additional_values, grad_output, output, gradients.value)
     key_bytes, value_bytes = load_width(keys), load_width(values)
     statistics = program.allocate((*lse.shape, 2), "float32")
-    _statistics(program, problem, grad_output, output, lse, grad_lse, statistics)
 
     of_queries, of_keys = (query, grad_output), (key, value)
     for role in roles(problem):
         by_keys = rows_are_keys(role)
         rows, columns = (of_keys, of_queries) if by_keys else (of_queries, of_keys)
         results = (gradients.key, gradients.value) if by_keys else (gradients.query, None)
-        vectors = (*rows, *columns, *results)
+        vectors = (*rows, *columns, *results, None if by_keys else output)
         small = _halo.plan(program, problem, role, [array for array in vectors if array])
         if small is not None:
             announce(NAME, role, problem, small)
             arrays = [(array, "vectors") for array in vectors]
             arrays.insert(4, (statistics, "pairs"))
+            arrays += [(None if by_keys else array, "scalars") for array in (lse, grad_lse)]
             _halo.launch(program, problem, role, small, arrays)
             continue
+        if not by_keys:  # those for small windows compute the statistics themselves
+            _statistics(program, problem, grad_output, output, lse, grad_lse, statistics)
         views = Views(problem.rank)
         views.vectors(*rows, *columns)
         if by_keys:  # additional keys are rows of no box
@@ -156,11 +158,7 @@ def kernels(problem: Problem, device: Device = HOPPER) -> list[_jit.Kernel]:
         for area in _fused_plan.areas(problem, device, role)
     ]
     if device.capability >= (8, 0):
-        needed += [
-            kernel
-            for role in roles(problem)
-            for kernel in _halo.kernels(problem, device.capability, role)
-        ]
+        needed += [kernel for role in roles(problem) for kernel in _halo.kernels(problem, role)]
     if problem.operation == "backward":
         rows = row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim)
         needed.append(_jit.Kernel("fused_delta", rows.source()))
