@@ -74,22 +74,22 @@ __device__ void accumulate(const float (&weight)[2][4], unsigned columns, float 
   }
 }
 
-// sum(grad_output * output) of row lane / 4, or the one eight rows after it: an element of the
-// diagonal of a product.
+// sum(grad_output * output) of rows lane / 4 and lane / 4 + 8, from the diagonal of a product.
 template <typename Plan, typename Element, int kPitch>
-__device__ float delta_of_rows(const Element (*rows_smem)[kPitch], int half, int lane) {
+__device__ float2 delta_of_rows(const Element (*rows_smem)[kPitch], int lane) {
   constexpr int kHeadDim = Plan::kHeadDim, kValueDim = Plan::kValueDim;
-  const Element* outputs =
-      &rows_smem[lane / 16 * 8 + lane % 8][kHeadDim + kValueDim + lane / 8 % 2 * 8];
   unsigned grad_outputs[kValueDim / 16][4];
 #pragma unroll
   for (int d = 0; d < kValueDim; d += 16)
     take_rows(rows_smem, kHeadDim + d, lane, grad_outputs[d / 16]);
+  const Element* outputs =
+      &rows_smem[lane / 16 * 8 + lane % 8][kHeadDim + kValueDim + lane / 8 % 2 * 8];
   float product[2][4];
   multiply<kValueDim>(grad_outputs, shared_address(outputs), product, Element());
-  const int row = lane / 4, source = row * 4 + row / 2;
-  const float* of_half = &product[half][2 * half];
-  return __shfl_sync(0xffffffffu, row % 2 ? of_half[1] : of_half[0], source);
+  const int row = lane / 4, holder = row * 4 + row / 2;
+  const bool odd = row % 2;
+  return {__shfl_sync(0xffffffffu, odd ? product[0][1] : product[0][0], holder),
+          __shfl_sync(0xffffffffu, odd ? product[1][3] : product[1][2], holder)};
 }
 
 template <typename Plan>
@@ -132,10 +132,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   constexpr int kStatistics = (kHeadDim + kValueDim) * sizeof(Element);
   auto* rows_smem = &smem.row[0][warp * 16];
   auto load = [&](const Slab& slab) {
-    load_slab<Plan>(slab, smem, 0);
+    load_slab(problem, slab, smem, 0);
     if constexpr (Plan::kRowsAreKeys) {
       char* first = smem.column(0, 0);
-      const float2* source = first_of<Plan>(tables.statistics, slab, tables);
+      const float2* source = first_of(problem, tables.statistics, slab, tables);
       for (int i = threadIdx.x; i < tables.places; i += Plan::kWarps * 32) {
         const auto& step = smem.steps()[i];
         copy_8_bytes(first + step.target + kStatistics, step_by(source, step.statistics), true);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     }
     cp_async_commit();
   };
-  Slab slab = first_slab<Plan>(problem, tables);
+  Slab slab = {tables.rows.batch * problem.part, 0, 0};
   load(slab);
 
   // Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are this thread's, in columns
@@ -179,31 +179,34 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     cp_async_wait<0>();
     __syncthreads();
     if (!Plan::kRowsAreKeys && is_first) {
+      const float2 delta = delta_of_rows<Plan>(rows_smem, lane);
+      statistics[0].y += delta.x;
+      statistics[1].y += delta.y;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = first_row + half * 8;
-        statistics[half].y += delta_of_rows<Plan>(rows_smem, half, lane);
         if (lane % 4 == 0 && tables.exists[row])
           *step_by(entry_of(rows.statistics, slab.batch), rows.steps[row].statistics) =
               statistics[half];
       }
     }
 
-    const List list = smem.list(slab.index, warp, lane);
-    const unsigned visible[2] = {list.visible.x, list.visible.y};
-    if (list.first != List::kNothing) {
+    const unsigned first = smem.first(slab.index, warp);
+    if (first != kNothing) {
+      const uint2 seen = smem.visible(slab.index, warp, lane);
+      const unsigned visible[2] = {seen.x, seen.y};
       unsigned key_rmem[kHeadDim / 16][4], value_rmem[kValueDim / 16][4];
 #pragma unroll
       for (int d = 0; d < kHeadDim; d += 16) take_rows(rows_smem, d, lane, key_rmem[d / 16]);
 #pragma unroll
       for (int d = 0; d < kValueDim; d += 16)
         take_rows(rows_smem, kHeadDim + d, lane, value_rmem[d / 16]);
-      const char* columns = smem.column(0, list.first);
+      const char* columns = smem.column(0, first);
 #pragma unroll
       for (int n = 0; n < Plan::kColumns; n += 16) {
         // Near a border keys are seen by more queries than elsewhere, where lists are not full
-        const unsigned seen = (visible[0] | visible[1]) >> (n / 4) & 0xf;
-        if (Plan::kRowsAreKeys && !__any_sync(0xffffffffu, seen)) continue;
+        const unsigned any = (visible[0] | visible[1]) >> (n / 4) & 0xf;
+        if (Plan::kRowsAreKeys && !__any_sync(0xffffffffu, any)) continue;
 
         // S and dP
         const unsigned across =

@@ -75,14 +75,14 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   // The rows of an entry come with its first slab, to the buffers for rows by turns
   int row_buffer = 0;
   auto load = [&](const Slab& slab, int buffer, int row_buffer) {
-    load_slab<Plan>(slab, smem, buffer);
+    load_slab(problem, slab, smem, buffer);
     if (slab.is_first())
       load_rows<Plan::kHeadDim, &Steps::query>(entry_of(rows.query, slab.batch),
                                                &rows.steps[warp * 16], lane,
                                                &smem.row[row_buffer][warp * 16], 0);
     cp_async_commit();
   };
-  Slab slab = first_slab<Plan>(problem, tables);
+  Slab slab = {tables.rows.batch * problem.part, 0, 0};
   load(slab, 0, 0);
 
   // Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are this thread's, in columns
@@ -91,10 +91,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   const float scale = problem.scale * 1.44269504f;  // logits in base 2
   float output_rmem[Plan::kValueDim / 8][4] = {};
   float shift[2] = {-kLargest, -kLargest};
-  // Sums of weights: as tensor cores take them, rounded, two columns with the same, which is what
-  // the output is normalized by; and exact ones for lse
-  float rounded_rmem[4] = {}, sum[2] = {};
+  // Sums of weights, two for a row. For lse they must be exact; else tensor cores sum the rounded
+  // weights, which are what the output is made of, so that its last bits depend on kLse.
+  float sum_rmem[4] = {};
 
+  unsigned first = smem.first(0, warp);
   for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
     cp_async_wait<0>();
     __syncthreads();
@@ -105,11 +106,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       if (more) load(next, buffer ^ 1, next.is_first() ? row_buffer ^ 1 : row_buffer);
     }
 
-    const List list = smem.list(slab.index, warp, lane);
-    if (list.first != List::kNothing) {
+    if (!Plan::kWhole) first = smem.first(slab.index, warp);
+    if (Plan::kWhole || first != kNothing) {
       // Where this lane's part of a step of ldmatrix begins, of every sixteen columns: the operands
       // of S are eight columns by sixteen dimensions, those of O sixteen by eight
-      const unsigned columns = shared_address(smem.column(buffer, list.first));
+      const unsigned columns = shared_address(smem.column(buffer, first));
       const auto key_of = [&](int n) {
         return columns + tables.list[n * 8 + lane / 16 * 8 + lane % 8] + lane / 8 % 2 * 16;
       };
@@ -140,12 +141,13 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       }
 
       // Mask, and the maximum of each row, which four lanes share
+      const uint2 seen = smem.visible(slab.index, warp, lane);
       float top[2];
       bool moves = Plan::kWhole;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         top[half] = -infinity<float>();
-        const unsigned visible = half ? list.visible.y : list.visible.x;
+        const unsigned visible = half ? seen.y : seen.x;
 #pragma unroll
         for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
@@ -168,10 +170,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           const float decay = ex2_approx(shift[half] - highest);
           shift[half] = highest;
           if (Plan::kWhole) continue;
-          sum[half] *= decay;
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            rounded_rmem[i] *= decay;
+            sum_rmem[i] *= decay;
 #pragma unroll
             for (int d = 0; d < Plan::kValueDim / 8; ++d) output_rmem[d][i] *= decay;
           }
@@ -187,10 +188,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           const float* logit = &logit_rmem[n + i / 2][i % 2 * 2];
           const float low = ex2_approx(fmaf(logit[0], scale, -shift[i % 2]));
           const float high = ex2_approx(fmaf(logit[1], scale, -shift[i % 2]));
-          if (Plan::kLse) sum[i % 2] += low + high;
+          if (Plan::kLse) sum_rmem[i % 2 * 2] += low + high;
           weight_rmem[i] = pack(low, high, Element());
         }
-        mma_m16n8k16(rounded_rmem, weight_rmem, ones(Element()), ones(Element()), Element());
+        if (!Plan::kLse)
+          mma_m16n8k16(sum_rmem, weight_rmem, ones(Element()), ones(Element()), Element());
         const unsigned values = value_of(n);
 #pragma unroll
         for (int d = 0; d < Plan::kValueDim; d += 16) {
@@ -220,23 +222,21 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const int row = first_row + half * 8;
       const auto steps = rows.steps[row];
       const bool exists = tables.exists[row];
-      const float rounded = rounded_rmem[2 * half];
-      store_row<Plan::kValueDim>(output_rmem, half, rounded == 0 ? 0.0f : rcp_approx(rounded),
-                                 exists, lane, step_by(output, steps.output));
+      float sum = sum_rmem[2 * half];
       if (Plan::kLse) {
-        float total = sum[half];
-        total += __shfl_xor_sync(0xffffffffu, total, 1);
-        total += __shfl_xor_sync(0xffffffffu, total, 2);
-        if (lane % 4 == 0 && exists)
-          *step_by(entry_of(rows.lse, batch), steps.lse) =
-              (shift[half] + lg2_approx(total)) * 0.693147181f;
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       }
+      store_row<Plan::kValueDim>(output_rmem, half, sum == 0 ? 0.0f : rcp_approx(sum), exists, lane,
+                                 step_by(output, steps.output));
+      if (Plan::kLse && lane % 4 == 0 && exists)
+        *step_by(entry_of(rows.lse, batch), steps.lse) =
+            (shift[half] + lg2_approx(sum)) * 0.693147181f;
       shift[half] = -kLargest;
-      sum[half] = 0;
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      rounded_rmem[i] = 0;
+      sum_rmem[i] = 0;
 #pragma unroll
       for (int d = 0; d < Plan::kValueDim / 8; ++d) output_rmem[d][i] = 0;
     }

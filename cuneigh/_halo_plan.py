@@ -165,17 +165,19 @@ def form(problem: Problem, role: Role, whole: bool) -> Form:
 
 
 # Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md).
-PRODUCT = 1 / 240
+PRODUCT = 1 / 260
 """A multiply-add of the tensor cores, on one of four schedulers."""
-LOGIT = 0.42
+LOGIT = 0.034
 """One logit's way through mask and softmax, on one of four schedulers."""
-VISIT = 250.0
+VISIT = 105.0
 """What a warp does once for each slab, on one of four schedulers."""
-COPY = 0.35
-"""Bringing 16 bytes to shared memory."""
-SLAB = 250.0
+COPY = 0.41
+"""Bringing 16 bytes of a slab to shared memory."""
+SLAB = 190.0
 """What a block does once for each slab: waiting and meeting."""
-TABLES = 320.0
+ROW = 0.92
+"""Bringing 16 bytes of a row to shared memory, or writing as many of a result."""
+TABLES = 380.0
 """A warp's share of filling the tables."""
 
 
@@ -197,7 +199,8 @@ def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
     slab = math.prod(plan.slab) * dims / 8 * COPY + SLAB
     if rows_are_keys(role):
         visits, cuts = visits * problem.group_size, cuts * problem.group_size
-    return cuts * slab + active * visits * visit / 4
+    row = dims / 8 * ROW * (1 if role == "forward" else 2)
+    return cuts * slab + active * (visits * visit / 4 + ROWS * row)
 
 
 def resident(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> int:

@@ -25,7 +25,6 @@ struct HaloProblem {
   int list[kRank];      // columns of a warp's list along each axis
   int pitch[kRank];     // bytes from column to column of a slab along each axis
   int boxes[kRank];     // boxes of rows along each axis, those of all dilation groups
-  int slabs;            // that the longest reach of a block is cut into
   int batch;
   int part;  // batch entries that a block works through
   int heads;
@@ -74,18 +73,12 @@ struct HaloTables {
   RowBox<Plan::kRank> rows;
   int places;  // columns of a slab
   int slab_bytes;
-  int slabs;
+  int slabs;                            // that the reach of the block is cut into
   Origin<const Element> first, second;  // the block's first column
   Origin<float2> statistics;
 };
 
-// A warp's list in a slab.
-struct List {
-  static constexpr unsigned kNothing = ~0u;  // for `first` of a list in whose slab the warp meets
-                                             // nothing
-  unsigned first;                            // bytes from the slab to the first column
-  uint2 visible;  // columns that the lane's rows lane / 4 and lane / 4 + 8 meet, as bits
-};
+constexpr unsigned kNothing = ~0u;
 
 // The dynamic shared memory: tables, kBuffers times the block's rows and a slab, the steps of a
 // slab's columns, and the lists of every slab. `kRowDim` elements of a row are kept. The two
@@ -106,7 +99,8 @@ struct HaloMemory {
   __device__ ColumnStep* steps() {
     return reinterpret_cast<ColumnStep*>(column(Plan::kBuffers - 1, tables.slab_bytes));
   }
-  // Of a lane of a warp in a slab
+  // Of a warp's list in a slab: the columns that a lane's rows lane / 4 and lane / 4 + 8 meet, as
+  // bits, and the bytes from the slab to the first column, or kNothing if no row meets any
   __device__ uint2& visible(int slab, int warp, int lane) {
     auto* lists = reinterpret_cast<uint2*>(steps() + tables.places);
     return lists[(slab * Plan::kWarps + warp) * 32 + lane];
@@ -114,9 +108,6 @@ struct HaloMemory {
   __device__ unsigned& first(int slab, int warp) {
     auto* lists = reinterpret_cast<unsigned*>(&visible(tables.slabs, 0, 0));
     return lists[slab * Plan::kWarps + warp];
-  }
-  __device__ List list(int slab, int warp, int lane) {
-    return {first(slab, warp), visible(slab, warp, lane)};
   }
 };
 
@@ -232,7 +223,8 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
     tables.rows = rows;
     tables.places = places;
     tables.slab_bytes = problem.slab[0] * problem.pitch[0];
-    tables.slabs = problem.slabs;
+    const Range reach = tables.reach[0];
+    tables.slabs = (reach.end - reach.begin + problem.slab[0] - 1) / problem.slab[0];
   }
 
   // A ballot gathers the bits of one quarter
@@ -304,45 +296,32 @@ __device__ void fill_steps(const HaloProblem<Plan::kRank>& problem, const Vector
   }
 }
 
-// One slab of one batch entry. The last of several begins early, so as to end with the reach: the
-// columns before `begin` were in the slab before.
+// One slab of one batch entry. The last of several begins early, so as to end with the reach: its
+// first columns were in the slab before.
 struct Slab {
   int batch;
-  int member;       // the column's head among those that share the row's
-  int index;        // among the slabs of the block
-  int base, begin;  // group indices along the first axis
+  int member;  // the column's head among those that share the row's
+  int index;   // among the slabs of the block
 
   // Whether it is the first of a batch entry
   __device__ bool is_first() const { return index == 0 && member == 0; }
 };
 
+// Columns along the first axis from the first one of the block to that of a slab.
 template <typename Plan>
-__device__ Slab first_slab(const HaloProblem<Plan::kRank>& problem,
-                           const HaloTables<Plan>& tables) {
-  const int begin = tables.reach[0].begin;
-  return {tables.rows.batch * problem.part, 0, 0, begin, begin};
-}
-
-// Moves on to the next slab of the same entry and head; false, and back to the first, after the
-// last.
-template <typename Plan>
-__device__ bool next_in_reach(const HaloProblem<Plan::kRank>& problem,
-                              const HaloTables<Plan>& tables, Slab& slab) {
+__device__ int base_of(const HaloProblem<Plan::kRank>& problem, const HaloTables<Plan>& tables,
+                       int slab) {
   const Range reach = tables.reach[0];
-  ++slab.index;
-  slab.begin += problem.slab[0];
-  slab.base = smaller(slab.begin, larger(reach.end - problem.slab[0], reach.begin));
-  if (!Plan::kWhole && slab.begin < reach.end) return true;
-  slab.index = 0;
-  slab.base = slab.begin = reach.begin;
-  return false;
+  const int size = problem.slab[0];
+  return smaller(slab * size, larger(reach.end - reach.begin - size, 0));
 }
 
 // Moves on to the next slab; false after the last.
 template <typename Plan>
 __device__ bool advance(const HaloProblem<Plan::kRank>& problem, const HaloTables<Plan>& tables,
                         Slab& slab) {
-  if (next_in_reach<Plan>(problem, tables, slab)) return true;
+  if (!Plan::kWhole && ++slab.index < tables.slabs) return true;
+  slab.index = 0;
   if (Plan::kRowsAreKeys) {
     if (++slab.member < problem.group_size) return true;
     slab.member = 0;
@@ -352,25 +331,26 @@ __device__ bool advance(const HaloProblem<Plan::kRank>& problem, const HaloTable
 
 // The element of an array that the first column of a slab has.
 template <typename Plan, typename Element>
-__device__ Element* first_of(const Origin<Element>& origin, const Slab& slab,
-                             const HaloTables<Plan>& tables) {
+__device__ Element* first_of(const HaloProblem<Plan::kRank>& problem, const Origin<Element>& origin,
+                             const Slab& slab, const HaloTables<Plan>& tables) {
   unsigned steps = slab.batch * origin.batch;
-  if (!Plan::kWhole) steps += (slab.base - tables.reach[0].begin) * origin.line;
+  if (!Plan::kWhole) steps += base_of(problem, tables, slab.index) * origin.line;
   if (Plan::kRowsAreKeys) steps += slab.member * origin.head;
   return step_by(origin.data, steps);
 }
 
 // Copies both vectors of every column of a slab.
 template <typename Plan, int kRowDim>
-__device__ void load_slab(const Slab& slab, HaloMemory<Plan, kRowDim>& smem, int buffer) {
+__device__ void load_slab(const HaloProblem<Plan::kRank>& problem, const Slab& slab,
+                          HaloMemory<Plan, kRowDim>& smem, int buffer) {
   using Element = typename Plan::Element;
   constexpr int kDims[2] = {Plan::kHeadDim, Plan::kValueDim};
   constexpr int kChunks = (kDims[0] > kDims[1] ? kDims[0] : kDims[1]) / 8;
   constexpr int kStride = Plan::kWarps * 32 / kChunks, kUnroll = 4;
   const int chunk = threadIdx.x % kChunks * 8, begin = threadIdx.x / kChunks;
   const auto& tables = smem.tables;
-  const Element* source[2] = {first_of<Plan>(tables.first, slab, tables) + chunk,
-                              first_of<Plan>(tables.second, slab, tables) + chunk};
+  const Element* source[2] = {first_of(problem, tables.first, slab, tables) + chunk,
+                              first_of(problem, tables.second, slab, tables) + chunk};
   const unsigned target = shared_address(smem.column(buffer, 0)) + chunk * sizeof(Element);
   const ColumnStep* steps = smem.steps() + begin;
 #pragma unroll 1
@@ -397,37 +377,40 @@ template <typename Plan, int kRowDim>
 __device__ void fill_lists(const HaloProblem<Plan::kRank>& problem, int warp, int lane,
                            HaloMemory<Plan, kRowDim>& smem) {
   const auto& tables = smem.tables;
-  Slab slab = first_slab<Plan>(problem, tables);
-  do {
+#pragma unroll 1
+  for (int slab = 0; slab < tables.slabs; ++slab) {
     bool meets = true;
     unsigned first = 0, visible[2] = {~0u, ~0u};
     int table = 0;
 #pragma unroll
     for (int r = 0; r < Plan::kRank; ++r) {
-      Range sight = tables.sight[warp][r];
       const int size = problem.slab[r], list = problem.list[r];
-      int base = tables.reach[r].begin;
+      // Along the first axis columns before `new_begin` were in the slab before
+      int base = tables.reach[r].begin, new_begin = base, new_end = tables.reach[r].end;
       if (r == 0) {
-        base = slab.base;
-        sight = {larger(sight.begin, slab.begin), smaller(sight.end, slab.begin + size)};
+        new_begin = base + slab * size;
+        new_end = new_begin + size;
+        base += base_of(problem, tables, slab);
       }
-      meets &= sight.begin < sight.end;
-      const int start = smaller(larger(sight.begin - base, 0), size - list);
+      const Range sight = tables.sight[warp][r];
+      const int begin = larger(sight.begin, new_begin);
+      meets &= begin < smaller(sight.end, new_end);
+      const int start = smaller(begin - base, size - list);
       first += start * problem.pitch[r];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Range window = tables.window[warp * 16 + half * 8 + lane / 4][r];
-        const int begin = r == 0 ? larger(window.begin, slab.begin) : window.begin;
-        const int low = smaller(larger(begin - base - start, 0), list);
-        const int high = smaller(larger(window.end - base - start, 0), list);
+        const int origin = base + start;
+        const int low = smaller(larger(larger(window.begin, new_begin) - origin, 0), list);
+        const int high = smaller(larger(window.end - origin, 0), list);
         visible[half] &=
             tables.below[table + high][lane % 4] & ~tables.below[table + low][lane % 4];
       }
       table += list + 1;
     }
-    smem.visible(slab.index, warp, lane) = make_uint2(visible[0], visible[1]);
-    if (lane == 0) smem.first(slab.index, warp) = meets ? first : List::kNothing;
-  } while (next_in_reach<Plan>(problem, tables, slab));
+    smem.visible(slab, warp, lane) = make_uint2(visible[0], visible[1]);
+    if (lane == 0) smem.first(slab, warp) = Plan::kWhole || meets ? first : kNothing;
+  }
 }
 
 // Copies one vector of each of a warp's rows, to `offset` in the rows.

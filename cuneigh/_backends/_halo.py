@@ -119,7 +119,7 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
     """`HaloProblem` of cuda/cuneigh/halo.cuh."""
     rank = problem.rank
     shapes = ("warp_box", "warps", "slab", "list", "pitch", "boxes")
-    numbers = ("slabs", "batch", "part", "heads", "group_size")
+    numbers = ("batch", "part", "heads", "group_size")
     record = np.zeros(
         1,
         np.dtype(
@@ -137,7 +137,6 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
         record[name] = getattr(chosen, name)
     record["pitch"] = _halo_plan.pitches(problem, chosen)
     record["boxes"] = [count.blocks for count in _halo_plan.along(problem, chosen, role)]
-    record["slabs"] = _halo_plan.slabs(problem, chosen, role)
     record["batch"], heads = _halo_plan.sizes(problem, role)
     record["heads"] = heads * problem.group_size if rows_are_keys(role) else heads
     record["part"], record["group_size"] = chosen.part, problem.group_size
