@@ -95,7 +95,6 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   // weights, which are what the output is made of, so that its last bits depend on kLse.
   float sum_rmem[4] = {};
 
-  unsigned first = smem.first(0, warp);
   for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
     cp_async_wait<0>();
     __syncthreads();
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       if (more) load(next, buffer ^ 1, next.is_first() ? row_buffer ^ 1 : row_buffer);
     }
 
-    if (!Plan::kWhole) first = smem.first(slab.index, warp);
+    const unsigned first = smem.first(slab.index, warp);
     if (Plan::kWhole || first != kNothing) {
       // Where this lane's part of a step of ldmatrix begins, of every sixteen columns: the operands
       // of S are eight columns by sixteen dimensions, those of O sixteen by eight
