@@ -158,7 +158,6 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   // Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are this thread's, in columns
   // 2 * (lane % 4) and the one after of every 8
   const int first_row = warp * 16 + lane / 4;
-  const float scale = problem.scale * 1.44269504f;  // logits in base 2
   float grad_key[kHeadDim / 8][4] = {};
   float grad_value[kValueDim / 8][4] = {};
 
@@ -202,7 +201,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       for (int d = 0; d < kValueDim; d += 16)
         take_rows(rows_smem, kHeadDim + d, lane, value_rmem[d / 16]);
       const char* columns = smem.column(0, first);
-#pragma unroll
+#pragma unroll(Plan::kRowsAreKeys ? 1 : Plan::kColumns / 16)
       for (int n = 0; n < Plan::kColumns; n += 16) {
         // Near a border keys are seen by more queries than elsewhere, where lists are not full
         const unsigned any = (visible[0] | visible[1]) >> (n / 4) & 0xf;
@@ -229,7 +228,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           for (int i = 0; i < 4; ++i) {
             const auto [shift, delta] = statistics[Plan::kRowsAreKeys ? i % 2 : i / 2];
             const bool sees = visible[i / 2] >> (n / 4 + t * 2 + i % 2) & 1;
-            const float p = sees ? ex2_approx(fmaf(weight[t][i], scale, -shift)) : 0.0f;
+            const float p = sees ? ex2_approx(fmaf(weight[t][i], problem.scale, -shift)) : 0.0f;
             const float ds = sees ? p * (grad_weight[t][i] - delta) : 0.0f;
             weight[t][i] = p;
             grad_weight[t][i] = ds;
@@ -256,7 +255,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + half * 8;
       const auto steps = rows.steps[row];
-      store_row<kHeadDim>(grad_key, half, problem.scale, tables.exists[row], lane,
+      store_row<kHeadDim>(grad_key, half, problem.gradient_scale, tables.exists[row], lane,
                           step_by(entry_of(rows.grad_key, batch), steps.grad_key));
       if constexpr (Plan::kRowsAreKeys)
         store_row<kValueDim>(grad_value, half, 1.0f, tables.exists[row], lane,

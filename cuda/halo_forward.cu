@@ -88,7 +88,6 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   // Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are this thread's, in columns
   // 2 * (lane % 4) and the one after of every 8 keys or dimensions
   const int first_row = warp * 16 + lane / 4;
-  const float scale = problem.scale * 1.44269504f;  // logits in base 2
   float output_rmem[Plan::kValueDim / 8][4] = {};
   float shift[2] = {-kLargest, -kLargest};
   // Sums of weights, two for a row. For lse they must be exact; else tensor cores sum the rounded
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
             if (!(visible >> (n * 2 + i) & 1)) x = -infinity<float>();
             top[half] = fmaxf(top[half], x);
           }
-        top[half] *= scale;
+        top[half] *= problem.scale;
         moves |= top[half] > shift[half] + kSlack;
       }
       if (Plan::kWhole || __any_sync(0xffffffffu, moves)) {
@@ -185,8 +184,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* logit = &logit_rmem[n + i / 2][i % 2 * 2];
-          const float low = ex2_approx(fmaf(logit[0], scale, -shift[i % 2]));
-          const float high = ex2_approx(fmaf(logit[1], scale, -shift[i % 2]));
+          const float low = ex2_approx(fmaf(logit[0], problem.scale, -shift[i % 2]));
+          const float high = ex2_approx(fmaf(logit[1], problem.scale, -shift[i % 2]));
           if (Plan::kLse) sum_rmem[i % 2 * 2] += low + high;
           weight_rmem[i] = pack(low, high, Element());
         }

@@ -159,9 +159,7 @@ def form(problem: Problem, role: Role, whole: bool) -> Form:
         if short:
             return Form(4, 2, 4 if whole else 3)  # running sums need registers
         return Form(8, 1, 2)
-    if short:
-        return Form(4, 1, 4)
-    return Form(4, 1, 3 if role == "query" else 2)
+    return Form(4, 1, 4 if short else 3)
 
 
 # Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md).

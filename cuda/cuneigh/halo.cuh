@@ -28,8 +28,9 @@ struct HaloProblem {
   int batch;
   int part;  // batch entries that a block works through
   int heads;
-  int group_size;  // query heads that share a key head
-  float scale;     // positive
+  int group_size;        // query heads that share a key head
+  float scale;           // times log2(e); positive
+  float gradient_scale;  // the scale itself
 };
 
 // Divides by multiplying; exact as long as number times divisor is less than 2^20.

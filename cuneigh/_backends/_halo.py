@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -128,6 +129,7 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
                 *((name, "i4", (rank,)) for name in shapes),
                 *((name, "i4") for name in numbers),
                 ("scale", "f4"),
+                ("gradient_scale", "f4"),
             ],
             align=True,
         ),
@@ -140,5 +142,6 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
     record["batch"], heads = _halo_plan.sizes(problem, role)
     record["heads"] = heads * problem.group_size if rows_are_keys(role) else heads
     record["part"], record["group_size"] = chosen.part, problem.group_size
-    record["scale"] = problem.scale
+    record["scale"] = problem.scale * math.log2(math.e)
+    record["gradient_scale"] = problem.scale
     return record
