@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       for (int d = 0; d < kValueDim; d += 16)
         take_rows(rows_smem, kHeadDim + d, lane, value_rmem[d / 16]);
       const char* columns = smem.column(0, first);
-#pragma unroll(Plan::kRowsAreKeys ? 1 : Plan::kColumns / 16)
+#pragma unroll
       for (int n = 0; n < Plan::kColumns; n += 16) {
         // Near a border keys are seen by more queries than elsewhere, where lists are not full
         const unsigned any = (visible[0] | visible[1]) >> (n / 4) & 0xf;
