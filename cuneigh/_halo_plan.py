@@ -165,27 +165,23 @@ def form(problem: Problem, role: Role, whole: bool) -> Form:
 
 
 # Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md).
-PRODUCT = 1 / 378
+PRODUCT = 1 / 223
 """A multiply-add of the tensor cores, on one of four schedulers."""
-LOGIT = 0.138
+LOGIT = 0.008
 """One logit's way through mask and softmax, on one of four schedulers."""
-VISIT = 158.0
+VISIT = 167.0
 """What a warp does once for each slab, on one of four schedulers."""
-COPY = 0.494
+COPY = 0.304
 """Bringing 16 bytes of a slab to shared memory."""
-SLAB = 91.0
+SLAB = 261.0
 """What a block does once for each slab: waiting and meeting."""
-ROW = 1.064
+ROW = 1.08
 """Bringing 16 bytes of a row to shared memory, or writing as many of a result."""
-TABLES = 282.0
+TABLES = 119.0
 """A warp's share of filling the tables."""
 
 
-HIDING = 0.3
-"""How arithmetic slows down with fewer warps beside each other than 16, as a power."""
-
-
-def entry_cost(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> float:
+def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
     """Cycles that a block takes for one entry of the inner axis."""
     counts = along(problem, plan, role)
     cuts = slabs(problem, plan, role)
@@ -200,7 +196,6 @@ def entry_cost(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> 
         mean = min(counts[0].met / counts[0].warps, plan.list[0])
         columns = min(columns, 16 * math.ceil(mean * math.prod(plan.list[1:]) / 16))
     visit = ROWS * columns * (dims * PRODUCT * PRODUCTS[role] + LOGIT) + VISIT
-    visit *= (16 / (plan.form.warps * resident(problem, plan, device, role))) ** HIDING
     slab = math.prod(plan.slab) * dims / 8 * COPY + SLAB
     if rows_are_keys(role):
         visits, cuts = visits * problem.group_size, cuts * problem.group_size
@@ -215,12 +210,12 @@ def resident(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> in
     return min(plan.form.blocks, (device.shared_memory + reserved) // taken)
 
 
-def cost(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> float:
+def cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
     """Predicted cycles of a multiprocessor that had everything to do by itself."""
     length, outer = sizes(problem, role)
     blocks = outer * math.prod(count.blocks for count in along(problem, plan, role))
     tables = TABLES * plan.form.warps * math.ceil(length / plan.part)
-    return blocks * (tables + length * entry_cost(problem, plan, device, role))
+    return blocks * (tables + length * entry_cost(problem, plan, role))
 
 
 def with_part(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> HaloPlan:
@@ -231,7 +226,7 @@ def with_part(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> H
     length, outer = sizes(problem, role)
     boxes = outer * math.prod(count.blocks for count in along(problem, plan, role))
     beside = resident(problem, plan, device, role)
-    entry = entry_cost(problem, plan, device, role)
+    entry = entry_cost(problem, plan, role)
 
     def cycles(part: int) -> float:
         waves = boxes * math.ceil(length / part) / (beside * max(device.sm_count, 1))
@@ -265,12 +260,16 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
         for candidate in candidates(problem, role)
         if resident(problem, candidate, device, role)
     )
-    best = min(fitting, key=lambda candidate: cost(problem, candidate, device, role), default=None)
+
+    def order(candidate: HaloPlan) -> tuple[float, int]:  # of equal ones those that fit oftener
+        return cost(problem, candidate, role), -resident(problem, candidate, device, role)
+
+    best = min(fitting, key=order, default=None)
     other = _fused_plan.plan(problem, device, role)
     if best is not None and other is not None:
         heads = problem.kv_heads if rows_are_keys(role) else problem.heads
         of_all = _fused_plan.cost(problem, other, role) * problem.batch * heads
-        if of_all < cost(problem, best, device, role):
+        if of_all < cost(problem, best, role):
             return None
     return best
 
