@@ -141,7 +141,7 @@ def test_few_kernels_serve_all_layouts_and_windows():
         small = _halo_plan.plan(problem, H200, "forward")
         if small is not None:
             sizes = small.columns, small.whole
-            kernel = _halo.kernel(problem, H200.capability, "forward", *sizes)
+            kernel = _halo.kernel(problem, "forward", *sizes)
         else:
             area = _fused_plan.plan(problem, H200).area
             kernel = fused._kernel(problem, H200.capability, "forward", area, 16, 16)
