@@ -71,8 +71,7 @@ def cuda(index: int) -> Device:
 def current(index: int) -> AbstractContextManager[Any]:
     """Within it CUDA device `index` is current, and the driver knows that of this thread.
 
-    Where that is so already, nothing is changed. XLA, for one, makes a device current by pushing a
-    context; to make it current once more would outlast that.
+    Where that is so already, as when XLA calls, nothing is changed.
     """
     cuda = _cuda()
     if cuda.runtime.getDevice() != index:
