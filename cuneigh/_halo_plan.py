@@ -180,6 +180,9 @@ ROW = 1.08
 TABLES = 119.0
 """A warp's share of filling the tables."""
 
+ALONE = 1.45
+"""How much longer blocks take that have a multiprocessor for themselves: it waits with them."""
+
 
 def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
     """Cycles that a block takes for one entry of the inner axis."""
@@ -261,10 +264,11 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
         if resident(problem, candidate, device, role)
     )
 
-    def order(candidate: HaloPlan) -> tuple[float, int]:  # of equal ones those that fit oftener
-        return cost(problem, candidate, role), -resident(problem, candidate, device, role)
+    def cycles(candidate: HaloPlan) -> float:
+        alone = resident(problem, candidate, device, role) == 1
+        return cost(problem, candidate, role) * (ALONE if alone else 1.0)
 
-    best = min(fitting, key=order, default=None)
+    best = min(fitting, key=cycles, default=None)
     other = _fused_plan.plan(problem, device, role)
     if best is not None and other is not None:
         heads = problem.kv_heads if rows_are_keys(role) else problem.heads
