@@ -29,8 +29,12 @@ TRACED = frozenset([FakeTensor, FunctionalTensor])
 """Tensors without numbers, by which PyTorch finds out what a program does."""
 
 
+def _empty_strided(shape: tuple[int, ...], steps: tuple[int, ...], dtype: torch.dtype) -> Any:
+    return torch.empty_strided(shape, steps, dtype=dtype, device="cuda")
+
+
 # What the programs of torch.compile allocate with on the current device, at half the cost.
-_empty_on_gpu: Any = torch._C._dynamo.guards._empty_strided_cuda
+_empty_on_gpu: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
 
 
 class TorchFace(Watcher):
