@@ -115,7 +115,7 @@ struct HaloMemory {
 template <typename Element>
 constexpr int kStep = sizeof(Element) == 2 ? 8 : 1;  // elements
 
-// The element that is `count` steps away, in one instruction.
+// The element that is `count` steps away: 32 bits times a constant, no product of 64 bits.
 template <typename Element>
 __device__ Element* step_by(Element* pointer, unsigned count) {
   unsigned long long address = reinterpret_cast<unsigned long long>(pointer);
