@@ -14,12 +14,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple, NoReturn, Protocol
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from cuneigh import _device
-from cuneigh._problem import DTYPES, Spec
+from cuneigh._problem import Spec
 
 
 class Face(Protocol):
@@ -226,20 +225,21 @@ def type_name(value: object) -> str:
     return module + kind.__qualname__
 
 
-_NUMPY_DTYPES = {
-    name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in DTYPES
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items()}
-
-
+@cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype called `name`, that of ml_dtypes for bfloat16."""
-    return _NUMPY_DTYPES[name] if name in _NUMPY_DTYPES else np.dtype(name)
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes  # which takes a seventh of the time to import all this
+
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
 
 
+@cache
 def dtype_name(dtype: Any) -> str:
     """The name of a NumPy dtype; of one that is not supported, byte order and all."""
-    return _DTYPE_NAMES.get(dtype) or str(dtype)
+    return str(dtype)
 
 
 @cache
