@@ -110,13 +110,16 @@ assert "scipy" not in sys.modules
 def test_the_import_is_quick():
     code = """
 import time
-import numpy
 start = time.process_time()
+import numpy
+middle = time.process_time()
 import cuneigh
-print(time.process_time() - start)
+print(time.process_time() - middle, middle - start)
 """
-    # Processor time, and the least of a few: the machine may be busy with something else.
-    assert min(float(run(code)) for _ in range(5)) < 0.150
+    # Processor time, and the best of a few: the machine may be busy with something else. One on
+    # which NumPy takes longer than that is slow.
+    times = [map(float, run(code).split()) for _ in range(5)]
+    assert any(own < max(0.150, of_numpy) for own, of_numpy in times)
 
 
 def test_all_names_what_is_public():
