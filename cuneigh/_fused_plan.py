@@ -150,6 +150,8 @@ class Cycles(NamedTuple):
 
 
 HALF_FORWARD = Cycles(1 / 261, exponential=0.0, mask=0.39, copy=0.42, tile=87, row=0.0, block=2080)
+SHORT_FORWARD = Cycles(1 / 233, exponential=0.12, mask=0.45, copy=0.0, tile=205, row=1.52, block=0)
+"""Of vectors of at most 64 elements."""
 HALF_BACKWARD = Cycles(
     1 / 265, exponential=0.0, mask=0.26, copy=0.58, tile=314, row=0.0, block=2170
 )
@@ -166,6 +168,15 @@ PRODUCTS: dict[Role, float] = {
 """Matrix products of a role, those of the forward counted as one."""
 
 
+def constants(problem: Problem, role: Role) -> Cycles:
+    """The fit for a kernel."""
+    if problem.dtype == "float32":
+        return FLOAT32
+    if role != "forward":
+        return HALF_BACKWARD
+    return SHORT_FORWARD if max(problem.head_dim, problem.value_dim) <= 64 else HALF_FORWARD
+
+
 def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
     """Predicted cycles of one (batch, head) on one scheduler of a multiprocessor."""
     return float(cost_of(problem, plan.area, count(problem, plan, role), role))
@@ -174,8 +185,7 @@ def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
 def cost_of(problem: Problem, area: Area, counts: Counts, role: Role) -> Any:
     """The same for these counts, which may be arrays of those of many plans."""
     row_tiles, columns, warps = area
-    half = HALF_FORWARD if role == "forward" else HALF_BACKWARD
-    cycles = FLOAT32 if problem.dtype == "float32" else half
+    cycles = constants(problem, role)
     logits = 16 * row_tiles * columns
     dims = problem.head_dim + problem.value_dim
     chunks = dims * DTYPES[problem.dtype] / 16
@@ -272,8 +282,12 @@ def fast_sizes(
         if longest <= 64 or capability[0] != 9 or problem.rpb_dtype:
             return ((1, 32),)
         return ((2, 32), (1, 64), (1, 32)) if role == "query" else ((1, 64), (1, 32))
-    if longest <= 64 or problem.rpb_dtype:
+    if problem.rpb_dtype or (longest <= 64 and capability[0] != 9):
         return ((1, 64), (1, 32))
+    if longest <= 32:
+        return ((2, 64), (1, 32))
+    if longest <= 64:
+        return ((2, 48) if problem.rank == 1 else (2, 64), (1, 64), (1, 32))
     if capability[0] != 9:
         return ((2, 32), (1, 64), (1, 32))
     return ((2, 64) if problem.rank < 3 else (2, 48), (1, 64), (1, 32))
@@ -295,6 +309,8 @@ def blocks_per_multiprocessor(
         return 1
     if problem.rpb_dtype:
         return 2 if area.columns > 32 else 3
+    if area.row_tiles > 1:
+        return 2 if longest > 32 and area.columns > 48 else 3
     return 4 if area.columns > 32 else 5
 
 
