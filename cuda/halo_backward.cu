@@ -192,8 +192,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
     const unsigned first = smem.first(slab.index, warp);
     if (first != kNothing) {
-      const uint2 seen = smem.visible(slab.index, warp, lane);
-      const unsigned visible[2] = {seen.x, seen.y};
+      const auto [visible] = smem.visible(slab.index, warp, lane);
       unsigned key_rmem[kHeadDim / 16][4], value_rmem[kValueDim / 16][4];
 #pragma unroll
       for (int d = 0; d < kHeadDim; d += 16) take_rows(rows_smem, d, lane, key_rmem[d / 16]);

@@ -8,11 +8,11 @@
 //   static constexpr int kRank;               token axes
 //   static constexpr int kWarps;              warps of a block; each takes up to 16 queries
 //   static constexpr int kBlocks;             blocks of a multiprocessor to leave registers for
-//   static constexpr int kColumns;            places for a warp's keys of a slab, up to 128
+//   static constexpr int kColumns;            places for a warp's keys of a slab, up to 256
 //   static constexpr bool kWhole;             one slab holds all that a block meets
 //   static constexpr bool kLse;               lse is wanted
 //   static constexpr int kBuffers;            slabs in shared memory: 1, or 2 by turns
-//   static constexpr int kHeadDim, kValueDim; head dimensions: 32 or 64
+//   static constexpr int kHeadDim, kValueDim; head dimensions: 32, 64 or 128
 //   static constexpr int kSides;              entries of HaloTables::below
 //   static constexpr int kTableBytes;         of HaloTables, as the launcher counts them
 //   static constexpr bool kRowsAreKeys;       false
@@ -50,6 +50,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     halo_forward(const HaloProblem<Plan::kRank> problem, const HaloForward<Plan> arguments) {
   using Element = typename Plan::Element;
   constexpr int kColumnTiles = Plan::kColumns / 8;
+  // Dimensions of the output at a time: what registers hold beside the logits. Where a slab is the
+  // only one, its weights can be multiplied with one part of the values after another.
+  constexpr int kPart = !Plan::kWhole || Plan::kColumns + Plan::kValueDim <= 176 ? Plan::kValueDim
+                        : Plan::kColumns > 112                                   ? 32
+                                                                                 : 64;
   extern __shared__ __align__(16) char memory_smem[];
   auto& smem = *reinterpret_cast<HaloMemory<Plan, Plan::kHeadDim>*>(memory_smem);
   const auto& tables = smem.tables;
@@ -88,11 +93,38 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   // Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are this thread's, in columns
   // 2 * (lane % 4) and the one after of every 8 keys or dimensions
   const int first_row = warp * 16 + lane / 4;
-  float output_rmem[Plan::kValueDim / 8][4] = {};
+  float output_rmem[kPart / 8][4] = {};
   float shift[2] = {-kLargest, -kLargest};
   // Sums of weights, two for a row. For lse they must be exact; else tensor cores sum the rounded
-  // weights, which are what the output is made of, so that its last bits depend on kLse.
+  // weights, which are what the output is made of, so that its last bits depend on kLse. Beside the
+  // longest lists that takes registers which are not there.
+  constexpr bool kExactSums = Plan::kLse || Plan::kColumns > 128;
   float sum_rmem[4] = {};
+
+  // Normalizes and writes the part of the output that begins at a dimension
+  const auto write = [&](int batch, int begin) {
+    Element* output = entry_of(rows.output, batch) + begin;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + half * 8;
+      const auto steps = rows.steps[row];
+      const bool exists = tables.exists[row];
+      float sum = sum_rmem[2 * half];
+      if (kExactSums) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      }
+      store_row<kPart>(output_rmem, half, sum == 0 ? 0.0f : rcp_approx(sum), exists, lane,
+                       step_by(output, steps.output));
+      if (Plan::kLse && begin == 0 && lane % 4 == 0 && exists)
+        *step_by(entry_of(rows.lse, batch), steps.lse) =
+            (shift[half] + lg2_approx(sum)) * 0.693147181f;
+    }
+#pragma unroll
+    for (int d = 0; d < kPart / 8; ++d)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) output_rmem[d][i] = 0;
+  };
 
   for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
     cp_async_wait<0>();
@@ -139,19 +171,18 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       }
 
       // Mask, and the maximum of each row, which four lanes share
-      const uint2 seen = smem.visible(slab.index, warp, lane);
+      const auto [visible] = smem.visible(slab.index, warp, lane);
       float top[2];
       bool moves = Plan::kWhole;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         top[half] = -infinity<float>();
-        const unsigned visible = half ? seen.y : seen.x;
 #pragma unroll
         for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = logit_rmem[n][2 * half + i];
-            if (!(visible >> (n * 2 + i) & 1)) x = -infinity<float>();
+            if (!(visible[half] >> (n * 2 + i) & 1)) x = -infinity<float>();
             top[half] = fmaxf(top[half], x);
           }
         top[half] *= problem.scale;
@@ -178,27 +209,33 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       }
 
       // O += P V, and P times ones
+      unsigned weight_rmem[kColumnTiles / 2][4];
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; n += 2) {
-        unsigned weight_rmem[4];
+      for (int begin = 0; begin < Plan::kValueDim; begin += kPart) {
+        if (begin > 0) write(slab.batch, begin - kPart);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* logit = &logit_rmem[n + i / 2][i % 2 * 2];
-          const float low = ex2_approx(fmaf(logit[0], problem.scale, -shift[i % 2]));
-          const float high = ex2_approx(fmaf(logit[1], problem.scale, -shift[i % 2]));
-          if (Plan::kLse) sum_rmem[i % 2 * 2] += low + high;
-          weight_rmem[i] = pack(low, high, Element());
-        }
-        if (!Plan::kLse)
-          mma_m16n8k16(sum_rmem, weight_rmem, ones(Element()), ones(Element()), Element());
-        const unsigned values = value_of(n);
+        for (int n = 0; n < kColumnTiles; n += 2) {
+          unsigned (&weights)[4] = weight_rmem[n / 2];
+          if (begin == 0) {
 #pragma unroll
-        for (int d = 0; d < Plan::kValueDim; d += 16) {
-          unsigned value_rmem[4];
-          ldmatrix_x4_trans(value_rmem, values + d * 2);
-          mma_m16n8k16(output_rmem[d / 8], weight_rmem, value_rmem[0], value_rmem[1], Element());
-          mma_m16n8k16(output_rmem[d / 8 + 1], weight_rmem, value_rmem[2], value_rmem[3],
-                       Element());
+            for (int i = 0; i < 4; ++i) {
+              const float* logit = &logit_rmem[n + i / 2][i % 2 * 2];
+              const float low = ex2_approx(fmaf(logit[0], problem.scale, -shift[i % 2]));
+              const float high = ex2_approx(fmaf(logit[1], problem.scale, -shift[i % 2]));
+              if (kExactSums) sum_rmem[i % 2 * 2] += low + high;
+              weights[i] = pack(low, high, Element());
+            }
+            if (!kExactSums)
+              mma_m16n8k16(sum_rmem, weights, ones(Element()), ones(Element()), Element());
+          }
+          const unsigned values = value_of(n) + begin * 2;
+#pragma unroll
+          for (int d = 0; d < kPart; d += 16) {
+            unsigned value_rmem[4];
+            ldmatrix_x4_trans(value_rmem, values + d * 2);
+            mma_m16n8k16(output_rmem[d / 8], weights, value_rmem[0], value_rmem[1], Element());
+            mma_m16n8k16(output_rmem[d / 8 + 1], weights, value_rmem[2], value_rmem[3], Element());
+          }
         }
       }
     }
@@ -213,31 +250,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     if (more && !next.is_first()) continue;
     row_buffer ^= Plan::kBuffers - 1;
 
-    // After the last slab of a batch entry: normalize and write
-    Element* output = entry_of(rows.output, batch);
+    // After the last slab of a batch entry
+    write(batch, Plan::kValueDim - kPart);
+    shift[0] = shift[1] = -kLargest;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + half * 8;
-      const auto steps = rows.steps[row];
-      const bool exists = tables.exists[row];
-      float sum = sum_rmem[2 * half];
-      if (Plan::kLse) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      }
-      store_row<Plan::kValueDim>(output_rmem, half, sum == 0 ? 0.0f : rcp_approx(sum), exists, lane,
-                                 step_by(output, steps.output));
-      if (Plan::kLse && lane % 4 == 0 && exists)
-        *step_by(entry_of(rows.lse, batch), steps.lse) =
-            (shift[half] + lg2_approx(sum)) * 0.693147181f;
-      shift[half] = -kLargest;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum_rmem[i] = 0;
-#pragma unroll
-      for (int d = 0; d < Plan::kValueDim / 8; ++d) output_rmem[d][i] = 0;
-    }
+    for (int i = 0; i < 4; ++i) sum_rmem[i] = 0;
     if (!more) break;
   }
 }

@@ -28,22 +28,18 @@ Indices = npt.NDArray[np.int64]
 
 ROWS = 16
 """Rows of a warp: those of one tensor core instruction."""
-DIMS = (32, 64)
-"""Head dimensions that the kernels are made for."""
+def dims(role: Role) -> tuple[int, ...]:
+    """Head dimensions that the kernels are made for."""
+    return (32, 64, 128) if role == "forward" else (32, 64)
+
+
 SMALLEST_SCALE = 1e-37
 """Smaller ones are 0 in float32, where what is hidden would not stay so."""
 MOST_SLABS = 8
 LARGEST_QUOTIENT = 1 << 20
 """What `Divisor` of cuda/cuneigh/halo.cuh divides times what it divides by stays below this."""
 SIDES = 48
-"""Along several axes a list has at most as many sides, each of which has an entry in a table."""
-
-
-def columns(role: Role, whole: bool) -> tuple[int, ...]:
-    """Places that a list can have; `whole` if one slab holds all that a block meets."""
-    if role != "forward":
-        return (64, 80, 112, 128)
-    return (64, 80, 112) if whole else (64,)
+"""Entries that tables have for the sides of a list."""
 
 
 class Form(NamedTuple):
@@ -152,16 +148,25 @@ def sizes(problem: Problem, role: Role) -> tuple[int, int]:
     return lengths if inner(problem) == "batch" else (lengths[1], lengths[0])
 
 
-def form(problem: Problem, role: Role, whole: bool) -> Form:
-    """What was fastest, and what registers allow, as the compiler reports."""
-    short = max(problem.head_dim, problem.value_dim) <= 32
-    if role == "forward":
-        if short:
-            return Form(4, 2, 4 if whole else 3)  # running sums need registers
-        return Form(8, 1, 2)
-    if short:
-        return Form(4, 1, 4)
-    return Form(4, 1, 3 if role == "query" else 2)
+def forms(problem: Problem, role: Role, whole: bool) -> dict[Form, tuple[int, ...]]:
+    """The forms that were fast, and the places that a list can have in each.
+
+    The compiler reports what registers allow. `whole` if one slab holds all that a block meets;
+    without, running sums need registers.
+    """
+    longest = max(problem.head_dim, problem.value_dim)
+    if role != "forward":
+        blocks = 4 if longest <= 32 else 3 if role == "query" else 2
+        return {Form(4, 1, blocks): (64, 80, 112, 128)}
+    if longest <= 32:
+        if not whole:
+            return {Form(4, 2, 3): (64,)}
+        return {Form(4, 2, 4): (48, 64, 80, 112), Form(4, 1, 3): (144,)}
+    if longest <= 64:
+        if not whole:
+            return {Form(4, 1, 4): (64,)}
+        return {Form(8, 1, 2): (48, 64, 80, 112), Form(4, 1, 3): (48, 64, 80, 112, 144)}
+    return {Form(4, 1, 3): (48, 64, 80, 112) if whole else (64,)}
 
 
 # Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md).
@@ -241,11 +246,11 @@ def with_part(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> H
     return replace(plan, part=min(sorted(parts), key=cycles))
 
 
-def takes(problem: Problem) -> bool:
-    """Whether the kernels are made for this kind of problem."""
+def takes(problem: Problem, role: Role) -> bool:
+    """Whether there is a kernel for this kind of problem."""
     return (
         problem.dtype in ("float16", "bfloat16")
-        and {problem.head_dim, problem.value_dim} <= {*DIMS}
+        and {problem.head_dim, problem.value_dim} <= {*dims(role)}
         and not problem.rpb_dtype
         and not problem.additional
         and SMALLEST_SCALE < problem.scale < 1 / SMALLEST_SCALE
@@ -256,7 +261,7 @@ def takes(problem: Problem) -> bool:
 def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan | None:
     """The cheapest plan for `device`; None if there is none, or the boxes of `_fused_plan` are
     expected to be faster."""
-    if not takes(problem) or device.capability < (8, 0):
+    if not takes(problem, role) or device.capability < (8, 0):
         return None
     fitting = (
         with_part(problem, candidate, device, role)
@@ -281,25 +286,28 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
 def candidates(problem: Problem, role: Role = "forward") -> Iterator[HaloPlan]:
     """All shapes that a list and a slab can have; of each the part is 1."""
     for whole in (True, False):
-        kind = form(problem, role, whole)
-        for box in warp_boxes(problem, role):
-            for warps in shapes(problem.rank, kind.warps):
-                yield from _cuts(problem, role, HaloPlan(kind, 0, box, warps, (), (), whole, 1))
+        kinds = forms(problem, role, whole)
+        for (form, columns), box in itertools.product(kinds.items(), warp_boxes(problem, role)):
+            for warps in shapes(problem.rank, form.warps):
+                plan = HaloPlan(form, 0, box, warps, (), (), whole, 1)
+                yield from _cuts(problem, role, plan, columns)
 
 
-def _cuts(problem: Problem, role: Role, plan: HaloPlan) -> Iterator[HaloPlan]:
-    """The lists and slabs that a plan without them can have."""
+def _cuts(
+    problem: Problem, role: Role, plan: HaloPlan, columns: tuple[int, ...]
+) -> Iterator[HaloPlan]:
+    """The lists and slabs that a plan without them can have; `columns`: the places of lists."""
     first, *others = along(problem, plan, role)
     across = tuple(count.sight for count in others)
     reach = tuple(count.reach for count in others)
     cuts = (1,) if plan.whole else range(2, MOST_SLABS + 1)
     for height in sorted({math.ceil(first.reach / count) for count in cuts}):
         high = min(height, first.sight)
-        if problem.rank > 1 and sum(across) + high + problem.rank > SIDES:
+        if sum(across) + len(across) > SIDES:
             continue
         if height * math.prod(reach) * max(height, *reach, 1) >= LARGEST_QUOTIENT:
             continue
-        for places in columns(role, plan.whole):
+        for places in columns:
             if high * math.prod(across) <= places:
                 shape = (high, *across), (height, *reach)
                 yield HaloPlan(plan.form, places, plan.warp_box, plan.warps, *shape, plan.whole, 1)
@@ -322,15 +330,23 @@ def warp_boxes(problem: Problem, role: Role) -> list[tuple[int, ...]]:
     return good or [max(boxes, key=math.prod)]
 
 
-def sides(rank: int, columns: int) -> int:
-    """Entries of the table of a list's sides: one more along each axis than the list is long."""
-    return columns + 1 if rank == 1 else SIDES
+def sides(rank: int) -> int:
+    """Entries of the table of a list's sides: one more along each axis than the list is long.
+
+    The first axis needs none of them.
+    """
+    return 1 if rank == 1 else SIDES
+
+
+def bit_bytes(columns: int) -> int:
+    """Bytes of `Bits`, a bit for each fourth of a list's columns."""
+    return 4 if columns <= 128 else 8
 
 
 def table_bytes(problem: Problem, columns: int, warps: int) -> int:
     """Bytes of `HaloTables` of cuda/cuneigh/halo.cuh."""
     rank, rows = problem.rank, ROWS * warps
-    size = 16 * sides(rank, columns) + 4 * columns
+    size = bit_bytes(columns) * 4 * sides(rank) + 4 * columns
     size += 8 * rank * (1 + warps + rows) + rows  # what block, warps and rows meet
     size += 8 + 8 * rank + 12  # the block's rows, the size and number of slabs
     return math.ceil(size / 8) * 8 + 3 * 24  # where the columns are found
@@ -356,7 +372,7 @@ def shared_bytes(problem: Problem, plan: HaloPlan, role: Role = "forward") -> in
     row = problem.head_dim + values * problem.value_dim
     slab = plan.slab[0] * pitches(problem, plan)[0]
     arrays = plan.form.buffers * (rows * 2 * (row + 8) + slab)
-    lists = slabs(problem, plan, role) * plan.form.warps * (32 * 8 + 4)
+    lists = slabs(problem, plan, role) * plan.form.warps * (64 * bit_bytes(plan.columns) + 4)
     tables = table_bytes(problem, plan.columns, plan.form.warps)
     return math.ceil(tables / 16) * 16 + arrays + 16 * places + lists
 

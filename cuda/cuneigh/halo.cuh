@@ -58,14 +58,32 @@ struct Origin {
   unsigned batch, head, line;
 };
 
+// A lane's columns of a list as bits: 2 * (lane % 4) and the one after of every 8.
+template <bool kLong>
+struct BitsOf {
+  using Type = unsigned;
+};
+template <>
+struct BitsOf<true> {
+  using Type = unsigned long long;
+};
+template <typename Plan>
+using Bits = typename BitsOf<(Plan::kColumns > 128)>::Type;
+
+// Those that each of the lane's rows lane / 4 and lane / 4 + 8 meets.
+template <typename Plan>
+struct alignas(2 * sizeof(Bits<Plan>)) Visible {
+  Bits<Plan> row[2];
+};
+
 template <typename Plan>
 struct HaloTables {
   using Element = typename Plan::Element;
   static constexpr int kRows = Plan::kWarps * 16;
 
-  // Bits of the list whose coordinate along an axis is less than an index, axis after axis. A lane
-  // has the columns 2 * (lane % 4) and the one after of every 8.
-  unsigned below[Plan::kSides][4];
+  // The columns of a list whose coordinate along an axis is less than an index, axis after axis
+  // from the second on, of those that each of four lanes has.
+  Bits<Plan> below[Plan::kSides][4];
   int list[Plan::kColumns];                // bytes from the warp's first column in the slab on
   Range reach[Plan::kRank];                // columns that the block meets
   Range sight[Plan::kWarps][Plan::kRank];  // columns that a warp meets
@@ -100,10 +118,10 @@ struct HaloMemory {
   __device__ ColumnStep* steps() {
     return reinterpret_cast<ColumnStep*>(column(Plan::kBuffers - 1, tables.slab_bytes));
   }
-  // Of a warp's list in a slab: the columns that a lane's rows lane / 4 and lane / 4 + 8 meet, as
-  // bits, and the bytes from the slab to the first column, or kNothing if no row meets any
-  __device__ uint2& visible(int slab, int warp, int lane) {
-    auto* lists = reinterpret_cast<uint2*>(steps() + tables.places);
+  // Of a warp's list in a slab: what a lane's rows meet, and the bytes from the slab to the first
+  // column, or kNothing if no row meets any
+  __device__ Visible<Plan>& visible(int slab, int warp, int lane) {
+    auto* lists = reinterpret_cast<Visible<Plan>*>(steps() + tables.places);
     return lists[(slab * Plan::kWarps + warp) * 32 + lane];
   }
   __device__ unsigned& first(int slab, int warp) {
@@ -145,6 +163,15 @@ __device__ Origin<Element> origin_of(const View<Element, kRank>& view, int head)
 template <typename Element>
 __device__ Element* entry_of(const Origin<Element>& origin, int batch) {
   return step_by(origin.data, batch * origin.batch);
+}
+
+// Columns of a list that have the same coordinate along the first axis.
+template <int kRank>
+__device__ int inner_of(const HaloProblem<kRank>& problem) {
+  int inner = 1;
+#pragma unroll
+  for (int r = 1; r < kRank; ++r) inner *= problem.list[r];
+  return inner;
 }
 
 // Fills all but what `fill_steps` does, and calls keep(row, token) for every row, with a valid
@@ -203,12 +230,10 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
   }
 
   // The list in raster order; its places past the end repeat the first
-  int area = 1, places = 1;
+  int inner = inner_of(problem), places = 1;
+  const int area = problem.list[0] * inner;
 #pragma unroll
-  for (int r = 0; r < kRank; ++r) {
-    area *= problem.list[r];
-    places *= problem.slab[r];
-  }
+  for (int r = 0; r < kRank; ++r) places *= problem.slab[r];
 #pragma unroll 1
   for (int column = threadIdx.x; column < Plan::kColumns; column += kThreads) {
     int rest = column, bytes = 0;
@@ -228,25 +253,27 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
     tables.slabs = (reach.end - reach.begin + problem.slab[0] - 1) / problem.slab[0];
   }
 
-  // A ballot gathers the bits of one quarter
-  int inner = area, first = 0;
+  // A ballot gathers the bits of one lane, of 128 columns
+  constexpr int kBallots = sizeof(Bits<Plan>) / sizeof(unsigned);
+  int first = 0;
 #pragma unroll
-  for (int r = 0; r < kRank; ++r) {
+  for (int r = 1; r < kRank; ++r) {
     const int size = problem.list[r];
     inner = Divisor(size).quotient(inner);
     const Divisor by_inner(inner), by_size(size);
-    int coordinate[4];
+    int coordinate[4 * kBallots];
 #pragma unroll
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      const int column = lane / 2 * 8 + quarter * 2 + lane % 2;
-      coordinate[quarter] = column < area ? by_size.remainder(by_inner.quotient(column)) : size;
+    for (int i = 0; i < 4 * kBallots; ++i) {
+      const int column = i / 4 * 128 + lane / 2 * 8 + i % 4 * 2 + lane % 2;
+      coordinate[i] = column < area ? by_size.remainder(by_inner.quotient(column)) : size;
     }
 #pragma unroll 1
     for (int index = threadIdx.x / 32; index <= size; index += Plan::kWarps)
 #pragma unroll
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        const unsigned bits = __ballot_sync(0xffffffffu, coordinate[quarter] < index);
-        if (lane == 0) tables.below[first + index][quarter] = bits;
+      for (int i = 0; i < 4 * kBallots; ++i) {
+        const unsigned bits = __ballot_sync(0xffffffffu, coordinate[i] < index);
+        auto* words = reinterpret_cast<unsigned*>(&tables.below[first + index][i % 4]);
+        if (lane == 0) words[i / 4] = bits;
       }
     first += size + 1;
   }
@@ -373,15 +400,25 @@ __device__ void load_slab(const HaloProblem<Plan::kRank>& problem, const Slab& s
   }
 }
 
+// Of the first `count` columns of a list those that a lane has.
+template <typename Plan>
+__device__ Bits<Plan> first_columns(int count, int lane) {
+  constexpr int kBits = 8 * sizeof(Bits<Plan>);
+  const int mine = count / 8 * 2 + smaller(larger(count % 8 - lane % 4 * 2, 0), 2);
+  return mine == 0 ? 0 : ~Bits<Plan>() >> (kBits - mine);
+}
+
 // Fills the lists of every slab.
 template <typename Plan, int kRowDim>
 __device__ void fill_lists(const HaloProblem<Plan::kRank>& problem, int warp, int lane,
                            HaloMemory<Plan, kRowDim>& smem) {
   const auto& tables = smem.tables;
+  const int inner = inner_of(problem);
 #pragma unroll 1
   for (int slab = 0; slab < tables.slabs; ++slab) {
     bool meets = true;
-    unsigned first = 0, visible[2] = {~0u, ~0u};
+    unsigned first = 0;
+    Visible<Plan> visible = {{~Bits<Plan>(), ~Bits<Plan>()}};
     int table = 0;
 #pragma unroll
     for (int r = 0; r < Plan::kRank; ++r) {
@@ -404,12 +441,14 @@ __device__ void fill_lists(const HaloProblem<Plan::kRank>& problem, int warp, in
         const int origin = base + start;
         const int low = smaller(larger(larger(window.begin, new_begin) - origin, 0), list);
         const int high = smaller(larger(window.end - origin, 0), list);
-        visible[half] &=
-            tables.below[table + high][lane % 4] & ~tables.below[table + low][lane % 4];
+        visible.row[half] &=
+            r == 0
+                ? first_columns<Plan>(high * inner, lane) & ~first_columns<Plan>(low * inner, lane)
+                : tables.below[table + high][lane % 4] & ~tables.below[table + low][lane % 4];
       }
-      table += list + 1;
+      if (r > 0) table += list + 1;
     }
-    smem.visible(slab, warp, lane) = make_uint2(visible[0], visible[1]);
+    smem.visible(slab, warp, lane) = visible;
     if (lane == 0) smem.first(slab, warp) = Plan::kWhole || meets ? first : kNothing;
   }
 }

@@ -15,7 +15,7 @@ from cuneigh import _halo_plan, _jit
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width
 from cuneigh._backends._program import Array, Program
 from cuneigh._fused_plan import Role, rows_are_keys
-from cuneigh._halo_plan import HaloPlan
+from cuneigh._halo_plan import Form, HaloPlan
 from cuneigh._problem import Problem
 
 UNIT = 16
@@ -50,7 +50,7 @@ def launch(
     record = _record(problem, chosen, role)
     boxes = int(record["boxes"].prod())
     program.launch(
-        kernel(problem, role, chosen.columns, *flags),
+        kernel(problem, role, chosen.form, chosen.columns, *flags),
         (boxes * outer * -(-length // chosen.part), 1),
         chosen.form.warps * 32,
         record,
@@ -61,10 +61,9 @@ def launch(
 
 @lru_cache(maxsize=1024)
 def kernel(
-    problem: Problem, role: Role, columns: int, whole: bool = False, lse: bool = False
+    problem: Problem, role: Role, form: Form, columns: int, whole: bool = False, lse: bool = False
 ) -> _jit.Kernel:
     """The kernel of a role, with the plan that cuda/halo_forward.cu describes."""
-    form = _halo_plan.form(problem, role, whole)
     constants = {
         "kRank": problem.rank,
         "kWarps": form.warps,
@@ -73,7 +72,7 @@ def kernel(
         "kBuffers": form.buffers,
         "kHeadDim": problem.head_dim,
         "kValueDim": problem.value_dim,
-        "kSides": _halo_plan.sides(problem.rank, columns),
+        "kSides": _halo_plan.sides(problem.rank),
         "kTableBytes": _halo_plan.table_bytes(problem, columns, form.warps),
     }
     lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
@@ -86,14 +85,14 @@ def kernel(
 
 def kernels(problem: Problem, role: Role) -> list[_jit.Kernel]:
     """All that `problem` may need, whatever its windows."""
-    if not _halo_plan.takes(problem):
+    if not _halo_plan.takes(problem, role):
         return []
-    if role != "forward":
-        return [kernel(problem, role, columns) for columns in _halo_plan.columns(role, False)]
+    flags = itertools.product((True, False), repeat=2) if role == "forward" else [(False, False)]
     return [
-        kernel(problem, role, columns, whole, lse)
-        for whole, lse in itertools.product((True, False), repeat=2)
-        for columns in _halo_plan.columns(role, whole)
+        kernel(problem, role, form, columns, whole, lse)
+        for whole, lse in flags
+        for form, places in _halo_plan.forms(problem, role, whole).items()
+        for columns in places
     ]
 
 
