@@ -15,33 +15,32 @@
 
 namespace cuneigh {
 
+// A number to divide by, by multiplying: exact where it times the number divided is less than 2^20.
+struct Divisor {
+  int divisor;
+  unsigned inverse;  // 2^20 / divisor, rounded up
+
+  __device__ operator int() const { return divisor; }
+  __device__ int quotient(int x) const { return x * inverse >> 20; }
+  __device__ int remainder(int x) const { return x - quotient(x) * divisor; }
+};
+
 // Everything that no array says. Its twin is `_record` in cuneigh/_backends/_halo.py.
 template <int kRank>
 struct HaloProblem {
   Axis axes[kRank];
-  int warp_box[kRank];  // rows of a warp along each axis
-  int warps[kRank];     // warps of a block along each axis
-  int slab[kRank];      // columns of a slab along each axis
-  int list[kRank];      // columns of a warp's list along each axis
-  int pitch[kRank];     // bytes from column to column of a slab along each axis
-  int boxes[kRank];     // boxes of rows along each axis, those of all dilation groups
+  Divisor warp_box[kRank];  // rows of a warp along each axis
+  Divisor warps[kRank];     // warps of a block along each axis
+  Divisor slab[kRank];      // columns of a slab along each axis
+  Divisor list[kRank];      // columns of a warp's list along each axis
+  int pitch[kRank];         // bytes from column to column of a slab along each axis
+  int boxes[kRank];         // boxes of rows along each axis, those of all dilation groups
   int batch;
   int part;  // batch entries that a block works through
   int heads;
   int group_size;        // query heads that share a key head
   float scale;           // times log2(e); positive
   float gradient_scale;  // the scale itself
-};
-
-// Divides by multiplying; exact as long as number times divisor is less than 2^20.
-struct Divisor {
-  int divisor;
-  unsigned inverse;
-
-  __device__ explicit Divisor(int divisor)
-      : divisor(divisor), inverse((1u << 20) / unsigned(divisor) + 1) {}
-  __device__ int quotient(int x) const { return x * inverse >> 20; }
-  __device__ int remainder(int x) const { return x - quotient(x) * divisor; }
 };
 
 // Where a column lies in a slab, in bytes, and the steps of its vectors; where columns are queries,
@@ -145,13 +144,14 @@ __device__ Element* step_by(Element* pointer, unsigned count) {
   return pointer;
 }
 
-// Steps in an array from the token at 0 on.
+// Steps in an array from the token at 0 on. They are positive, and 32 bits hold them all.
 template <typename Element, int kRank>
 __device__ unsigned steps_to(const View<Element, kRank>& view, const int (&token)[kRank]) {
-  long long elements = 0;
+  unsigned steps = 0;
 #pragma unroll
-  for (int r = 0; r < kRank; ++r) elements += token[r] * view.token[r];
-  return unsigned(elements / kStep<Element>);
+  for (int r = 0; r < kRank; ++r)
+    steps += token[r] * unsigned((unsigned long long)view.token[r] / kStep<Element>);
+  return steps;
 }
 
 // The origin of the rows' array.
@@ -184,13 +184,16 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
   const RowBox<kRank> rows = row_box<Plan>(problem);
 #pragma unroll
   for (int r = 0; r < kRank; ++r) {
-    if (threadIdx.x != r) continue;
+    if (threadIdx.x != kThreads - 32 * (r + 1)) continue;  // warps that mostly have no rows below
     const Axis& axis = problem.axes[r];
     const auto [group, begin] = rows.first[r];
     const int size = problem.warp_box[r] * problem.warps[r];
     const int last = smaller(begin + size, rows_of_group<Plan>(axis, group)) - 1;
-    tables.reach[r] = {columns_of<Plan>(axis, begin, group).begin,
-                       columns_of<Plan>(axis, last, group).end};
+    const Range reach = {columns_of<Plan>(axis, begin, group).begin,
+                         columns_of<Plan>(axis, last, group).end};
+    tables.reach[r] = reach;
+    if (r == 0)
+      tables.slabs = Plan::kWhole ? 1 : ceil_div(reach.end - reach.begin, problem.slab[0]);
   }
 
   // Rows: every warp takes a box of its own
@@ -200,12 +203,11 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
     bool exists = true;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
-      const int size = problem.warp_box[r];
-      const Divisor box(size), warps(problem.warps[r]);
+      const Divisor box = problem.warp_box[r], warps = problem.warps[r];
       const int inside = r == 0 ? in_warp : box.remainder(in_warp);
       const int length = rows_of_group<Plan>(problem.axes[r], rows.first[r].group);
-      index[r] = rows.first[r].index + warps.remainder(warp) * size + inside;
-      exists &= inside < size && index[r] < length;
+      index[r] = rows.first[r].index + (r == 0 ? warp : warps.remainder(warp)) * box + inside;
+      exists &= inside < box && index[r] < length;
       index[r] = smaller(index[r], length - 1);
       in_warp = box.quotient(in_warp);
       warp = warps.quotient(warp);
@@ -230,27 +232,25 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
   }
 
   // The list in raster order; its places past the end repeat the first
-  int inner = inner_of(problem), places = 1;
-  const int area = problem.list[0] * inner;
-#pragma unroll
-  for (int r = 0; r < kRank; ++r) places *= problem.slab[r];
+  const int area = problem.list[0] * inner_of(problem);
 #pragma unroll 1
   for (int column = threadIdx.x; column < Plan::kColumns; column += kThreads) {
     int rest = column, bytes = 0;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
-      const Divisor size(problem.list[r]);
-      bytes += (r == 0 ? rest : size.remainder(rest)) * problem.pitch[r];
-      rest = size.quotient(rest);
+      const Divisor list = problem.list[r];
+      bytes += (r == 0 ? rest : list.remainder(rest)) * problem.pitch[r];
+      rest = list.quotient(rest);
     }
     tables.list[column] = column < area ? bytes : 0;
   }
   if (threadIdx.x == 0) {
+    int places = 1;
+#pragma unroll
+    for (int r = 0; r < kRank; ++r) places *= problem.slab[r];
     tables.rows = rows;
     tables.places = places;
     tables.slab_bytes = problem.slab[0] * problem.pitch[0];
-    const Range reach = tables.reach[0];
-    tables.slabs = (reach.end - reach.begin + problem.slab[0] - 1) / problem.slab[0];
   }
 
   // A ballot gathers the bits of one lane, of 128 columns
@@ -258,14 +258,15 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
   int first = 0;
 #pragma unroll
   for (int r = 1; r < kRank; ++r) {
-    const int size = problem.list[r];
-    inner = Divisor(size).quotient(inner);
-    const Divisor by_inner(inner), by_size(size);
+    const Divisor size = problem.list[r];
     int coordinate[4 * kBallots];
 #pragma unroll
     for (int i = 0; i < 4 * kBallots; ++i) {
       const int column = i / 4 * 128 + lane / 2 * 8 + i % 4 * 2 + lane % 2;
-      coordinate[i] = column < area ? by_size.remainder(by_inner.quotient(column)) : size;
+      int rest = column;
+#pragma unroll
+      for (int inner = kRank - 1; inner > r; --inner) rest = problem.list[inner].quotient(rest);
+      coordinate[i] = column < area ? size.remainder(rest) : size;
     }
 #pragma unroll 1
     for (int index = threadIdx.x / 32; index <= size; index += Plan::kWarps)
@@ -312,7 +313,7 @@ __device__ void fill_steps(const HaloProblem<Plan::kRank>& problem, const Vector
     unsigned target = 0;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
-      const Divisor size(problem.slab[r]);
+      const Divisor size = problem.slab[r];
       const Range reach = tables.reach[r];
       const int coordinate = r == 0 ? rest : size.remainder(rest);
       target += coordinate * problem.pitch[r];

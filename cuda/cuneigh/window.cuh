@@ -31,11 +31,12 @@ struct Axis {
   int dilation;
   bool is_causal;
 
+  // (A division takes a GPU longer than the question whether it is needed.)
   CUNEIGH_HOST_DEVICE int group_length(int group) const {
-    return (length - group + dilation - 1) / dilation;
+    return dilation == 1 ? length : (length - group + dilation - 1) / dilation;
   }
   CUNEIGH_HOST_DEVICE int key_group_length(int group) const {
-    return (key_length - group + dilation - 1) / dilation;
+    return dilation == 1 ? key_length : (key_length - group + dilation - 1) / dilation;
   }
   CUNEIGH_HOST_DEVICE int token(Place place) const { return place.index * dilation + place.group; }
 

@@ -20,6 +20,8 @@ from cuneigh._problem import Problem
 
 UNIT = 16
 """Bytes of a load, and what steps in memory are counted in."""
+DIVISOR = np.dtype([("divisor", "i4"), ("inverse", "u4")])
+"""`Divisor` of cuda/cuneigh/halo.cuh."""
 
 
 def plan(
@@ -118,14 +120,15 @@ def _heads_first(array: Array, heads: int) -> Array:
 def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, Any]:
     """`HaloProblem` of cuda/cuneigh/halo.cuh."""
     rank = problem.rank
-    shapes = ("warp_box", "warps", "slab", "list", "pitch", "boxes")
+    divisors = ("warp_box", "warps", "slab", "list")
     numbers = ("batch", "part", "heads", "group_size")
     record = np.zeros(
         1,
         np.dtype(
             [
                 ("axes", AXIS, (rank,)),
-                *((name, "i4", (rank,)) for name in shapes),
+                *((name, DIVISOR, (rank,)) for name in divisors),
+                *((name, "i4", (rank,)) for name in ("pitch", "boxes")),
                 *((name, "i4") for name in numbers),
                 ("scale", "f4"),
                 ("gradient_scale", "f4"),
@@ -134,8 +137,11 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
         ),
     )
     record["axes"] = [axis_record(axis) for axis in problem.axes]
-    for name in shapes[:4]:
-        record[name] = getattr(chosen, name)
+    for name in divisors:
+        record[name] = [
+            (divisor, _halo_plan.LARGEST_QUOTIENT // divisor + 1)
+            for divisor in getattr(chosen, name)
+        ]
     record["pitch"] = _halo_plan.pitches(problem, chosen)
     record["boxes"] = [count.blocks for count in _halo_plan.along(problem, chosen, role)]
     record["batch"], heads = _halo_plan.sizes(problem, role)
