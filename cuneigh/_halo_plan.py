@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -28,6 +28,8 @@ Indices = npt.NDArray[np.int64]
 
 ROWS = 16
 """Rows of a warp: those of one tensor core instruction."""
+
+
 def dims(role: Role) -> tuple[int, ...]:
     """Head dimensions that the kernels are made for."""
     return (32, 64, 128) if role == "forward" else (32, 64)
@@ -166,31 +168,41 @@ def forms(problem: Problem, role: Role, whole: bool) -> dict[Form, tuple[int, ..
         if not whole:
             return {Form(4, 1, 4): (64,)}
         return {Form(8, 1, 2): (48, 64, 80, 112), Form(4, 1, 3): (48, 64, 80, 112, 144)}
-    return {Form(4, 1, 3): (48, 64, 80, 112) if whole else (64,)}
+    return {Form(4, 1, 3): (48, 64, 80, 112) if whole else (64, 80)}
 
 
-# Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md).
-PRODUCT = 1 / 223
-"""A multiply-add of the tensor cores, on one of four schedulers."""
-LOGIT = 0.008
-"""One logit's way through mask and softmax, on one of four schedulers."""
-VISIT = 167.0
-"""What a warp does once for each slab, on one of four schedulers."""
-COPY = 0.304
-"""Bringing 16 bytes of a slab to shared memory."""
-SLAB = 261.0
-"""What a block does once for each slab: waiting and meeting."""
-ROW = 1.08
-"""Bringing 16 bytes of a row to shared memory, or writing as many of a result."""
-TABLES = 119.0
-"""A warp's share of filling the tables."""
+class Cycles(NamedTuple):
+    """Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md)."""
 
-ALONE = 1.45
-"""How much longer blocks take that have a multiprocessor for themselves: it waits with them."""
+    product: float
+    """A multiply-add of the tensor cores, on one of four schedulers."""
+    logit: float
+    """One logit's way through mask and softmax, on one of four schedulers."""
+    visit: float
+    """What a warp does once for each slab, on one of four schedulers."""
+    copy: float
+    """Bringing 16 bytes of a slab to shared memory."""
+    slab: float
+    """What a block does once for each slab: waiting and meeting."""
+    row: float
+    """Bringing 16 bytes of a row to shared memory, or writing as many of a result."""
+    warp: float
+    """A warp's share of filling the tables."""
+    block: float
+    """What else a block does once."""
+
+
+FORWARD = Cycles(1 / 500, 0.245, visit=0, copy=0.306, slab=138, row=0.448, warp=116, block=376)
+BACKWARD = Cycles(1 / 223, 0.008, visit=167, copy=0.304, slab=261, row=1.08, warp=119, block=0)
+START = 12400.0
+"""Until the first slabs are there, which nothing hides where all blocks begin at once."""
+BYTES = 15.7
+"""That a multiprocessor's share of the memory brings in a cycle."""
 
 
 def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
     """Cycles that a block takes for one entry of the inner axis."""
+    cycles = FORWARD if role == "forward" else BACKWARD
     counts = along(problem, plan, role)
     cuts = slabs(problem, plan, role)
     blocks = math.prod(count.blocks for count in counts)
@@ -203,11 +215,12 @@ def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
     if rows_are_keys(role):  # sixteens of columns that no row of a warp meets are skipped
         mean = min(counts[0].met / counts[0].warps, plan.list[0])
         columns = min(columns, 16 * math.ceil(mean * math.prod(plan.list[1:]) / 16))
-    visit = ROWS * columns * (dims * PRODUCT * PRODUCTS[role] + LOGIT) + VISIT
-    slab = math.prod(plan.slab) * dims / 8 * COPY + SLAB
+    logit = dims * cycles.product * PRODUCTS[role] + cycles.logit
+    visit = ROWS * columns * logit + cycles.visit
+    slab = math.prod(plan.slab) * dims / 8 * cycles.copy + cycles.slab
     if rows_are_keys(role):
         visits, cuts = visits * problem.group_size, cuts * problem.group_size
-    row = dims / 8 * ROW * (1 if role == "forward" else 2)
+    row = dims / 8 * cycles.row * (1 if role == "forward" else 2)
     return cuts * slab + active * (visits * visit / 4 + ROWS * row)
 
 
@@ -218,32 +231,59 @@ def resident(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> in
     return min(plan.form.blocks, (device.shared_memory + reserved) // taken)
 
 
-def cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
-    """Predicted cycles of a multiprocessor that had everything to do by itself."""
+def cost(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> float:
+    """Predicted cycles of all multiprocessors of `device` together."""
+    (cycles,) = costs(problem, plan, device, role, [plan.part])
+    return cycles
+
+
+def costs(
+    problem: Problem, plan: HaloPlan, device: Device, role: Role, parts: Sequence[int]
+) -> list[float]:
+    """The costs of the plan with each of these parts."""
+    cycles = FORWARD if role == "forward" else BACKWARD
     length, outer = sizes(problem, role)
-    blocks = outer * math.prod(count.blocks for count in along(problem, plan, role))
-    tables = TABLES * plan.form.warps * math.ceil(length / plan.part)
-    return blocks * (tables + length * entry_cost(problem, plan, role))
+    boxes = outer * math.prod(count.blocks for count in along(problem, plan, role))
+    entry = entry_cost(problem, plan, role)
+    tables = cycles.warp * plan.form.warps + cycles.block
+    multiprocessors = max(device.sm_count, 1)
+    beside = resident(problem, plan, device, role)
+    at_least = transfers(problem, role) / BYTES / multiprocessors
+
+    def of_part(part: int) -> float:
+        rounds, last = divmod(math.ceil(boxes * math.ceil(length / part) / multiprocessors), beside)
+        block = tables + part * entry
+        busy = (rounds * waiting(beside) + (waiting(last) if last else 0)) * block
+        rounds += last > 0
+        # The fewer rounds there are, the more do blocks begin at once in each
+        start = START * (1 + 1 / (rounds - 1) if rounds > 1 else 1)
+        return (max(busy, at_least) + start) * multiprocessors
+
+    return [of_part(part) for part in parts]
+
+
+def waiting(blocks: int) -> float:
+    """How often longer blocks take together than one would if it never waited for anything."""
+    return blocks + 1 / blocks
+
+
+def transfers(problem: Problem, role: Role) -> int:
+    """Bytes of all that is read and written, each once."""
+    queries, keys = {"forward": (1, 1), "query": (2, 1)}.get(role, (1, 2))
+    vectors = queries * math.prod(problem.tokens) * problem.heads
+    vectors += keys * math.prod(problem.key_tokens) * problem.kv_heads
+    return 2 * problem.batch * vectors * (problem.head_dim + problem.value_dim)
 
 
 def with_part(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> HaloPlan:
-    """The plan with the part that makes all multiprocessors ready first.
+    """The plan with the cheapest part.
 
     Long parts fill tables less often; short ones leave less to do for the last blocks.
     """
-    length, outer = sizes(problem, role)
-    boxes = outer * math.prod(count.blocks for count in along(problem, plan, role))
-    beside = resident(problem, plan, device, role)
-    entry = entry_cost(problem, plan, role)
-
-    def cycles(part: int) -> float:
-        waves = boxes * math.ceil(length / part) / (beside * max(device.sm_count, 1))
-        if waves < 4:
-            waves = math.ceil(waves)
-        return waves * (TABLES * plan.form.warps + part * entry)
-
-    parts = {math.ceil(length / count) for count in range(1, min(length, 64) + 1)}
-    return replace(plan, part=min(sorted(parts), key=cycles))
+    length, _ = sizes(problem, role)
+    parts = sorted({math.ceil(length / count) for count in range(1, min(length, 64) + 1)})
+    of_parts = costs(problem, plan, device, role, parts)
+    return replace(plan, part=parts[of_parts.index(min(of_parts))])
 
 
 def takes(problem: Problem, role: Role) -> bool:
@@ -269,16 +309,12 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
         if resident(problem, candidate, device, role)
     )
 
-    def cycles(candidate: HaloPlan) -> float:
-        alone = resident(problem, candidate, device, role) == 1
-        return cost(problem, candidate, role) * (ALONE if alone else 1.0)
-
-    best = min(fitting, key=cycles, default=None)
+    best = min(fitting, key=lambda candidate: cost(problem, candidate, device, role), default=None)
     other = _fused_plan.plan(problem, device, role)
     if best is not None and other is not None:
         heads = problem.kv_heads if rows_are_keys(role) else problem.heads
         of_all = _fused_plan.cost(problem, other, role) * problem.batch * heads
-        if of_all < cost(problem, best, role):
+        if of_all < cost(problem, best, device, role):
             return None
     return best
 

@@ -78,17 +78,26 @@ def plain_problem_of(operation: str, dtype: str, rank: int) -> Problem:
     return attention_problem("small", operation, query, query, query, window, 0.5)
 
 
-def small_window_problem_of(operation: str, dtype: str, rank: int) -> Problem:
-    """One that `fused` has kernels of their own for, with borders, dilation and a causal axis."""
+def small_window_problems_of(operation: str, dtype: str, rank: int) -> list[Problem]:
+    """Some that `fused` has kernels of their own for, with borders, dilation and a causal axis."""
     tokens = {1: (37,), 2: (11, 14), 3: (6, 5, 9)}[rank]
-    window = Window((3,) * rank, (1,) * rank, (2, 1, 1)[:rank], (False,) * (rank - 1) + (True,))
-    query, key = (Spec((3, *tokens, heads, 32), dtype) for heads in (4, 2))
-    value = Spec((3, *tokens, 2, 64), dtype)
-    problem = attention_problem("small", operation, query, key, value, window, 0.5)
-    with mock.patch.object(_fused_plan, "cost", return_value=math.inf):  # plans are kept
-        plans = [_halo_plan.plan(problem, _device.cuda(0), role) for role in roles(problem)]
-    assert None not in plans
-    return problem
+    causal = (False,) * (rank - 1) + (True,)
+    window = Window((3,) * rank, (1,) * rank, (2, 1, 1)[:rank], causal)
+    cases = [(tokens, window, 32, 64)]
+    if operation == "forward":
+        cases.append((tokens, window, 128, 64))
+        if rank == 1:  # the longest lists
+            cases.append(((150,), Window((121,), (1,), (1,), (False,)), 64, 64))
+    problems = []
+    for tokens, window, head_dim, value_dim in cases:
+        query, key = (Spec((3, *tokens, heads, head_dim), dtype) for heads in (4, 2))
+        value = Spec((3, *tokens, 2, value_dim), dtype)
+        problem = attention_problem("small", operation, query, key, value, window, 0.5)
+        with mock.patch.object(_fused_plan, "cost", return_value=math.inf):  # plans are kept
+            plans = [_halo_plan.plan(problem, _device.cuda(0), role) for role in roles(problem)]
+        assert None not in plans
+        problems.append(problem)
+    return problems
 
 
 def main(names: list[str]) -> None:
@@ -102,7 +111,8 @@ def main(names: list[str]) -> None:
             for rpb in (False, True):
                 cases.append((problem_of(operation, dtype, rank, (130, 250), rpb), "packed"))
             if DTYPES[dtype] == 2:
-                cases.append((small_window_problem_of(operation, dtype, rank), "contiguous"))
+                for problem in small_window_problems_of(operation, dtype, rank):
+                    cases.append((problem, "contiguous"))
         if operation[:2] != "av":
             cases.append((problem_of(operation, dtype, rank, (32, 32), True), "contiguous"))
         for problem, layout in cases:

@@ -140,7 +140,7 @@ def test_few_kernels_serve_all_layouts_and_windows():
         problem = attention_problem("test", "forward", spec, spec, spec, window, None)
         small = _halo_plan.plan(problem, H200, "forward")
         if small is not None:
-            sizes = small.columns, small.whole
+            sizes = small.form, small.columns, small.whole
             kernel = _halo.kernel(problem, "forward", *sizes)
         else:
             area = _fused_plan.plan(problem, H200).area

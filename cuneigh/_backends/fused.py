@@ -66,7 +66,7 @@ def predicted_ms(problem: Problem, device: Device) -> float:
     for role in roles(problem):
         small = _halo_plan.plan(problem, device, role)
         if small is not None:
-            cycles = _halo_plan.cost(problem, small, role)
+            cycles = _halo_plan.cost(problem, small, device, role)
         else:
             cycles = _fused_plan.cost(problem, plan(problem, device, role), role)
             cycles *= problem.batch * problem.heads
