@@ -52,9 +52,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   constexpr int kColumnTiles = Plan::kColumns / 8;
   // Dimensions of the output at a time: what registers hold beside the logits. Where a slab is the
   // only one, its weights can be multiplied with one part of the values after another.
-  constexpr int kPart = !Plan::kWhole || Plan::kColumns + Plan::kValueDim <= 176 ? Plan::kValueDim
-                        : Plan::kColumns > 112                                   ? 32
-                                                                                 : 64;
+  constexpr int kPart = Plan::kWhole && Plan::kValueDim > 64 ? 64 : Plan::kValueDim;
   extern __shared__ __align__(16) char memory_smem[];
   auto& smem = *reinterpret_cast<HaloMemory<Plan, Plan::kHeadDim>*>(memory_smem);
   const auto& tables = smem.tables;
@@ -96,9 +94,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   float output_rmem[kPart / 8][4] = {};
   float shift[2] = {-kLargest, -kLargest};
   // Sums of weights, two for a row. For lse they must be exact; else tensor cores sum the rounded
-  // weights, which are what the output is made of, so that its last bits depend on kLse. Beside the
-  // longest lists that takes registers which are not there.
-  constexpr bool kExactSums = Plan::kLse || Plan::kColumns > 128;
+  // weights, which are what the output is made of, so that its last bits depend on kLse.
   float sum_rmem[4] = {};
 
   // Normalizes and writes the part of the output that begins at a dimension
@@ -110,7 +106,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const auto steps = rows.steps[row];
       const bool exists = tables.exists[row];
       float sum = sum_rmem[2 * half];
-      if (kExactSums) {
+      if (Plan::kLse) {
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       }
@@ -222,10 +218,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
               const float* logit = &logit_rmem[n + i / 2][i % 2 * 2];
               const float low = ex2_approx(fmaf(logit[0], problem.scale, -shift[i % 2]));
               const float high = ex2_approx(fmaf(logit[1], problem.scale, -shift[i % 2]));
-              if (kExactSums) sum_rmem[i % 2 * 2] += low + high;
+              if (Plan::kLse) sum_rmem[i % 2 * 2] += low + high;
               weights[i] = pack(low, high, Element());
             }
-            if (!kExactSums)
+            if (!Plan::kLse)
               mma_m16n8k16(sum_rmem, weights, ones(Element()), ones(Element()), Element());
           }
           const unsigned values = value_of(n) + begin * 2;

@@ -168,7 +168,9 @@ def forms(problem: Problem, role: Role, whole: bool) -> dict[Form, tuple[int, ..
         if not whole:
             return {Form(4, 1, 4): (64,)}
         return {Form(8, 1, 2): (48, 64, 80, 112), Form(4, 1, 3): (48, 64, 80, 112, 144)}
-    return {Form(4, 1, 3): (48, 64, 80, 112) if whole else (64, 80)}
+    if whole:
+        return {Form(4, 1, 3): (48, 64, 80, 112)}
+    return {Form(4, 1, 3): (64, 80) if problem.rank > 1 else (64,)}
 
 
 class Cycles(NamedTuple):
