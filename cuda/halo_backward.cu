@@ -37,15 +37,15 @@ struct Rows {
   Steps steps[HaloTables<Plan>::kRows];
 };
 
-// product = rows columns^T, for sixteen of each. A lane's address is that of dimensions
-// lane / 8 % 2 * 8 of column lane / 16 * 8 + lane % 8.
-template <int kDim, typename Element>
-__device__ void multiply(const unsigned (&rows)[kDim / 16][4], unsigned columns,
+// product = rows columns^T, for sixteen of each. address(d) is that of dimension d + lane / 8 % 2 *
+// 8 of column lane / 16 * 8 + lane % 8.
+template <int kDim, typename Address, typename Element>
+__device__ void multiply(const unsigned (&rows)[kDim / 16][4], Address address,
                          float (&product)[2][4], Element) {
 #pragma unroll
   for (int d = 0; d < kDim; d += 16) {
     unsigned fragment[4];
-    ldmatrix_x4(fragment, columns + d * 2);
+    ldmatrix_x4(fragment, address(d));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (d == 0)
@@ -56,10 +56,10 @@ __device__ void multiply(const unsigned (&rows)[kDim / 16][4], unsigned columns,
   }
 }
 
-// sum += weights columns, for sixteen rows and columns. A lane's address is that of dimensions
-// lane / 16 * 8 of column lane % 16.
-template <int kDim, typename Element>
-__device__ void accumulate(const float (&weight)[2][4], unsigned columns, float (&sum)[kDim / 8][4],
+// sum += weights columns, for sixteen rows and columns. address(d) is that of dimension
+// d + lane / 16 * 8 of column lane % 16.
+template <int kDim, typename Address, typename Element>
+__device__ void accumulate(const float (&weight)[2][4], Address address, float (&sum)[kDim / 8][4],
                            Element) {
   unsigned weights[4];
 #pragma unroll
@@ -68,7 +68,7 @@ __device__ void accumulate(const float (&weight)[2][4], unsigned columns, float 
 #pragma unroll
   for (int d = 0; d < kDim; d += 16) {
     unsigned fragment[4];
-    ldmatrix_x4_trans(fragment, columns + d * 2);
+    ldmatrix_x4_trans(fragment, address(d));
     mma_m16n8k16(sum[d / 8], weights, fragment[0], fragment[1], Element());
     mma_m16n8k16(sum[d / 8 + 1], weights, fragment[2], fragment[3], Element());
   }
@@ -85,7 +85,8 @@ __device__ float2 delta_of_rows(const Element (*rows_smem)[kPitch], int lane) {
   const Element* outputs =
       &rows_smem[lane / 16 * 8 + lane % 8][kHeadDim + kValueDim + lane / 8 % 2 * 8];
   float product[2][4];
-  multiply<kValueDim>(grad_outputs, shared_address(outputs), product, Element());
+  const unsigned address = shared_address(outputs);
+  multiply<kValueDim>(grad_outputs, [&](int d) { return address + d * 2; }, product, Element());
   const int row = lane / 4, holder = row * 4 + row / 2;
   const bool odd = row % 2;
   return {__shfl_sync(0xffffffffu, odd ? product[0][1] : product[0][0], holder),
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     halo_backward(const HaloProblem<Plan::kRank> problem, const HaloBackward<Plan> arguments) {
   using Element = typename Plan::Element;
   constexpr int kHeadDim = Plan::kHeadDim, kValueDim = Plan::kValueDim;
-  extern __shared__ __align__(16) char memory_smem[];
+  extern __shared__ __align__(128) char memory_smem[];
   constexpr int kRowDim = kHeadDim + kValueDim + (Plan::kRowsAreKeys ? 0 : kValueDim);
   auto& smem = *reinterpret_cast<HaloMemory<Plan, kRowDim>*>(memory_smem);
   const auto& tables = smem.tables;
@@ -128,17 +129,13 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   fill_lists<Plan>(problem, warp, lane, smem);
   __syncthreads();
 
-  // The statistics of a column follow its vectors, in what pads them
-  constexpr int kStatistics = (kHeadDim + kValueDim) * sizeof(Element);
   auto* rows_smem = &smem.row[0][warp * 16];
   auto load = [&](const Slab& slab) {
     load_slab(problem, slab, smem, 0);
     if constexpr (Plan::kRowsAreKeys) {
-      char* first = smem.column(0, 0);
       const float2* source = first_of(problem, tables.statistics, slab, tables);
       for (int i = threadIdx.x; i < tables.places; i += Plan::kWarps * 32) {
-        const auto& step = smem.steps()[i];
-        copy_8_bytes(first + step.target + kStatistics, step_by(source, step.statistics), true);
+        copy_8_bytes(&smem.statistics()[i], step_by(source, smem.steps()[i].statistics), true);
       }
     }
     if (slab.is_first()) {
@@ -199,7 +196,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
       for (int d = 0; d < kValueDim; d += 16)
         take_rows(rows_smem, kHeadDim + d, lane, value_rmem[d / 16]);
-      const char* columns = smem.column(0, first);
+      const ListAddresses<Plan> addresses(smem.slab_of(0), first, tables, lane);
 #pragma unroll
       for (int n = 0; n < Plan::kColumns; n += 16) {
         // Near a border keys are seen by more queries than elsewhere, where lists are not full
@@ -207,11 +204,12 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         if (Plan::kRowsAreKeys && !__any_sync(0xffffffffu, any)) continue;
 
         // S and dP
-        const unsigned across =
-            shared_address(columns) + lane / 8 % 2 * 16 + tables.list[n + lane / 16 * 8 + lane % 8];
+        const unsigned across = addresses.across(n);
+        const auto key_of = [&](int d) { return chunk_of(across, d / 8); };
+        const auto value_of = [&](int d) { return chunk_of(across, (kHeadDim + d) / 8); };
         float weight[2][4], grad_weight[2][4];
-        multiply<kHeadDim>(key_rmem, across, weight, Element());
-        multiply<kValueDim>(value_rmem, across + kHeadDim * 2, grad_weight, Element());
+        multiply<kHeadDim>(key_rmem, key_of, weight, Element());
+        multiply<kValueDim>(value_rmem, value_of, grad_weight, Element());
 
         // P and dS; what is hidden stays 0 whatever it is multiplied with
 #pragma unroll
@@ -219,8 +217,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           if constexpr (Plan::kRowsAreKeys) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              const int bytes = tables.list[n + t * 8 + lane % 4 * 2 + i];
-              statistics[i] = *reinterpret_cast<const float2*>(columns + bytes + kStatistics);
+              const unsigned place = first + tables.list[n + t * 8 + lane % 4 * 2 + i];
+              statistics[i] = smem.statistics()[place / kColumnBytes<Plan>];
             }
           }
 #pragma unroll
@@ -233,11 +231,12 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
             grad_weight[t][i] = ds;
           }
         }
-        const unsigned along =
-            shared_address(columns) + lane / 16 * 16 + tables.list[n + lane % 16];
+        const unsigned along = addresses.along(n);
+        const auto first_of_column = [&](int d) { return chunk_of(along, d / 8); };
+        const auto second_of_column = [&](int d) { return chunk_of(along, (kHeadDim + d) / 8); };
         if constexpr (Plan::kRowsAreKeys)
-          accumulate<kValueDim>(weight, along + kHeadDim * 2, grad_value, Element());
-        accumulate<kHeadDim>(grad_weight, along, grad_key, Element());
+          accumulate<kValueDim>(weight, second_of_column, grad_value, Element());
+        accumulate<kHeadDim>(grad_weight, first_of_column, grad_key, Element());
       }
     }
 

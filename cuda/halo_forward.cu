@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   // Dimensions of the output at a time: what registers hold beside the logits. Where a slab is the
   // only one, its weights can be multiplied with one part of the values after another.
   constexpr int kPart = Plan::kWhole && Plan::kValueDim > 64 ? 64 : Plan::kValueDim;
-  extern __shared__ __align__(16) char memory_smem[];
+  extern __shared__ __align__(128) char memory_smem[];
   auto& smem = *reinterpret_cast<HaloMemory<Plan, Plan::kHeadDim>*>(memory_smem);
   const auto& tables = smem.tables;
   __shared__ QueryRows<Plan> rows;
@@ -134,15 +134,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
     const unsigned first = smem.first(slab.index, warp);
     if (Plan::kWhole || first != kNothing) {
-      // Where this lane's part of a step of ldmatrix begins, of every sixteen columns: the operands
-      // of S are eight columns by sixteen dimensions, those of O sixteen by eight
-      const unsigned columns = shared_address(smem.column(buffer, first));
-      const auto key_of = [&](int n) {
-        return columns + tables.list[n * 8 + lane / 16 * 8 + lane % 8] + lane / 8 % 2 * 16;
-      };
-      const auto value_of = [&](int n) {
-        return columns + tables.list[n * 8 + lane % 16] + lane / 16 * 16 + Plan::kHeadDim * 2;
-      };
+      const ListAddresses<Plan> addresses(smem.slab_of(buffer), first, tables, lane);
 
       // S = Q K^T
       float logit_rmem[kColumnTiles][4];
@@ -153,7 +145,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
         for (int n = 0; n < kColumnTiles; n += 2) {
           unsigned key_rmem[4];
-          ldmatrix_x4(key_rmem, key_of(n) + d * 2);
+          ldmatrix_x4(key_rmem, chunk_of(addresses.across(n * 8), d / 8));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             if (d == 0)
@@ -224,11 +216,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
             if (!Plan::kLse)
               mma_m16n8k16(sum_rmem, weights, ones(Element()), ones(Element()), Element());
           }
-          const unsigned values = value_of(n) + begin * 2;
+          const unsigned values = addresses.along(n * 8);
 #pragma unroll
           for (int d = 0; d < kPart; d += 16) {
             unsigned value_rmem[4];
-            ldmatrix_x4_trans(value_rmem, values + d * 2);
+            ldmatrix_x4_trans(value_rmem, chunk_of(values, (Plan::kHeadDim + begin + d) / 8));
             mma_m16n8k16(output_rmem[d / 8], weights, value_rmem[0], value_rmem[1], Element());
             mma_m16n8k16(output_rmem[d / 8 + 1], weights, value_rmem[2], value_rmem[3], Element());
           }

@@ -37,6 +37,10 @@ def dims(role: Role) -> tuple[int, ...]:
 
 SMALLEST_SCALE = 1e-37
 """Smaller ones are 0 in float32, where what is hidden would not stay so."""
+LINE = 128
+"""Bytes of shared memory, in all of its banks."""
+SHORTEST_LIST = 8
+"""Columns: places past the end of a list repeat some of the first eight."""
 MOST_SLABS = 8
 LARGEST_QUOTIENT = 1 << 20
 """What `Divisor` of cuda/cuneigh/halo.cuh divides times what it divides by stays below this."""
@@ -345,6 +349,8 @@ def _cuts(
             continue
         if height * math.prod(reach) * max(height, *reach, 1) >= LARGEST_QUOTIENT:
             continue
+        if high * math.prod(across) < SHORTEST_LIST:
+            continue
         for places in columns:
             if high * math.prod(across) <= places:
                 shape = (high, *across), (height, *reach)
@@ -390,17 +396,9 @@ def table_bytes(problem: Problem, columns: int, warps: int) -> int:
     return math.ceil(size / 8) * 8 + 3 * 24  # where the columns are found
 
 
-def pitches(problem: Problem, plan: HaloPlan) -> tuple[int, ...]:
-    """Bytes from column to column of a slab along each axis.
-
-    Eight columns that follow each other in a list hit different banks of shared memory: a column
-    is an odd number of 16 bytes, and where a list goes on at the next coordinate of an axis, some
-    padding lets it go on with the next bank.
-    """
-    pitch = [2 * (problem.head_dim + problem.value_dim) + 16]
-    for slab, listed in zip(plan.slab[:0:-1], plan.list[:0:-1], strict=True):
-        pitch.append(slab * pitch[-1] + (listed - slab) * pitch[-1] % 128)
-    return tuple(reversed(pitch))
+def column_bytes(problem: Problem) -> int:
+    """Bytes of `kColumnBytes` of cuda/cuneigh/halo.cuh."""
+    return math.ceil((problem.head_dim + problem.value_dim) / 64) * 128
 
 
 def shared_bytes(problem: Problem, plan: HaloPlan, role: Role = "forward") -> int:
@@ -408,11 +406,11 @@ def shared_bytes(problem: Problem, plan: HaloPlan, role: Role = "forward") -> in
     rows, places = ROWS * plan.form.warps, math.prod(plan.slab)
     values = {"forward": 0, "query": 2}.get(role, 1)  # vectors of a row beside the first
     row = problem.head_dim + values * problem.value_dim
-    slab = plan.slab[0] * pitches(problem, plan)[0]
-    arrays = plan.form.buffers * (rows * 2 * (row + 8) + slab)
-    lists = slabs(problem, plan, role) * plan.form.warps * (64 * bit_bytes(plan.columns) + 4)
     tables = table_bytes(problem, plan.columns, plan.form.warps)
-    return math.ceil(tables / 16) * 16 + arrays + 16 * places + lists
+    arrays = math.ceil(tables / 16) * 16 + plan.form.buffers * rows * 2 * (row + 8)
+    slab = plan.form.buffers * column_bytes(problem) + 16 + 8 * rows_are_keys(role)
+    lists = slabs(problem, plan, role) * plan.form.warps * (64 * bit_bytes(plan.columns) + 4)
+    return math.ceil(arrays / LINE) * LINE + places * slab + lists
 
 
 def static_bytes(plan: HaloPlan, role: Role) -> int:

@@ -33,7 +33,6 @@ struct HaloProblem {
   Divisor warps[kRank];     // warps of a block along each axis
   Divisor slab[kRank];      // columns of a slab along each axis
   Divisor list[kRank];      // columns of a warp's list along each axis
-  int pitch[kRank];         // bytes from column to column of a slab along each axis
   int boxes[kRank];         // boxes of rows along each axis, those of all dilation groups
   int batch;
   int part;  // batch entries that a block works through
@@ -43,10 +42,22 @@ struct HaloProblem {
   float gradient_scale;  // the scale itself
 };
 
-// Where a column lies in a slab, in bytes, and the steps of its vectors; where columns are queries,
-// the step of their statistics, too, in elements.
+// A column is whole lines of 128 bytes: its first vector, then the second. The chunks of 16 bytes
+// in a line change places, chunk i with chunk i ^ phase, where eight columns that follow each other
+// in a list have different phases: the same chunk of all of them is read from different banks, and
+// copies fill lines.
+template <typename Plan>
+constexpr int kColumnBytes = (Plan::kHeadDim + Plan::kValueDim + 63) / 64 * 128;
+
+// The address of a chunk in a column; `place` is that of the column plus 16 times its phase.
+__device__ inline unsigned chunk_of(unsigned place, int chunk) {
+  return (place + chunk / 8 * 128) ^ chunk % 8 * 16;
+}
+
+// A column's place in a slab, as `chunk_of` takes it, and the steps of its vectors; where columns
+// are queries, the step of their statistics, too, in elements.
 struct alignas(16) ColumnStep {
-  unsigned target, first, second, statistics;
+  unsigned place, first, second, statistics;
 };
 
 // Where a block finds an array in the first batch entry, and the steps to the next entry, to the
@@ -83,7 +94,8 @@ struct HaloTables {
   // The columns of a list whose coordinate along an axis is less than an index, axis after axis
   // from the second on, of those that each of four lanes has.
   Bits<Plan> below[Plan::kSides][4];
-  int list[Plan::kColumns];                // bytes from the warp's first column in the slab on
+  int list[Plan::kColumns];                // bytes from the warp's first column in the slab on;
+                                           // places past the end repeat some of the first eight
   Range reach[Plan::kRank];                // columns that the block meets
   Range sight[Plan::kWarps][Plan::kRank];  // columns that a warp meets
   Range window[kRows][Plan::kRank];        // columns of a row; none where there is no row
@@ -99,8 +111,8 @@ struct HaloTables {
 constexpr unsigned kNothing = ~0u;
 
 // The dynamic shared memory: tables, kBuffers times the block's rows and a slab, the steps of a
-// slab's columns, and the lists of every slab. `kRowDim` elements of a row are kept. The two
-// vectors of a column are neighbors, so that one address serves both.
+// slab's columns, their statistics where they are queries, and the lists of every slab. `kRowDim`
+// elements of a row are kept.
 template <typename Plan, int kRowDim>
 struct HaloMemory {
   using Element = typename Plan::Element;
@@ -109,18 +121,20 @@ struct HaloMemory {
 
   HaloTables<Plan> tables;
   alignas(16) Element row[Plan::kBuffers][HaloTables<Plan>::kRows][kPitchOf<Element, kRowDim>];
-  alignas(16) char slab[1];
+  alignas(128) char slab[1];
 
-  __device__ char* column(int buffer, unsigned bytes) {
-    return slab + (Plan::kBuffers == 1 ? 0 : buffer * tables.slab_bytes) + bytes;
+  __device__ unsigned slab_of(int buffer) {
+    return shared_address(slab) + (Plan::kBuffers == 1 ? 0 : buffer * tables.slab_bytes);
   }
   __device__ ColumnStep* steps() {
-    return reinterpret_cast<ColumnStep*>(column(Plan::kBuffers - 1, tables.slab_bytes));
+    return reinterpret_cast<ColumnStep*>(slab + Plan::kBuffers * tables.slab_bytes);
   }
-  // Of a warp's list in a slab: what a lane's rows meet, and the bytes from the slab to the first
-  // column, or kNothing if no row meets any
+  __device__ float2* statistics() { return reinterpret_cast<float2*>(steps() + tables.places); }
+  // Of a warp's list in a slab: what a lane's rows meet, and the place of its first column in the
+  // slab, or kNothing if no row meets any
   __device__ Visible<Plan>& visible(int slab, int warp, int lane) {
-    auto* lists = reinterpret_cast<Visible<Plan>*>(steps() + tables.places);
+    auto* lists =
+        reinterpret_cast<Visible<Plan>*>(statistics() + (Plan::kRowsAreKeys ? tables.places : 0));
     return lists[(slab * Plan::kWarps + warp) * 32 + lane];
   }
   __device__ unsigned& first(int slab, int warp) {
@@ -231,18 +245,19 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
     keep(row, token);
   }
 
-  // The list in raster order; its places past the end repeat the first
+  // The list in raster order
   const int area = problem.list[0] * inner_of(problem);
 #pragma unroll 1
   for (int column = threadIdx.x; column < Plan::kColumns; column += kThreads) {
-    int rest = column, bytes = 0;
+    int rest = column < area ? column : column % 8, bytes = 0, pitch = kColumnBytes<Plan>;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
       const Divisor list = problem.list[r];
-      bytes += (r == 0 ? rest : list.remainder(rest)) * problem.pitch[r];
+      bytes += (r == 0 ? rest : list.remainder(rest)) * pitch;
       rest = list.quotient(rest);
+      pitch *= problem.slab[r];
     }
-    tables.list[column] = column < area ? bytes : 0;
+    tables.list[column] = bytes;
   }
   if (threadIdx.x == 0) {
     int places = 1;
@@ -250,7 +265,7 @@ __device__ void fill_tables(const HaloProblem<Plan::kRank>& problem, HaloTables<
     for (int r = 0; r < kRank; ++r) places *= problem.slab[r];
     tables.rows = rows;
     tables.places = places;
-    tables.slab_bytes = problem.slab[0] * problem.pitch[0];
+    tables.slab_bytes = places * kColumnBytes<Plan>;
   }
 
   // A ballot gathers the bits of one lane, of 128 columns
@@ -309,18 +324,19 @@ __device__ void fill_steps(const HaloProblem<Plan::kRank>& problem, const Vector
     if (threadIdx.x == 64) tables.statistics = origin_of<Plan>(problem, statistics, tables);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tables.places; i += Plan::kWarps * 32) {
-    int rest = i, tokens[kRank];
-    unsigned target = 0;
+    int rest = i, tokens[kRank], phase = 0, pitch = 1;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
       const Divisor size = problem.slab[r];
       const Range reach = tables.reach[r];
       const int coordinate = r == 0 ? rest : size.remainder(rest);
-      target += coordinate * problem.pitch[r];
+      phase += coordinate * pitch;
+      pitch *= problem.list[r];
       tokens[r] = smaller(coordinate, reach.end - 1 - reach.begin) * problem.axes[r].dilation;
       rest = size.quotient(rest);
     }
-    smem.steps()[i] = {target, steps_to(first, tokens), steps_to(second, tokens),
+    smem.steps()[i] = {unsigned(i * kColumnBytes<Plan> + phase % 8 * 16), steps_to(first, tokens),
+                       steps_to(second, tokens),
                        Plan::kRowsAreKeys ? steps_to(statistics, tokens) : 0};
   }
 }
@@ -373,14 +389,18 @@ template <typename Plan, int kRowDim>
 __device__ void load_slab(const HaloProblem<Plan::kRank>& problem, const Slab& slab,
                           HaloMemory<Plan, kRowDim>& smem, int buffer) {
   using Element = typename Plan::Element;
-  constexpr int kDims[2] = {Plan::kHeadDim, Plan::kValueDim};
-  constexpr int kChunks = (kDims[0] > kDims[1] ? kDims[0] : kDims[1]) / 8;
-  constexpr int kStride = Plan::kWarps * 32 / kChunks, kUnroll = 4;
-  const int chunk = threadIdx.x % kChunks * 8, begin = threadIdx.x / kChunks;
+  constexpr int kFirst = Plan::kHeadDim / 8, kSecond = Plan::kValueDim / 8;
+  // A lane has a chunk of each vector, or where one line holds both, of one of them
+  constexpr bool kTogether = kFirst + kSecond <= 8;
+  constexpr int kLanes = kTogether ? 8 : kFirst > kSecond ? kFirst : kSecond;
+  constexpr int kStride = Plan::kWarps * 32 / kLanes, kUnroll = 4;
+  const int chunk = threadIdx.x % kLanes, begin = threadIdx.x / kLanes;
+  const bool of_first = chunk < kFirst;
   const auto& tables = smem.tables;
-  const Element* source[2] = {first_of(problem, tables.first, slab, tables) + chunk,
-                              first_of(problem, tables.second, slab, tables) + chunk};
-  const unsigned target = shared_address(smem.column(buffer, 0)) + chunk * sizeof(Element);
+  const Element* first = first_of(problem, tables.first, slab, tables) + chunk * 8;
+  const Element* second = first_of(problem, tables.second, slab, tables) + chunk * 8;
+  const Element* either = of_first ? first : second - kFirst * 8;
+  const unsigned target = smem.slab_of(buffer);
   const ColumnStep* steps = smem.steps() + begin;
 #pragma unroll 1
   for (int left = tables.places - begin; left > 0; left -= kUnroll * kStride) {
@@ -392,10 +412,15 @@ __device__ void load_slab(const HaloProblem<Plan::kRank>& problem, const Slab& s
     for (int i = 0; i < kUnroll; ++i) {
       if (i * kStride >= left) continue;
       const ColumnStep column = {step[i].x, step[i].y, step[i].z, step[i].w};
-      if (chunk < kDims[0]) copy_16_bytes(target + column.target, step_by(source[0], column.first));
-      if (chunk < kDims[1])
-        copy_16_bytes(target + column.target + kDims[0] * int(sizeof(Element)),
-                      step_by(source[1], column.second));
+      const unsigned place = target + column.place;
+      if constexpr (kTogether) {
+        const unsigned steps_to_it = of_first ? column.first : column.second;
+        copy_16_bytes(chunk_of(place, chunk), step_by(either, steps_to_it));
+      } else {
+        if (of_first) copy_16_bytes(chunk_of(place, chunk), step_by(first, column.first));
+        if (chunk < kSecond)
+          copy_16_bytes(chunk_of(place, kFirst + chunk), step_by(second, column.second));
+      }
     }
     steps += kUnroll * kStride;
   }
@@ -418,7 +443,8 @@ __device__ void fill_lists(const HaloProblem<Plan::kRank>& problem, int warp, in
 #pragma unroll 1
   for (int slab = 0; slab < tables.slabs; ++slab) {
     bool meets = true;
-    unsigned first = 0;
+    int first = 0, phase = 0, pitch = kColumnBytes<Plan>, list_pitch = 1;
+    int starts[Plan::kRank];
     Visible<Plan> visible = {{~Bits<Plan>(), ~Bits<Plan>()}};
     int table = 0;
 #pragma unroll
@@ -435,7 +461,7 @@ __device__ void fill_lists(const HaloProblem<Plan::kRank>& problem, int warp, in
       const int begin = larger(sight.begin, new_begin);
       meets &= begin < smaller(sight.end, new_end);
       const int start = smaller(begin - base, size - list);
-      first += start * problem.pitch[r];
+      starts[r] = start;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Range window = tables.window[warp * 16 + half * 8 + lane / 4][r];
@@ -450,9 +476,39 @@ __device__ void fill_lists(const HaloProblem<Plan::kRank>& problem, int warp, in
       if (r > 0) table += list + 1;
     }
     smem.visible(slab, warp, lane) = visible;
+#pragma unroll
+    for (int r = Plan::kRank - 1; r >= 0; --r) {
+      first += starts[r] * pitch;
+      phase += starts[r] * list_pitch;
+      pitch *= problem.slab[r];
+      list_pitch *= problem.list[r];
+    }
+    first += phase % 8 * 16;
     if (lane == 0) smem.first(slab, warp) = Plan::kWhole || meets ? first : kNothing;
   }
 }
+
+// What a lane needs of a warp's list in a slab to read operands of products, sixteen columns at a
+// time. `first` is the place of the list's first column.
+template <typename Plan>
+struct ListAddresses {
+  unsigned column;
+  unsigned across_phase, along_phase;
+  const int *across_list, *along_list;
+
+  __device__ ListAddresses(unsigned slab, unsigned first, const HaloTables<Plan>& tables, int lane)
+      : column(slab + (first & ~127u)),
+        across_list(&tables.list[lane / 16 * 8 + lane % 8]),
+        along_list(&tables.list[lane % 16]) {
+    const unsigned phase = (first / 16 + lane) % 8;
+    across_phase = (phase ^ lane / 8 % 2) * 16;
+    along_phase = (phase ^ lane / 16) * 16;
+  }
+  // Eight columns by sixteen dimensions, twice: what S is made of; and sixteen columns by eight
+  // dimensions, twice: what O is made of. From column `n` on; `chunk_of` adds dimensions.
+  __device__ unsigned across(int n) const { return column + across_list[n] + across_phase; }
+  __device__ unsigned along(int n) const { return column + along_list[n] + along_phase; }
+};
 
 // Copies one vector of each of a warp's rows, to `offset` in the rows.
 template <int kDim, auto kStep, typename Step, typename Element, int kPitch>

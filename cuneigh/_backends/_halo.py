@@ -128,7 +128,7 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
             [
                 ("axes", AXIS, (rank,)),
                 *((name, DIVISOR, (rank,)) for name in divisors),
-                *((name, "i4", (rank,)) for name in ("pitch", "boxes")),
+                ("boxes", "i4", (rank,)),
                 *((name, "i4") for name in numbers),
                 ("scale", "f4"),
                 ("gradient_scale", "f4"),
@@ -142,7 +142,6 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
             (divisor, _halo_plan.LARGEST_QUOTIENT // divisor + 1)
             for divisor in getattr(chosen, name)
         ]
-    record["pitch"] = _halo_plan.pitches(problem, chosen)
     record["boxes"] = [count.blocks for count in _halo_plan.along(problem, chosen, role)]
     record["batch"], heads = _halo_plan.sizes(problem, role)
     record["heads"] = heads * problem.group_size if rows_are_keys(role) else heads
