@@ -184,8 +184,6 @@ class Cycles(NamedTuple):
     """A multiply-add of the tensor cores, on one of four schedulers."""
     logit: float
     """One logit's way through mask and softmax, on one of four schedulers."""
-    visit: float
-    """What a warp does once for each slab, on one of four schedulers."""
     copy: float
     """Bringing 16 bytes of a slab to shared memory."""
     slab: float
@@ -196,13 +194,13 @@ class Cycles(NamedTuple):
     """A warp's share of filling the tables."""
     block: float
     """What else a block does once."""
+    start: float
+    """Until the first slabs are there, which nothing hides where all blocks begin at once."""
 
 
-FORWARD = Cycles(1 / 500, 0.245, visit=0, copy=0.306, slab=138, row=0.448, warp=116, block=376)
-BACKWARD = Cycles(1 / 223, 0.008, visit=167, copy=0.304, slab=261, row=1.08, warp=119, block=0)
-START = 12400.0
-"""Until the first slabs are there, which nothing hides where all blocks begin at once."""
-BYTES = 15.7
+FORWARD = Cycles(1 / 280, 0.215, copy=0.131, slab=186, row=0.284, warp=153, block=89, start=14_400)
+BACKWARD = Cycles(1 / 290, 0.0, copy=0.096, slab=479, row=0.528, warp=100, block=432, start=19_100)
+BYTES = 17.0
 """That a multiprocessor's share of the memory brings in a cycle."""
 
 
@@ -221,8 +219,7 @@ def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
     if rows_are_keys(role):  # sixteens of columns that no row of a warp meets are skipped
         mean = min(counts[0].met / counts[0].warps, plan.list[0])
         columns = min(columns, 16 * math.ceil(mean * math.prod(plan.list[1:]) / 16))
-    logit = dims * cycles.product * PRODUCTS[role] + cycles.logit
-    visit = ROWS * columns * logit + cycles.visit
+    visit = ROWS * columns * (dims * cycles.product * PRODUCTS[role] + cycles.logit)
     slab = math.prod(plan.slab) * dims / 8 * cycles.copy + cycles.slab
     if rows_are_keys(role):
         visits, cuts = visits * problem.group_size, cuts * problem.group_size
@@ -262,7 +259,7 @@ def costs(
         busy = (rounds * waiting(beside) + (waiting(last) if last else 0)) * block
         rounds += last > 0
         # The fewer rounds there are, the more do blocks begin at once in each
-        start = START * (1 + 1 / (rounds - 1) if rounds > 1 else 1)
+        start = cycles.start * (1 + 1 / (rounds - 1) if rounds > 1 else 1)
         return (max(busy, at_least) + start) * multiprocessors
 
     return [of_part(part) for part in parts]
