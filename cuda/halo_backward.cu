@@ -82,11 +82,12 @@ __device__ float2 delta_of_rows(const Element (*rows_smem)[kPitch], int lane) {
 #pragma unroll
   for (int d = 0; d < kValueDim; d += 16)
     take_rows(rows_smem, kHeadDim + d, lane, grad_outputs[d / 16]);
-  const Element* outputs =
-      &rows_smem[lane / 16 * 8 + lane % 8][kHeadDim + kValueDim + lane / 8 % 2 * 8];
+  const auto output_of = [&](int d) {
+    return address_of(rows_smem, 0, lane / 16 * 8 + lane % 8, kHeadDim + kValueDim + d,
+                      lane / 8 % 2 * 8);
+  };
   float product[2][4];
-  const unsigned address = shared_address(outputs);
-  multiply<kValueDim>(grad_outputs, [&](int d) { return address + d * 2; }, product, Element());
+  multiply<kValueDim>(grad_outputs, output_of, product, Element());
   const int row = lane / 4, holder = row * 4 + row / 2;
   const bool odd = row % 2;
   return {__shfl_sync(0xffffffffu, odd ? product[0][1] : product[0][0], holder),

@@ -171,7 +171,9 @@ def forms(problem: Problem, role: Role, whole: bool) -> dict[Form, tuple[int, ..
     if longest <= 64:
         if not whole:
             return {Form(4, 1, 4): (64,)}
-        return {Form(8, 1, 2): (48, 64, 80, 112), Form(4, 1, 3): (48, 64, 80, 112, 144)}
+        alike = problem.head_dim == problem.value_dim
+        of_eight = (48, 64, 80, 112) if alike else (48, 64, 80)
+        return {Form(8, 1, 2): of_eight, Form(4, 1, 3): (48, 64, 80, 112, 144)}
     if whole:
         return {Form(4, 1, 3): (48, 64, 80, 112)}
     return {Form(4, 1, 3): (64, 80) if problem.rank > 1 else (64,)}
@@ -404,7 +406,8 @@ def shared_bytes(problem: Problem, plan: HaloPlan, role: Role = "forward") -> in
     values = {"forward": 0, "query": 2}.get(role, 1)  # vectors of a row beside the first
     row = problem.head_dim + values * problem.value_dim
     tables = table_bytes(problem, plan.columns, plan.form.warps)
-    arrays = math.ceil(tables / 16) * 16 + plan.form.buffers * rows * 2 * (row + 8)
+    pitch = 2 * row if row % 64 == 0 else 2 * row + 16
+    arrays = math.ceil(tables / LINE) * LINE + plan.form.buffers * rows * pitch
     slab = plan.form.buffers * column_bytes(problem) + 16 + 8 * rows_are_keys(role)
     lists = slabs(problem, plan, role) * plan.form.warps * (64 * bit_bytes(plan.columns) + 4)
     return math.ceil(arrays / LINE) * LINE + places * slab + lists

@@ -12,6 +12,7 @@
 #include "cuneigh/layout.cuh"
 #include "cuneigh/mma.cuh"
 #include "cuneigh/row_box.cuh"
+#include "cuneigh/vectors.cuh"
 
 namespace cuneigh {
 
@@ -120,7 +121,7 @@ struct HaloMemory {
                 "'table_bytes' in cuneigh/_halo_plan.py counts what HaloTables holds");
 
   HaloTables<Plan> tables;
-  alignas(16) Element row[Plan::kBuffers][HaloTables<Plan>::kRows][kPitchOf<Element, kRowDim>];
+  alignas(128) Element row[Plan::kBuffers][HaloTables<Plan>::kRows][kVectorPitch<Element, kRowDim>];
   alignas(128) char slab[1];
 
   __device__ unsigned slab_of(int buffer) {
@@ -492,22 +493,19 @@ __device__ void fill_lists(const HaloProblem<Plan::kRank>& problem, int warp, in
 // time. `first` is the place of the list's first column.
 template <typename Plan>
 struct ListAddresses {
-  unsigned column;
-  unsigned across_phase, along_phase;
+  unsigned across_first, along_first;
   const int *across_list, *along_list;
 
   __device__ ListAddresses(unsigned slab, unsigned first, const HaloTables<Plan>& tables, int lane)
-      : column(slab + (first & ~127u)),
-        across_list(&tables.list[lane / 16 * 8 + lane % 8]),
-        along_list(&tables.list[lane % 16]) {
-    const unsigned phase = (first / 16 + lane) % 8;
-    across_phase = (phase ^ lane / 8 % 2) * 16;
-    along_phase = (phase ^ lane / 16) * 16;
+      : across_list(&tables.list[lane / 16 * 8 + lane % 8]), along_list(&tables.list[lane % 16]) {
+    const unsigned column = slab + (first & ~127u), phase = (first / 16 + lane) % 8;
+    across_first = column + (phase ^ lane / 8 % 2) * 16;
+    along_first = column + (phase ^ lane / 16) * 16;
   }
   // Eight columns by sixteen dimensions, twice: what S is made of; and sixteen columns by eight
   // dimensions, twice: what O is made of. From column `n` on; `chunk_of` adds dimensions.
-  __device__ unsigned across(int n) const { return column + across_list[n] + across_phase; }
-  __device__ unsigned along(int n) const { return column + along_list[n] + along_phase; }
+  __device__ unsigned across(int n) const { return across_first + across_list[n]; }
+  __device__ unsigned along(int n) const { return along_first + along_list[n]; }
 };
 
 // Copies one vector of each of a warp's rows, to `offset` in the rows.
@@ -521,7 +519,7 @@ __device__ void load_rows(const Element* source, const Step* step, int lane,
   for (int i = 0; i < 16 / kStride; ++i) steps[i] = step[first + i * kStride].*kStep;
 #pragma unroll
   for (int i = 0; i < 16 / kStride; ++i)
-    copy_16_bytes(shared_address(&rows_smem[first + i * kStride][offset + chunk]),
+    copy_16_bytes(shared_address(place_of(rows_smem, first + i * kStride, offset + chunk)),
                   step_by(source + chunk, steps[i]));
 }
 
@@ -529,7 +527,7 @@ __device__ void load_rows(const Element* source, const Step* step, int lane,
 template <typename Element, int kPitch>
 __device__ void take_rows(const Element (*rows_smem)[kPitch], int first, int lane,
                           unsigned (&operand)[4]) {
-  ldmatrix_x4(operand, shared_address(&rows_smem[lane % 16][first + lane / 16 * 8]));
+  ldmatrix_x4(operand, address_of(rows_smem, 0, lane % 16, first, lane / 16 * 8));
 }
 
 // Writes a row of sums times `factor`, `half` saying which of the lane's two, if it exists. Lanes
