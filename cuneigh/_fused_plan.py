@@ -43,6 +43,8 @@ class FusedPlan:
     warp_box: tuple[int, ...]
     warps: tuple[int, ...]
     column_box: tuple[int, ...]
+    part: int = 1
+    """Entries, heads of the rows in elements of the batch, that a block works through."""
 
     def __str__(self) -> str:
         boxes = self.warps, self.warp_box, self.column_box
@@ -329,14 +331,14 @@ def shared_bytes(problem: Problem, area: Area, role: Role = "forward") -> int:
 
     key, value, rank = pitch(problem.head_dim), pitch(problem.value_dim), problem.rank
     rows, columns = 16 * area.row_tiles * area.warps, area.columns
-    size = rows * (max(key, value) if role == "forward" else key + value)
+    size = rows * (key if role == "forward" else key + value)
     size += 2 * columns * (key + value)
     if role != "forward":
         size += 8 * (2 * columns if rows_are_keys(role) else rows)  # statistics of the queries
     size += 8 * rank * (columns + 1)  # bits of the columns before a coordinate
     size += (16 + 16 * has_additional(problem, role) + 8) * columns  # steps to the columns
-    size += 2 * area.warps * math.ceil((44 + 4 * rank) / 16) * 16  # boxes of the walk
-    size += 24 + 8 * rank  # additional vectors, the rows
+    size += 2 * area.warps * math.ceil((48 + 4 * rank) / 16) * 16  # boxes of the walk
+    size += 8 * rank  # where the rows begin
     size += 8 * rank + 16 * rank * area.warps  # what block and warps meet
     size += rows * (
         8 + 8 * rank + 4 * rank + 4

@@ -180,7 +180,8 @@ def _launch(
     announce(NAME, role, problem, chosen)
     kernel = _kernel(problem, device.capability, role, chosen.area, key_bytes, value_bytes)
     heads = problem.kv_heads if rows_are_keys(role) else problem.heads
-    blocks = _fused_plan.count(problem, chosen, role).blocks * problem.batch * heads
+    parts = -(-problem.batch * heads // chosen.part)
+    blocks = _fused_plan.count(problem, chosen, role).blocks * parts
     program.launch(
         kernel,
         (blocks, 1),
@@ -262,7 +263,7 @@ def _record(problem: Problem, chosen: FusedPlan, role: Role) -> np.ndarray[Any, 
             [
                 ("axes", AXIS, (rank,)),
                 *((name, "i4", (rank,)) for name in ("warp_box", "warps", "column_box", "boxes")),
-                *((name, "i4") for name in ("batch", "heads", "group_size")),
+                *((name, "i4") for name in ("batch", "heads", "group_size", "part")),
                 *((name, "i4") for name in ("head_dim", "value_dim", "additional", "sign")),
                 ("scale", "f4"),
                 ("gradient_scale", "f4"),
@@ -281,6 +282,7 @@ def _record(problem: Problem, chosen: FusedPlan, role: Role) -> np.ndarray[Any, 
     ]
     for name in ("batch", "heads", "group_size", "head_dim", "value_dim"):
         record[name] = getattr(problem, name)
+    record["part"] = chosen.part
     record["additional"] = 0 if rows_are_keys(role) else problem.additional or 0
     record["sign"] = np.sign(problem.scale)
     record["scale"] = (abs(problem.scale) or 1.0) * math.log2(math.e)
