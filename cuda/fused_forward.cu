@@ -21,6 +21,7 @@
 //   static constexpr int kSharedBytes;            of ForwardSmem, as the launcher counts them
 //   static constexpr bool kRowsAreKeys;           false
 //   static constexpr bool kAdditional;            whether there are additional keys
+//   static constexpr bool kSeveral;               whether a block works through several entries
 //   using Element;                                float16, bfloat16 or float32
 //   using Bias;                                   dtype of rpb, or void when there is none
 // };
@@ -111,8 +112,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     }
 
     for (bool last = false; !last; buffer ^= 1) {
-      // Little of what a thread knows is kept in registers
-      const int thread = renewed(given_thread), lane = thread % 32, warp = thread / 32;
+      // Where sums fill the registers, or several blocks share them, what a thread knows is not
+      // kept
+      constexpr bool kRoom = Plan::kBlocks == 1 && kRowTiles * kColumnTiles < 16;
+      const int thread = kRoom ? given_thread : renewed(given_thread);
+      const int lane = thread % 32, warp = thread / 32;
       const int warp_row = warp * 16 * kRowTiles, first_row = warp_row + lane / 4;
       // This box has arrived, and everyone is done with the one before, whose memory the next takes
       cp_async_wait<0>();
@@ -123,7 +127,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       auto load_next = [&] {
         last = next.past_end;
         if (last) {
-          if (number + 1 == end) return;
+          if (!Plan::kSeveral || number + 1 == end) return;
           start(number + 1, renewed(thread), buffer ^ 1);
         }
         load(next, thread, buffer ^ 1);
@@ -258,7 +262,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
               total == 0 ? -infinity<float>() : shift[m][half] * 0.693147181f + logf(total);
       }
     }
-    if (number + 1 == end) break;
+    if (!Plan::kSeveral || number + 1 == end) break;
   }
 }
 

@@ -64,18 +64,19 @@ template <typename Plan>
 struct Tables {
   static constexpr int kRows = Plan::kWarps * Plan::kRowTiles * 16;
 
+  // What a walk reads of each step comes first, so that it is aligned for wide loads
   ColumnBox<Plan> walk[Plan::kWarps][2];
+  Sight sight[Plan::kWarps][Plan::kRank];                      // columns that every warp meets
   ColumnSteps steps[1 + Plan::kAdditional][Plan::kColumns];    // in a window; among additional keys
+  Range reach[Plan::kRank];                                    // columns that the block meets
+  Place first[Plan::kRank];                                    // of the rows
   unsigned long long before[Plan::kRank][Plan::kColumns + 1];  // bits of the columns of a box whose
                                                                // coordinate is less than an index
   unsigned long long visible[kRows];  // bits of the columns of the box at hand
   ScalarSteps scalar_steps[Plan::kColumns];
-  Place first[Plan::kRank];                // of the rows
-  Range reach[Plan::kRank];                // columns that the block meets
-  Sight sight[Plan::kWarps][Plan::kRank];  // columns that every warp meets
-  Range window[kRows][Plan::kRank];        // columns of a row; none where there is no row
-  int token[kRows][Plan::kRank];           // -1 where there is no row
-  int bias[kRows];                         // step in rpb
+  Range window[kRows][Plan::kRank];  // columns of a row; none where there is no row
+  int token[kRows][Plan::kRank];     // -1 where there is no row
+  int bias[kRows];                   // step in rpb
 };
 
 // The arrays of the columns.
@@ -88,7 +89,11 @@ struct Columns {
 
 // This thread's number in its block, in a register of its own: the compiler takes threadIdx.x for
 // cheap and reads it again wherever it is used, but each time takes dozens of cycles.
-__device__ inline int thread_of_block() { return __shfl_xor_sync(0xffffffffu, threadIdx.x, 0); }
+__device__ inline int thread_of_block() {
+  const int thread = __shfl_xor_sync(0xffffffffu, threadIdx.x, 0);
+  __builtin_assume(thread >= 0);
+  return thread;
+}
 
 // The same number to the compiler's eye a new one: what a loop makes of it is then not kept in
 // registers from round to round.

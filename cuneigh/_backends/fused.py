@@ -153,9 +153,10 @@ def kernels(problem: Problem, device: Device = HOPPER) -> list[_jit.Kernel]:
     size = np.dtype(problem.dtype).itemsize
     widths = [min(16, size * (dim & -dim)) for dim in (problem.head_dim, problem.value_dim)]
     needed = [
-        _kernel(problem, device.capability, role, area, *widths)
+        _kernel(problem, device.capability, role, area, several, *widths)
         for role in roles(problem)
         for area in _fused_plan.areas(problem, device, role)
+        for several in {_fused_plan.several(problem, role, part) for part in (1, 2)}
     ]
     if device.capability >= (8, 0):
         needed += [kernel for role in roles(problem) for kernel in _halo.kernels(problem, role)]
@@ -178,7 +179,15 @@ def _launch(
     device = program.device
     chosen = plan(problem, device, role)
     announce(NAME, role, problem, chosen)
-    kernel = _kernel(problem, device.capability, role, chosen.area, key_bytes, value_bytes)
+    kernel = _kernel(
+        problem,
+        device.capability,
+        role,
+        chosen.area,
+        _fused_plan.several(problem, role, chosen.part),
+        key_bytes,
+        value_bytes,
+    )
     heads = problem.kv_heads if rows_are_keys(role) else problem.heads
     parts = -(-problem.batch * heads // chosen.part)
     blocks = _fused_plan.count(problem, chosen, role).blocks * parts
@@ -217,6 +226,7 @@ def _kernel(
     capability: tuple[int, int],
     role: Role,
     area: Area,
+    several: bool,
     key_bytes: int,
     value_bytes: int,
 ) -> _jit.Kernel:
@@ -240,7 +250,9 @@ def _kernel(
         "kRowsAreKeys": rows_are_keys(role),
         "kAdditional": _fused_plan.has_additional(problem, role),
     }
-    if role != "forward":
+    if role == "forward":
+        flags["kSeveral"] = several
+    else:
         flags |= {
             "kGradKey": role != "value",
             "kGradValue": role in ("value", "key_value"),
