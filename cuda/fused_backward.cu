@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   const Columns<Plan> arrays = {arguments.column_key, arguments.column_value,
                                 arguments.additional_keys, arguments.additional_values,
                                 arguments.statistics};
-  const int share = fill_tables<Plan>(problem, arrays, arguments.rpb, tables, thread);
+  fill_tables<Plan>(problem, arrays, arguments.rpb, tables, thread);
   __syncthreads();
 
   // Boxes of columns arrive in two buffers by turns
@@ -91,8 +91,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     cp_async_commit();
   };
   const int heads = Plan::kRowsAreKeys ? problem.heads / problem.group_size : problem.heads;
-  const Entry entry = {share / heads, share % heads};
+  auto entry_of_block = [&] { return Entry{tables.share / heads, tables.share % heads}; };
   {
+    const Entry entry = entry_of_block();
     const auto columns = first_columns<Plan>(problem, arrays, tables, warp, entry);
     load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.row_key, entry, problem.head_dim, tables,
                                                warp, lane, smem.row_key);
@@ -205,21 +206,23 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   }
 
   // Every warp writes its rows through its part of the rows' memory
+  const int last_lane = renewed(thread) % 32;  // or what the first copies knew of it would be kept
   __syncwarp();
   if constexpr (Plan::kGradKey)
-    stage<Plan::kHeadDim>(grad_key, problem.gradient_scale, lane, &smem.row_key[warp_row]);
+    stage<Plan::kHeadDim>(grad_key, problem.gradient_scale, last_lane, &smem.row_key[warp_row]);
   if constexpr (Plan::kGradValue)
-    stage<Plan::kValueDim>(grad_value, 1.0f, lane, &smem.row_value[warp_row]);
+    stage<Plan::kValueDim>(grad_value, 1.0f, last_lane, &smem.row_value[warp_row]);
   __syncwarp();
   constexpr int kRows = kRowTiles * 16;
+  const Entry entry = entry_of_block();
   if constexpr (Plan::kGradKey)
     store_rows<Plan::kHeadDim, Plan::kKeyBytes, kRows>(arguments.grad_key, entry, problem.head_dim,
                                                        tables, warp_row, &smem.row_key[warp_row],
-                                                       lane);
+                                                       last_lane);
   if constexpr (Plan::kGradValue)
     store_rows<Plan::kValueDim, Plan::kValueBytes, kRows>(arguments.grad_value, entry,
                                                           problem.value_dim, tables, warp_row,
-                                                          &smem.row_value[warp_row], lane);
+                                                          &smem.row_value[warp_row], last_lane);
 }
 
 }  // namespace cuneigh

@@ -67,10 +67,12 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   auto& smem = dynamic_smem<ForwardSmem<Plan>>();
   auto& tables = smem.tables;
 
-  const int thread = thread_of_block(), lane = thread % 32, warp = thread / 32;
+  const int thread = thread_of_block();
+  __builtin_assume(thread >= 0);
+  const int lane = thread % 32, warp = thread / 32;
   const Columns<Plan> arrays = {
       arguments.key, arguments.value, arguments.additional_keys, arguments.additional_values, {}};
-  const int share = fill_tables<Plan>(problem, arrays, arguments.rpb, tables, thread);
+  fill_tables<Plan>(problem, arrays, arguments.rpb, tables, thread);
   __syncthreads();
 
   // Boxes of keys and values arrive in two buffers by turns
@@ -83,13 +85,14 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     const int lane = thread % 32, warp = thread / 32;
     const Entry entry = {number / problem.heads, number % problem.heads};
     const auto keys = first_columns<Plan>(problem, arrays, tables, warp, entry);
+    __syncwarp();  // all lanes have read the queries of the entry before
     load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.query, entry, problem.head_dim, tables,
                                                warp, lane, smem.query);
     __syncwarp();
     if (lane == 0) tables.walk[warp][buffer] = keys;
     __syncwarp();
   };
-  int number = share * problem.part;
+  int number = tables.share * problem.part;
   const int end = smaller(number + problem.part, problem.batch * problem.heads);
   start(number, thread, 0);
   load(tables.walk[warp][0], thread, 0);

@@ -385,7 +385,7 @@ def shared_bytes(problem: Problem, area: Area, role: Role = "forward") -> int:
     size += 8 * rank * (columns + 1)  # bits of the columns before a coordinate
     size += (16 + 16 * has_additional(problem, role) + 8) * columns  # steps to the columns
     size += 2 * area.warps * math.ceil((48 + 4 * rank) / 16) * 16  # boxes of the walk
-    size += 8 * rank  # where the rows begin
+    size += 8 * rank + 4  # where the rows begin, and which of the blocks with them this is
     size += 8 * rank + 16 * rank * area.warps  # what block and warps meet
     size += rows * (
         8 + 8 * rank + 4 * rank + 4

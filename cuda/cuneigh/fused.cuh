@@ -77,6 +77,7 @@ struct Tables {
   Range window[kRows][Plan::kRank];  // columns of a row; none where there is no row
   int token[kRows][Plan::kRank];     // -1 where there is no row
   int bias[kRows];                   // step in rpb
+  int share;                         // which of the blocks with these rows this is
 };
 
 // The arrays of the columns.
@@ -89,11 +90,7 @@ struct Columns {
 
 // This thread's number in its block, in a register of its own: the compiler takes threadIdx.x for
 // cheap and reads it again wherever it is used, but each time takes dozens of cycles.
-__device__ inline int thread_of_block() {
-  const int thread = __shfl_xor_sync(0xffffffffu, threadIdx.x, 0);
-  __builtin_assume(thread >= 0);
-  return thread;
-}
+__device__ inline int thread_of_block() { return __shfl_xor_sync(0xffffffffu, threadIdx.x, 0); }
 
 // The same number to the compiler's eye a new one: what a loop makes of it is then not kept in
 // registers from round to round.
@@ -226,16 +223,16 @@ __device__ ColumnBox<Plan> next_columns(const FusedProblem<Plan::kRank>& problem
   return box;
 }
 
-// Fills the tables. Returns which of the blocks with these rows this is.
 template <typename Plan, typename Bias>
-__device__ int fill_tables(const FusedProblem<Plan::kRank>& problem, const Columns<Plan>& arrays,
-                           const Bias& rpb, Tables<Plan>& tables, int thread) {
+__device__ void fill_tables(const FusedProblem<Plan::kRank>& problem, const Columns<Plan>& arrays,
+                            const Bias& rpb, Tables<Plan>& tables, int thread) {
   constexpr int kRank = Plan::kRank, kThreads = Plan::kWarps * 32;
   constexpr int kWarpRows = Plan::kRowTiles * 16;
   constexpr int kSign = Plan::kRowsAreKeys ? -1 : 1;  // of a column's step in rpb
   Place first[kRank];
   const int share = find_rows<Plan>(problem, first);
   if (thread == 0) {
+    tables.share = share;
 #pragma unroll
     for (int r = 0; r < kRank; ++r) {
       const Axis& axis = problem.axes[r];
@@ -325,7 +322,6 @@ __device__ int fill_tables(const FusedProblem<Plan::kRank>& problem, const Colum
     }
     inner = period;
   }
-  return share;
 }
 
 }  // namespace cuneigh
