@@ -64,7 +64,6 @@ __device__ void stage(const float (&sum)[kRowTiles][kDim / 8][4], float scale, i
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     fused_backward(const FusedProblem<Plan::kRank> problem, const FusedBackward<Plan> arguments) {
-  constexpr int kRank = Plan::kRank;
   constexpr int kRowTiles = Plan::kRowTiles;
   constexpr int kColumnTiles = Plan::kColumns / 8;
   constexpr bool kHasBias = !kSame<typename Plan::Bias, void>;
@@ -75,11 +74,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
   const int thread = thread_of_block(), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp * 16 * kRowTiles;
-  const RowBox<kRank> rows = row_box<Plan>(problem);
   const Columns<Plan> arrays = {arguments.column_key, arguments.column_value,
                                 arguments.additional_keys, arguments.additional_values,
                                 arguments.statistics};
-  fill_tables<Plan>(problem, rows, arrays, arguments.rpb, tables, thread);
+  fill_tables<Plan>(problem, arrays, arguments.rpb, tables, thread);
   __syncthreads();
 
   // Boxes of columns arrive in two buffers by turns
@@ -92,18 +90,21 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     if (has_statistics) copy_8_bytes(&smem.statistics[buffer][thread], statistics, exists);
     cp_async_commit();
   };
+  const int heads = Plan::kRowsAreKeys ? problem.heads / problem.group_size : problem.heads;
+  auto entry_of_block = [&] { return Entry{tables.share / heads, tables.share % heads}; };
   {
-    const auto columns = first_columns<Plan>(problem, rows, arrays, tables, warp);
-    load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.row_key, rows, problem.head_dim, tables,
-                                               thread, smem.row_key);
+    const Entry entry = entry_of_block();
+    const auto columns = first_columns<Plan>(problem, arrays, tables, warp, entry);
+    load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.row_key, entry, problem.head_dim, tables,
+                                               warp, lane, smem.row_key);
     if constexpr (Plan::kGradKey)
-      load_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.row_value, rows, problem.value_dim,
-                                                    tables, thread, smem.row_value);
+      load_rows<Plan::kValueDim, Plan::kValueBytes>(arguments.row_value, entry, problem.value_dim,
+                                                    tables, warp, lane, smem.row_value);
     load(columns, thread, 0);
     if constexpr (!Plan::kRowsAreKeys) {
       for (int row = thread; row < Tables<Plan>::kRows; row += Plan::kWarps * 32)
         copy_8_bytes(&smem.statistics[0][row],
-                     arguments.statistics.at(rows.batch, tables.token[row], rows.head),
+                     arguments.statistics.at(entry.batch, tables.token[row], entry.head),
                      tables.token[row][0] >= 0);
       cp_async_commit();
     }
@@ -165,8 +166,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         auto visible = Visible<Plan::kColumns>::all();
         if (visibility == Visibility::kSome) visible = {tables.visible[row], lane};
         if constexpr (kHasBias)
-          add_bias<Plan>(arguments.rpb, tables.rows, columns, tables, row, half, lane, scale,
-                         visible, weight[m]);
+          add_bias<Plan>(arguments.rpb, columns, tables, row, half, lane, scale, visible,
+                         weight[m]);
 #pragma unroll
         for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
@@ -205,18 +206,23 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   }
 
   // Every warp writes its rows through its part of the rows' memory
+  const int last_lane = renewed(thread) % 32;  // or what the first copies knew of it would be kept
   __syncwarp();
   if constexpr (Plan::kGradKey)
-    stage<Plan::kHeadDim>(grad_key, problem.gradient_scale, lane, &smem.row_key[warp_row]);
+    stage<Plan::kHeadDim>(grad_key, problem.gradient_scale, last_lane, &smem.row_key[warp_row]);
   if constexpr (Plan::kGradValue)
-    stage<Plan::kValueDim>(grad_value, 1.0f, lane, &smem.row_value[warp_row]);
+    stage<Plan::kValueDim>(grad_value, 1.0f, last_lane, &smem.row_value[warp_row]);
   __syncwarp();
+  constexpr int kRows = kRowTiles * 16;
+  const Entry entry = entry_of_block();
   if constexpr (Plan::kGradKey)
-    store_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.grad_key, tables.rows, problem.head_dim,
-                                                tables, smem.row_key, warp, lane);
+    store_rows<Plan::kHeadDim, Plan::kKeyBytes, kRows>(arguments.grad_key, entry, problem.head_dim,
+                                                       tables, warp_row, &smem.row_key[warp_row],
+                                                       last_lane);
   if constexpr (Plan::kGradValue)
-    store_rows<Plan::kValueDim, Plan::kValueBytes>(
-        arguments.grad_value, tables.rows, problem.value_dim, tables, smem.row_value, warp, lane);
+    store_rows<Plan::kValueDim, Plan::kValueBytes, kRows>(arguments.grad_value, entry,
+                                                          problem.value_dim, tables, warp_row,
+                                                          &smem.row_value[warp_row], last_lane);
 }
 
 }  // namespace cuneigh

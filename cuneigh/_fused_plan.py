@@ -2,6 +2,7 @@
 
 A block takes a box of rows, one part of it a warp, and walks over boxes of columns that start where
 the union of what its rows meet starts. A warp skips a box of columns that none of its rows meets.
+The block may do so for several entries, a head of the rows in one element of the batch each.
 Rows are queries and columns the keys of their windows, or rows are keys and columns the queries
 that see them. All of that is separable: what is counted along each axis multiplies.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -43,11 +44,14 @@ class FusedPlan:
     warp_box: tuple[int, ...]
     warps: tuple[int, ...]
     column_box: tuple[int, ...]
+    part: int = 1
+    """Entries that a block works through."""
 
     def __str__(self) -> str:
         boxes = self.warps, self.warp_box, self.column_box
         warps, rows, columns = ("x".join(map(str, box)) for box in boxes)
-        return f"{warps} warps of {rows} rows, {columns} columns in {self.area.columns} places"
+        places = f"{warps} warps of {rows} rows, {columns} columns in {self.area.columns} places"
+        return places if self.part == 1 else f"{places}, {self.part} entries a block"
 
 
 class Counts(NamedTuple):
@@ -61,6 +65,8 @@ class Counts(NamedTuple):
     """Pairs of a warp and a box of columns of which it meets something."""
     full: int
     """Those in which every row of the warp meets every column."""
+    most: int
+    """Boxes of columns of the longest walk."""
 
 
 Role = Literal["forward", "query", "key_value", "key", "value"]
@@ -88,7 +94,7 @@ def count_axis(
     """The counts along one axis, by the kernel's own rules."""
     total = axis.key_length if rows_are_keys else axis.length
     size = warp_box * warps
-    blocks = tiles = visits = full = 0
+    blocks = tiles = visits = full = most = 0
     longer = total % axis.dilation
     for group, groups in ((0, longer), (longer, axis.dilation - longer)):
         if not groups:
@@ -102,6 +108,7 @@ def count_axis(
         boxes = -(-(reach[1] - reach[0]) // column_box)
         blocks += groups * len(first)
         tiles += groups * int(boxes.sum())
+        most = max(most, int(boxes.max()))
         for warp in range(warps):
             mine = first + warp * warp_box
             has = mine < length
@@ -111,7 +118,7 @@ def count_axis(
             visits += groups * int((-(-any_end // column_box) - any_begin // column_box).sum())
             whole = np.maximum(all_end // column_box - -(-all_begin // column_box), 0)
             full += groups * int(whole.sum())
-    return Counts(blocks, tiles, visits, full)
+    return Counts(blocks, tiles, visits, full, most)
 
 
 def count(problem: Problem, plan: FusedPlan, role: Role = "forward") -> Counts:
@@ -205,7 +212,8 @@ def cost_of(problem: Problem, area: Area, counts: Counts, role: Role) -> Any:
 def plan(problem: Problem, device: Device, role: Role = "forward") -> FusedPlan:
     """The cheapest plan for `device`, where any area fits."""
     cheapest = (cheapest_shapes(problem, area, role) for area in areas(problem, device, role))
-    return min(cheapest, key=lambda candidate: cost(problem, candidate, role))
+    best = min(cheapest, key=lambda candidate: cost(problem, candidate, role))
+    return with_part(problem, best, device) if role == "forward" else best
 
 
 def cheapest_shapes(problem: Problem, area: Area, role: Role) -> FusedPlan:
@@ -224,6 +232,47 @@ def cheapest_shapes(problem: Problem, area: Area, role: Role) -> FusedPlan:
     costs = cost_of(problem, area, Counts(*totals), role)
     row_index, box_index = np.unravel_index(costs.argmin(), costs.shape)
     return FusedPlan(area, *rows[row_index], boxes[box_index])
+
+
+TABLES = 1000
+"""Cycles of a block's tables along each axis, those that other blocks do not hide."""
+IN_STEP = 1.04
+"""How much longer blocks take that walk through several entries in step with each other."""
+
+
+def resident(problem: Problem, area: Area, device: Device, role: Role) -> int:
+    """Blocks that a multiprocessor works on at a time."""
+    reserved = 1024  # of each block's shared memory, by the driver
+    blocks = blocks_per_multiprocessor(problem, device.capability, area, role)
+    in_registers = max(blocks, 65536 // (256 * 32 * area.warps))
+    in_memory = (device.shared_memory + reserved) // (shared_bytes(problem, area, role) + reserved)
+    return min(in_registers, in_memory)
+
+
+def with_part(problem: Problem, plan: FusedPlan, device: Device) -> FusedPlan:
+    """The plan with the part that makes all multiprocessors ready first.
+
+    Long parts fill tables less often; short ones leave less to do for the last blocks, and even out
+    that some walks are longer than others.
+    """
+    entries = problem.batch * problem.heads
+    counts = count(problem, plan)
+    at_once = resident(problem, plan.area, device, "forward") * max(device.sm_count, 1)
+    entry = cost(problem, plan) / counts.blocks
+    longest = counts.most * counts.blocks / counts.tiles
+
+    def cycles(part: int) -> float:
+        rounds = math.ceil(counts.blocks * math.ceil(entries / part) / at_once)
+        alike = rounds - 1 + longest  # the last round may be all long walks
+        return alike * (TABLES * problem.rank + part * entry) * (IN_STEP if part > 1 else 1.0)
+
+    parts = {1} | {math.ceil(entries / count) for count in range(1, min(entries, 64) + 1)}
+    return replace(plan, part=min(sorted(parts), key=cycles))
+
+
+def several(problem: Problem, role: Role, part: int) -> bool:
+    """Whether a kernel can walk through several entries: along three axes that slows its walks."""
+    return role == "forward" and (part > 1 or problem.rank < 3)
 
 
 def distinct(values: list[Any]) -> tuple[list[Any], list[int]]:
@@ -329,14 +378,14 @@ def shared_bytes(problem: Problem, area: Area, role: Role = "forward") -> int:
 
     key, value, rank = pitch(problem.head_dim), pitch(problem.value_dim), problem.rank
     rows, columns = 16 * area.row_tiles * area.warps, area.columns
-    size = rows * (max(key, value) if role == "forward" else key + value)
+    size = rows * (key if role == "forward" else key + value)
     size += 2 * columns * (key + value)
     if role != "forward":
         size += 8 * (2 * columns if rows_are_keys(role) else rows)  # statistics of the queries
     size += 8 * rank * (columns + 1)  # bits of the columns before a coordinate
     size += (16 + 16 * has_additional(problem, role) + 8) * columns  # steps to the columns
-    size += 2 * area.warps * math.ceil((44 + 4 * rank) / 16) * 16  # boxes of the walk
-    size += 24 + 8 * rank  # additional vectors, the rows
+    size += 2 * area.warps * math.ceil((48 + 4 * rank) / 16) * 16  # boxes of the walk
+    size += 8 * rank + 4  # where the rows begin, and which of the blocks with them this is
     size += 8 * rank + 16 * rank * area.warps  # what block and warps meet
     size += rows * (
         8 + 8 * rank + 4 * rank + 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,8 +34,8 @@ def supported(operations=("forward", "backward"), **arguments):
 
 
 def pairs_of_a_walk(problem, plan, rows_are_keys):
-    """(blocks, tiles, visits, full) and the visible pairs, by walking as the kernel does."""
-    blocks = tiles = visits = full = 0
+    """The counts and the visible pairs, by walking as the kernel does."""
+    blocks = tiles = visits = full = most = 0
     seen = {}
     axis, (warp_box,), (warps,), (column_box,) = (
         problem.axes[0],
@@ -50,7 +52,9 @@ def pairs_of_a_walk(problem, plan, rows_are_keys):
             windows = {i: meets(i, group) for i in rows}
             low = min(begin for begin, _ in windows.values())
             high = max(end for _, end in windows.values())
-            for start in range(low, high, column_box):
+            walk = range(low, high, column_box)
+            most = max(most, len(walk))
+            for start in walk:
                 tiles += 1
                 columns = range(start, min(start + column_box, high))
                 for warp in range(warps):
@@ -60,7 +64,7 @@ def pairs_of_a_walk(problem, plan, rows_are_keys):
                         seen[group, pair] = seen.get((group, pair), 0) + 1
                     visits += bool(pairs)
                     full += bool(mine) and len(pairs) == len(mine) * column_box
-    return (blocks, tiles, visits, full), seen
+    return (blocks, tiles, visits, full, most), seen
 
 
 @given(
@@ -95,6 +99,7 @@ def test_a_plan_fits_the_kernel(problem, device):
         assert np.prod(plan.warps) == area.warps
         assert np.prod(plan.column_box) <= area.columns <= 64
         assert area.columns % (8 if problem.dtype == "float32" else 16) == 0
+        assert 1 <= plan.part <= (problem.batch * problem.heads if role == "forward" else 1)
 
 
 @given(problem=supported(most_tokens=60), data=st.data())
@@ -107,6 +112,27 @@ def test_the_plan_is_the_cheapest_of_all_candidates(problem, data):
     ]
     chosen = _fused_plan.cheapest_shapes(problem, area, role)
     assert _fused_plan.cost(problem, chosen, role) == pytest.approx(min(costs), rel=1e-12)
+
+
+@given(
+    tokens=st.integers(1, 20_000),
+    kernel_size=st.integers(1, 3000),
+    entries=st.tuples(st.integers(1, 20), st.integers(1, 40)),
+    head_dim=st.sampled_from([64, 128]),
+)
+def test_parts_keep_multiprocessors_busy(tokens, kernel_size, entries, head_dim):
+    """Several entries a block never make more rounds of work than one each by much."""
+    batch, heads = entries
+    spec = Spec((batch, tokens, heads, head_dim), "bfloat16")
+    window = window_arguments("test", 1, min(kernel_size, tokens), 1, 1, False)
+    problem = attention_problem("test", "forward", spec, spec, spec, window, None)
+    plan = _fused_plan.plan(problem, H200)
+    boxes = _fused_plan.count(problem, plan).blocks
+    at_once = _fused_plan.resident(problem, plan.area, H200, "forward") * H200.sm_count
+    rounds, of_one = (
+        part * -(-boxes * -(-batch * heads // part) // at_once) for part in (plan.part, 1)
+    )
+    assert rounds <= 1.5 * of_one
 
 
 @given(problem=supported(), device=st.sampled_from(DEVICES))
@@ -143,8 +169,9 @@ def test_few_kernels_serve_all_layouts_and_windows():
             sizes = small.form, small.columns, small.whole
             kernel = _halo.kernel(problem, "forward", *sizes)
         else:
-            area = _fused_plan.plan(problem, H200).area
-            kernel = fused._kernel(problem, H200.capability, "forward", area, 16, 16)
+            plan = _fused_plan.plan(problem, H200)
+            several = _fused_plan.several(problem, "forward", plan.part)
+            kernel = fused._kernel(problem, H200.capability, "forward", plan.area, several, 16, 16)
         assert kernel in fused.kernels(problem, H200)
         chosen.add(kernel)
     assert len(chosen) <= 6
@@ -207,6 +234,23 @@ def test_both_operations_agree_with_the_oracle(operation, data, rng, layout):
     problem = data.draw(supported(operations=(operation,)))
     assume(fused.unsupported(problem, H200) is None)
     check_backend(fused, problem, inputs(problem, rng, layout), **NATIVE)
+
+
+@pytest.mark.gpu
+@given(data=st.data(), rng=generators(), layout=layouts())
+def test_blocks_that_walk_through_several_entries(data, rng, layout):
+    problem = data.draw(supported(operations=("forward",)))
+    assume(fused.unsupported(problem, H200) is None and not problem.is_empty)
+    part = data.draw(st.integers(1, problem.batch * problem.heads + 1))
+
+    def plan(*arguments):
+        return replace(_fused_plan.plan(*arguments), part=part)
+
+    with (
+        mock.patch.object(fused, "plan", plan),
+        mock.patch.object(_halo, "plan", return_value=None),
+    ):
+        check_backend(fused, problem, inputs(problem, rng, layout), **NATIVE)
 
 
 @pytest.mark.gpu

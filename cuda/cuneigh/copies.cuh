@@ -80,22 +80,24 @@ __device__ void load_columns(const FusedProblem<Plan::kRank>& problem,
       second_column, second_step, exists, problem.value_dim, thread, second_smem);
 }
 
-// Copies the vectors of the block's rows.
+// Copies the vectors of a warp's rows.
 template <int kDim, int kBytes, typename Plan, typename Element, int kPitch>
-__device__ void load_rows(const View<const Element, Plan::kRank>& view,
-                          const RowBox<Plan::kRank>& rows, int dim, const Tables<Plan>& tables,
-                          int thread, Element (*rows_smem)[kPitch]) {
+__device__ void load_rows(const View<const Element, Plan::kRank>& view, Entry entry, int dim,
+                          const Tables<Plan>& tables, int warp, int lane,
+                          Element (*rows_smem)[kPitch]) {
+  constexpr int kRows = Plan::kRowTiles * 16;
   constexpr int kChunks = kDim / kChunk<Element>, kLanes = kLanesOf<kChunks>;
-  const int first = thread % kLanes * kChunk<Element>;
+  const int first = lane % kLanes * kChunk<Element>;
 #pragma unroll 4
-  for (int row = thread / kLanes; row < Tables<Plan>::kRows; row += Plan::kWarps * 32 / kLanes) {
+  for (int i = lane / kLanes; i < kRows; i += 32 / kLanes) {
+    const int row = warp * kRows + i;
     const auto& token = tables.token[row];
-    const auto* source = view.at(rows.batch, token, rows.head) + first;
+    const auto* source = view.at(entry.batch, token, entry.head) + first;
     const int valid = token[0] >= 0 ? dim - first : 0;
 #pragma unroll
-    for (int i = 0; i < kDim; i += kLanes * kChunk<Element>)
-      copy_16_bytes<kBytes>(place_of(rows_smem, row, i + first), source + i,
-                            (valid - i) * int(sizeof(Element)));
+    for (int d = 0; d < kDim; d += kLanes * kChunk<Element>)
+      copy_16_bytes<kBytes>(place_of(rows_smem, row, d + first), source + d,
+                            (valid - d) * int(sizeof(Element)));
   }
 }
 
@@ -111,12 +113,13 @@ __device__ void sign_rows(const FusedProblem<Plan::kRank>& problem, Element (*ro
   __syncwarp();
 }
 
-// Writes a warp's rows from shared memory in the widest packets that the alignment allows.
-template <int kDim, int kBytes, typename Plan, typename Element, int kPitch>
-__device__ void store_rows(const View<Element, Plan::kRank>& view, const RowBox<Plan::kRank>& rows,
-                           int dim, const Tables<Plan>& tables, const Element (*rows_smem)[kPitch],
-                           int warp, int lane) {
-  constexpr int kRows = Plan::kRowTiles * 16, kWidth = kBytes / sizeof(Element);
+// Writes the rows from `first_row` on from shared memory in the widest packets that the alignment
+// allows.
+template <int kDim, int kBytes, int kRows, typename Plan, typename Element, int kPitch>
+__device__ void store_rows(const View<Element, Plan::kRank>& view, Entry entry, int dim,
+                           const Tables<Plan>& tables, int first_row,
+                           const Element (*rows_smem)[kPitch], int lane) {
+  constexpr int kWidth = kBytes / sizeof(Element);
   constexpr int kLanes = kLanesOf<kDim / kWidth>;
   struct alignas(kBytes) Packet {
     Element element[kWidth];
@@ -124,15 +127,14 @@ __device__ void store_rows(const View<Element, Plan::kRank>& view, const RowBox<
   const int first = lane % kLanes * kWidth;
 #pragma unroll 4
   for (int i = lane / kLanes; i < kRows; i += 32 / kLanes) {
-    const int row = warp * kRows + i;
-    const auto& token = tables.token[row];
+    const auto& token = tables.token[first_row + i];
     if (token[0] < 0) continue;
-    auto* target = view.at(rows.batch, token, rows.head) + first;
+    auto* target = view.at(entry.batch, token, entry.head) + first;
 #pragma unroll
     for (int d = 0; d < kDim; d += kLanes * kWidth)
       if (d + first < dim)
         *reinterpret_cast<Packet*>(target + d) =
-            *reinterpret_cast<const Packet*>(place_of(rows_smem, row, d + first));
+            *reinterpret_cast<const Packet*>(place_of(rows_smem, i, d + first));
   }
 }
 

@@ -1,5 +1,6 @@
 // How the fused kernels walk: a block keeps a box of rows (row_box.cuh) and goes over the boxes of
-// columns that they meet, with tables in shared memory of all that does not change on the way.
+// columns that they meet, in one entry after another: an entry is a head of the rows in one element
+// of the batch. Tables in shared memory hold all that does not change on the way.
 #pragma once
 
 #include "cuneigh/boxes.cuh"
@@ -20,6 +21,7 @@ struct FusedProblem {
   int batch;
   int heads;
   int group_size;  // query heads that share a key head
+  int part;        // entries that a block works through
   int head_dim;
   int value_dim;
   int additional;        // number of additional keys
@@ -37,6 +39,11 @@ struct ScalarSteps {
   int statistics, bias;
 };
 
+// A head of the rows in one element of the batch.
+struct Entry {
+  int batch, head;
+};
+
 enum class Visibility { kNone, kSome, kAll };
 
 // A box of columns: of the window, or of the additional keys.
@@ -46,7 +53,7 @@ struct alignas(16) ColumnBox {
   const float2* statistics;                      // its statistics, where the columns are queries
   unsigned long long exists;  // as bits, the columns that any row of the block may meet
   int begin[Plan::kRank];     // group indices; the first of a box of additional keys
-  int head;
+  int batch, head;            // of the queries
   bool additional;
   bool past_end;          // there is no such box: the walk is over
   Visibility visibility;  // to the rows of a warp
@@ -57,19 +64,20 @@ template <typename Plan>
 struct Tables {
   static constexpr int kRows = Plan::kWarps * Plan::kRowTiles * 16;
 
+  // What a walk reads of each step comes first, so that it is aligned for wide loads
   ColumnBox<Plan> walk[Plan::kWarps][2];
+  Sight sight[Plan::kWarps][Plan::kRank];                      // columns that every warp meets
   ColumnSteps steps[1 + Plan::kAdditional][Plan::kColumns];    // in a window; among additional keys
+  Range reach[Plan::kRank];                                    // columns that the block meets
+  Place first[Plan::kRank];                                    // of the rows
   unsigned long long before[Plan::kRank][Plan::kColumns + 1];  // bits of the columns of a box whose
                                                                // coordinate is less than an index
   unsigned long long visible[kRows];  // bits of the columns of the box at hand
   ScalarSteps scalar_steps[Plan::kColumns];
-  const typename Plan::Element *additional_first, *additional_second;
-  RowBox<Plan::kRank> rows;
-  Range reach[Plan::kRank];                // columns that the block meets
-  Sight sight[Plan::kWarps][Plan::kRank];  // columns that every warp meets
-  Range window[kRows][Plan::kRank];        // columns of a row; none where there is no row
-  int token[kRows][Plan::kRank];           // -1 where there is no row
-  int bias[kRows];                         // step in rpb
+  Range window[kRows][Plan::kRank];  // columns of a row; none where there is no row
+  int token[kRows][Plan::kRank];     // -1 where there is no row
+  int bias[kRows];                   // step in rpb
+  int share;                         // which of the blocks with these rows this is
 };
 
 // The arrays of the columns.
@@ -88,6 +96,7 @@ __device__ inline int thread_of_block() { return __shfl_xor_sync(0xffffffffu, th
 // registers from round to round.
 __device__ inline int renewed(int thread) {
   asm volatile("" : "+r"(thread));
+  __builtin_assume(thread >= 0);
   return thread;
 }
 
@@ -101,15 +110,22 @@ __device__ Smem& dynamic_smem() {
   return *reinterpret_cast<Smem*>(__cvta_shared_to_generic(address));
 }
 
+// The head of a box of columns.
+template <typename Plan>
+__device__ int column_head(const FusedProblem<Plan::kRank>& problem,
+                           const ColumnBox<Plan>& columns) {
+  return Plan::kRowsAreKeys ? columns.head : columns.head / problem.group_size;
+}
+
 // The element of an array that the first column of a box has.
 template <typename Plan, typename Element>
-__device__ Element* first_of(const FusedProblem<Plan::kRank>& problem,
-                             const RowBox<Plan::kRank>& rows, const ColumnBox<Plan>& columns,
+__device__ Element* first_of(const FusedProblem<Plan::kRank>& problem, const Tables<Plan>& tables,
+                             const ColumnBox<Plan>& columns,
                              const View<Element, Plan::kRank>& view) {
-  Element* first = view.at(rows.batch, columns.head);
+  Element* first = view.at(columns.batch, column_head(problem, columns));
 #pragma unroll
   for (int r = 0; r < Plan::kRank; ++r)
-    first += problem.axes[r].token({rows.first[r].group, columns.begin[r]}) * view.token[r];
+    first += problem.axes[r].token({tables.first[r].group, columns.begin[r]}) * view.token[r];
   return first;
 }
 
@@ -139,20 +155,20 @@ __device__ void look(const FusedProblem<Plan::kRank>& problem, const Tables<Plan
   box.visibility = !any ? Visibility::kNone : all ? Visibility::kAll : Visibility::kSome;
 }
 
-// The first box of columns.
+// The first box of columns of an entry.
 template <typename Plan>
 __device__ ColumnBox<Plan> first_columns(const FusedProblem<Plan::kRank>& problem,
-                                         const RowBox<Plan::kRank>& rows,
                                          const Columns<Plan>& arrays, const Tables<Plan>& tables,
-                                         int warp) {
+                                         int warp, Entry entry) {
   ColumnBox<Plan> box;
   box.additional = box.past_end = false;
-  box.head = Plan::kRowsAreKeys ? rows.head * problem.group_size : rows.head / problem.group_size;
+  box.batch = entry.batch;
+  box.head = Plan::kRowsAreKeys ? entry.head * problem.group_size : entry.head;
 #pragma unroll
   for (int r = 0; r < Plan::kRank; ++r) box.begin[r] = tables.reach[r].begin;
-  box.first = first_of<Plan>(problem, rows, box, arrays.first);
-  box.second = first_of<Plan>(problem, rows, box, arrays.second);
-  if (Plan::kRowsAreKeys) box.statistics = first_of<Plan>(problem, rows, box, arrays.statistics);
+  box.first = first_of(problem, tables, box, arrays.first);
+  box.second = first_of(problem, tables, box, arrays.second);
+  if (Plan::kRowsAreKeys) box.statistics = first_of(problem, tables, box, arrays.statistics);
   look<Plan>(problem, tables, warp, box);
   return box;
 }
@@ -190,10 +206,11 @@ __device__ ColumnBox<Plan> next_columns(const FusedProblem<Plan::kRank>& problem
     }
   } else if (Plan::kAdditional) {
     if (carry) {
+      const int head = column_head(problem, box);
       box.additional = true;
       box.begin[0] = 0;
-      box.first = tables.additional_first;
-      box.second = tables.additional_second;
+      box.first = arrays.additional_first.at(box.batch, head);
+      box.second = arrays.additional_second.at(box.batch, head);
     } else if (!in_window) {
       box.begin[0] += Plan::kColumns;
       box.first += Plan::kColumns * arrays.additional_first.token[0];
@@ -207,23 +224,19 @@ __device__ ColumnBox<Plan> next_columns(const FusedProblem<Plan::kRank>& problem
 }
 
 template <typename Plan, typename Bias>
-__device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
-                            const RowBox<Plan::kRank>& rows, const Columns<Plan>& arrays,
+__device__ void fill_tables(const FusedProblem<Plan::kRank>& problem, const Columns<Plan>& arrays,
                             const Bias& rpb, Tables<Plan>& tables, int thread) {
   constexpr int kRank = Plan::kRank, kThreads = Plan::kWarps * 32;
   constexpr int kWarpRows = Plan::kRowTiles * 16;
   constexpr int kSign = Plan::kRowsAreKeys ? -1 : 1;  // of a column's step in rpb
+  Place first[kRank];
+  const int share = find_rows<Plan>(problem, first);
   if (thread == 0) {
-    tables.rows = rows;
-    if (Plan::kAdditional) {
-      const int kv_head = rows.head / problem.group_size;
-      tables.additional_first = arrays.additional_first.at(rows.batch, kv_head);
-      tables.additional_second = arrays.additional_second.at(rows.batch, kv_head);
-    }
+    tables.share = share;
 #pragma unroll
     for (int r = 0; r < kRank; ++r) {
       const Axis& axis = problem.axes[r];
-      const auto [group, begin] = rows.first[r];
+      const auto [group, begin] = tables.first[r] = first[r];
       const int size = problem.warp_box[r] * problem.warps[r];
       const int last = smaller(begin + size, rows_of_group<Plan>(axis, group)) - 1;
       tables.reach[r] = {columns_of<Plan>(axis, begin, group).begin,
@@ -239,9 +252,9 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
       const int inside = r == 0 ? in_warp : in_warp % problem.warp_box[r];
-      index[r] = rows.first[r].index + warp % problem.warps[r] * problem.warp_box[r] + inside;
+      index[r] = first[r].index + warp % problem.warps[r] * problem.warp_box[r] + inside;
       exists &= inside < problem.warp_box[r] &&
-                index[r] < rows_of_group<Plan>(problem.axes[r], rows.first[r].group);
+                index[r] < rows_of_group<Plan>(problem.axes[r], first[r].group);
       in_warp /= problem.warp_box[r];
       warp /= problem.warps[r];
     }
@@ -249,7 +262,7 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem,
 #pragma unroll
     for (int r = 0; r < kRank; ++r) {
       const Axis& axis = problem.axes[r];
-      const int group = rows.first[r].group;
+      const int group = first[r].group;
       tables.token[row][r] = exists ? axis.token({group, index[r]}) : -1;
       tables.window[row][r] = exists ? columns_of<Plan>(axis, index[r], group) : Range{0, 0};
       bias += (axis.kernel_size - 1 - kSign * index[r]) * rpb.token[r];

@@ -21,18 +21,25 @@ struct RowBox {
   Place first[kRank];  // dilation group and first group index
 };
 
+// Finds where the rows of a block begin. Returns which of the blocks with these rows it is.
 template <typename Plan, typename Problem>
-__device__ RowBox<Plan::kRank> row_box(const Problem& problem) {
-  RowBox<Plan::kRank> box;
+__device__ unsigned find_rows(const Problem& problem, Place (&first)[Plan::kRank]) {
   unsigned block = blockIdx.x;
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
     const Axis& axis = problem.axes[r];
     const int length = Plan::kRowsAreKeys ? axis.key_length : axis.length;
     const int size = problem.warp_box[r] * problem.warps[r];
-    box.first[r] = box_place(axis.dilation, length, block % problem.boxes[r], size);
+    first[r] = box_place(axis.dilation, length, block % problem.boxes[r], size);
     block /= problem.boxes[r];
   }
+  return block;
+}
+
+template <typename Plan, typename Problem>
+__device__ RowBox<Plan::kRank> row_box(const Problem& problem) {
+  RowBox<Plan::kRank> box;
+  const unsigned block = find_rows<Plan>(problem, box.first);
   const int heads = Plan::kRowsAreKeys ? problem.heads / problem.group_size : problem.heads;
   box.head = block % heads;
   box.batch = block / heads;

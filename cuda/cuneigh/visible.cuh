@@ -51,9 +51,8 @@ struct Visible {
 // Scales a row's logits to base 2 and adds the bias.
 template <typename Plan>
 __device__ void add_bias(const View<const typename Plan::Bias, Plan::kRank>& rpb,
-                         const RowBox<Plan::kRank>& rows, const ColumnBox<Plan>& columns,
-                         const Tables<Plan>& tables, int row, int half, int lane, float scale,
-                         const Visible<Plan::kColumns>& visible,
+                         const ColumnBox<Plan>& columns, const Tables<Plan>& tables, int row,
+                         int half, int lane, float scale, const Visible<Plan::kColumns>& visible,
                          float (&logit)[Plan::kColumns / 8][4]) {
   constexpr float kLog2E = 1.44269504f;
   constexpr int kSign = Plan::kRowsAreKeys ? -1 : 1;
@@ -62,7 +61,7 @@ __device__ void add_bias(const View<const typename Plan::Bias, Plan::kRank>& rpb
 #pragma unroll
     for (int r = 0; r < Plan::kRank; ++r) origin += kSign * columns.begin[r] * rpb.token[r];
   }
-  const auto* entry = rpb.at(0, Plan::kRowsAreKeys ? columns.head : rows.head) + origin;
+  const auto* entry = rpb.at(0, columns.head) + origin;
   constexpr bool kLong = Plan::kHeadDim + Plan::kValueDim > 256;
 #pragma unroll
   for (int n = 0; n < Plan::kColumns / 8; ++n) {

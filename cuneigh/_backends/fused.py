@@ -153,9 +153,10 @@ def kernels(problem: Problem, device: Device = HOPPER) -> list[_jit.Kernel]:
     size = np.dtype(problem.dtype).itemsize
     widths = [min(16, size * (dim & -dim)) for dim in (problem.head_dim, problem.value_dim)]
     needed = [
-        _kernel(problem, device.capability, role, area, *widths)
+        _kernel(problem, device.capability, role, area, several, *widths)
         for role in roles(problem)
         for area in _fused_plan.areas(problem, device, role)
+        for several in {_fused_plan.several(problem, role, part) for part in (1, 2)}
     ]
     if device.capability >= (8, 0):
         needed += [kernel for role in roles(problem) for kernel in _halo.kernels(problem, role)]
@@ -178,9 +179,18 @@ def _launch(
     device = program.device
     chosen = plan(problem, device, role)
     announce(NAME, role, problem, chosen)
-    kernel = _kernel(problem, device.capability, role, chosen.area, key_bytes, value_bytes)
+    kernel = _kernel(
+        problem,
+        device.capability,
+        role,
+        chosen.area,
+        _fused_plan.several(problem, role, chosen.part),
+        key_bytes,
+        value_bytes,
+    )
     heads = problem.kv_heads if rows_are_keys(role) else problem.heads
-    blocks = _fused_plan.count(problem, chosen, role).blocks * problem.batch * heads
+    parts = -(-problem.batch * heads // chosen.part)
+    blocks = _fused_plan.count(problem, chosen, role).blocks * parts
     program.launch(
         kernel,
         (blocks, 1),
@@ -216,6 +226,7 @@ def _kernel(
     capability: tuple[int, int],
     role: Role,
     area: Area,
+    several: bool,
     key_bytes: int,
     value_bytes: int,
 ) -> _jit.Kernel:
@@ -239,7 +250,9 @@ def _kernel(
         "kRowsAreKeys": rows_are_keys(role),
         "kAdditional": _fused_plan.has_additional(problem, role),
     }
-    if role != "forward":
+    if role == "forward":
+        flags["kSeveral"] = several
+    else:
         flags |= {
             "kGradKey": role != "value",
             "kGradValue": role in ("value", "key_value"),
@@ -262,7 +275,7 @@ def _record(problem: Problem, chosen: FusedPlan, role: Role) -> np.ndarray[Any, 
             [
                 ("axes", AXIS, (rank,)),
                 *((name, "i4", (rank,)) for name in ("warp_box", "warps", "column_box", "boxes")),
-                *((name, "i4") for name in ("batch", "heads", "group_size")),
+                *((name, "i4") for name in ("batch", "heads", "group_size", "part")),
                 *((name, "i4") for name in ("head_dim", "value_dim", "additional", "sign")),
                 ("scale", "f4"),
                 ("gradient_scale", "f4"),
@@ -281,6 +294,7 @@ def _record(problem: Problem, chosen: FusedPlan, role: Role) -> np.ndarray[Any, 
     ]
     for name in ("batch", "heads", "group_size", "head_dim", "value_dim"):
         record[name] = getattr(problem, name)
+    record["part"] = chosen.part
     record["additional"] = 0 if rows_are_keys(role) else problem.additional or 0
     record["sign"] = np.sign(problem.scale)
     record["scale"] = (abs(problem.scale) or 1.0) * math.log2(math.e)
