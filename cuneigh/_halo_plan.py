@@ -206,9 +206,14 @@ BYTES = 17.0
 """That a multiprocessor's share of the memory brings in a cycle."""
 
 
+def constants(role: Role) -> Cycles:
+    """The fit for a kernel."""
+    return FORWARD if role == "forward" else BACKWARD
+
+
 def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
     """Cycles that a block takes for one entry of the inner axis."""
-    cycles = FORWARD if role == "forward" else BACKWARD
+    cycles = constants(role)
     counts = along(problem, plan, role)
     cuts = slabs(problem, plan, role)
     blocks = math.prod(count.blocks for count in counts)
@@ -246,7 +251,7 @@ def costs(
     problem: Problem, plan: HaloPlan, device: Device, role: Role, parts: Sequence[int]
 ) -> list[float]:
     """The costs of the plan with each of these parts."""
-    cycles = FORWARD if role == "forward" else BACKWARD
+    cycles = constants(role)
     length, outer = sizes(problem, role)
     boxes = outer * math.prod(count.blocks for count in along(problem, plan, role))
     entry = entry_cost(problem, plan, role)
@@ -313,12 +318,12 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
         for candidate in candidates(problem, role)
         if resident(problem, candidate, device, role)
     )
-
     best = min(fitting, key=lambda candidate: cost(problem, candidate, device, role), default=None)
     other = _fused_plan.plan(problem, device, role)
     if best is not None and other is not None:
         heads = problem.kv_heads if rows_are_keys(role) else problem.heads
         of_all = _fused_plan.cost(problem, other, role) * problem.batch * heads
+        of_all += constants(role).start * max(device.sm_count, 1)
         if of_all < cost(problem, best, device, role):
             return None
     return best
