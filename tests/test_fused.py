@@ -308,7 +308,8 @@ def test_large_logits(dtype, sign):
 
 
 @pytest.mark.gpu
-def test_more_elements_than_32_bits_count(monkeypatch):
+@pytest.mark.parametrize("small_windows", [False, True])
+def test_more_elements_than_32_bits_count(small_windows, monkeypatch):
     """The end of a long sequence is that of a short one, bit for bit: they are cut alike."""
     import cupy
 
@@ -322,8 +323,15 @@ def test_more_elements_than_32_bits_count(monkeypatch):
         operation: attention_problem("test", operation, spec, spec, spec, window, None)
         for operation in ("forward", "backward")
     }
-    plan = fused.plan
+    plan, small_plan = fused.plan, _halo_plan.plan
     monkeypatch.setattr(fused, "plan", lambda problem, *rest: plan(long[problem.operation], *rest))
+    monkeypatch.setattr(
+        _halo_plan,
+        "plan",
+        lambda problem, *rest: (
+            small_plan(long[problem.operation], *rest) if small_windows else None
+        ),
+    )
     rng = cupy.random.default_rng(0)
     pattern = rng.standard_normal((1 << 15, dim), dtype=np.float32).astype(dtype)
     arrays = [cupy.resize(cupy.roll(pattern, i, 0), spec.shape) for i in range(4)]
