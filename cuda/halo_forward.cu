@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   constexpr int kColumnTiles = Plan::kColumns / 8;
   // Dimensions of the output at a time: what registers hold beside the logits. Where a slab is the
   // only one, its weights can be multiplied with one part of the values after another.
-  constexpr int kPart = Plan::kWhole && Plan::kValueDim > 64 ? 64 : Plan::kValueDim;
+  constexpr int kMost = Plan::kLse && Plan::kColumns + Plan::kValueDim > 200 ? 32 : 64;
+  constexpr int kPart = Plan::kWhole && Plan::kValueDim > kMost ? kMost : Plan::kValueDim;
   extern __shared__ __align__(128) char memory_smem[];
   auto& smem = *reinterpret_cast<HaloMemory<Plan, Plan::kHeadDim>*>(memory_smem);
   const auto& tables = smem.tables;

@@ -154,13 +154,16 @@ def sizes(problem: Problem, role: Role) -> tuple[int, int]:
     return lengths if inner(problem) == "batch" else (lengths[1], lengths[0])
 
 
-def forms(problem: Problem, role: Role, whole: bool) -> dict[Form, tuple[int, ...]]:
+def forms(
+    problem: Problem, capability: tuple[int, int], role: Role, whole: bool
+) -> dict[Form, tuple[int, ...]]:
     """The forms that were fast, and the places that a list can have in each.
 
-    The compiler reports what registers allow. `whole` if one slab holds all that a block meets;
-    without, running sums need registers.
+    The compiler reports what registers allow, of which its code needs more from sm_100 on. `whole`
+    if one slab holds all that a block meets; without, running sums need registers.
     """
     longest = max(problem.head_dim, problem.value_dim)
+    newer = capability[0] > 9
     if role != "forward":
         blocks = 4 if longest <= 32 else 3 if role == "query" else 2
         return {Form(4, 1, blocks): (64, 80, 112, 128)}
@@ -170,13 +173,13 @@ def forms(problem: Problem, role: Role, whole: bool) -> dict[Form, tuple[int, ..
         return {Form(4, 2, 4): (48, 64, 80, 112), Form(4, 1, 3): (144,)}
     if longest <= 64:
         if not whole:
-            return {Form(4, 1, 4): (64,)}
-        alike = problem.head_dim == problem.value_dim
-        of_eight = (48, 64, 80, 112) if alike else (48, 64, 80)
+            return {Form(4, 1, 3 if newer else 4): (64,)}
+        fits = problem.head_dim == problem.value_dim and not newer
+        of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
         return {Form(8, 1, 2): of_eight, Form(4, 1, 3): (48, 64, 80, 112, 144)}
     if whole:
         return {Form(4, 1, 3): (48, 64, 80, 112)}
-    return {Form(4, 1, 3): (64, 80) if problem.rank > 1 else (64,)}
+    return {Form(4, 1, 2): (64, 80)} if newer else {Form(4, 1, 3): (64,), Form(4, 1, 2): (80,)}
 
 
 class Cycles(NamedTuple):
@@ -315,7 +318,7 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
         return None
     fitting = (
         with_part(problem, candidate, device, role)
-        for candidate in candidates(problem, role)
+        for candidate in candidates(problem, device, role)
         if resident(problem, candidate, device, role)
     )
     best = min(fitting, key=lambda candidate: cost(problem, candidate, device, role), default=None)
@@ -329,10 +332,10 @@ def plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan |
     return best
 
 
-def candidates(problem: Problem, role: Role = "forward") -> Iterator[HaloPlan]:
+def candidates(problem: Problem, device: Device, role: Role = "forward") -> Iterator[HaloPlan]:
     """All shapes that a list and a slab can have; of each the part is 1."""
     for whole in (True, False):
-        kinds = forms(problem, role, whole)
+        kinds = forms(problem, device.capability, role, whole)
         for (form, columns), box in itertools.product(kinds.items(), warp_boxes(problem, role)):
             for warps in shapes(problem.rank, form.warps):
                 plan = HaloPlan(form, 0, box, warps, (), (), whole, 1)

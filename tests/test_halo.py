@@ -45,7 +45,7 @@ def plans(problem, role):
     length, _ = _halo_plan.sizes(problem, role)
     return [
         replace(candidate, part=part)
-        for candidate in _halo_plan.candidates(problem, role)
+        for candidate in _halo_plan.candidates(problem, H200, role)
         if _halo_plan.resident(problem, candidate, H200, role)
         for part in range(1, length + 1)
     ]
@@ -58,7 +58,7 @@ def plans(problem, role):
 def test_slabs_and_lists_meet_every_visible_pair_once(problem, data):
     """Along every axis, by the kernel's own rules."""
     role = data.draw(st.sampled_from(_fused_plan.roles(problem)))
-    choices = list(_halo_plan.candidates(problem, role))
+    choices = list(_halo_plan.candidates(problem, H200, role))
     assume(choices)
     plan = data.draw(st.sampled_from(choices))
     by_keys = _fused_plan.rows_are_keys(role)
@@ -127,19 +127,20 @@ def test_small_windows_are_planned_so(kernel_size):
 
 @pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
 @pytest.mark.parametrize(
-    ("capability", "rank", "dim"), [((8, 0), 1, 64), ((9, 0), 2, 64), ((10, 0), 2, 128)]
+    ("capability", "rank", "dim"),
+    [((8, 0), 1, 64), ((9, 0), 2, 64), ((10, 0), 2, 128), ((12, 0), 1, 64)],
 )
 def test_kernels_do_not_spill(capability, rank, dim, tmp_path):
     kernels = []
+    device = _device.of_capability(capability)
     for operation in ("forward", "backward"):
         axes = (Axis(1, 1, 1, 1, 1, False),) * rank
         problem = Problem(operation, "bfloat16", 1, 1, 1, dim, dim, axes, 1.0)
         for role in _fused_plan.roles(problem):
-            kernels += _halo.kernels(problem, role)
-    arch = _device.of_capability(capability).arch
-    for (kernel, _), compiled in _jit.precompile(kernels, [arch], tmp_path).items():
+            kernels += _halo.kernels(problem, device, role)
+    for (kernel, _), compiled in _jit.precompile(kernels, [device.arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
-        assert spilled == 0, f"{kernel.name} spills {spilled} on {arch}:\n{kernel.plan}"
+        assert spilled == 0, f"{kernel.name} spills {spilled} on {device.arch}:\n{kernel.plan}"
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1e-46, 1e39])

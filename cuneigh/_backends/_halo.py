@@ -14,6 +14,7 @@ import numpy as np
 from cuneigh import _halo_plan, _jit
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width
 from cuneigh._backends._program import Array, Program
+from cuneigh._device import Device
 from cuneigh._fused_plan import Role, rows_are_keys
 from cuneigh._halo_plan import Form, HaloPlan
 from cuneigh._problem import Problem
@@ -85,7 +86,7 @@ def kernel(
     return _jit.Kernel(name, "\n".join(lines))
 
 
-def kernels(problem: Problem, role: Role) -> list[_jit.Kernel]:
+def kernels(problem: Problem, device: Device, role: Role) -> list[_jit.Kernel]:
     """All that `problem` may need, whatever its windows."""
     if not _halo_plan.takes(problem, role):
         return []
@@ -93,7 +94,7 @@ def kernels(problem: Problem, role: Role) -> list[_jit.Kernel]:
     return [
         kernel(problem, role, form, columns, whole, lse)
         for whole, lse in flags
-        for form, places in _halo_plan.forms(problem, role, whole).items()
+        for form, places in _halo_plan.forms(problem, device.capability, role, whole).items()
         for columns in places
     ]
 

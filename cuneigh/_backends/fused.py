@@ -159,7 +159,9 @@ def kernels(problem: Problem, device: Device = HOPPER) -> list[_jit.Kernel]:
         for several in {_fused_plan.several(problem, role, part) for part in (1, 2)}
     ]
     if device.capability >= (8, 0):
-        needed += [kernel for role in roles(problem) for kernel in _halo.kernels(problem, role)]
+        needed += [
+            kernel for role in roles(problem) for kernel in _halo.kernels(problem, device, role)
+        ]
     if problem.operation == "backward":
         rows = row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim)
         needed.append(_jit.Kernel("fused_delta", rows.source()))
