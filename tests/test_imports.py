@@ -147,3 +147,17 @@ def test_everything_public_is_documented_and_found_by_its_name(name):
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_every_module_says_what_it_is(file):
     assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def test_kernels_of_bfloat16_are_named_without_ml_dtypes():
+    """NumPy has no such dtype of its own."""
+    statement = (
+        "import sys; from cuneigh._backends import fused, gemm, naive; "
+        "from cuneigh._problem import *; "
+        "spec = Spec((1, 8, 1, 64), 'bfloat16'); "
+        "window = window_arguments('test', 1, 3, 1, 1, False); "
+        "problem = attention_problem('test', 'forward', spec, spec, spec, window, None); "
+        "assert all(backend.kernels(problem) for backend in (fused, gemm, naive)); "
+        "assert 'ml_dtypes' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", statement], check=True)

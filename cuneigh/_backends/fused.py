@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cuneigh import _fused_plan, _halo_plan, _jit
+from cuneigh import _fused_plan, _halo_plan, _jit, _problem
 from cuneigh._backends import _halo, naive
 from cuneigh._backends._announce import announce
 from cuneigh._backends._arguments import AXIS, Views, axis_record, load_width, readable
@@ -150,7 +150,7 @@ def kernels(problem: Problem, device: Device = HOPPER) -> list[_jit.Kernel]:
     """The kernels that `problem` may need when its arrays are contiguous, whatever its windows."""
     if unsupported(problem, device) is not None:
         return []
-    size = np.dtype(problem.dtype).itemsize
+    size = _problem.DTYPES[problem.dtype]
     widths = [min(16, size * (dim & -dim)) for dim in (problem.head_dim, problem.value_dim)]
     needed = [
         _kernel(problem, device.capability, role, area, several, *widths)
