@@ -162,7 +162,7 @@ SHORT_FORWARD = Cycles(1 / 233, exponential=0.12, mask=0.45, copy=0.0, tile=205,
 HALF_BACKWARD = Cycles(
     1 / 265, exponential=0.0, mask=0.26, copy=0.58, tile=314, row=0.0, block=2170
 )
-FLOAT32 = Cycles(1 / 32, exponential=0.0, mask=1.7, copy=0.5, tile=270, row=2.7, block=0)
+FLOAT32 = Cycles(1 / 40, exponential=0.0, mask=1.36, copy=0.4, tile=216, row=2.2, block=0)
 
 
 PRODUCTS: dict[Role, float] = {
