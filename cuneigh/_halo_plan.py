@@ -28,13 +28,6 @@ Indices = npt.NDArray[np.int64]
 
 ROWS = 16
 """Rows of a warp: those of one tensor core instruction."""
-
-
-def dims(role: Role) -> tuple[int, ...]:
-    """Head dimensions that the kernels are made for."""
-    return (32, 64, 128) if role == "forward" else (32, 64)
-
-
 SMALLEST_SCALE = 1e-37
 """Smaller ones are 0 in float32, where what is hidden would not stay so."""
 LINE = 128
@@ -46,6 +39,11 @@ LARGEST_QUOTIENT = 1 << 20
 """What `Divisor` of cuda/cuneigh/halo.cuh divides times what it divides by stays below this."""
 SIDES = 48
 """Entries that tables have for the sides of a list."""
+
+
+def dims(role: Role) -> tuple[int, ...]:
+    """Head dimensions that the kernels are made for."""
+    return (32, 64, 128) if role == "forward" else (32, 64)
 
 
 class Form(NamedTuple):
