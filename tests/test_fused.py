@@ -217,7 +217,10 @@ def test_kernels_do_not_spill(device, head_dim, dtype, tmp_path):
     for operation, rpb_dtype in itertools.product(("forward", "backward"), rpb_dtypes):
         problem = Problem(operation, dtype, 1, 1, 1, head_dim, head_dim, axes, 1.0, None, rpb_dtype)
         kernels += [
-            kernel for kernel in fused.kernels(problem, device) if kernel.name.startswith("fused")
+            kernel
+            for kernel in fused.kernels(problem, device)
+            # Those for one entry a block are a part of those for several
+            if kernel.name.startswith("fused") and "kSeveral = false" not in kernel.plan
         ]
     for (kernel, _), compiled in _jit.precompile(kernels, [device.arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
