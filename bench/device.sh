@@ -21,12 +21,12 @@ tests() {
 sanitizer() {
   local tool status=0
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/small_shapes.py \
+    compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/helpers/small_shapes.py \
       >"$OUT/sanitizer-$tool.txt" 2>&1 || status=1
     tail -n 4 "$OUT/sanitizer-$tool.txt"
   done
   # Racecheck has nothing to find in the lifetimes: it looks at shared memory.
-  compute-sanitizer --tool memcheck --error-exitcode 1 python3 tests/lifetimes.py \
+  compute-sanitizer --tool memcheck --error-exitcode 1 python3 tests/helpers/lifetimes.py \
     >"$OUT/sanitizer-lifetimes.txt" 2>&1 || status=1
   tail -n 3 "$OUT/sanitizer-lifetimes.txt"
   return $status

@@ -20,7 +20,9 @@ import numpy as np
 from harness import ROOT, ceilings, check, measure, provenance
 
 import cuneigh
-from cuneigh import _fused_plan, _halo_plan, _problem
+from cuneigh import _problem
+from cuneigh._backends.fused import plan as _fused_plan
+from cuneigh._backends.fused.small import plan as _halo_plan
 from cuneigh._device import cuda
 from cuneigh._problem import Operands, Problem, Spec
 
@@ -112,7 +114,7 @@ def problem_of(case: dict[str, Any], shape: tuple[int, ...]) -> Problem:
 def plan_of(problem: Problem) -> str:
     """What `fused` takes for contiguous arrays."""
     device = cuda(0)
-    return str(_halo_plan.plan(problem, device) or _fused_plan.plan(problem, device))
+    return str(_halo_plan.make_plan(problem, device) or _fused_plan.make_plan(problem, device))
 
 
 def timed(problem: Problem, call: Callable[[], object], passes: float = 1.0) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from accuracy import assert_close, check_backend, expect, ulp
+from helpers.accuracy import assert_close, check_backend, expect, ulp
+from helpers.strategies import generators, inputs, layouts, problems
 from hypothesis import given
-from strategies import generators, inputs, layouts, problems
 
 from cuneigh._problem import Operands
 

@@ -11,9 +11,9 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.illegal import Call, illegal_calls, legal_calls, placeholder
 from hypothesis import given
 from hypothesis import strategies as st
-from illegal import Call, illegal_calls, legal_calls, placeholder
 
 import cuneigh
 from cuneigh._arrays import NumPyFace

@@ -67,7 +67,7 @@ def test_compile_serves_a_call(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["compile", *options.split(), "--cache-dir", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert str(tmp_path) in output.splitlines()[-1]
-    assert "naive_forward" in output
+    assert "naive/forward" in output
 
     window = Window((7, 8), (2, 1), (1, 3), (False, True))
     query, key = (Spec((3, 56, 40, heads, 32), "bfloat16") for heads in (8, 4))

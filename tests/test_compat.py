@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from cuneigh.compat import natten  # noqa: E402
 
-CLIENT = Path(__file__).with_name("dinat_client.py")
+CLIENT = Path(__file__).parent / "helpers" / "dinat_client.py"
 SIZES = {1: (9,), 2: (6, 7), 3: (4, 5, 6)}
 
 

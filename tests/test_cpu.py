@@ -12,11 +12,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from accuracy import check_backend, run_backend
-from brute_force import seers
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import (
+from helpers.accuracy import check_backend, run_backend
+from helpers.brute_force import seers
+from helpers.strategies import (
     DTYPES,
     LAYOUTS,
     OPERATIONS,
@@ -29,6 +27,8 @@ from strategies import (
     token_counts,
     windows,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
 from cuneigh._backends import cpu

@@ -13,10 +13,18 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from calls import FRAMEWORKS, check_call, framework
-from gpu_arrays import at_launch
+from helpers.calls import FRAMEWORKS, check_call, framework
+from helpers.gpu_arrays import at_launch
+from helpers.strategies import (
+    array,
+    empty_problems,
+    generators,
+    inputs,
+    layouts,
+    numpy_dtype,
+    problems,
+)
 from hypothesis import given
-from strategies import array, empty_problems, generators, inputs, layouts, numpy_dtype, problems
 
 import cuneigh
 from cuneigh import _backends

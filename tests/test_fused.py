@@ -8,17 +8,20 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from accuracy import check_backend, run_backend
-from brute_force import seers
-from gpu_arrays import NATIVE
+from helpers.accuracy import check_backend, run_backend
+from helpers.brute_force import seers
+from helpers.gpu_arrays import NATIVE
+from helpers.strategies import generators, inputs, layouts, problems
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import generators, inputs, layouts, problems
 
 import cuneigh
-from cuneigh import _device, _fused_plan, _halo_plan, _jit
-from cuneigh._backends import _halo, fused
-from cuneigh._backends._announce import announce
+from cuneigh import _device, _jit
+from cuneigh._backends import fused
+from cuneigh._backends.fused import plan as _fused_plan
+from cuneigh._backends.fused.small import launch as _halo
+from cuneigh._backends.fused.small import plan as _halo_plan
+from cuneigh._gpu.announce import announce
 from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
 from cuneigh._window import Axis
 
@@ -91,7 +94,7 @@ DEVICES = [_device.of_capability(capability) for capability in CAPABILITIES]
 def test_a_plan_fits_the_kernel(problem, device):
     assume(fused.unsupported(problem, device) is None)
     for role in _fused_plan.roles(problem):
-        plan = _fused_plan.plan(problem, device, role)
+        plan = _fused_plan.make_plan(problem, device, role)
         area = plan.area
         assert area in _fused_plan.areas(problem, device, role)
         assert _fused_plan.shared_bytes(problem, area, role) <= device.shared_memory
@@ -126,7 +129,7 @@ def test_parts_keep_multiprocessors_busy(tokens, kernel_size, entries, head_dim)
     spec = Spec((batch, tokens, heads, head_dim), "bfloat16")
     window = window_arguments("test", 1, min(kernel_size, tokens), 1, 1, False)
     problem = attention_problem("test", "forward", spec, spec, spec, window, None)
-    plan = _fused_plan.plan(problem, H200)
+    plan = _fused_plan.make_plan(problem, H200)
     boxes = _fused_plan.count(problem, plan).blocks
     at_once = _fused_plan.resident(problem, plan.area, H200, "forward") * H200.sm_count
     rounds, of_one = (
@@ -164,12 +167,12 @@ def test_few_kernels_serve_all_layouts_and_windows():
         sizes = tuple(kernel_size), tuple(stride), tuple(dilation)
         window = window_arguments("test", 2, *sizes, False)
         problem = attention_problem("test", "forward", spec, spec, spec, window, None)
-        small = _halo_plan.plan(problem, H200, "forward")
+        small = _halo_plan.make_plan(problem, H200, "forward")
         if small is not None:
             sizes = small.form, small.columns, small.whole
             kernel = _halo.kernel(problem, "forward", *sizes)
         else:
-            plan = _fused_plan.plan(problem, H200)
+            plan = _fused_plan.make_plan(problem, H200)
             several = _fused_plan.several(problem, "forward", plan.part)
             kernel = fused._kernel(problem, H200.capability, "forward", plan.area, several, 16, 16)
         assert kernel in fused.kernels(problem, H200)
@@ -181,7 +184,7 @@ def test_each_plan_is_printed_once(monkeypatch, capsys):
     spec = Spec((1, 30, 48, 4, 64), "float16")
     window = window_arguments("test", 2, (7, 9), 1, (2, 1), (True, False))
     problem = attention_problem("test", "forward", spec, spec, spec, window, None)
-    plan = _fused_plan.plan(problem, H200)
+    plan = _fused_plan.make_plan(problem, H200)
     announce("fused", "forward", problem, plan)
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("CUNEIGH_PRINT_PLANS", "1")
@@ -247,10 +250,10 @@ def test_blocks_that_walk_through_several_entries(data, rng, layout):
     part = data.draw(st.integers(1, problem.batch * problem.heads + 1))
 
     def plan(*arguments):
-        return replace(_fused_plan.plan(*arguments), part=part)
+        return replace(_fused_plan.make_plan(*arguments), part=part)
 
     with (
-        mock.patch.object(fused, "plan", plan),
+        mock.patch.object(fused, "make_plan", plan),
         mock.patch.object(_halo, "plan", return_value=None),
     ):
         check_backend(fused, problem, inputs(problem, rng, layout), **NATIVE)
@@ -326,11 +329,13 @@ def test_more_elements_than_32_bits_count(small_windows, monkeypatch):
         operation: attention_problem("test", operation, spec, spec, spec, window, None)
         for operation in ("forward", "backward")
     }
-    plan, small_plan = fused.plan, _halo_plan.plan
-    monkeypatch.setattr(fused, "plan", lambda problem, *rest: plan(long[problem.operation], *rest))
+    plan, small_plan = fused.make_plan, _halo_plan.make_plan
+    monkeypatch.setattr(
+        fused, "make_plan", lambda problem, *rest: plan(long[problem.operation], *rest)
+    )
     monkeypatch.setattr(
         _halo_plan,
-        "plan",
+        "make_plan",
         lambda problem, *rest: (
             small_plan(long[problem.operation], *rest) if small_windows else None
         ),

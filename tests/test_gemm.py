@@ -9,12 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from accuracy import check_backend, run_backend
-from brute_force import seers
-from gpu_arrays import NATIVE, on_arrays, to_cupy
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import (
+from helpers.accuracy import check_backend, run_backend
+from helpers.brute_force import seers
+from helpers.gpu_arrays import NATIVE, on_arrays, to_cupy
+from helpers.strategies import (
     DTYPES,
     LAYOUTS,
     OPERATIONS,
@@ -26,12 +24,15 @@ from strategies import (
     layouts,
     problems,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cuneigh import _backends, _gemm_plan, _jit
+from cuneigh import _backends, _jit
 from cuneigh._backends import fused, gemm, naive
-from cuneigh._backends.gemm import _walk
+from cuneigh._backends.gemm import launch as _walk
+from cuneigh._backends.gemm import plan as _gemm_plan
+from cuneigh._backends.gemm.plan import cut_axis
 from cuneigh._device import CPU, Device
-from cuneigh._gemm_plan import cut_axis
 from cuneigh._problem import (
     Operands,
     Spec,
@@ -102,7 +103,7 @@ LIMITS = st.sampled_from([1, 1 << 12, 1 << 16, 1 << 20, _gemm_plan.WORKSPACE_BYT
 
 @given(problem=problems(), limit=LIMITS, contiguous=st.booleans())
 def test_a_plan_covers_the_problem(problem, limit, contiguous):
-    plan = _gemm_plan.plan(problem, limit, contiguous=contiguous)
+    plan = _gemm_plan.make_plan(problem, limit, contiguous=contiguous)
     assert plan.rows == problem.group_size * math.prod(plan.box)
     assert plan.columns >= plan.keys + (problem.additional or 0)
     assert plan.columns % 8 == 0
@@ -125,7 +126,7 @@ def test_a_plan_covers_the_problem(problem, limit, contiguous):
 
 @given(problem=problems(), limit=LIMITS)
 def test_chunks_take_every_tile_once_and_split_pairs_cleanly(problem, limit):
-    plan = _gemm_plan.plan(problem, limit)
+    plan = _gemm_plan.make_plan(problem, limit)
     chunks = plan.chunks()
     assert list(itertools.chain(*chunks)) == list(range(plan.tiles))
     for chunk in chunks:
@@ -137,7 +138,7 @@ def test_chunks_take_every_tile_once_and_split_pairs_cleanly(problem, limit):
 
 @given(problem=problems(), limit=LIMITS)
 def test_a_plan_stays_within_the_limit_or_takes_the_least_there_is(problem, limit):
-    plan = _gemm_plan.plan(problem, limit)
+    plan = _gemm_plan.make_plan(problem, limit)
     if plan.chunk_bytes > limit:
         assert plan.chunk == 1
         least = min(
@@ -151,7 +152,7 @@ def test_a_plan_stays_within_the_limit_or_takes_the_least_there_is(problem, limi
 def test_a_large_gradient_needs_no_more_than_the_sums_of_one_head_on_top():
     for dtype, on_top in (("float16", 4 * 2**20 * 128), ("float32", 0)):
         problem = attention((1024, 1024), 13, (64, 64), dtype, "backward", heads=8)
-        plan = _gemm_plan.plan(problem)
+        plan = _gemm_plan.make_plan(problem)
         assert plan.bytes <= _gemm_plan.WORKSPACE_BYTES + on_top
         assert len(plan.chunks()) < 1000
 
@@ -160,7 +161,7 @@ def test_what_does_not_fit_is_refused_with_the_number_of_bytes(monkeypatch):
     problem = attention((64,), 9)
     assert gemm.unsupported(problem, GPU) is None
     monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", "100")
-    plan = _gemm_plan.plan(problem, 100)
+    plan = _gemm_plan.make_plan(problem, 100)
     assert str(plan.bytes) in gemm.unsupported(problem, GPU)
     assert "CUNEIGH_WORKSPACE_BYTES" in gemm.unsupported(problem, GPU)
     monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", str(plan.bytes))
@@ -209,9 +210,9 @@ def test_tokens_are_multiplied_in_place_where_they_lie_at_one_step(
     tokens, kernel_size, dilation, direct
 ):
     problem = attention(tokens, kernel_size, (64, 64), "float16", dilation=dilation)
-    assert _gemm_plan.plan(problem).direct == direct
-    assert not _gemm_plan.plan(problem, contiguous=False).direct
-    assert not _gemm_plan.plan(replace(problem, additional=2)).direct
+    assert _gemm_plan.make_plan(problem).direct == direct
+    assert not _gemm_plan.make_plan(problem, contiguous=False).direct
+    assert not _gemm_plan.make_plan(replace(problem, additional=2)).direct
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_whether_tokens_lie_at_one_step(view, one_step):
 
 @given(problem=problems(), repeats=st.sampled_from([1, 10, 100, 1000]))
 def test_a_row_is_held_by_its_lanes(problem, repeats):
-    plan = _gemm_plan.plan(problem)
+    plan = _gemm_plan.make_plan(problem)
     plan = replace(plan, columns=plan.columns * repeats)
     assert _walk.lanes(problem, plan) in (4, 8, 16, 32)
     lines = _walk.softmax_source(problem, plan).splitlines()
@@ -267,7 +268,7 @@ def test_every_operation_agrees_with_the_oracle(operation, data, rng, layout):
 @given(data=st.data(), rng=generators(), tiles=st.integers(1, 5))
 def test_any_number_of_chunks_agrees_with_the_oracle(operation, data, rng, tiles):
     problem = data.draw(problems(operations=(operation,)))
-    least = _gemm_plan.plan(problem, 1)
+    least = _gemm_plan.make_plan(problem, 1)
     limit = tiles * least.tile_bytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUNEIGH_WORKSPACE_BYTES", str(limit))

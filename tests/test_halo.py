@@ -8,15 +8,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from accuracy import check_backend, run_backend
-from brute_force import seers
-from gpu_arrays import NATIVE
+from helpers.accuracy import check_backend, run_backend
+from helpers.brute_force import seers
+from helpers.gpu_arrays import NATIVE
+from helpers.strategies import generators, inputs, layouts, problems
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import generators, inputs, layouts, problems
 
-from cuneigh import _device, _fused_plan, _halo_plan, _jit
-from cuneigh._backends import _halo, fused
+from cuneigh import _device, _jit
+from cuneigh._backends import fused
+from cuneigh._backends.fused import plan as _fused_plan
+from cuneigh._backends.fused.small import launch as _halo
+from cuneigh._backends.fused.small import plan as _halo_plan
 from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
 from cuneigh._window import Axis
 
@@ -110,7 +113,7 @@ def check_lists(plan, r, reach, windows):
 def test_a_plan_fits_the_device(problem, device):
     device = replace(_device.of_capability(device), sm_count=100)
     for role in _fused_plan.roles(problem):
-        plan = _halo_plan.plan(problem, device, role)
+        plan = _halo_plan.make_plan(problem, device, role)
         if plan is not None:
             taken = _halo_plan.shared_bytes(problem, plan, role)
             assert taken + _halo_plan.static_bytes(plan, role) <= device.shared_memory
@@ -123,7 +126,7 @@ def test_small_windows_are_planned_so(kernel_size):
     query = Spec((8, 64, 64, 4, 32), "float16")
     window = window_arguments("test", 2, kernel_size, 1, 1, False)
     problem = attention_problem("test", "forward", query, query, query, window, None)
-    assert _halo_plan.plan(problem, H200) is not None
+    assert _halo_plan.make_plan(problem, H200) is not None
 
 
 @pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
@@ -156,7 +159,7 @@ def test_only_scales_that_float32_has_are_taken(scale):
     window = window_arguments("test", 2, 3, 1, 1, False)
     problem = attention_problem("test", "forward", query, query, query, window, scale)
     assert not _halo_plan.takes(problem, "forward")
-    assert _halo_plan.plan(problem, H200) is None
+    assert _halo_plan.make_plan(problem, H200) is None
 
 
 # Kernels
@@ -173,7 +176,7 @@ def test_any_plan_agrees_with_the_oracle(operation, data, rng, layout):
         assume(choices)
         chosen[role] = data.draw(st.sampled_from(choices))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_halo_plan, "plan", lambda problem, device, role: chosen[role])
+        patch.setattr(_halo_plan, "make_plan", lambda problem, device, role: chosen[role])
         check_backend(fused, problem, inputs(problem, rng, layout), **NATIVE)
 
 
@@ -202,7 +205,7 @@ def test_a_key_reaches_only_the_queries_that_see_it(data, rng, poison):
         array[(slice(None), *token)] = poison
     touched_inputs = given_inputs._replace(operands=given_inputs.operands._replace(**changed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_halo_plan, "plan", lambda problem, device, role: chosen)
+        patch.setattr(_halo_plan, "make_plan", lambda problem, device, role: chosen)
         plain = run_backend(fused, problem, given_inputs, **NATIVE)
         touched = run_backend(fused, problem, touched_inputs, **NATIVE)
     blind = ~seers(problem, token)

@@ -14,16 +14,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from accuracy import assert_close, expect
-from calls import arguments_of, framework, results_of
-from gpu_arrays import at_launch, located
+from helpers.accuracy import assert_close, expect
+from helpers.calls import arguments_of, framework, results_of
+from helpers.gpu_arrays import at_launch, located
+from helpers.strategies import Inputs, array, generators, inputs, problems
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Inputs, array, generators, inputs, problems
 
 import cuneigh
 from cuneigh import _backends
-from cuneigh._backends._program import cupy_stream
+from cuneigh._gpu.program import cupy_stream
 from cuneigh._problem import RESULTS, Operands, Problem, Spec
 
 jax = pytest.importorskip("jax")

@@ -7,11 +7,9 @@ import math
 
 import numpy as np
 import pytest
-from accuracy import check_backend, run_backend
-from gpu_arrays import NATIVE, allocate, on_arrays, to_numpy
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import (
+from helpers.accuracy import check_backend, run_backend
+from helpers.gpu_arrays import NATIVE, allocate, on_arrays, to_numpy
+from helpers.strategies import (
     DTYPES,
     LAYOUTS,
     OPERATIONS,
@@ -22,9 +20,12 @@ from strategies import (
     numpy_dtype,
     problems,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cuneigh import _jit, _plan
+from cuneigh import _jit
 from cuneigh._backends import naive
+from cuneigh._gpu import rows as _plan
 from cuneigh._problem import Operands, Problem, Spec, attention_problem, window_arguments
 
 

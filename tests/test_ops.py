@@ -9,11 +9,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from accuracy import assert_close, expect
-from calls import arguments_of, check_call, results_of
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import (
+from helpers.accuracy import assert_close, expect
+from helpers.calls import arguments_of, check_call, results_of
+from helpers.strategies import (
     Inputs,
     array,
     empty_problems,
@@ -23,6 +21,8 @@ from strategies import (
     numpy_dtype,
     problems,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cuneigh
 from cuneigh._ops import call as call_module

@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 import pytest
-from brute_force import neighbors, queries
+from helpers.brute_force import neighbors, queries
+from helpers.illegal import RULES, Call, call_of, legal_calls
+from helpers.strategies import array, empty_problems, generators, numpy_dtype, problems
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from illegal import RULES, Call, call_of, legal_calls
-from strategies import array, empty_problems, generators, numpy_dtype, problems
 
 from cuneigh._problem import (
     Operands,

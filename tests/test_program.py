@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.strategies import problems
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import problems
 
 from cuneigh import _device, _jit
 from cuneigh._backends import BACKENDS, fused, gemm, naive
-from cuneigh._backends._arguments import Views, load_width
-from cuneigh._backends._program import Array, Pointer, Program, contiguous
+from cuneigh._gpu.program import Array, Pointer, Program, contiguous
+from cuneigh._gpu.views import Views, load_width
 from cuneigh._ops import launch
 from cuneigh._problem import RESULTS, Operands, Problem, Spec, attention_problem, window_arguments
 
 driver = pytest.importorskip("cupy").cuda.driver
 
 H200 = _device.Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)
-KERNEL = _jit.Kernel("naive_sum", "")
+KERNEL = _jit.Kernel("sums/shares", "")
 
 
 @pytest.fixture

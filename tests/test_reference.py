@@ -10,13 +10,11 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-import brute_force
 import numpy as np
 import pytest
-from accuracy import assert_close, expect, named
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from strategies import (
+from helpers import brute_force
+from helpers.accuracy import assert_close, expect, named
+from helpers.strategies import (
     Inputs,
     empty_problems,
     generators,
@@ -26,6 +24,8 @@ from strategies import (
     problems,
     visible_slots,
 )
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from cuneigh import reference
 from cuneigh._problem import Operands, Problem

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accuracy import assert_close, expect
-from calls import framework, same_bits
+from helpers.accuracy import assert_close, expect
+from helpers.calls import framework, same_bits
+from helpers.illegal import call_of
+from helpers.strategies import empty_problems, generators, inputs, layouts, problems
 from hypothesis import given
-from illegal import call_of
-from strategies import empty_problems, generators, inputs, layouts, problems
 
 import cuneigh
 from cuneigh._problem import Spec

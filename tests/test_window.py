@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from brute_force import sees, visible_keys
+from helpers.brute_force import sees, visible_keys
+from helpers.strategies import windows
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import windows
 
 from cuneigh._window import Axis
 

@@ -24,7 +24,7 @@ struct View {
   }
 };
 
-// Everything that no array says. Its twin is `_record` in cuneigh/_backends/naive.py.
+// Everything that no array says. Its twin is `_record` in cuneigh/_backends/naive/__init__.py.
 template <int kRank>
 struct Problem {
   Axis axes[kRank];
@@ -39,7 +39,7 @@ struct Problem {
   double scale;
 };
 static_assert(sizeof(Problem<1>) == 64 && sizeof(Problem<2>) == 96 && sizeof(Problem<3>) == 128,
-              "the record that cuneigh/_backends/naive.py packs has these sizes");
+              "the record that cuneigh/_backends/naive/__init__.py packs has these sizes");
 
 // The token of one batch entry and one head that a group of lanes works on.
 template <int kRank>

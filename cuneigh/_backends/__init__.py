@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Any, Protocol, cast
 
 from cuneigh._backends import cpu, fused, gemm, naive
-from cuneigh._backends._program import Program
 from cuneigh._device import Device
+from cuneigh._gpu.program import Program
 from cuneigh._problem import Operands, Problem
 
 

@@ -22,7 +22,8 @@ def key_of(kernel: Kernel, arch: str, sources: Sources) -> str:
     digest = hashlib.sha256()
     for part in (sources.digest, kernel.unit, *_compiler.OPTIONS):
         digest.update(part.encode() + b"\0")
-    return f"{kernel.name}-{arch}-{digest.hexdigest()[:32]}"
+    name = kernel.name.replace("/", ".")
+    return f"{name}-{arch}-{digest.hexdigest()[:32]}"
 
 
 def find(

@@ -13,13 +13,15 @@ class Kernel:
     """One instantiation of the kernel template in `cuda/<name>.cu`."""
 
     name: str
-    """Of the file, and of the function template `cuneigh::<name>` in it."""
+    """Such as ``fused/forward``: of the file in `cuda/`, and of the function template
+    ``cuneigh::fused::forward`` in it."""
     plan: str
     """The members of the struct that is its template argument, as C++."""
 
     @property
     def instance(self) -> str:
-        return f"cuneigh::{self.name}<cuneigh::Plan>"
+        template = self.name.replace("/", "::")
+        return f"cuneigh::{template}<cuneigh::Plan>"
 
     @property
     def unit(self) -> str:

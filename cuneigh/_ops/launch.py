@@ -10,7 +10,7 @@ from typing import Any
 from cuneigh import _backends, _device
 from cuneigh._arrays import Layout
 from cuneigh._backends import Backend, Space
-from cuneigh._backends._program import Program
+from cuneigh._gpu.program import Program
 from cuneigh._problem import Operands, Problem, Spec
 
 

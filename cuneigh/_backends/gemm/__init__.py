@@ -20,13 +20,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from cuneigh import _gemm_plan, _jit
+from cuneigh import _jit
 from cuneigh._backends import naive
-from cuneigh._backends._announce import announce
-from cuneigh._backends._arguments import Views, load_width, readable
-from cuneigh._backends._program import Array, Program
-from cuneigh._backends.gemm import _walk
-from cuneigh._backends.gemm._walk import (
+from cuneigh._backends.gemm import launch as _walk
+from cuneigh._backends.gemm import plan as _gemm_plan
+from cuneigh._backends.gemm.launch import (
     Matrix,
     Walk,
     lanes,
@@ -34,8 +32,11 @@ from cuneigh._backends.gemm._walk import (
     row_source,
     softmax_source,
 )
+from cuneigh._backends.gemm.plan import GemmPlan
 from cuneigh._device import Device
-from cuneigh._gemm_plan import GemmPlan
+from cuneigh._gpu.announce import announce
+from cuneigh._gpu.program import Array, Program
+from cuneigh._gpu.views import Views, load_width, readable
 from cuneigh._problem import DTYPES, Operands, Problem
 
 NAME = "gemm"
@@ -62,7 +63,7 @@ def predicted_ms(problem: Problem, device: Device) -> float:
 
 
 def plan_of(problem: Problem, contiguous: bool) -> GemmPlan:
-    return _gemm_plan.plan(
+    return _gemm_plan.make_plan(
         problem, _gemm_plan.workspace_limit(), _gemm_plan.allows_tf32(), contiguous
     )
 
@@ -84,7 +85,7 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     for chunk in walk.chunks():
         chunk.gather(query, key, value)
         chunk.multiply(logits, query, key, transpose_right=True)
-        chunk.row_kernel("gemm_softmax", source, views)
+        chunk.row_kernel("gemm/softmax", source, views)
         chunk.multiply(result, weights, value, factor=1 / weight_factor(problem))
         chunk.scatter(result)
 
@@ -121,7 +122,7 @@ def backward(
         chunk.gather(query, key, value, grad_rows)
         chunk.multiply(logits, query, key, transpose_right=True)
         chunk.multiply(grad_weights, grad_rows, value, transpose_right=True)
-        chunk.row_kernel("gemm_gradient", source, views)
+        chunk.row_kernel("gemm/gradient", source, views)
         chunk.multiply(grad_query, grad_logits, key, factor=problem.scale)
         chunk.scatter(grad_query)
         sums.add_keys(chunk, grad_logits, query, problem.scale)
@@ -144,7 +145,7 @@ def qk(problem: Problem, operands: Operands, logits: Any, program: Program) -> N
     for chunk in walk.chunks():
         chunk.gather(query, key)
         chunk.multiply(products, query, key, transpose_right=True)
-        chunk.row_kernel("gemm_select", source, views)
+        chunk.row_kernel("gemm/select", source, views)
 
 
 def qk_backward(
@@ -167,7 +168,7 @@ def qk_backward(
     views.addresses(products.buffer)
     for chunk in walk.chunks():
         chunk.gather(query, key)
-        chunk.row_kernel("gemm_spread", source, views)
+        chunk.row_kernel("gemm/spread", source, views)
         chunk.multiply(grad_query, products, key, factor=problem.scale)
         chunk.scatter(grad_query)
         sums.add_keys(chunk, products, query, problem.scale)
@@ -187,7 +188,7 @@ def av(problem: Problem, weights: Any, operands: Operands, output: Any, program:
     views.addresses(products.buffer)
     for chunk in walk.chunks():
         chunk.gather(value)
-        chunk.row_kernel("gemm_spread", source, views)
+        chunk.row_kernel("gemm/spread", source, views)
         chunk.multiply(result, products, value)
         chunk.scatter(result)
 
@@ -219,8 +220,8 @@ def av_backward(
     for chunk in walk.chunks():
         chunk.gather(value, grad_rows)
         chunk.multiply(products, grad_rows, value, transpose_right=True)
-        chunk.row_kernel("gemm_select", select_source, select_views)
-        chunk.row_kernel("gemm_spread", spread_source, spread_views)
+        chunk.row_kernel("gemm/select", select_source, select_views)
+        chunk.row_kernel("gemm/spread", spread_source, spread_views)
         sums.add_values(chunk, spread, grad_rows, 1.0)
 
 
@@ -265,7 +266,7 @@ class _HaloSums:
 
 
 def weight_factor(problem: Problem) -> float:
-    """What weights are multiplied by where they are stored; cuda/cuneigh/gemm.cuh says why."""
+    """What weights are multiplied by where they are stored; cuda/gemm/gemm.cuh says why."""
     return 32768.0 if problem.dtype == "float16" else 1.0
 
 
@@ -304,21 +305,21 @@ def kernels(problem: Problem) -> list[_jit.Kernel]:
     names: list[tuple[str, str]] = []
     match problem.operation:
         case "forward":
-            names = [("gemm_softmax", softmax_source(problem, plan))]
+            names = [("gemm/softmax", softmax_source(problem, plan))]
         case "backward":
-            names = [("gemm_gradient", biased)]
+            names = [("gemm/gradient", biased)]
         case "qk":
             source = row_source(problem, team, problem.rpb_dtype, kHiddenIsZero=False)
-            names = [("gemm_select", source)]
+            names = [("gemm/select", source)]
         case "qk_backward" | "av":
-            names = [("gemm_spread", rows)]
+            names = [("gemm/spread", rows)]
         case "av_backward":
             source = row_source(problem, team, None, kHiddenIsZero=True)
-            names = [("gemm_spread", rows), ("gemm_select", source)]
+            names = [("gemm/spread", rows), ("gemm/select", source)]
     size = DTYPES[problem.dtype]
     dims = [problem.head_dim] * uses_key + [problem.value_dim] * uses_value
     if plan.direct:
-        names.append(("gemm_addresses", _walk.address_source(problem)))
+        names.append(("gemm/addresses", _walk.address_source(problem)))
     else:
         gathered, scattered = {
             "forward": ([problem.head_dim], [problem.value_dim]),
@@ -330,14 +331,14 @@ def kernels(problem: Problem) -> list[_jit.Kernel]:
         }[problem.operation]
         for keys, packed in ((True, dims), (False, gathered)):
             names += [
-                ("gemm_pack", move_source(problem, _vector(dim, size), kKeys=keys))
+                ("gemm/pack", move_source(problem, _vector(dim, size), kKeys=keys))
                 for dim in packed
             ]
-        names += [("gemm_unpack", move_source(problem, _vector(dim, size))) for dim in scattered]
+        names += [("gemm/unpack", move_source(problem, _vector(dim, size))) for dim in scattered]
     if problem.operation.endswith("backward"):
         most = 16 // DTYPES[problem.accumulator]
         names += [
-            ("gemm_halo_sum", move_source(problem, vector))
+            ("gemm/halo_sum", move_source(problem, vector))
             for vector in {min(_vector(dim, size), most) for dim in dims}
         ]
     found = [_jit.Kernel(name, source) for name, source in dict.fromkeys(names)]
@@ -347,7 +348,7 @@ def kernels(problem: Problem) -> list[_jit.Kernel]:
     return found
 
 
-NAIVE_KERNELS = ("naive_backward_rpb", "naive_sum")
+NAIVE_KERNELS = ("sums/rpb", "sums/shares")
 """Kernels of the naive backend that compute the gradient of rpb."""
 
 

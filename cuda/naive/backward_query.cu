@@ -1,0 +1,98 @@
+// The gradient of the query: a group of lanes takes one query, walks over the keys that it sees,
+// recomputes their weights from lse, and sums dQ = scale * dS K. On the way it leaves
+// delta = sum(grad_output * output) - grad_lse for the kernels of the other gradients.
+//
+// blockIdx.x: a box of queries of one (batch, head); blockIdx.y: a slice of head_dim.
+
+#include "cuneigh/layout.cuh"
+#include "cuneigh/naive.cuh"
+#include "cuneigh/row.cuh"
+
+namespace cuneigh::naive {
+
+template <typename Plan>
+struct BackwardQueryArguments {
+  ConstView<Plan> query, key, value, additional_keys, additional_values;
+  BiasView<Plan> rpb;
+  ConstView<Plan> grad_output, output;
+  ConstNumberView<Plan> lse, grad_lse;  // grad_lse may be null
+  NumberView<Plan> delta;
+  OutputView<Plan> grad_query;
+};
+
+template <typename Plan>
+__global__ void __launch_bounds__(Plan::kThreads, 1)
+    backward_query(const Problem<Plan::kRank> problem,
+                   const BackwardQueryArguments<Plan> arguments) {
+  using Element = typename Plan::Element;
+  using Number = Accumulator<Element>;
+  using Lanes = Group<Plan::kLanes>;
+  constexpr int kBatch = 2;  // keys whose loads are in flight together
+
+  const auto item = item_of<false>(problem, Lanes::member());
+  if (!item.exists) return;
+  const int kv_head = item.head / problem.group_size;
+  const int slice = blockIdx.y * KeyRow<Plan>::kCapacity;
+  const int slice_size = problem.head_dim - slice;
+  const Number scale = Number(problem.scale);
+
+  const Held<KeyRow<Plan>, Plan::kWide> query(arguments.query.at(item.batch, item.token, item.head),
+                                              problem.head_dim);
+  const Held<ValueRow<Plan>, Plan::kWide> grad_output(
+      arguments.grad_output.at(item.batch, item.token, item.head), problem.value_dim);
+
+  Number delta =
+      Lanes::sum(grad_output.dot(arguments.output.at(item.batch, item.token, item.head)));
+  if (arguments.grad_lse.data) delta -= *arguments.grad_lse.at(item.batch, item.token, item.head);
+  if (blockIdx.y == 0 && Lanes::lane() == 0)
+    *arguments.delta.at(item.batch, item.token, item.head) = delta;
+
+  const Number shift = finite_shift(*arguments.lse.at(item.batch, item.token, item.head));
+  KeyRow<Plan> grad_query;
+
+  // One line of keys: dS of a batch of them and its product with the keys
+  auto attend = [&](const Element* key, long long key_step, const Element* value,
+                    long long value_step, int count, auto bias) {
+    for (int begin = 0; begin < count; begin += kBatch) {
+      KeyRow<Plan> row[kBatch];
+      Number logit[kBatch], grad_weight[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int place = smaller(begin + i, count - 1);
+        row[i].load(key + place * key_step, problem.head_dim);
+        logit[i] = query.dot(row[i], key + place * key_step);
+        grad_weight[i] = grad_output.dot(value + place * value_step);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int place = smaller(begin + i, count - 1);
+        logit[i] = scale * Lanes::sum(logit[i]) + bias(place);
+        const Number weight = begin + i < count ? exponential(logit[i] - shift) : Number(0);
+        if (Plan::kWide) row[i].load(key + place * key_step + slice, slice_size);
+        grad_query.add(weight * (Lanes::sum(grad_weight[i]) - delta), row[i]);
+      }
+    }
+  };
+
+  // The keys of the window, line by line
+  Range window[Plan::kRank];
+  window_of(problem, item, window);
+  const long long dilation = problem.axes[Plan::kRank - 1].dilation;
+  for_each_line(problem, item, window, [&](const Line<Plan::kRank>& line) {
+    attend(arguments.key.at(item.batch, line.first, kv_head),
+           dilation * arguments.key.token[Plan::kRank - 1],
+           arguments.value.at(item.batch, line.first, kv_head),
+           dilation * arguments.value.token[Plan::kRank - 1], line.count,
+           bias_of<Plan, false>(problem, arguments.rpb, item.head, line));
+  });
+
+  // The additional keys
+  attend(arguments.additional_keys.at(item.batch, kv_head), arguments.additional_keys.token[0],
+         arguments.additional_values.at(item.batch, kv_head), arguments.additional_values.token[0],
+         problem.additional, [](int) { return Number(0); });
+
+  grad_query.scale(scale);
+  grad_query.store(arguments.grad_query.at(item.batch, item.token, item.head) + slice, slice_size);
+}
+
+}  // namespace cuneigh::naive

@@ -1,0 +1,80 @@
+// Logits of every query with the keys of its window (the pointwise-neighborhood product), one slot
+// for each: scale * <query, key> + rpb, then those of the additional keys. It also computes the
+// gradient of weights, with grad_output for query and value for key.
+//
+// blockIdx.x: a box of queries of one (batch, head).
+
+#include "cuneigh/layout.cuh"
+#include "cuneigh/naive.cuh"
+#include "cuneigh/row.cuh"
+
+namespace cuneigh::naive {
+
+template <typename Plan>
+struct QkArguments {
+  ConstView<Plan> query, key, additional_keys;
+  BiasView<Plan> rpb;
+  OutputView<Plan> logits;
+};
+
+// Plan::kHiddenIsZero: what a slot past a causal end gets, 0 (gradients) or -inf (logits).
+template <typename Plan>
+__global__ void __launch_bounds__(Plan::kThreads, 1)
+    qk(const Problem<Plan::kRank> problem, const QkArguments<Plan> arguments) {
+  using Element = typename Plan::Element;
+  using Number = Accumulator<Element>;
+  using Lanes = Group<Plan::kLanes>;
+  constexpr int kLast = Plan::kRank - 1;
+  constexpr int kBatch = 4;  // keys whose loads are in flight together
+
+  const auto item = item_of<false>(problem, Lanes::member());
+  if (!item.exists) return;
+  const int kv_head = item.head / problem.group_size;
+  const Number scale = Number(problem.scale);
+  const Held<KeyRow<Plan>, Plan::kWide> query(arguments.query.at(item.batch, item.token, item.head),
+                                              problem.head_dim);
+  Element* logits = arguments.logits.at(item.batch, item.token, item.head);
+
+  // One line of slots, of which the first `visible` have a key; the lanes share the writing
+  auto multiply = [&](const Element* key, long long key_step, int visible, int slots, auto bias) {
+    for (int begin = 0; begin < slots; begin += kBatch) {
+      Number logit[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        logit[i] = begin + i < visible ? query.dot(key + (begin + i) * key_step) : Number(0);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        logit[i] = scale * Lanes::sum(logit[i]);
+        if (begin + i < visible)
+          logit[i] += bias(begin + i);
+        else
+          logit[i] = Plan::kHiddenIsZero ? Number(0) : -infinity<Number>();
+        if (Lanes::lane() == i % Plan::kLanes && begin + i < slots)
+          logits[(begin + i) * arguments.logits.inner] = convert<Element>(logit[i]);
+      }
+    }
+    logits += slots * arguments.logits.inner;
+  };
+
+  // All slots of the window, line by line; a causal axis may show fewer than kernel_size keys
+  Range window[Plan::kRank], all[Plan::kRank];
+  window_of(problem, item, window);
+#pragma unroll
+  for (int r = 0; r < Plan::kRank; ++r)
+    all[r] = {window[r].begin, window[r].begin + problem.axes[r].kernel_size};
+  const long long key_step = problem.axes[kLast].dilation * arguments.key.token[kLast];
+  for_each_line(problem, item, all, [&](const Line<Plan::kRank>& line) {
+    int visible = window[kLast].end - window[kLast].begin;
+#pragma unroll
+    for (int r = 0; r < kLast; ++r)
+      if (line.offset[r] >= window[r].end - window[r].begin) visible = 0;
+    multiply(arguments.key.at(item.batch, line.first, kv_head), key_step, visible, line.count,
+             bias_of<Plan, false>(problem, arguments.rpb, item.head, line));
+  });
+
+  // The additional keys
+  multiply(arguments.additional_keys.at(item.batch, kv_head), arguments.additional_keys.token[0],
+           problem.additional, problem.additional, [](int) { return Number(0); });
+}
+
+}  // namespace cuneigh::naive

@@ -1,0 +1,1 @@
+"""Kernels for small windows, whose keys fit into shared memory at once."""

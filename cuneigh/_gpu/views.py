@@ -1,0 +1,109 @@
+"""From arrays and problems to what kernels receive: views, records of axes, widths of loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cuneigh._gpu.program import Array, Pointer, Program
+from cuneigh._window import Axis
+
+AXIS_FIELDS = ("length", "key_length", "kernel_size", "stride", "dilation", "is_causal")
+AXIS = np.dtype([(name, "i4") for name in AXIS_FIELDS[:-1]] + [("is_causal", "?")], align=True)
+"""`Axis` of cuda/cuneigh/window.cuh."""
+
+
+def axis_record(axis: Axis) -> tuple[int, ...]:
+    """The numbers of one `AXIS`."""
+    return tuple(getattr(axis, name) for name in AXIS_FIELDS)
+
+
+class Views:
+    """The `View`s of cuda/cuneigh/layout.cuh that a kernel takes, in 64-bit words."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.words: list[int | Pointer] = []
+
+    def vectors(self, *arrays: Array | None) -> None:
+        """Append arrays [batch, x1..xr, heads, inner], or None."""
+        for array in arrays:
+            if array is None:
+                self._append()
+            else:
+                batch, *token, head, inner = array.steps
+                self._append(array.pointer, batch, token, head, inner)
+
+    def scalars(self, *arrays: Array | None) -> None:
+        """Append arrays [batch, x1..xr, heads], or None."""
+        for array in arrays:
+            if array is None:
+                self._append()
+            else:
+                batch, *token, head = array.steps
+                self._append(array.pointer, batch, token, head)
+
+    def pairs(self, array: Array) -> None:
+        """Append an array [batch, x1..xr, heads, 2], counted in pairs."""
+        batch, *token, head, _ = (step // 2 for step in array.steps)
+        self._append(array.pointer, batch, token, head)
+
+    def additional(self, *arrays: Array | None) -> None:
+        """Append arrays [batch, n, heads, inner], or None; n takes the place of the first axis."""
+        for array in arrays:
+            if array is None:
+                self._append()
+            else:
+                batch, n, head, inner = array.steps
+                self._append(array.pointer, batch, [n], head, inner)
+
+    def bias(self, rpb: Array | None) -> None:
+        """Append rpb [heads, 2*K1-1, ..], or None."""
+        if rpb is None:
+            self._append()
+        else:
+            head, *token = rpb.steps
+            self._append(rpb.pointer, 0, token, head)
+
+    def pointers(self, *arrays: Array) -> None:
+        """Append contiguous arrays that a kernel indexes by itself."""
+        for array in arrays:
+            self._append(array.pointer)
+
+    def addresses(self, *arrays: Array | None) -> None:
+        """Append bare pointers; None is null."""
+        self.words += [0 if array is None else array.pointer for array in arrays]
+
+    def numbers(self, *numbers: int) -> None:
+        """Append 64-bit integers."""
+        self.words += numbers
+
+    def _append(
+        self,
+        pointer: int | Pointer = 0,
+        batch: int = 0,
+        token: Sequence[int] = (),
+        head: int = 0,
+        inner: int = 0,
+    ) -> None:
+        self.words += [pointer, batch, *token, *(0,) * (self.rank - len(token)), head, inner]
+
+
+def load_width(arrays: Sequence[Array | None]) -> int:
+    """Bytes that one load can take of every head vector of `arrays`: a power of two up to 16."""
+    bits = 16
+    for array in arrays:
+        if array is not None:
+            bits |= array.misalignment | array.shape[-1] * array.itemsize
+            for stride in array.strides[:-1]:
+                bits |= stride
+    return bits & -bits
+
+
+def readable(array: Array | None, program: Program) -> Any:
+    """`array`, or a copy of it if its head vectors are not contiguous."""
+    if array is None or array.shape[-1] <= 1 or array.steps[-1] == 1:
+        return array
+    return program.copied(array)

@@ -1,0 +1,205 @@
+"""The obvious computation in the precision under test, by which errors are measured.
+
+Inputs as given, every sum taken in the accumulator's dtype (float32, or float64 for float64) one
+term after another. In half precision a kernel that uses matrix units rounds what enters a product,
+before or after it normalizes, and one without them does not. None of that is an error, and any of
+it may cancel by luck in a small tensor, so each way is taken and the one that errs most counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from helpers.strategies import Inputs, numpy_dtype
+
+from cuneigh._problem import Operands, Problem, Spec
+from cuneigh.reference import Slots, window_slots
+
+HALVES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Operands as every query's slots hold them, zeros in hidden slots; None where absent."""
+
+    problem: Problem
+    slots: Slots
+    dtype: str
+    query: Any
+    """[batch, heads, queries, dim]"""
+    keys: Any
+    """[batch, heads, queries, slots, dim]"""
+    values: Any
+    bias: Any
+    """[heads, queries, slots]"""
+
+
+def gather(problem: Problem, operands: Operands, dtype: str) -> Gathered:
+    slots = window_slots(problem)
+
+    def flat(tokens: Any) -> Any:
+        """[batch, heads, tokens, dim]"""
+        tokens = np.asarray(tokens).astype(dtype)
+        return np.moveaxis(tokens.reshape(len(tokens), -1, *tokens.shape[-2:]), 2, 1)
+
+    def held(tokens: Any, additional: Any) -> Any:
+        if tokens is None:
+            return None
+        rows = flat(tokens)
+        if additional is not None:
+            rows = np.concatenate([rows, flat(additional)], axis=2)
+        rows = np.repeat(rows, problem.group_size, axis=1)
+        in_slots = np.zeros((*rows.shape[:2], *slots.row.shape, rows.shape[-1]), dtype)
+        in_slots[:, :, slots.visible] = rows[:, :, slots.row[slots.visible]]
+        return in_slots
+
+    bias = None
+    if operands.rpb is not None:
+        rpb = operands.rpb.astype(dtype).reshape(problem.heads, -1)[:, slots.offset]
+        bias = np.zeros((problem.heads, *slots.row.shape), dtype)
+        bias[..., : problem.window_size] = rpb
+    return Gathered(
+        problem,
+        slots,
+        dtype,
+        None if operands.query is None else flat(operands.query),
+        held(operands.key, operands.additional_keys),
+        held(operands.value, operands.additional_values),
+        bias,
+    )
+
+
+def one_by_one(terms: np.ndarray, axis: int) -> np.ndarray:
+    """Sum over an axis, rounded to the dtype of `terms` after every addition."""
+    return np.add.accumulate(terms, axis=axis, dtype=terms.dtype).take(-1, axis=axis)
+
+
+def logits_of(held: Gathered) -> np.ndarray:
+    """[batch, heads, queries, slots]"""
+    scale = held.query.dtype.type(held.problem.scale)
+    logits = scale * one_by_one(held.query[..., None, :] * held.keys, -1)
+    if held.bias is not None:
+        logits = logits + held.bias
+    return np.where(held.slots.visible, logits, -np.inf).astype(logits.dtype)
+
+
+def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """`array` with the values that `dtype` has."""
+    return array.astype(numpy_dtype(dtype)).astype(array.dtype)
+
+
+def token_major(array: np.ndarray, spec: Spec) -> np.ndarray:
+    """[batch, heads, queries, ..] rounded to the dtype of `spec`, in its shape."""
+    return np.moveaxis(array, 1, 2).reshape(spec.shape).astype(numpy_dtype(spec.dtype))
+
+
+def head_major(array: np.ndarray, dtype: str) -> np.ndarray:
+    """[batch, X1..Xr, heads, dim] as [batch, heads, queries, dim]."""
+    return np.moveaxis(array.reshape(len(array), -1, *array.shape[-2:]), 2, 1).astype(dtype)
+
+
+def worst(oracle: np.ndarray, ways: list[np.ndarray]) -> np.ndarray:
+    """The one of several results that is farthest from `oracle` where that is finite."""
+    finite = np.isfinite(oracle)
+
+    def error(way: np.ndarray) -> float:
+        return np.abs(way[finite].astype(np.float64) - oracle[finite]).max(initial=0.0)
+
+    return max(ways, key=error)
+
+
+def obvious_forward(
+    problem: Problem, operands: Operands
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Every way to compute output, and the one to compute lse."""
+    held = gather(problem, operands, problem.accumulator)
+    logits = logits_of(held)
+    top = logits.max(-1, keepdims=True)
+    alive = top != -np.inf
+    exponentials = np.exp(logits - np.where(alive, top, 0))
+    total = one_by_one(exponentials, -1)[..., None]
+    lse = np.where(alive, np.where(alive, top, 0) + np.log(total), -np.inf)
+
+    divisor = np.where(alive, total, 1)
+    ways = [(exponentials, divisor)]
+    if problem.dtype in HALVES:
+        ways.append((rounded(exponentials, problem.dtype), divisor))
+        ways.append((rounded(exponentials / divisor, problem.dtype), np.ones_like(divisor)))
+    outputs = []
+    for weights, divisor in ways:
+        sums = one_by_one(weights[..., None] * held.values, -2)
+        outputs.append(token_major(np.where(alive, sums / divisor, 0), problem.output))
+    return outputs, [token_major(lse[..., 0], problem.lse)]
+
+
+def obvious_backward(
+    problem: Problem, operands: Operands, inputs: Inputs, output: np.ndarray, lse: np.ndarray
+) -> list[Operands]:
+    """Every way to compute the gradients from the output and lse of a forward."""
+    accumulator = problem.accumulator
+    held = gather(problem, operands, accumulator)
+    lse = head_major(lse[..., None], accumulator)
+    alive = lse != -np.inf
+    weights = np.where(alive, np.exp(logits_of(held) - np.where(alive, lse, 0)), 0)
+    weights = weights.astype(accumulator)
+    d_output = head_major(inputs.grad_output, accumulator)
+    delta = one_by_one(d_output * head_major(output, accumulator), -1)[..., None]
+    if inputs.grad_lse is not None:
+        delta = delta - head_major(inputs.grad_lse[..., None], accumulator)
+    d_weights = one_by_one(d_output[..., None, :] * held.values, -1)
+    d_logits = np.where(held.slots.visible & alive, weights * (d_weights - delta), 0)
+    d_logits = d_logits.astype(accumulator)
+
+    ways = [gradients_of(held, d_logits, weights, d_output)]
+    if problem.dtype in HALVES:
+        halves = rounded(d_logits, problem.dtype), rounded(weights, problem.dtype)
+        ways.append(gradients_of(held, *halves, d_output))
+    return ways
+
+
+def gradients_of(
+    held: Gathered,
+    d_logits: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    d_output: np.ndarray | None = None,
+) -> Operands:
+    """Gradients of the operands in the dtype of `held`, every sum taken one by one."""
+    problem = held.problem
+    result = Operands(
+        *(None if spec is None else np.zeros(spec.shape, held.dtype) for spec in problem.specs)
+    )
+    if d_logits is not None:
+        scale = d_logits.dtype.type(problem.scale)
+        d_query = scale * one_by_one(d_logits[..., None] * held.keys, -2)
+        d_keys = d_logits[..., None] * held.query[..., None, :]
+        result.query[...] = np.moveaxis(d_query, 1, 2).reshape(result.query.shape)
+        scatter(held, d_keys, result.key, result.additional_keys)
+        for array in (result.key, result.additional_keys):
+            if array is not None:
+                array *= scale
+        if result.rpb is not None:
+            flat = result.rpb.reshape(problem.heads, -1)
+            for h in range(problem.heads):
+                for b in range(problem.batch):
+                    np.add.at(flat[h], held.slots.offset, d_logits[b, h, :, : problem.window_size])
+    if weights is not None:
+        terms = weights[..., None] * d_output[..., None, :]
+        scatter(held, terms, result.value, result.additional_values)
+    return result
+
+
+def scatter(held: Gathered, terms: np.ndarray, tokens: np.ndarray, additional: Any) -> None:
+    """Add [batch, heads, queries, slots, dim] to the rows whose slots these are, one by one."""
+    problem = held.problem
+    rows = tokens.reshape(len(tokens), -1, *tokens.shape[-2:])
+    count = rows.shape[1]
+    window = held.slots.visible & (held.slots.row < count)
+    extra = held.slots.visible & (held.slots.row >= count)
+    for b in range(problem.batch):
+        for h in range(problem.heads):
+            kv = h // problem.group_size
+            np.add.at(rows[b, :, kv], held.slots.row[window], terms[b, h][window])
+            if additional is not None:
+                np.add.at(additional[b, :, kv], held.slots.row[extra] - count, terms[b, h][extra])

@@ -1,0 +1,141 @@
+"""Every GPU kernel on small shapes, for compute-sanitizer: no pool hides a stray access.
+
+compute-sanitizer --tool memcheck python tests/helpers/small_shapes.py [BACKEND ..]
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import cupy
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers.accuracy import check_backend
+from helpers.gpu_arrays import NATIVE
+from helpers.strategies import OPERATIONS, inputs
+
+from cuneigh import _device
+from cuneigh._backends import fused, gemm, naive
+from cuneigh._backends.fused import plan as _fused_plan
+from cuneigh._backends.fused.plan import FusedPlan, Role, roles
+from cuneigh._backends.fused.small import plan as _halo_plan
+from cuneigh._problem import (
+    DTYPES,
+    Problem,
+    Spec,
+    Window,
+    attention_problem,
+    av_problem,
+    qk_problem,
+)
+
+WINDOWS = {
+    1: ((13,), Window((5,), (2,), (2,), (True,)), Window((4,), (1,), (3,), (False,))),
+    2: (
+        (7, 6),
+        Window((3, 2), (2, 1), (2, 1), (False, True)),
+        Window((3, 4), (1, 1), (2, 1), (False, False)),
+    ),
+    3: (
+        (3, 5, 4),
+        Window((2, 3, 1), (2, 1, 1), (1, 1, 4), (True, False, False)),
+        Window((3, 2, 2), (1, 1, 1), (1, 2, 1), (False, False, False)),
+    ),
+}
+
+
+def problem_of(operation: str, dtype: str, rank: int, dims: tuple[int, int], rpb: bool) -> Problem:
+    """Two batch entries, four query heads on two key heads, three additional keys."""
+    tokens, plain, unit_stride = WINDOWS[rank]
+    window = unit_stride if rpb else plain
+    query = Spec((2, *tokens, 4, dims[0]), dtype)
+    key, value = (Spec((2, *tokens, 2, dim), dtype) for dim in dims)
+    extra_keys, extra_values = (Spec((2, 3, 2, dim), dtype) for dim in dims)
+    bias = Spec((4, *(2 * k - 1 for k in window.kernel_size)), dtype) if rpb else None
+    if operation[:2] == "qk":
+        return qk_problem("small", operation, query, key, window, 0.5, bias, extra_keys)
+    if operation[:2] == "av":
+        weights = Spec((2, *tokens, 4, int(np.prod(window.kernel_size)) + 3), dtype)
+        return av_problem("small", operation, weights, value, window, extra_values)
+    return attention_problem(
+        "small", operation, query, key, value, window, 0.5, extra_keys, extra_values, bias
+    )
+
+
+def plain_problem_of(operation: str, dtype: str, rank: int) -> Problem:
+    """One that the GEMM backend can multiply in place."""
+    query = Spec((2, *(16, 4, 2)[:rank], 2, 16), dtype)
+    window = Window(*((value,) * rank for value in (2, 1, 1, False)))
+    if operation[:2] == "qk":
+        return qk_problem("small", operation, query, query, window, 0.5, None, None)
+    if operation[:2] == "av":
+        weights = Spec((*query.shape[:-1], 2**rank), dtype)
+        return av_problem("small", operation, weights, query, window, None)
+    return attention_problem("small", operation, query, query, query, window, 0.5)
+
+
+def small_window_problems_of(operation: str, dtype: str, rank: int) -> list[Problem]:
+    """Some that `fused` has kernels of their own for, with borders, dilation and a causal axis."""
+    tokens = {1: (37,), 2: (11, 14), 3: (6, 5, 9)}[rank]
+    causal = (False,) * (rank - 1) + (True,)
+    window = Window((3,) * rank, (1,) * rank, (2, 1, 1)[:rank], causal)
+    cases = [(tokens, window, 32, 64)]
+    if operation == "forward":
+        cases.append((tokens, window, 128, 64))
+        if rank == 1:  # the longest lists
+            cases.append(((150,), Window((121,), (1,), (1,), (False,)), 64, 64))
+    problems = []
+    for tokens, window, head_dim, value_dim in cases:
+        query, key = (Spec((3, *tokens, heads, head_dim), dtype) for heads in (4, 2))
+        value = Spec((3, *tokens, 2, value_dim), dtype)
+        problem = attention_problem("small", operation, query, key, value, window, 0.5)
+        with mock.patch.object(_fused_plan, "cost", return_value=math.inf):  # plans are kept
+            plans = [
+                _halo_plan.make_plan(problem, _device.cuda(0), role) for role in roles(problem)
+            ]
+        assert None not in plans
+        problems.append(problem)
+    return problems
+
+
+def plan_with(part: int, problem: Problem, device: _device.Device, role: Role) -> FusedPlan:
+    """The plan of `fused`, whose blocks take this many entries where they can."""
+    plan = _fused_plan.make_plan(problem, device, role)
+    return replace(plan, part=part) if role == "forward" else plan
+
+
+def main(names: list[str]) -> None:
+    cupy.cuda.set_allocator(None)
+    device = _device.cuda(0)
+    count = 0
+    for operation, dtype, rank in itertools.product(OPERATIONS, DTYPES, WINDOWS):
+        cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
+        cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
+        if operation in ("forward", "backward"):
+            for rpb in (False, True):
+                cases.append((problem_of(operation, dtype, rank, (130, 250), rpb), "packed"))
+            if DTYPES[dtype] == 2:
+                for problem in small_window_problems_of(operation, dtype, rank):
+                    cases.append((problem, "contiguous"))
+        if operation[:2] != "av":
+            cases.append((problem_of(operation, dtype, rank, (32, 32), True), "contiguous"))
+        for problem, layout in cases:
+            given = inputs(problem, np.random.default_rng(rank), layout)
+            fused.plan = partial(plan_with, 1 if count % 2 else 3)
+            for backend in (naive, gemm, fused):
+                if backend.NAME in names and backend.unsupported(problem, device) is None:
+                    check_backend(backend, problem, given, **NATIVE)
+                    count += 1
+    print(f"{count} results agree with the oracle")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [naive.NAME, gemm.NAME, fused.NAME])
