@@ -1,0 +1,65 @@
+// mbarriers in shared memory: what warps of different roles wait for.
+//
+// A barrier completes a phase when as many threads have arrived, and as many bytes have been
+// written by TMA, as it expects. Phases alternate in parity; a wait names the parity of the phase.
+#pragma once
+
+namespace cuneigh::hopper {
+
+__device__ inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+struct Barrier {
+  unsigned long long state;
+
+  __device__ void init(unsigned arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals)
+                 : "memory");
+  }
+  __device__ void arrive() {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+  }
+  // One arrival, after which the phase also waits for `bytes` from TMA.
+  __device__ void arrive_and_expect(unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+                 "r"(bytes)
+                 : "memory");
+  }
+  __device__ bool completed(unsigned parity) const {
+    unsigned done;
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(shared_address(this)), "r"(parity)
+        : "memory");
+    return done;
+  }
+  __device__ void wait(unsigned parity) const {
+    while (!completed(parity)) {
+    }
+  }
+};
+
+// Makes initialized barriers known to TMA; a __syncthreads then makes them known to the block.
+__device__ inline void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Orders this thread's ordinary stores to shared memory before what TMA and wgmma do there.
+__device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Where a ring of kSlots barriers stands: the slot that is next, and the parity of its phase.
+template <int kSlots>
+struct Ring {
+  unsigned slot = 0, parity = 0;
+
+  __device__ void advance(unsigned slots = 1) {
+    slot += slots;
+    if (slot >= kSlots) {
+      slot -= kSlots;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace cuneigh::hopper

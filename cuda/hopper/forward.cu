@@ -1,0 +1,502 @@
+// Attention on Hopper's tensor cores: output and lse of tiles of queries, nothing of the size of
+// the logits in memory.
+//
+// A block has kWarpgroups warpgroups of consumers, each with a box of at most 64 queries, and one
+// of producers. Blocks stay and take tile after tile; barriers alone hold the roles together:
+//   warp 0       loads the boxes of keys and values into rings of kStages
+//   warp 1       loads the queries of the tiles into a ring of kQuerySlots boxes
+//   warps 2, 3   make the words that say which pairs of a box are visible
+//   consumers    for each box: S = scale Q K^T, hide, P = 2^(S - max), O += P V; in the end O / sum
+// Each consumer works serially; what one leaves of the tensor cores' time the others use. P V is
+// issued in halves, so that its first half runs under the exponentials of the second.
+//
+// struct Plan {
+//   static constexpr int kRank;         token axes
+//   static constexpr int kWarpgroups;   of consumers, 2 or 3
+//   static constexpr int kKeys;         keys of a box, 64 or 128
+//   static constexpr int kStages;       boxes of keys, and of values, in shared memory
+//   static constexpr int kQuerySlots;   boxes of queries in shared memory
+//   static constexpr int kHeadDim;      dimension of query and key, padded to a multiple of 16
+//   static constexpr int kValueDim;     columns of O; a width that wgmma has
+//   static constexpr bool kDilated;     some dilation is not 1
+//   static constexpr bool kStrided;     some stride is not 1
+//   static constexpr bool kAdditional;  there are additional keys
+//   static constexpr bool kSigned;      scale is not positive
+//   using Element;                      float16 or bfloat16
+// };
+#include "cuneigh/layout.cuh"
+#include "cuneigh/types.cuh"
+#include "hopper/barrier.cuh"
+#include "hopper/mask.cuh"
+#include "hopper/softmax.cuh"
+#include "hopper/tile.cuh"
+#include "hopper/tma.cuh"
+#include "hopper/wgmma.cuh"
+
+namespace cuneigh::hopper {
+
+template <typename Plan>
+struct ForwardArguments {
+  View<typename Plan::Element, Plan::kRank> output;
+  View<float, Plan::kRank> lse;  // may be null
+};
+
+constexpr int lines_of(int dim) { return (dim + kLineElements - 1) / kLineElements; }
+
+template <typename Plan>
+struct ForwardSmem {
+  static constexpr int kQueryLines = lines_of(Plan::kHeadDim);
+  static constexpr int kValueLines = lines_of(Plan::kValueDim);
+  using Line = typename Plan::Element[kLineElements];
+
+  // [slots][lines of a row][rows][64]; every [rows][64] begins at a multiple of 1024 bytes
+  Line query[Plan::kQuerySlots][kQueryLines][kRows];
+  Line key[Plan::kStages][kQueryLines][Plan::kKeys];
+  Line value[Plan::kStages][kValueLines][Plan::kKeys];
+  QuadWords visible[Plan::kStages][Plan::kWarpgroups][kRows];
+  MaskTables<Plan::kRank, Plan::kWarpgroups> mask;
+  Tile<Plan::kRank> tile[2];
+  int visibility[Plan::kStages][Plan::kWarpgroups];
+  HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
+  Barrier tile_full[2], tile_empty[2];
+  Barrier query_full[Plan::kQuerySlots], query_empty[Plan::kQuerySlots];
+  Barrier key_full[Plan::kStages], key_empty[Plan::kStages];
+  Barrier value_full[Plan::kStages], value_empty[Plan::kStages];
+};
+
+// Coordinates for TMA of the box that begins at `token`, in the order of `Folding`.
+template <int kRank>
+struct Coordinates {
+  int c[5];
+  __device__ Coordinates(const Folding& folding, int batch, int head, const int (&token)[kRank]) {
+    c[0] = head * folding.dim;
+    c[1] = token[kRank - 1];
+    if constexpr (kRank == 3) {
+      c[2] = token[1];
+      c[3] = token[0];
+      c[4] = batch * folding.batch + head * folding.outer;
+    } else {
+      c[2] = kRank == 2 ? token[0] : 0;
+      c[3] = head;
+      c[4] = batch;
+    }
+  }
+};
+
+struct Maps {
+  const TensorMap &key, &value, &additional_keys, &additional_values;
+};
+
+// Calls visit(tile) for every tile of this block, as warp 1 announces them.
+template <typename Plan, typename Visit>
+__device__ void for_each_tile(ForwardSmem<Plan>& smem, Visit visit) {
+  for (Ring<2> ring;; ring.advance()) {
+    smem.tile_full[ring.slot].wait(ring.parity);
+    if (smem.tile[ring.slot].boxes == kNoTile) break;
+    visit(smem.tile[ring.slot]);
+    if (threadIdx.x % 32 == 0) smem.tile_empty[ring.slot].arrive();
+  }
+}
+
+// A box of keys: its first token, or the first of the additional keys.
+template <int kRank>
+struct KeyBox {
+  int batch, head, token[kRank];
+  bool is_additional;
+};
+
+// Loads a box of keys or values into `lines`, of which `full` is the barrier.
+template <typename Plan, int kLines, typename Line>
+__device__ void load_keys(const HopperProblem<Plan::kRank>& problem, const TensorMap& window,
+                          const TensorMap& additional, const Folding& folding,
+                          const KeyBox<Plan::kRank>& box, Line (&lines)[kLines][Plan::kKeys],
+                          Barrier& full) {
+  if (Plan::kAdditional && box.is_additional) {
+    full.arrive_and_expect(sizeof(lines));
+#pragma unroll
+    for (int line = 0; line < kLines; ++line)
+      load_box(shared_address(lines[line]), additional, full,
+               {line * kLineElements, box.token[0], 0, box.head, box.batch});
+    return;
+  }
+  full.arrive_and_expect(kLines * problem.key_pieces * problem.piece_keys * kLineBytes);
+  Coordinates<Plan::kRank> at(folding, box.batch, box.head, box.token);
+#pragma unroll 1
+  for (int piece = 0; piece < problem.key_pieces; ++piece) {
+#pragma unroll
+    for (int line = 0; line < kLines; ++line) {
+      load_box(shared_address(lines[line][piece * problem.piece_keys]), window, full, at.c);
+      at.c[0] += kLineElements;
+    }
+    at.c[0] -= kLines * kLineElements;
+    at.c[Plan::kRank] += problem.piece_tokens;  // the first token axis, if there are several pieces
+  }
+}
+
+// Warp 0, of which one lane does it all: boxes of keys, and one box later their values.
+template <typename Plan>
+__device__ void load_keys_and_values(const Maps& maps, ForwardSmem<Plan>& smem) {
+  constexpr int kRank = Plan::kRank;
+  const auto& problem = smem.problem;
+  Ring<Plan::kStages> keys, values;
+  KeyBox<kRank> last;
+  bool has_last = false;
+  auto load_values = [&] {
+    smem.value_empty[values.slot].wait(values.parity ^ 1);
+    load_keys<Plan>(problem, maps.value, maps.additional_values, problem.value, last,
+                    smem.value[values.slot], smem.value_full[values.slot]);
+    values.advance();
+  };
+  auto load = [&](const KeyBox<kRank>& box) {
+    smem.key_empty[keys.slot].wait(keys.parity ^ 1);
+    load_keys<Plan>(problem, maps.key, maps.additional_keys, problem.key, box,
+                    smem.key[keys.slot], smem.key_full[keys.slot]);
+    keys.advance();
+    if (has_last) load_values();
+    last = box;
+    has_last = true;
+  };
+  for_each_tile(smem, [&](const Tile<kRank>& tile) {
+    int first[kRank];
+    for_each_box(problem, tile, first, [&](const int (&first)[kRank]) {
+      KeyBox<kRank> box = {tile.batch, tile.kv_head, {}, false};
+#pragma unroll
+      for (int r = 0; r < kRank; ++r)
+        box.token[r] =
+            axis_of<Plan>(problem, r).token({tile.first[r].group, tile.keys[r].begin + first[r]});
+      load(box);
+    });
+    if (Plan::kAdditional)
+#pragma unroll 1
+      for (int i = 0; i < problem.additional; i += Plan::kKeys)
+        load({tile.batch, tile.kv_head, {i}, true});
+  });
+  if (has_last) load_values();
+}
+
+// Warp 1, of which one lane does it all: announces the tiles of this block and loads their queries.
+template <typename Plan>
+__device__ void begin_tiles(const TensorMap& map, ForwardSmem<Plan>& smem) {
+  constexpr int kRank = Plan::kRank;
+  const auto& problem = smem.problem;
+  Ring<2> tiles;
+  Ring<Plan::kQuerySlots> queries;
+  auto announce = [&](const Tile<kRank>& tile) {
+    smem.tile_empty[tiles.slot].wait(tiles.parity ^ 1);
+    smem.tile[tiles.slot] = tile;
+    smem.tile_full[tiles.slot].arrive();
+    tiles.advance();
+  };
+  for (int number = blockIdx.x; number < problem.tile_count; number += gridDim.x) {
+    const auto tile = tile_of<Plan>(problem, number);
+    announce(tile);
+#pragma unroll 1
+    for (int w = 0; w < Plan::kWarpgroups; ++w, queries.advance()) {
+      int token[kRank];
+#pragma unroll
+      for (int r = 0; r < kRank; ++r)
+        token[r] = axis_of<Plan>(problem, r).token(
+            {tile.first[r].group, tile.first[r].index + problem.warpgroup[w][1 + r]});
+      Coordinates<kRank> at(problem.query, tile.batch, tile.head + problem.warpgroup[w][0], token);
+      smem.query_empty[queries.slot].wait(queries.parity ^ 1);
+      Barrier& full = smem.query_full[queries.slot];
+      full.arrive_and_expect(ForwardSmem<Plan>::kQueryLines * problem.query_area * kLineBytes);
+#pragma unroll
+      for (int line = 0; line < ForwardSmem<Plan>::kQueryLines; ++line) {
+        load_box(shared_address(smem.query[queries.slot][line]), map, full, at.c);
+        at.c[0] += kLineElements;
+      }
+    }
+  }
+  Tile<kRank> end = {};
+  end.boxes = kNoTile;
+  announce(end);
+}
+
+// Warps 2 and 3: what every warpgroup does with every box of keys. Warp 2 is the `half` 0.
+template <typename Plan>
+__device__ void make_masks(ForwardSmem<Plan>& smem, int half, int lane) {
+  constexpr int kRank = Plan::kRank;
+  const auto& problem = smem.problem;
+  Ring<Plan::kStages> ring;
+  const int row = 32 * half + lane;
+  auto publish = [&] {
+    __syncwarp();
+    if (lane == 0) smem.key_full[ring.slot].arrive();
+    ring.advance();
+  };
+  for_each_tile(smem, [&](const Tile<kRank>& tile) {
+    begin_tile<Plan>(problem, tile, smem.mask, half, lane);
+    int first[kRank];
+    for_each_box(problem, tile, first, [&](const int (&first)[kRank]) {
+      smem.key_empty[ring.slot].wait(ring.parity ^ 1);
+#pragma unroll 1
+      for (int w = 0; w < Plan::kWarpgroups; ++w) {
+        const Visibility visibility = visibility_of(problem, smem.mask, half, w, first,
+                                                    problem.key_area == Plan::kKeys);
+        if (visibility == kPartial)
+          make_words(problem, smem.mask, w, row, first, smem.visible[ring.slot][w][row]);
+        if (row == 0) smem.visibility[ring.slot][w] = visibility;
+      }
+      publish();
+    });
+    if (Plan::kAdditional) {
+#pragma unroll 1
+      for (int i = 0; i < problem.additional; i += Plan::kKeys) {
+        smem.key_empty[ring.slot].wait(ring.parity ^ 1);
+        const int left = problem.additional - i;
+#pragma unroll 1
+        for (int w = 0; w < Plan::kWarpgroups; ++w) {
+          const Range any = smem.mask.sight[half][w][0].any;
+          const Visibility visibility = any.begin == any.end    ? kNone
+                                        : left >= Plan::kKeys ? kAll
+                                                              : kPartial;
+          if (visibility == kPartial) make_words(left, smem.visible[ring.slot][w][row]);
+          if (row == 0) smem.visibility[ring.slot][w] = visibility;
+        }
+        publish();
+      }
+    }
+    __syncwarp();  // all lanes are done with this tile
+  });
+}
+
+// The token of a row of warpgroup `w`; false if it lies past the end of an axis or of the box.
+template <typename Plan>
+__device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
+                             const ForwardSmem<Plan>& smem, const Tile<Plan::kRank>& tile, int w,
+                             int row, int (&token)[Plan::kRank]) {
+  bool exists = row < problem.query_area;
+#pragma unroll
+  for (int r = 0; r < Plan::kRank; ++r) {
+    const Axis axis = axis_of<Plan>(problem, r);
+    const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
+    const Place place = {tile.first[r].group, first + smem.mask.coordinate[r][row]};
+    exists &= place.index < axis.group_length(place.group);
+    token[r] = axis.token(place);
+  }
+  return exists;
+}
+
+// Writes the rows of O that the lanes of a quad share, 16 bytes a lane.
+template <typename Element, int kCount>
+__device__ void store_row(const float (&output)[kCount], int half, float factor, int quad,
+                          Element* row, int dim, bool exists) {
+#pragma unroll
+  for (int chunk = 0; chunk < kCount / 4; chunk += 4) {  // of 8 columns
+    // Word i of this lane is columns 8 (chunk + i) + 2 quad and the next: 4 x 4 words are
+    // transposed within the quad, so that this lane gets the four words of chunk + quad
+    unsigned word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      word[i] = pack(output[4 * (chunk + i) + 2 * half] * factor,
+                     output[4 * (chunk + i) + 2 * half + 1] * factor, Element());
+    const bool odd = quad & 1, high = quad & 2;
+    unsigned a = __shfl_xor_sync(0xffffffffu, odd ? word[0] : word[1], 1);
+    unsigned b = __shfl_xor_sync(0xffffffffu, odd ? word[2] : word[3], 1);
+    if (odd)
+      word[0] = a, word[2] = b;
+    else
+      word[1] = a, word[3] = b;
+    a = __shfl_xor_sync(0xffffffffu, high ? word[0] : word[2], 2);
+    b = __shfl_xor_sync(0xffffffffu, high ? word[1] : word[3], 2);
+    if (high)
+      word[0] = a, word[1] = b;
+    else
+      word[2] = a, word[3] = b;
+    const int column = 8 * (chunk + quad);
+    if (exists && column < dim)
+      *reinterpret_cast<uint4*>(row + column) = make_uint4(word[0], word[1], word[2], word[3]);
+  }
+}
+
+// A consumer: warpgroup `w`, all of its 128 threads.
+template <typename Plan>
+__device__ void attend(const HopperProblem<Plan::kRank>& problem,
+                       const ForwardArguments<Plan>& arguments, ForwardSmem<Plan>& smem, int w) {
+  using Element = typename Plan::Element;
+  using Smem = ForwardSmem<Plan>;
+  using LogitProduct = Wgmma<Plan::kKeys, Element>;
+  using ValueProduct = Wgmma<Plan::kValueDim, Element>;
+  constexpr int kSteps = Plan::kHeadDim / 16, kKeySteps = Plan::kKeys / 16;
+  constexpr int kSixteenBytes = 16;
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // this thread's are row and row + 8
+  const Descriptor queries = rows_descriptor(shared_address(smem.query));
+  const Descriptor keys_at = rows_descriptor(shared_address(smem.key));
+  const Descriptor values_at =
+      columns_descriptor(shared_address(smem.value), sizeof(smem.value[0][0]));
+
+  Ring<Plan::kQuerySlots> query_ring;
+  query_ring.advance(w);
+  Ring<Plan::kStages> ring;
+  for (Ring<2> tile_ring;; tile_ring.advance()) {
+    smem.tile_full[tile_ring.slot].wait(tile_ring.parity);
+    const Tile<Plan::kRank>& tile = smem.tile[tile_ring.slot];
+    int boxes = tile.boxes;
+    if (boxes == kNoTile) break;
+    smem.query_full[query_ring.slot].wait(query_ring.parity);
+    float output[Plan::kValueDim / 2];  // O: [64, kValueDim], of which the thread holds 2 rows
+#pragma unroll
+    for (float& x : output) x = 0;
+    RunningSoftmax softmax;
+
+    auto release = [&](Barrier& empty) {
+      if (lane == 0) empty.arrive();
+    };
+    // Boxes of which no query of this warpgroup sees anything. (A `continue` in the loop of the
+    // products would give the compiler two versions of O, and serialize them.)
+    auto pass_over = [&] {
+      for (; boxes > 0; --boxes, ring.advance()) {
+        smem.key_full[ring.slot].wait(ring.parity);
+        if (smem.visibility[ring.slot][w] != kNone) break;
+        smem.value_full[ring.slot].wait(ring.parity);
+        release(smem.key_empty[ring.slot]);
+        release(smem.value_empty[ring.slot]);
+      }
+    };
+    while (true) {
+      pass_over();
+      if (boxes == 0) break;
+      const unsigned stage = ring.slot;
+      // S = Q K^T, [64, kKeys]
+      float logit[Plan::kKeys / 2];
+      fence_registers();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int line = step / 4, inside = step % 4 * 32;
+        const Descriptor left =
+            queries + (query_ring.slot * sizeof(smem.query[0]) + line * sizeof(smem.query[0][0]) +
+                       inside) / kSixteenBytes;
+        const Descriptor right =
+            keys_at + (stage * sizeof(smem.key[0]) + line * sizeof(smem.key[0][0]) + inside) /
+                          kSixteenBytes;
+        if (step == 0)
+          LogitProduct::template shared<false>(logit, left, right);
+        else
+          LogitProduct::template shared<true>(logit, left, right);
+      }
+      commit_products();
+      wait_for_products<0>();
+      hold(logit);
+      if (Plan::kSigned) {
+#pragma unroll
+        for (float& x : logit) x *= problem.sign;
+      }
+      if (smem.visibility[stage][w] == kPartial) {
+        hide(logit, 0, smem.visible[stage][w][row].word[quad]);
+        hide(logit, 1, smem.visible[stage][w][row + 8].word[quad]);
+      }
+      release(smem.key_empty[stage]);
+      float factor[2];
+      if (softmax.raise(logit, problem.scale, factor)) rescale(output, factor);
+
+      // O += P V, in halves: P [64, kKeys / 2], V [kKeys / 2, kValueDim]
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        constexpr int kPart = kKeySteps / 2;
+        unsigned weight[kPart][4];
+        if (part == 0)
+          softmax.weigh<0, kKeySteps>(logit, problem.scale);
+        else
+          softmax.weigh<kKeySteps, 2 * kKeySteps>(logit, problem.scale);
+#pragma unroll
+        for (int step = 0; step < kPart; ++step)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* pair = &logit[8 * (part * kPart + step) + 2 * i];
+            weight[step][i] = pack(pair[0], pair[1], Element());
+          }
+        if (part == 0) smem.value_full[stage].wait(ring.parity);
+        fence_registers();
+#pragma unroll
+        for (int step = 0; step < kPart; ++step)
+          ValueProduct::registers(output, weight[step],
+                                  values_at + (stage * sizeof(smem.value[0]) +
+                                               (part * kPart + step) * 16 * kLineBytes) /
+                                                  kSixteenBytes);
+        commit_products();
+      }
+      wait_for_products<0>();
+      hold(output);
+      release(smem.value_empty[stage]);
+      --boxes;
+      ring.advance();
+    }
+
+    release(smem.query_empty[query_ring.slot]);
+    query_ring.advance(Plan::kWarpgroups);
+    softmax.finalize();
+    const int head = tile.head + problem.warpgroup[w][0];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int token[Plan::kRank];
+      const bool exists = token_of_row(problem, smem, tile, w, row + 8 * half, token);
+      store_row(output, half, softmax.normalizer(half), quad,
+                arguments.output.at(tile.batch, token, head), problem.value_dim, exists);
+      if (arguments.lse.data && quad == 0 && exists)
+        *arguments.lse.at(tile.batch, token, head) = softmax.lse(half);
+    }
+    __syncwarp();
+    release(smem.tile_empty[tile_ring.slot]);
+  }
+}
+
+template <typename Plan>
+__global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
+    forward(const HopperProblem<Plan::kRank> problem, const ForwardArguments<Plan> arguments,
+            const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
+            const __grid_constant__ TensorMap value,
+            const __grid_constant__ TensorMap additional_keys,
+            const __grid_constant__ TensorMap additional_values) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& smem = *reinterpret_cast<ForwardSmem<Plan>*>(memory);
+  static_assert(sizeof(ForwardSmem<Plan>) <= Plan::kSharedBytes, "");
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      smem.tile_full[i].init(1);
+      smem.tile_empty[i].init(3 + 4 * Plan::kWarpgroups);  // warps 0, 2 and 3, and the consumers
+    }
+    for (int i = 0; i < Plan::kQuerySlots; ++i) {
+      smem.query_full[i].init(1);
+      smem.query_empty[i].init(4);  // warps of the warpgroup
+    }
+    for (int i = 0; i < Plan::kStages; ++i) {
+      smem.key_full[i].init(1 + 2);  // the loader, and the warps that make masks
+      smem.value_full[i].init(1);
+      smem.key_empty[i].init(4 * Plan::kWarpgroups);
+      smem.value_empty[i].init(4 * Plan::kWarpgroups);
+    }
+    fence_barrier_init();
+  }
+  if (threadIdx.x == 32) smem.problem = problem;
+  fill_mask_tables(problem, smem.mask, Plan::kKeys);
+  if (problem.key_area < Plan::kKeys) {  // what no box fills must be finite
+    uint4* words = reinterpret_cast<uint4*>(smem.value);
+    for (int i = threadIdx.x; i < sizeof(smem.value) / sizeof(uint4); i += blockDim.x)
+      words[i] = make_uint4(0, 0, 0, 0);
+    fence_async_proxy();
+  }
+  __syncthreads();
+
+  // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    set_registers<false, Plan::kWarpgroups == 3 ? 32 : 40>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp >= 2)
+      make_masks(smem, warp - 2, lane);
+    else if (lane != 0)
+      return;
+    else if (warp == 0)
+      load_keys_and_values({key, value, additional_keys, additional_values}, smem);
+    else
+      begin_tiles(query, smem);
+  } else {
+    set_registers<true, Plan::kWarpgroups == 3 ? 160 : 232>();
+    attend(problem, arguments, smem, warpgroup - 1);
+  }
+}
+
+}  // namespace cuneigh::hopper

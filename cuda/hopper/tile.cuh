@@ -1,0 +1,121 @@
+// How the Hopper kernel cuts a problem: tiles of queries, and the boxes of keys that a tile visits.
+//
+// Each consumer warpgroup of a block takes a box of at most 64 queries. The boxes of a block's
+// warpgroups lie side by side, along the axes and over query heads that share a key head, and make
+// a tile. The keys that any query of the tile sees are, along each axis, one range; boxes of keys
+// cover it from its begin on. After them come the additional keys. All in indices of one dilation
+// group.
+#pragma once
+
+#include "cuneigh/boxes.cuh"
+
+namespace cuneigh::hopper {
+
+// How the coordinates of a tensor map follow from batch, head and token. TMA knows five axes. Along
+// up to two token axes they are (dim, last token axis, first token axis, head, batch). Along three,
+// heads are folded into the dimensions (`dim` per head) or into the batch (`batch` and `outer`).
+struct Folding {
+  int dim;    // steps of the innermost axis from head to head
+  int outer;  // steps of the outermost axis from head to head,
+  int batch;  // and from batch entry to batch entry
+};
+
+// A divisor of numbers below 2^31, and what to multiply by instead (Granlund and Montgomery, 1994).
+struct Divisor {
+  unsigned divisor, multiplier, shift;
+
+  __device__ unsigned quotient(unsigned n) const {
+    return multiplier ? __umulhi(n, multiplier) >> shift : n;
+  }
+};
+
+constexpr int kMostWarpgroups = 3;
+
+// Everything that no array says. Its twin is `_record` in cuneigh/_backends/hopper/launch.py.
+template <int kRank>
+struct HopperProblem {
+  Axis axes[kRank];
+  int query_box[kRank];  // of a warpgroup, at most 64 queries
+  int tile_box[kRank];   // of all warpgroups together
+  int key_box[kRank];
+  Divisor tiles[kRank];  // along each axis, in group-major order
+  Divisor head_groups;   // of heads that are in one tile
+  Divisor group_size;    // query heads that share a key head
+  int warpgroup[kMostWarpgroups][1 + kRank];  // head and index where each begins in its tile
+  int tile_count;        // over all heads and batch entries
+  int heads_per_tile;
+  int query_area;        // queries of a box
+  int key_area;          // keys of a box
+  int key_pieces;        // loads along the first axis that bring a box of keys,
+  int piece_keys;        // keys of each,
+  int piece_tokens;      // and tokens from one to the next
+  int additional;        // number of additional keys
+  int value_dim;
+  int longest_last;      // whether later tiles see more: the last ones come first
+  Folding query, key, value;
+  float scale;           // of logits, times log2(e)
+  float sign;            // what logits are multiplied by before that
+};
+static_assert(sizeof(HopperProblem<1>) == 60 + 120 && sizeof(HopperProblem<2>) == 2 * 60 + 120 &&
+                  sizeof(HopperProblem<3>) == 3 * 60 + 120,
+              "the record that launch.py packs has these sizes");
+
+// An axis, of which the compiler knows what the plan rules out.
+template <typename Plan>
+__device__ Axis axis_of(const HopperProblem<Plan::kRank>& problem, int r) {
+  Axis axis = problem.axes[r];
+  if (!Plan::kDilated) axis.dilation = 1;
+  if (!Plan::kStrided) axis.stride = 1;
+  return axis;
+}
+
+template <int kRank>
+struct Tile {
+  int batch, head, kv_head;  // the first query head
+  Place first[kRank];        // query
+  Range keys[kRank];         // that any query of the tile sees
+  int boxes;                 // of keys to visit, the additional keys' included; or kNoTile
+};
+constexpr int kNoTile = -1;  // after the last one
+
+template <typename Plan>
+__device__ Tile<Plan::kRank> tile_of(const HopperProblem<Plan::kRank>& problem, int number) {
+  Tile<Plan::kRank> tile;
+  tile.boxes = 1;
+  unsigned rest = problem.longest_last ? problem.tile_count - 1 - number : number;
+#pragma unroll
+  for (int r = Plan::kRank - 1; r >= 0; --r) {
+    const Axis axis = axis_of<Plan>(problem, r);
+    const unsigned outer = problem.tiles[r].quotient(rest);
+    const int box = rest - outer * problem.tiles[r].divisor;
+    rest = outer;
+    const Place first = box_place(axis.dilation, axis.length, box, problem.tile_box[r]);
+    const int end = smaller(first.index + problem.tile_box[r], axis.group_length(first.group));
+    tile.first[r] = first;
+    tile.keys[r] = {axis.window(first.index, first.group).begin,
+                    axis.window(end - 1, first.group).end};
+    tile.boxes *= ceil_div(tile.keys[r].end - tile.keys[r].begin, problem.key_box[r]);
+  }
+  if (Plan::kAdditional) tile.boxes += ceil_div(problem.additional, Plan::kKeys);
+  tile.batch = problem.head_groups.quotient(rest);
+  tile.head = (rest - tile.batch * problem.head_groups.divisor) * problem.heads_per_tile;
+  tile.kv_head = problem.group_size.quotient(tile.head);
+  return tile;
+}
+
+// Calls visit(first) for every box of the window's keys in raster order; `first` counts keys from
+// the first of the tile on.
+template <int kAxis = 0, int kRank, typename Visit>
+__device__ void for_each_box(const HopperProblem<kRank>& problem, const Tile<kRank>& tile,
+                             int (&first)[kRank], Visit&& visit) {
+  if constexpr (kAxis == kRank) {
+    visit(first);
+  } else {
+    const int length = tile.keys[kAxis].end - tile.keys[kAxis].begin;
+#pragma unroll 1  // registers are few
+    for (first[kAxis] = 0; first[kAxis] < length; first[kAxis] += problem.key_box[kAxis])
+      for_each_box<kAxis + 1>(problem, tile, first, visit);
+  }
+}
+
+}  // namespace cuneigh::hopper
