@@ -1,7 +1,7 @@
 // Attention on Hopper's tensor cores: output and lse of tiles of queries, nothing of the size of
 // the logits in memory.
 //
-// A block has kWarpgroups warpgroups of consumers, each with a box of at most 64 queries, and one
+// A block has kWarpgroups warpgroups of consumers, each with a box of 64 queries, and one
 // of producers. Blocks stay and take tile after tile; barriers alone hold the roles together:
 //   warp 0       loads the boxes of keys and values into rings of kStages
 //   warp 1       loads the queries of the tiles into a ring of kQuerySlots boxes
@@ -53,7 +53,7 @@ struct ForwardSmem {
   Line query[Plan::kQuerySlots][kQueryLines][kRows];
   Line key[Plan::kStages][kQueryLines][Plan::kKeys];
   Line value[Plan::kStages][kValueLines][Plan::kKeys];
-  QuadWords visible[Plan::kStages][Plan::kWarpgroups][kRows];
+  QuadWords words[Plan::kStages][Plan::kWarpgroups * kMostCoordinates<Plan::kRank>];
   MaskTables<Plan::kRank, Plan::kWarpgroups> mask;
   Tile<Plan::kRank> tile[2];
   int visibility[Plan::kStages][Plan::kWarpgroups];
@@ -105,32 +105,33 @@ struct KeyBox {
   bool is_additional;
 };
 
-// Loads a box of keys or values into `lines`, of which `full` is the barrier.
-template <typename Plan, int kLines, typename Line>
-__device__ void load_keys(const HopperProblem<Plan::kRank>& problem, const TensorMap& window,
-                          const TensorMap& additional, const Folding& folding,
-                          const KeyBox<Plan::kRank>& box, Line (&lines)[kLines][Plan::kKeys],
-                          Barrier& full) {
-  if (Plan::kAdditional && box.is_additional) {
-    full.arrive_and_expect(sizeof(lines));
-#pragma unroll
-    for (int line = 0; line < kLines; ++line)
-      load_box(shared_address(lines[line]), additional, full,
-               {line * kLineElements, box.token[0], 0, box.head, box.batch});
-    return;
-  }
-  full.arrive_and_expect(kLines * problem.key_pieces * problem.piece_keys * kLineBytes);
-  Coordinates<Plan::kRank> at(folding, box.batch, box.head, box.token);
+// Loads a box of tokens into `lines`, of which `full` is the barrier.
+template <int kRank, int kLines, int kTokens, typename Line>
+__device__ void load_tokens(const TensorMap& map, Coordinates<kRank> at, const Pieces& pieces,
+                            Line (&lines)[kLines][kTokens], Barrier& full) {
+  full.arrive_and_expect(sizeof(lines));
 #pragma unroll 1
-  for (int piece = 0; piece < problem.key_pieces; ++piece) {
+  for (int piece = 0; piece < pieces.count; ++piece) {
 #pragma unroll
     for (int line = 0; line < kLines; ++line) {
-      load_box(shared_address(lines[line][piece * problem.piece_keys]), window, full, at.c);
+      load_box(shared_address(lines[line][kTokens / pieces.count * piece]), map, full, at.c);
       at.c[0] += kLineElements;
     }
     at.c[0] -= kLines * kLineElements;
-    at.c[Plan::kRank] += problem.piece_tokens;  // the first token axis, if there are several pieces
+    at.c[kRank] += pieces.tokens;  // the first token axis
   }
+}
+
+// Loads a box of keys or values.
+template <int kRank, int kLines, int kKeys, typename Line>
+__device__ void load_keys(const HopperProblem<kRank>& problem, const TensorMap& window,
+                          const TensorMap& additional, const Folding& folding,
+                          const KeyBox<kRank>& box, Line (&lines)[kLines][kKeys], Barrier& full) {
+  if (box.is_additional)
+    load_tokens<1>(additional, {{}, box.batch, box.head, {box.token[0]}}, {1, 0}, lines, full);
+  else
+    load_tokens<kRank>(window, {folding, box.batch, box.head, box.token}, problem.key_pieces, lines,
+                       full);
 }
 
 // Warp 0, of which one lane does it all: boxes of keys, and one box later their values.
@@ -143,14 +144,14 @@ __device__ void load_keys_and_values(const Maps& maps, ForwardSmem<Plan>& smem) 
   bool has_last = false;
   auto load_values = [&] {
     smem.value_empty[values.slot].wait(values.parity ^ 1);
-    load_keys<Plan>(problem, maps.value, maps.additional_values, problem.value, last,
-                    smem.value[values.slot], smem.value_full[values.slot]);
+    load_keys(problem, maps.value, maps.additional_values, problem.value, last,
+              smem.value[values.slot], smem.value_full[values.slot]);
     values.advance();
   };
   auto load = [&](const KeyBox<kRank>& box) {
     smem.key_empty[keys.slot].wait(keys.parity ^ 1);
-    load_keys<Plan>(problem, maps.key, maps.additional_keys, problem.key, box,
-                    smem.key[keys.slot], smem.key_full[keys.slot]);
+    load_keys(problem, maps.key, maps.additional_keys, problem.key, box, smem.key[keys.slot],
+              smem.key_full[keys.slot]);
     keys.advance();
     if (has_last) load_values();
     last = box;
@@ -199,13 +200,8 @@ __device__ void begin_tiles(const TensorMap& map, ForwardSmem<Plan>& smem) {
             {tile.first[r].group, tile.first[r].index + problem.warpgroup[w][1 + r]});
       Coordinates<kRank> at(problem.query, tile.batch, tile.head + problem.warpgroup[w][0], token);
       smem.query_empty[queries.slot].wait(queries.parity ^ 1);
-      Barrier& full = smem.query_full[queries.slot];
-      full.arrive_and_expect(ForwardSmem<Plan>::kQueryLines * problem.query_area * kLineBytes);
-#pragma unroll
-      for (int line = 0; line < ForwardSmem<Plan>::kQueryLines; ++line) {
-        load_box(shared_address(smem.query[queries.slot][line]), map, full, at.c);
-        at.c[0] += kLineElements;
-      }
+      load_tokens(map, at, problem.query_pieces, smem.query[queries.slot],
+                  smem.query_full[queries.slot]);
     }
   }
   Tile<kRank> end = {};
@@ -213,65 +209,60 @@ __device__ void begin_tiles(const TensorMap& map, ForwardSmem<Plan>& smem) {
   announce(end);
 }
 
-// Warps 2 and 3: what every warpgroup does with every box of keys. Warp 2 is the `half` 0.
+// Warps 2 and 3, as one team of 64 lanes: what every warpgroup does with every box of keys.
 template <typename Plan>
-__device__ void make_masks(ForwardSmem<Plan>& smem, int half, int lane) {
-  constexpr int kRank = Plan::kRank;
+__device__ void make_masks(ForwardSmem<Plan>& smem, int lane) {
+  constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups;
   const auto& problem = smem.problem;
   Ring<Plan::kStages> ring;
-  const int row = 32 * half + lane;
-  auto publish = [&] {
+  // Lane w of each warp says what warpgroup w does; the other lanes repeat it
+  const int w = smaller(lane % 32, kWarpgroups - 1);
+  auto publish = [&](Visibility visibility, auto make) {
+    smem.key_empty[ring.slot].wait(ring.parity ^ 1);
+    smem.visibility[ring.slot][w] = visibility;
+    if (__any_sync(0xffffffffu, visibility == kPartial)) make(smem.words[ring.slot]);
     __syncwarp();
-    if (lane == 0) smem.key_full[ring.slot].arrive();
+    if (lane % 32 == 0) smem.key_full[ring.slot].arrive();
     ring.advance();
   };
   for_each_tile(smem, [&](const Tile<kRank>& tile) {
-    begin_tile<Plan>(problem, tile, smem.mask, half, lane);
+    look_up<Plan>(problem, tile, lane, w, smem.mask);
     int first[kRank];
     for_each_box(problem, tile, first, [&](const int (&first)[kRank]) {
-      smem.key_empty[ring.slot].wait(ring.parity ^ 1);
-#pragma unroll 1
-      for (int w = 0; w < Plan::kWarpgroups; ++w) {
-        const Visibility visibility = visibility_of(problem, smem.mask, half, w, first,
-                                                    problem.key_area == Plan::kKeys);
-        if (visibility == kPartial)
-          make_words(problem, smem.mask, w, row, first, smem.visible[ring.slot][w][row]);
-        if (row == 0) smem.visibility[ring.slot][w] = visibility;
-      }
-      publish();
+      publish(visibility_of(problem, smem.mask, lane, first), [&](QuadWords* words) {
+        make_words(problem, smem.mask, lane, first, words);
+      });
     });
     if (Plan::kAdditional) {
+      bool none = false;
+#pragma unroll
+      for (int r = 0; r < kRank; ++r) none |= smem.mask.sight[r][lane].misses(0, 1 << 30);
 #pragma unroll 1
-      for (int i = 0; i < problem.additional; i += Plan::kKeys) {
-        smem.key_empty[ring.slot].wait(ring.parity ^ 1);
-        const int left = problem.additional - i;
-#pragma unroll 1
-        for (int w = 0; w < Plan::kWarpgroups; ++w) {
-          const Range any = smem.mask.sight[half][w][0].any;
-          const Visibility visibility = any.begin == any.end    ? kNone
-                                        : left >= Plan::kKeys ? kAll
-                                                              : kPartial;
-          if (visibility == kPartial) make_words(left, smem.visible[ring.slot][w][row]);
-          if (row == 0) smem.visibility[ring.slot][w] = visibility;
-        }
-        publish();
+      for (int left = problem.additional; left > 0; left -= Plan::kKeys) {
+        const Visibility visibility = none                  ? kNone
+                                      : left >= Plan::kKeys ? kAll
+                                                            : kPartial;
+        publish(visibility, [&](QuadWords* words) {
+          for (int i = lane; i < 4 * kWarpgroups * problem.coordinates; i += 64)
+            words[i / 4].word[i % 4] = first_keys(left, i % 4);
+        });
       }
     }
-    __syncwarp();  // all lanes are done with this tile
   });
 }
 
-// The token of a row of warpgroup `w`; false if it lies past the end of an axis or of the box.
+// The token of a row of warpgroup `w`; false if it lies past the end of an axis.
 template <typename Plan>
 __device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
-                             const ForwardSmem<Plan>& smem, const Tile<Plan::kRank>& tile, int w,
-                             int row, int (&token)[Plan::kRank]) {
-  bool exists = row < problem.query_area;
+                             const Tile<Plan::kRank>& tile, int w, int row, int (&token)[Plan::kRank]) {
+  bool exists = true;
 #pragma unroll
-  for (int r = 0; r < Plan::kRank; ++r) {
+  for (int r = Plan::kRank - 1; r >= 0; --r) {
     const Axis axis = axis_of<Plan>(problem, r);
+    const int inside = row % problem.query_box[r];
+    row /= problem.query_box[r];
     const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
-    const Place place = {tile.first[r].group, first + smem.mask.coordinate[r][row]};
+    const Place place = {tile.first[r].group, first + inside};
     exists &= place.index < axis.group_length(place.group);
     token[r] = axis.token(place);
   }
@@ -384,8 +375,15 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
         for (float& x : logit) x *= problem.sign;
       }
       if (smem.visibility[stage][w] == kPartial) {
-        hide(logit, 0, smem.visible[stage][w][row].word[quad]);
-        hide(logit, 1, smem.visible[stage][w][row + 8].word[quad]);
+        const QuadWords* words = smem.words[stage] + w * problem.coordinates;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          unsigned word = ~0u;
+#pragma unroll
+          for (int r = 0; r < Plan::kRank; ++r)
+            word &= words[smem.mask.number[r][row + 8 * half]].word[quad];
+          hide(logit, half, word);
+        }
       }
       release(smem.key_empty[stage]);
       float factor[2];
@@ -431,7 +429,7 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int token[Plan::kRank];
-      const bool exists = token_of_row(problem, smem, tile, w, row + 8 * half, token);
+      const bool exists = token_of_row<Plan>(problem, tile, w, row + 8 * half, token);
       store_row(output, half, softmax.normalizer(half), quad,
                 arguments.output.at(tile.batch, token, head), problem.value_dim, exists);
       if (arguments.lse.data && quad == 0 && exists)
@@ -472,12 +470,6 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
   }
   if (threadIdx.x == 32) smem.problem = problem;
   fill_mask_tables(problem, smem.mask, Plan::kKeys);
-  if (problem.key_area < Plan::kKeys) {  // what no box fills must be finite
-    uint4* words = reinterpret_cast<uint4*>(smem.value);
-    for (int i = threadIdx.x; i < sizeof(smem.value) / sizeof(uint4); i += blockDim.x)
-      words[i] = make_uint4(0, 0, 0, 0);
-    fence_async_proxy();
-  }
   __syncthreads();
 
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
@@ -486,7 +478,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
     set_registers<false, Plan::kWarpgroups == 3 ? 32 : 40>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp >= 2)
-      make_masks(smem, warp - 2, lane);
+      make_masks(smem, threadIdx.x - 64);
     else if (lane != 0)
       return;
     else if (warp == 0)

@@ -1,6 +1,6 @@
 // How the Hopper kernel cuts a problem: tiles of queries, and the boxes of keys that a tile visits.
 //
-// Each consumer warpgroup of a block takes a box of at most 64 queries. The boxes of a block's
+// Each consumer warpgroup of a block takes a box of 64 queries. The boxes of a block's
 // warpgroups lie side by side, along the axes and over query heads that share a key head, and make
 // a tile. The keys that any query of the tile sees are, along each axis, one range; boxes of keys
 // cover it from its begin on. After them come the additional keys. All in indices of one dilation
@@ -20,6 +20,12 @@ struct Folding {
   int batch;  // and from batch entry to batch entry
 };
 
+// A box is loaded in pieces along its first axis: a load spans at most 256 tokens.
+struct Pieces {
+  int count;
+  int tokens;  // from one piece to the next
+};
+
 // A divisor of numbers below 2^31, and what to multiply by instead (Granlund and Montgomery, 1994).
 struct Divisor {
   unsigned divisor, multiplier, shift;
@@ -29,13 +35,14 @@ struct Divisor {
   }
 };
 
+constexpr int kRows = 64;  // of a warpgroup
 constexpr int kMostWarpgroups = 3;
 
 // Everything that no array says. Its twin is `_record` in cuneigh/_backends/hopper/launch.py.
 template <int kRank>
 struct HopperProblem {
   Axis axes[kRank];
-  int query_box[kRank];  // of a warpgroup, at most 64 queries
+  int query_box[kRank];  // of a warpgroup, 64 queries
   int tile_box[kRank];   // of all warpgroups together
   int key_box[kRank];
   Divisor tiles[kRank];  // along each axis, in group-major order
@@ -44,11 +51,8 @@ struct HopperProblem {
   int warpgroup[kMostWarpgroups][1 + kRank];  // head and index where each begins in its tile
   int tile_count;        // over all heads and batch entries
   int heads_per_tile;
-  int query_area;        // queries of a box
-  int key_area;          // keys of a box
-  int key_pieces;        // loads along the first axis that bring a box of keys,
-  int piece_keys;        // keys of each,
-  int piece_tokens;      // and tokens from one to the next
+  int coordinates;       // of a warpgroup's box of queries: the sum of query_box
+  Pieces query_pieces, key_pieces;
   int additional;        // number of additional keys
   int value_dim;
   int longest_last;      // whether later tiles see more: the last ones come first
