@@ -114,7 +114,7 @@ __device__ void load_tokens(const TensorMap& map, Coordinates<kRank> at, const P
   for (int piece = 0; piece < pieces.count; ++piece) {
 #pragma unroll
     for (int line = 0; line < kLines; ++line) {
-      load_box(shared_address(lines[line][kTokens / pieces.count * piece]), map, full, at.c);
+      load_box(shared_address(lines[line][piece * pieces.rows]), map, full, at.c);
       at.c[0] += kLineElements;
     }
     at.c[0] -= kLines * kLineElements;
@@ -128,7 +128,7 @@ __device__ void load_keys(const HopperProblem<kRank>& problem, const TensorMap& 
                           const TensorMap& additional, const Folding& folding,
                           const KeyBox<kRank>& box, Line (&lines)[kLines][kKeys], Barrier& full) {
   if (box.is_additional)
-    load_tokens<1>(additional, {{}, box.batch, box.head, {box.token[0]}}, {1, 0}, lines, full);
+    load_tokens<1>(additional, {{}, box.batch, box.head, {box.token[0]}}, {1, 0, 0}, lines, full);
   else
     load_tokens<kRank>(window, {folding, box.batch, box.head, box.token}, problem.key_pieces, lines,
                        full);

@@ -23,6 +23,7 @@ struct Folding {
 // A box is loaded in pieces along its first axis: a load spans at most 256 tokens.
 struct Pieces {
   int count;
+  int rows;    // of the box in each
   int tokens;  // from one piece to the next
 };
 
@@ -60,8 +61,8 @@ struct HopperProblem {
   float scale;           // of logits, times log2(e)
   float sign;            // what logits are multiplied by before that
 };
-static_assert(sizeof(HopperProblem<1>) == 60 + 120 && sizeof(HopperProblem<2>) == 2 * 60 + 120 &&
-                  sizeof(HopperProblem<3>) == 3 * 60 + 120,
+static_assert(sizeof(HopperProblem<1>) == 60 + 128 && sizeof(HopperProblem<2>) == 2 * 60 + 128 &&
+                  sizeof(HopperProblem<3>) == 3 * 60 + 128,
               "the record that launch.py packs has these sizes");
 
 // An axis, of which the compiler knows what the plan rules out.
