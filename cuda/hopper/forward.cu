@@ -39,6 +39,7 @@ template <typename Plan>
 struct ForwardArguments {
   View<typename Plan::Element, Plan::kRank> output;
   View<float, Plan::kRank> lse;  // may be null
+  unsigned* taken;               // tiles beyond the first of each block, 0 before the launch
 };
 
 constexpr int lines_of(int dim) { return (dim + kLineElements - 1) / kLineElements; }
@@ -177,7 +178,7 @@ __device__ void load_keys_and_values(const Maps& maps, ForwardSmem<Plan>& smem) 
 
 // Warp 1, of which one lane does it all: announces the tiles of this block and loads their queries.
 template <typename Plan>
-__device__ void begin_tiles(const TensorMap& map, ForwardSmem<Plan>& smem) {
+__device__ void begin_tiles(const TensorMap& map, unsigned* taken, ForwardSmem<Plan>& smem) {
   constexpr int kRank = Plan::kRank;
   const auto& problem = smem.problem;
   Ring<2> tiles;
@@ -188,7 +189,8 @@ __device__ void begin_tiles(const TensorMap& map, ForwardSmem<Plan>& smem) {
     smem.tile_full[tiles.slot].arrive();
     tiles.advance();
   };
-  for (int number = blockIdx.x; number < problem.tile_count; number += gridDim.x) {
+  for (int number = blockIdx.x, next; number < problem.tile_count; number = next) {
+    next = gridDim.x + atomicAdd(taken, 1u);
     const auto tile = tile_of<Plan>(problem, number);
     announce(tile);
 #pragma unroll 1
@@ -484,7 +486,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
     else if (warp == 0)
       load_keys_and_values({key, value, additional_keys, additional_values}, smem);
     else
-      begin_tiles(query, smem);
+      begin_tiles(query, arguments.taken, smem);
   } else {
     set_registers<true, Plan::kWarpgroups == 3 ? 160 : 232>();
     attend(problem, arguments, smem, warpgroup - 1);
