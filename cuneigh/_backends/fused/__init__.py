@@ -264,11 +264,11 @@ def _kernel(
         "kAdditional": _fused_plan.has_additional(problem, role),
     }
     if role == "forward":
-        flags["kSeveral"] = several
+        flags["kManyBatchHeads"] = several
     else:
         flags |= {
-            "kGradKey": role != "value",
-            "kGradValue": role in ("value", "key_value"),
+            "kGradQk": role != "value",
+            "kGradV": role in ("value", "key_value"),
         }
     lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
     lines += [f"static constexpr bool {name} = {str(on).lower()};" for name, on in flags.items()]

@@ -76,11 +76,11 @@ def kernel(
         "kBuffers": form.buffers,
         "kHeadDim": problem.head_dim,
         "kValueDim": problem.value_dim,
-        "kSides": _halo_plan.sides(problem.rank),
+        "kTileExtents": _halo_plan.sides(problem.rank),
         "kTableBytes": _halo_plan.table_bytes(problem, columns, form.warps),
     }
     lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
-    flags = {"kRowsAreKeys": rows_are_keys(role), "kWhole": whole, "kLse": lse}
+    flags = {"kRowsAreKeys": rows_are_keys(role), "kOneStage": whole, "kLse": lse}
     lines += [f"static constexpr bool {name} = {str(on).lower()};" for name, on in flags.items()]
     lines.append(f"using Element = {problem.dtype};")
     name = "fused/small/forward" if role == "forward" else "fused/small/backward"
