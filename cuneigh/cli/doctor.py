@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import math
 import platform
-import sys
 import tempfile
 import time
 from importlib import metadata
@@ -25,7 +24,7 @@ import threadpoolctl
 import cuneigh
 from cuneigh import _jit, reference
 from cuneigh._backends import BACKENDS, Backend
-from cuneigh._device import CPU, Device, cuda
+from cuneigh._device import CPU, Device, cuda, driver_library
 from cuneigh._jit import _compiler
 from cuneigh._problem import DTYPES, Operands, Problem, Spec, Window, attention_problem
 
@@ -134,9 +133,8 @@ def _gpus(report: Report) -> list[Device]:
 
 def _driver() -> tuple[int, int]:
     """The newest CUDA version that the driver supports (1000 major + 10 minor), and its GPUs."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
+    driver = driver_library()
+    if driver is None:
         return 0, 0
     version, count = ctypes.c_int(), ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))

@@ -35,7 +35,8 @@ from cuneigh._backends.gemm.launch import (
 from cuneigh._backends.gemm.plan import GemmPlan
 from cuneigh._device import Device
 from cuneigh._gpu.announce import announce
-from cuneigh._gpu.program import Array, Program
+from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.program import Program
 from cuneigh._gpu.views import Views, load_width, readable
 from cuneigh._problem import DTYPES, Operands, Problem
 
@@ -286,7 +287,7 @@ def _walk_over(problem: Problem, program: Program, *tokens: Array) -> Walk:
 def _one_step(tokens: tuple[Array, ...]) -> bool:
     """Whether the tokens of every array lie at one step without overlap, as cuBLAS asks of rows."""
     for array in tokens:
-        steps, counts = array.strides[1:-2], array.shape[1:-2]
+        steps, counts = array.byte_strides[1:-2], array.shape[1:-2]
         if steps[-1] < array.shape[-1] * array.itemsize:
             return False
         inner = zip(steps[1:], counts[1:], strict=True)

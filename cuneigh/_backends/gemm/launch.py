@@ -14,7 +14,8 @@ from cuneigh import _jit
 from cuneigh._backends.gemm import cublas as _cublas
 from cuneigh._backends.gemm import plan as _gemm_plan
 from cuneigh._backends.gemm.plan import MOST_MATRICES, MOST_QUERIES, GemmPlan
-from cuneigh._gpu.program import Array, Pointer, Program
+from cuneigh._gpu.arrays import Array, Pointer
+from cuneigh._gpu.program import Program
 from cuneigh._gpu.views import AXIS, Views, axis_record, load_width
 from cuneigh._problem import DTYPES, Problem
 
@@ -147,7 +148,7 @@ class Chunk:
             return _cublas.Matrices(matrix.buffer.pointer, matrix.width, step, matrix.dtype)
         row = matrix.width
         if matrix.buffer is None:
-            row = matrix.tokens.steps[-3]
+            row = matrix.tokens.strides[-3]
             row *= self.problem.axes[-1].dilation
         place = self.walk.matrices.index(matrix)
         start = self.walk.addresses.pointer
@@ -162,7 +163,7 @@ class Chunk:
                 step = matrix.rows * matrix.width * DTYPES[matrix.dtype]
                 words += matrix.buffer.pointer, 0, 0, 0, step, 0
             else:
-                batch, token, *_, head, _ = matrix.tokens.strides
+                batch, token, *_, head, _ = matrix.tokens.byte_strides
                 words += matrix.tokens.pointer, batch, token, head, 0, matrix.is_halo
         words += [0] * (6 * MOST_MATRICES - len(words))
         words.append(self.walk.addresses.pointer)

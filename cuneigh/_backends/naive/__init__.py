@@ -15,7 +15,8 @@ import numpy as np
 
 from cuneigh import _jit
 from cuneigh._device import Device
-from cuneigh._gpu.program import Array, Program
+from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.program import Program
 from cuneigh._gpu.rows import THREADS, RowPlan, box_of, predicted, row_plan
 from cuneigh._gpu.views import AXIS, Views, axis_record, load_width, readable
 from cuneigh._problem import Operands, Problem
