@@ -15,7 +15,7 @@ from cuneigh._device import Device, cuda
 from cuneigh._gpu import tensor_map
 from cuneigh._gpu.arrays import Pointer
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.tensor_map import KEPT, TensorMap, encoder
+from cuneigh._gpu.tensor_map import KEPT, Encoder, TensorMap
 from cuneigh._problem import Spec
 
 KERNEL = _jit.Kernel("sums/shares", "")
@@ -26,30 +26,47 @@ MAP = TensorMap(
 
 
 @pytest.fixture
-def encoded(monkeypatch):
-    """What the stand-in was asked to encode; it writes the address, 16 times, for a map."""
-    calls = []
+def driver(monkeypatch):
+    """A stand-in for the driver: the words of a map are its dtype, and its address in the last."""
+    calls = SimpleNamespace(encoded=[], replaced=[])
 
-    def encode_tiled(target, dtype, count, address, dims, strides, box, element_strides, *codes):
+    def write(target, index, number):
         assert target % 64 == 0
-        calls.append(
+        ctypes.memmove(target + 8 * index, number.to_bytes(8, "little"), 8)
+        return address_status(number) if index else 0
+
+    def address_status(address):
+        return 0 if address % 16 == 0 else 1
+
+    def encode(target, dtype, count, address, dims, strides, box, element_strides, *codes):
+        calls.encoded.append(
             SimpleNamespace(
                 dtype=dtype, count=count, address=address, codes=codes,
                 dims=tuple(dims), strides=tuple(strides)[: count - 1], box=tuple(box),
                 element_strides=tuple(element_strides),
             )
         )  # fmt: skip
-        ctypes.memmove(target, address.to_bytes(8, "little") * 16, 128)
-        return 0 if address % 16 == 0 else 1
+        write(target, 0, dtype)
+        return write(target, 15, address)
 
-    monkeypatch.setattr(tensor_map, "driver_function", lambda: encode_tiled)
+    def replace_address(target, address):
+        calls.replaced.append(address)
+        return write(target, 15, address)
+
+    functions = tensor_map.DriverFunctions(encode, replace_address)
+    monkeypatch.setattr(tensor_map, "driver_functions", lambda: functions)
     return calls
+
+
+def words_of(address):
+    """What the stand-in makes of `MAP` for an address."""
+    return (9).to_bytes(8, "little") + bytes(14 * 8) + address.to_bytes(8, "little")
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """The first two parameters of every launch: 128 bytes and 8 bytes, as the driver reads them."""
-    driver = pytest.importorskip("cupy").cuda.driver
+    cuda_driver = pytest.importorskip("cupy").cuda.driver
     seen = []
 
     def launch_kernel(*arguments):
@@ -58,50 +75,54 @@ def launched(monkeypatch):
         assert first % 64 == 0
         seen.append((ctypes.string_at(first, 128), ctypes.string_at(second, 8)))
 
-    monkeypatch.setattr(driver, "launchKernel", launch_kernel)
+    monkeypatch.setattr(cuda_driver, "launchKernel", launch_kernel)
     kernel = SimpleNamespace(ptr=0)
     function = SimpleNamespace(kernel=kernel, max_dynamic_shared_size_bytes=49152)
     monkeypatch.setattr(_jit, "load", lambda *_: function)
     return seen
 
 
-def test_the_driver_is_told_what_the_map_says(encoded):
-    encoder(MAP)(4096)
-    (call,) = encoded
+def test_the_driver_is_told_what_the_map_says(driver):
+    Encoder(MAP).encode(4096)
+    (call,) = driver.encoded
     assert (call.dtype, call.count, call.address) == (9, 3, 4096)
     assert (call.dims, call.strides, call.box) == ((128, 40, 2), (256, 20480), (64, 16, 1))
     assert call.element_strides == (1, 1, 1)
     assert call.codes == (0, 3, 2, 0), "interleave, swizzle, L2 promotion, fill"
 
 
-def test_a_kernel_gets_the_map_of_the_address(encoded, launched):
+def test_a_kernel_gets_the_map_of_the_address(driver, launched):
     program = Program(H200)
     first, second = (program.array(Spec((2, 40, 128), "bfloat16")) for _ in range(2))
+    assert MAP.pointer.slot == second.pointer.slot
     program.launch(KERNEL, (1, 1), 128, MAP, [first.pointer])
     for base in (1 << 20, 1 << 40, 1 << 20):
         program.run([7, base], 0)
-        assert launched.pop() == ((base + 64).to_bytes(8, "little") * 16, bytes([7, *[0] * 7]))
-    assert second.pointer == MAP.pointer._replace(offset=0)
-    assert [call.address for call in encoded] == [(1 << 20) + 64, (1 << 40) + 64], "once each"
+        assert launched.pop() == (words_of(base + 64), (7).to_bytes(8, "little"))
+    assert driver.replaced == [(1 << 20) + 64, (1 << 40) + 64], "once each"
+    assert len(driver.encoded) == 1
 
 
-def test_only_the_last_addresses_are_kept(encoded):
-    encode = encoder(MAP)
+def test_only_the_last_addresses_are_kept(driver):
+    encode = Encoder(MAP).encode
     for address in range(0, 16 * (KEPT + 1), 16):
         encode(address)
     encode(16 * KEPT)
-    assert len(encoded) == KEPT + 1
+    assert len(driver.replaced) == KEPT + 1
     encode(0)
-    assert len(encoded) == KEPT + 2
+    assert len(driver.replaced) == KEPT + 2
 
 
-def test_what_the_driver_refuses_is_named(encoded):
-    with pytest.raises(RuntimeError, match=r"status 1 for address 0x1008 of TensorMap\(.*128"):
-        encoder(MAP)(0x1008)
+def test_what_the_driver_refuses_is_named(driver):
+    encode = Encoder(MAP).encode
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"status 1 to encode TensorMap\(.* for 0x1008"):
+            encode(0x1008)
+        encode(0x1000)
 
 
-def test_threads_get_their_own_addresses(encoded):
-    encode = encoder(MAP)
+def test_threads_get_their_own_addresses(driver):
+    encode = Encoder(MAP).encode
     start = threading.Barrier(4)
 
     def work(thread):
@@ -109,7 +130,7 @@ def test_threads_get_their_own_addresses(encoded):
         for round_ in range(500):
             address = 16 * (4 * round_ + thread)
             held = encode(address)
-            yield ctypes.string_at(held.address, 8) == address.to_bytes(8, "little")
+            yield ctypes.string_at(held[0], 128) == words_of(address)
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda thread: all(work(thread)), range(4)))

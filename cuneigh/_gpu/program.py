@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cuneigh import _jit
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
-from cuneigh._gpu.tensor_map import Encoded, TensorMap, encoder
+from cuneigh._gpu.tensor_map import Encoded, Encoder, TensorMap
 from cuneigh._problem import Spec
 
 Step = Callable[[Sequence[int], int], None]
@@ -112,7 +112,7 @@ class _Launch:
         """(Index of a parameter, what encodes it, slot, offset)."""
         for index, parameter in enumerate(parameters):
             if isinstance(parameter, TensorMap):
-                self._maps.append((index, encoder(parameter), *parameter.pointer))
+                self._maps.append((index, Encoder(parameter).encode, *parameter.pointer))
                 continue
             first = len(self._frame)
             self._starts.append((index, 8 * first))
@@ -133,9 +133,8 @@ class _Launch:
             frame[index] = addresses[slot] + offset
         held = []  # until the launch, after which a map that is not kept may go
         for index, encode, slot, offset in self._maps:
-            encoded = encode(addresses[slot] + offset)
-            frame[index] = encoded.address
-            held.append(encoded)
+            frame[index], memory = encode(addresses[slot] + offset)
+            held.append(memory)
         self._launch(stream, start, 0)
 
 
