@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,6 +31,19 @@ class Kernel:
             f'#include "{self.name}.cu"\n'
             f"namespace cuneigh {{\nstruct Plan {{\n{self.plan.strip()}\n}};\n}}\n"
         )
+
+
+def plan_source(
+    constants: Mapping[str, int],
+    flags: Mapping[str, bool] | None = None,
+    types: Mapping[str, str | None] | None = None,
+) -> str:
+    """The members of `struct Plan`, as C++; a type that is None is `void`."""
+    lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
+    for name, flag in (flags or {}).items():
+        lines.append(f"static constexpr bool {name} = {str(flag).lower()};")
+    lines += [f"using {name} = {type_ or 'void'};" for name, type_ in (types or {}).items()]
+    return "\n".join(lines)
 
 
 class Sources:
