@@ -175,7 +175,7 @@ def test_a_contiguous_call_loads_what_kernels_names(backend, data):
         patch.setattr(driver, "launchKernel", lambda *_: None)
         launch.routine_for.cache_clear()
         made = program_of(problem, backend.NAME, names, results_of(problem), layouts)
-    expected = set(backend.kernels(problem))
+    expected = set(backend.kernels(problem, H200))
     assert seen <= expected
     assert seen == expected or backend is fused, "fused names those of other windows too"
     assert all(0 not in spec.shape for spec in made.workspace)

@@ -1,24 +1,12 @@
-"""From arrays and problems to what kernels receive: views, records of axes, widths of loads."""
+"""From arrays to what kernels receive of them: pointers with strides, and the widths of loads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from cuneigh._gpu.arrays import Array, Pointer
 from cuneigh._gpu.program import Program
-from cuneigh._window import Axis
-
-AXIS_FIELDS = ("length", "key_length", "kernel_size", "stride", "dilation", "is_causal")
-AXIS = np.dtype([(name, "i4") for name in AXIS_FIELDS[:-1]] + [("is_causal", "?")], align=True)
-"""`Axis` of cuda/cuneigh/window.cuh."""
-
-
-def axis_record(axis: Axis) -> tuple[int, ...]:
-    """The numbers of one `AXIS`."""
-    return tuple(getattr(axis, name) for name in AXIS_FIELDS)
 
 
 class Views:
@@ -47,12 +35,12 @@ class Views:
                 self._append(array.pointer, batch, token, head)
 
     def pairs(self, array: Array) -> None:
-        """Append an array [batch, x1..xr, heads, 2], counted in pairs."""
+        """Append an array [batch, x1..xr, heads, 2], whose pairs are its elements."""
         batch, *token, head, _ = (stride // 2 for stride in array.strides)
         self._append(array.pointer, batch, token, head)
 
     def additional(self, *arrays: Array | None) -> None:
-        """Append arrays [batch, n, heads, inner], or None; n takes the place of the first axis."""
+        """Append arrays [batch, n, heads, inner], or None; n stands for the first token axis."""
         for array in arrays:
             if array is None:
                 self._append()

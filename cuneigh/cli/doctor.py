@@ -22,8 +22,8 @@ import numpy as np
 import threadpoolctl
 
 import cuneigh
-from cuneigh import _jit, reference
-from cuneigh._backends import BACKENDS, Backend
+from cuneigh import _backends, _jit, reference
+from cuneigh._backends import Backend
 from cuneigh._device import CPU, Device, cuda, driver_library
 from cuneigh._jit import _compiler
 from cuneigh._problem import DTYPES, Operands, Problem, Spec, Window, attention_problem
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     _packages(report)
     devices = [CPU, *_gpus(report)]
     _compilation(report, devices)
-    _backends(report, devices)
+    _working_backends(report, devices)
     _self_tests(report, devices)
     return report.finish()
 
@@ -175,9 +175,9 @@ def _compilation(report: Report, devices: list[Device]) -> None:
 # Which backends work
 
 
-def _backends(report: Report, devices: list[Device]) -> None:
+def _working_backends(report: Report, devices: list[Device]) -> None:
     report.heading("Backends")
-    for backend in BACKENDS:
+    for backend in _backends.BACKENDS:
         # That of the first dtype that runs, if one does: some backends are for half precision.
         reasons = [
             min((backend.unsupported(_problem(dtype), device) for dtype in DTYPES), key=bool)
@@ -197,7 +197,7 @@ def _label(device: Device) -> str:
 def _self_tests(report: Report, devices: list[Device]) -> None:
     report.heading("Self-test: na2d and na2d_backward against the float64 reference")
     for device in devices:
-        for backend in BACKENDS:
+        for backend in _backends.BACKENDS:
             for dtype in DTYPES:
                 if backend.unsupported(_problem(dtype), device) is None:
                     _self_test(report, backend, device, dtype)

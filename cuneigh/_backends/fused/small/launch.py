@@ -18,7 +18,8 @@ from cuneigh._backends.fused.small.plan import Form, HaloPlan
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.views import AXIS, Views, axis_record, load_width
+from cuneigh._gpu.records import AXIS, axis_record
+from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import Problem
 
 UNIT = 16
