@@ -230,8 +230,8 @@ def _one_stride(tokens: tuple[Array, ...]) -> bool:
     Tokens must not overlap.
     """
     for array in tokens:
-        strides, counts = array.byte_strides[1:-2], array.shape[1:-2]
-        if strides[-1] < array.shape[-1] * array.itemsize:
+        strides, counts = array.strides[1:-2], array.shape[1:-2]
+        if strides[-1] < array.shape[-1]:
             return False
         inner = zip(strides[1:], counts[1:], strict=True)
         if any(
