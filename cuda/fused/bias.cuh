@@ -1,8 +1,8 @@
 // The relative positional bias of a box of columns.
 #pragma once
 
+#include "cuneigh/types.cuh"
 #include "fused/masks.cuh"
-#include "fused/softmax.cuh"
 
 namespace cuneigh::fused {
 

@@ -31,10 +31,10 @@
 //   using Bias;                                   dtype of rpb, or void when there is none
 // };
 
+#include "cuneigh/warp_softmax.cuh"
 #include "fused/bias.cuh"
 #include "fused/products.cuh"
 #include "fused/row_copies.cuh"
-#include "fused/softmax.cuh"
 #include "fused/thread.cuh"
 #include "fused/walk.cuh"
 
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   const int given_thread = thread;
   for (int buffer = 0;; ++number) {
     float output_rmem[kRowTiles][Plan::kValueDim / 8][4] = {};  // O [kRowTiles * 16, kValueDim]
-    RunningSoftmax<kRowTiles> softmax;
+    WarpSoftmax<kRowTiles> softmax;
     if (problem.sign != 1) {
       cp_async_wait<0>();
       __syncwarp();
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const float factor = kHasBias ? 1.0f : scale;
       softmax.rescale(logit_rmem, factor, output_rmem);
       walk();
-      softmax.weights(logit_rmem, factor);
+      softmax.exponentiate(logit_rmem, factor);
 
       // O += P V
       gemm_nn<Plan::kValueDim>(logit_rmem, smem.value[buffer], lane, output_rmem);
@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int first_row = (warp * kRowTiles + m) * 16 + half * 8, row = first_row + lane / 4;
-        const float total = softmax.total(m, half);
-        const float normalizer = softmax.normalizer(total);
+        const float sum = softmax.sum(m, half);
+        const float normalizer = softmax.normalizer(sum);
 #pragma unroll
         for (int i = 0; i < 8; i += kStaged) {
           if (lane / 4 / kStaged * kStaged == i) {
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         }
         const auto& token = tables.token[row];
         if (arguments.lse.data && lane % 4 == 0 && token[0] >= 0)
-          *arguments.lse.at(rows.batch, token, rows.head) = softmax.lse(m, half, total);
+          *arguments.lse.at(rows.batch, token, rows.head) = softmax.lse(m, half, sum);
       }
     }
     if (!Plan::kManyBatchHeads || number + 1 == end) break;

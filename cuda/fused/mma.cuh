@@ -118,21 +118,4 @@ __device__ inline void store_pair(float32* target, float low, float high) {
   *reinterpret_cast<float2*>(target) = {low, high};
 }
 
-// 2^x, 1 / x and log2(x), as fast as the hardware has them; denormal numbers count as 0.
-__device__ inline float ex2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ inline float rcp_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ inline float lg2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 }  // namespace cuneigh::fused

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
             rows.grad_lse.data == nullptr
                 ? 0.0f
                 : *offset_by(in_batch(rows.grad_lse, stage.batch), offsets.grad_lse);
-        statistics[half] = {1.44269504f * finite_shift(lse), -grad_lse};
+        statistics[half] = {kLog2E * finite_lse(lse), -grad_lse};
       }
     }
     cp_async_wait<0>();

@@ -111,11 +111,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const int row = first_row + half * 8;
       const auto offsets = rows.offsets[row];
       const bool exists = tables.exists[row];
-      const float total = softmax.total(half);
-      store_row<kPart>(output_rmem, half, softmax.normalizer(total), exists, lane,
+      const float sum = softmax.sum(half);
+      store_row<kPart>(output_rmem, half, softmax.normalizer(sum), exists, lane,
                        offset_by(output, offsets.output));
       if (Plan::kLse && begin == 0 && lane % 4 == 0 && exists)
-        *offset_by(in_batch(rows.lse, batch), offsets.lse) = softmax.lse(half, total);
+        *offset_by(in_batch(rows.lse, batch), offsets.lse) = softmax.lse(half, sum);
     }
 #pragma unroll
     for (int d = 0; d < kPart / 8; ++d)
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
         for (int n = 0; n < kColumnTiles; n += 2) {
           unsigned (&weights)[4] = weight_rmem[n / 2];
-          if (begin == 0) softmax.weights(&logit_rmem[n], problem.scale, weights);
+          if (begin == 0) softmax.exponentiate(&logit_rmem[n], problem.scale, weights);
           const unsigned values = tile.nn(n * 8);
 #pragma unroll
           for (int d = 0; d < kPart; d += 16) {
