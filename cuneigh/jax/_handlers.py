@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cuneigh import _device
 from cuneigh._arrays import numpy_dtype
 from cuneigh._backends import choose
-from cuneigh._gpu.program import contiguous
+from cuneigh._gpu.arrays import contiguous
 from cuneigh._ops.launch import known_backends, perform, routine_for
 from cuneigh._problem import RESULTS, Spec, size_of
 from cuneigh.jax import _arithmetic, _xla

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from cuneigh import _device
 from cuneigh._arrays import Memory, Watcher, import_cupy, numpy_dtype, refuse
-from cuneigh._gpu.program import contiguous
+from cuneigh._gpu.arrays import contiguous
 from cuneigh._ops.call import Call
 from cuneigh._problem import DTYPES, GRADIENT, Spec
 from cuneigh.torch import _operators

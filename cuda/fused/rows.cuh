@@ -1,27 +1,20 @@
-// The rows of a block, for the fused kernels and those for small windows. Forward and the gradient
-// of query have queries for rows and keys for columns; the gradients of key and value have it the
-// other way round (Plan::kRowsAreKeys), and walk the inverse windows.
+// The box of rows of a block and the windows of rows, for all fused kernels. problem.cuh says what
+// rows, columns and windows are.
 #pragma once
 
 #include "cuneigh/boxes.cuh"
 
 namespace cuneigh::fused {
 
-// Shared memory moves in chunks of 16 bytes. Head dimensions are padded to an even number of them,
-// and one more stands between rows: eight rows at the same chunk hit different banks.
-template <typename Element>
-constexpr int kChunk = 16 / sizeof(Element);
-template <typename Element, int kDim>
-constexpr int kPitchOf = kDim + kChunk<Element>;
-
-// The rows of a block.
+// The box of rows of a block: the batch and head it belongs to, and where it begins.
 template <int kRank>
 struct RowBox {
   int batch, head;
-  Place first[kRank];  // dilation group and first group index
+  Place first[kRank];  // dilation group and first group index along each axis
 };
 
-// Finds where the rows of a block begin. Returns which of the blocks with these rows it is.
+// Finds where the rows of this block begin. Returns the block's number among those that have these
+// rows; each of them has other batch-heads.
 template <typename Plan, typename Problem>
 __device__ unsigned find_rows(const Problem& problem, Place (&first)[Plan::kRank]) {
   unsigned block = blockIdx.x;
@@ -46,14 +39,25 @@ __device__ RowBox<Plan::kRank> row_box(const Problem& problem) {
   return box;
 }
 
-// The columns that a row meets along an axis: a query's window, or the queries that see a key.
+// The window of a row along an axis, in group indices.
 template <typename Plan>
-__device__ Range columns_of(const Axis& axis, int index, int group) {
+__device__ Range window_of_row(const Axis& axis, int index, int group) {
   return Plan::kRowsAreKeys ? axis.inverse(index, group) : axis.window(index, group);
 }
+
+// Rows in a dilation group.
 template <typename Plan>
 __device__ int rows_of_group(const Axis& axis, int group) {
   return Plan::kRowsAreKeys ? axis.key_group_length(group) : axis.group_length(group);
+}
+
+// The window union of a block of at most `size` rows that begins at `first`.
+template <typename Plan>
+__device__ Range union_of_block(const Axis& axis, Place first, int size) {
+  const auto [group, begin] = first;
+  const int last = smaller(begin + size, rows_of_group<Plan>(axis, group)) - 1;
+  return {window_of_row<Plan>(axis, begin, group).begin,
+          window_of_row<Plan>(axis, last, group).end};
 }
 
 }  // namespace cuneigh::fused
