@@ -79,11 +79,12 @@ struct WarpSoftmax {
       }
   }
 
-  // Weights: S becomes P, and is added to the sum.
+  // Weights: S becomes P, and is added to the sum; all of it, or the columns [8 begin, 8 end).
   template <int kColumnTiles>
-  __device__ void exponentiate(float (&logit)[kRowTiles][kColumnTiles][4], float scale) {
+  __device__ void exponentiate(float (&logit)[kRowTiles][kColumnTiles][4], float scale,
+                               int begin = 0, int end = kColumnTiles) {
 #pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n)
+    for (int n = begin; n < end; ++n)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll

@@ -48,17 +48,23 @@ __device__ inline void fence_barrier_init() {
 // Orders this thread's ordinary stores to shared memory before what TMA and wgmma do there.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// Where a ring of kSlots barriers stands: the slot that is next, and the parity of its phase.
+// Where a ring of kSlots barriers stands: the slot that is next, and the parity of its phase. Both
+// follow from one number, which goes twice around.
 template <int kSlots>
 struct Ring {
-  unsigned slot = 0, parity = 0;
+  static constexpr bool kPowerOfTwo = (kSlots & (kSlots - 1)) == 0;
+  unsigned position = 0;
 
+  __device__ unsigned slot() const {
+    if (kPowerOfTwo) return position % kSlots;
+    return position < kSlots ? position : position - kSlots;
+  }
+  __device__ unsigned parity() const {
+    return kPowerOfTwo ? position / kSlots % 2 : position >= kSlots;
+  }
   __device__ void advance(unsigned slots = 1) {
-    slot += slots;
-    if (slot >= kSlots) {
-      slot -= kSlots;
-      parity ^= 1;
-    }
+    position += slots;
+    if (!kPowerOfTwo && position >= 2 * kSlots) position -= 2 * kSlots;
   }
 };
 

@@ -19,21 +19,30 @@
 //   static constexpr int kHeadDim;      dimension of query and key, padded to a multiple of 16
 //   static constexpr int kValueDim;     columns of O; a width that wgmma has
 //   static constexpr bool kDilated;     some dilation is not 1
-//   static constexpr bool kStrided;     some stride is not 1
 //   static constexpr bool kAdditional;  there are additional keys
 //   static constexpr bool kSigned;      scale is not positive
 //   using Element;                      float16 or bfloat16
 // };
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
+#include "cuneigh/warp_softmax.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/mask.cuh"
-#include "hopper/softmax.cuh"
 #include "hopper/tile.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 
 namespace cuneigh::hopper {
+
+// Registers of a thread: those of all warpgroups together are the 65536 of a multiprocessor.
+template <typename Plan>
+constexpr int kConsumerRegisters = Plan::kWarpgroups == 2  ? 232
+                                   : Plan::kValueDim <= 64 ? 152
+                                                           : 160;
+template <typename Plan>
+constexpr int kProducerRegisters = Plan::kWarpgroups == 2  ? 40
+                                   : Plan::kValueDim <= 64 ? 56
+                                                           : 32;
 
 template <typename Plan>
 struct ForwardArguments {
@@ -43,6 +52,13 @@ struct ForwardArguments {
 };
 
 constexpr int lines_of(int dim) { return (dim + kLineElements - 1) / kLineElements; }
+
+// A box of keys: its first token, or the first of the additional keys.
+template <int kRank>
+struct KeyBox {
+  int batch, head, token[kRank];
+  bool is_additional;
+};
 
 template <typename Plan>
 struct ForwardSmem {
@@ -59,6 +75,7 @@ struct ForwardSmem {
   Tile<Plan::kRank> tile[2];
   int visibility[Plan::kStages][Plan::kWarpgroups];
   HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
+  KeyBox<Plan::kRank> last_keys;       // whose values are still to be loaded
   Barrier tile_full[2], tile_empty[2];
   Barrier query_full[Plan::kQuerySlots], query_empty[Plan::kQuerySlots];
   Barrier key_full[Plan::kStages], key_empty[Plan::kStages];
@@ -92,19 +109,12 @@ struct Maps {
 template <typename Plan, typename Visit>
 __device__ void for_each_tile(ForwardSmem<Plan>& smem, Visit visit) {
   for (Ring<2> ring;; ring.advance()) {
-    smem.tile_full[ring.slot].wait(ring.parity);
-    if (smem.tile[ring.slot].boxes == kNoTile) break;
-    visit(smem.tile[ring.slot]);
-    if (threadIdx.x % 32 == 0) smem.tile_empty[ring.slot].arrive();
+    smem.tile_full[ring.slot()].wait(ring.parity());
+    if (smem.tile[ring.slot()].boxes == kNoTile) break;
+    visit(smem.tile[ring.slot()]);
+    if (threadIdx.x % 32 == 0) smem.tile_empty[ring.slot()].arrive();
   }
 }
-
-// A box of keys: its first token, or the first of the additional keys.
-template <int kRank>
-struct KeyBox {
-  int batch, head, token[kRank];
-  bool is_additional;
-};
 
 // Loads a box of tokens into `lines`, of which `full` is the barrier.
 template <int kRank, int kLines, int kTokens, typename Line>
@@ -141,18 +151,18 @@ __device__ void load_keys_and_values(const Maps& maps, ForwardSmem<Plan>& smem) 
   constexpr int kRank = Plan::kRank;
   const auto& problem = smem.problem;
   Ring<Plan::kStages> keys, values;
-  KeyBox<kRank> last;
+  KeyBox<kRank>& last = smem.last_keys;
   bool has_last = false;
   auto load_values = [&] {
-    smem.value_empty[values.slot].wait(values.parity ^ 1);
+    smem.value_empty[values.slot()].wait(values.parity() ^ 1);
     load_keys(problem, maps.value, maps.additional_values, problem.value, last,
-              smem.value[values.slot], smem.value_full[values.slot]);
+              smem.value[values.slot()], smem.value_full[values.slot()]);
     values.advance();
   };
   auto load = [&](const KeyBox<kRank>& box) {
-    smem.key_empty[keys.slot].wait(keys.parity ^ 1);
-    load_keys(problem, maps.key, maps.additional_keys, problem.key, box, smem.key[keys.slot],
-              smem.key_full[keys.slot]);
+    smem.key_empty[keys.slot()].wait(keys.parity() ^ 1);
+    load_keys(problem, maps.key, maps.additional_keys, problem.key, box, smem.key[keys.slot()],
+              smem.key_full[keys.slot()]);
     keys.advance();
     if (has_last) load_values();
     last = box;
@@ -183,32 +193,32 @@ __device__ void begin_tiles(const TensorMap& map, unsigned* taken, ForwardSmem<P
   const auto& problem = smem.problem;
   Ring<2> tiles;
   Ring<Plan::kQuerySlots> queries;
-  auto announce = [&](const Tile<kRank>& tile) {
-    smem.tile_empty[tiles.slot].wait(tiles.parity ^ 1);
-    smem.tile[tiles.slot] = tile;
-    smem.tile_full[tiles.slot].arrive();
-    tiles.advance();
-  };
-  for (int number = blockIdx.x, next; number < problem.tile_count; number = next) {
-    next = gridDim.x + atomicAdd(taken, 1u);
-    const auto tile = tile_of<Plan>(problem, number);
-    announce(tile);
+  for (int number = blockIdx.x, next;; number = next, tiles.advance()) {
+    smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
+    Tile<kRank>& tile = smem.tile[tiles.slot()];
+    const bool end = number >= problem.tile_count;
+    if (end) {
+      tile.boxes = kNoTile;
+    } else {
+      next = gridDim.x + atomicAdd(taken, 1u);
+      find_tile<Plan>(problem, number, tile);
+    }
+    smem.tile_full[tiles.slot()].arrive();
+    if (end) break;
 #pragma unroll 1
     for (int w = 0; w < Plan::kWarpgroups; ++w, queries.advance()) {
       int token[kRank];
 #pragma unroll
       for (int r = 0; r < kRank; ++r)
-        token[r] = axis_of<Plan>(problem, r).token(
-            {tile.first[r].group, tile.first[r].index + problem.warpgroup[w][1 + r]});
+        token[r] =
+            axis_of<Plan>(problem, r)
+                .token({tile.first[r].group, tile.first[r].index + problem.warpgroup[w][1 + r]});
       Coordinates<kRank> at(problem.query, tile.batch, tile.head + problem.warpgroup[w][0], token);
-      smem.query_empty[queries.slot].wait(queries.parity ^ 1);
-      load_tokens(map, at, problem.query_pieces, smem.query[queries.slot],
-                  smem.query_full[queries.slot]);
+      smem.query_empty[queries.slot()].wait(queries.parity() ^ 1);
+      load_tokens(map, at, problem.query_pieces, smem.query[queries.slot()],
+                  smem.query_full[queries.slot()]);
     }
   }
-  Tile<kRank> end = {};
-  end.boxes = kNoTile;
-  announce(end);
 }
 
 // Warps 2 and 3, as one team of 64 lanes: what every warpgroup does with every box of keys.
@@ -220,30 +230,27 @@ __device__ void make_masks(ForwardSmem<Plan>& smem, int lane) {
   // Lane w of each warp says what warpgroup w does; the other lanes repeat it
   const int w = smaller(lane % 32, kWarpgroups - 1);
   auto publish = [&](Visibility visibility, auto make) {
-    smem.key_empty[ring.slot].wait(ring.parity ^ 1);
-    smem.visibility[ring.slot][w] = visibility;
-    if (__any_sync(0xffffffffu, visibility == kPartial)) make(smem.words[ring.slot]);
+    smem.key_empty[ring.slot()].wait(ring.parity() ^ 1);
+    smem.visibility[ring.slot()][w] = visibility;
+    if (__any_sync(0xffffffffu, visibility == kPartial)) make(smem.words[ring.slot()]);
     __syncwarp();
-    if (lane % 32 == 0) smem.key_full[ring.slot].arrive();
+    if (lane % 32 == 0) smem.key_full[ring.slot()].arrive();
     ring.advance();
   };
   for_each_tile(smem, [&](const Tile<kRank>& tile) {
     look_up<Plan>(problem, tile, lane, w, smem.mask);
     int first[kRank];
     for_each_box(problem, tile, first, [&](const int (&first)[kRank]) {
-      publish(visibility_of(problem, smem.mask, lane, first), [&](QuadWords* words) {
-        make_words(problem, smem.mask, lane, first, words);
-      });
+      publish(visibility_of(problem, smem.mask, lane, first),
+              [&](QuadWords* words) { make_words(problem, smem.mask, lane, first, words); });
     });
     if (Plan::kAdditional) {
       bool none = false;
 #pragma unroll
-      for (int r = 0; r < kRank; ++r) none |= smem.mask.sight[r][lane].misses(0, 1 << 30);
+      for (int r = 0; r < kRank; ++r) none |= smem.mask.windows[r][lane].misses(0, 1 << 30);
 #pragma unroll 1
       for (int left = problem.additional; left > 0; left -= Plan::kKeys) {
-        const Visibility visibility = none                  ? kNone
-                                      : left >= Plan::kKeys ? kAll
-                                                            : kPartial;
+        const Visibility visibility = none ? kNone : left >= Plan::kKeys ? kAll : kPartial;
         publish(visibility, [&](QuadWords* words) {
           for (int i = lane; i < 4 * kWarpgroups * problem.coordinates; i += 64)
             words[i / 4].word[i % 4] = first_keys(left, i % 4);
@@ -256,7 +263,8 @@ __device__ void make_masks(ForwardSmem<Plan>& smem, int lane) {
 // The token of a row of warpgroup `w`; false if it lies past the end of an axis.
 template <typename Plan>
 __device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
-                             const Tile<Plan::kRank>& tile, int w, int row, int (&token)[Plan::kRank]) {
+                             const Tile<Plan::kRank>& tile, int w, int row,
+                             int (&token)[Plan::kRank]) {
   bool exists = true;
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
@@ -272,18 +280,18 @@ __device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
 }
 
 // Writes the rows of O that the lanes of a quad share, 16 bytes a lane.
-template <typename Element, int kCount>
-__device__ void store_row(const float (&output)[kCount], int half, float factor, int quad,
+template <typename Element, int kTiles>
+__device__ void store_row(const float (&output)[kTiles][4], int half, float factor, int quad,
                           Element* row, int dim, bool exists) {
 #pragma unroll
-  for (int chunk = 0; chunk < kCount / 4; chunk += 4) {  // of 8 columns
+  for (int chunk = 0; chunk < kTiles; chunk += 4) {  // of 8 columns
     // Word i of this lane is columns 8 (chunk + i) + 2 quad and the next: 4 x 4 words are
     // transposed within the quad, so that this lane gets the four words of chunk + quad
     unsigned word[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      word[i] = pack(output[4 * (chunk + i) + 2 * half] * factor,
-                     output[4 * (chunk + i) + 2 * half + 1] * factor, Element());
+      word[i] = pack(output[chunk + i][2 * half] * factor, output[chunk + i][2 * half + 1] * factor,
+                     Element());
     const bool odd = quad & 1, high = quad & 2;
     unsigned a = __shfl_xor_sync(0xffffffffu, odd ? word[0] : word[1], 1);
     unsigned b = __shfl_xor_sync(0xffffffffu, odd ? word[2] : word[3], 1);
@@ -324,15 +332,13 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
   query_ring.advance(w);
   Ring<Plan::kStages> ring;
   for (Ring<2> tile_ring;; tile_ring.advance()) {
-    smem.tile_full[tile_ring.slot].wait(tile_ring.parity);
-    const Tile<Plan::kRank>& tile = smem.tile[tile_ring.slot];
+    smem.tile_full[tile_ring.slot()].wait(tile_ring.parity());
+    const Tile<Plan::kRank>& tile = smem.tile[tile_ring.slot()];
     int boxes = tile.boxes;
     if (boxes == kNoTile) break;
-    smem.query_full[query_ring.slot].wait(query_ring.parity);
-    float output[Plan::kValueDim / 2];  // O: [64, kValueDim], of which the thread holds 2 rows
-#pragma unroll
-    for (float& x : output) x = 0;
-    RunningSoftmax softmax;
+    smem.query_full[query_ring.slot()].wait(query_ring.parity());
+    float output[1][Plan::kValueDim / 8][4] = {};  // O: [64, kValueDim], of which 2 rows a thread
+    WarpSoftmax<1> softmax;
 
     auto release = [&](Barrier& empty) {
       if (lane == 0) empty.arrive();
@@ -341,40 +347,42 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
     // products would give the compiler two versions of O, and serialize them.)
     auto pass_over = [&] {
       for (; boxes > 0; --boxes, ring.advance()) {
-        smem.key_full[ring.slot].wait(ring.parity);
-        if (smem.visibility[ring.slot][w] != kNone) break;
-        smem.value_full[ring.slot].wait(ring.parity);
-        release(smem.key_empty[ring.slot]);
-        release(smem.value_empty[ring.slot]);
+        smem.key_full[ring.slot()].wait(ring.parity());
+        if (smem.visibility[ring.slot()][w] != kNone) break;
+        smem.value_full[ring.slot()].wait(ring.parity());
+        release(smem.key_empty[ring.slot()]);
+        release(smem.value_empty[ring.slot()]);
       }
     };
     while (true) {
       pass_over();
       if (boxes == 0) break;
-      const unsigned stage = ring.slot;
+      const unsigned stage = ring.slot();
       // S = Q K^T, [64, kKeys]
-      float logit[Plan::kKeys / 2];
+      float logit[1][Plan::kKeys / 8][4];
       fence_registers();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int line = step / 4, inside = step % 4 * 32;
-        const Descriptor left =
-            queries + (query_ring.slot * sizeof(smem.query[0]) + line * sizeof(smem.query[0][0]) +
-                       inside) / kSixteenBytes;
+        const Descriptor left = queries + (query_ring.slot() * sizeof(smem.query[0]) +
+                                           line * sizeof(smem.query[0][0]) + inside) /
+                                              kSixteenBytes;
         const Descriptor right =
-            keys_at + (stage * sizeof(smem.key[0]) + line * sizeof(smem.key[0][0]) + inside) /
-                          kSixteenBytes;
+            keys_at +
+            (stage * sizeof(smem.key[0]) + line * sizeof(smem.key[0][0]) + inside) / kSixteenBytes;
         if (step == 0)
-          LogitProduct::template shared<false>(logit, left, right);
+          LogitProduct::template shared<false>(logit[0], left, right);
         else
-          LogitProduct::template shared<true>(logit, left, right);
+          LogitProduct::template shared<true>(logit[0], left, right);
       }
       commit_products();
       wait_for_products<0>();
-      hold(logit);
+      hold(logit[0]);
       if (Plan::kSigned) {
 #pragma unroll
-        for (float& x : logit) x *= problem.sign;
+        for (auto& four : logit[0])
+#pragma unroll
+          for (float& x : four) x *= problem.sign;
       }
       if (smem.visibility[stage][w] == kPartial) {
         const QuadWords* words = smem.words[stage] + w * problem.coordinates;
@@ -384,61 +392,57 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
 #pragma unroll
           for (int r = 0; r < Plan::kRank; ++r)
             word &= words[smem.mask.number[r][row + 8 * half]].word[quad];
-          hide(logit, half, word);
+          hide(logit[0], half, word);
         }
       }
       release(smem.key_empty[stage]);
-      float factor[2];
-      if (softmax.raise(logit, problem.scale, factor)) rescale(output, factor);
+      softmax.rescale(logit, problem.scale, output);
 
       // O += P V, in halves: P [64, kKeys / 2], V [kKeys / 2, kValueDim]
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         constexpr int kPart = kKeySteps / 2;
         unsigned weight[kPart][4];
-        if (part == 0)
-          softmax.weigh<0, kKeySteps>(logit, problem.scale);
-        else
-          softmax.weigh<kKeySteps, 2 * kKeySteps>(logit, problem.scale);
+        softmax.exponentiate(logit, problem.scale, part * kKeySteps, (part + 1) * kKeySteps);
 #pragma unroll
         for (int step = 0; step < kPart; ++step)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float* pair = &logit[8 * (part * kPart + step) + 2 * i];
-            weight[step][i] = pack(pair[0], pair[1], Element());
+            const auto& tile = logit[0][2 * (part * kPart + step) + i / 2];
+            weight[step][i] = pack(tile[2 * (i % 2)], tile[2 * (i % 2) + 1], Element());
           }
-        if (part == 0) smem.value_full[stage].wait(ring.parity);
+        if (part == 0) smem.value_full[stage].wait(ring.parity());
         fence_registers();
 #pragma unroll
         for (int step = 0; step < kPart; ++step)
-          ValueProduct::registers(output, weight[step],
+          ValueProduct::registers(output[0], weight[step],
                                   values_at + (stage * sizeof(smem.value[0]) +
                                                (part * kPart + step) * 16 * kLineBytes) /
                                                   kSixteenBytes);
         commit_products();
       }
       wait_for_products<0>();
-      hold(output);
+      hold(output[0]);
       release(smem.value_empty[stage]);
       --boxes;
       ring.advance();
     }
 
-    release(smem.query_empty[query_ring.slot]);
+    release(smem.query_empty[query_ring.slot()]);
     query_ring.advance(Plan::kWarpgroups);
-    softmax.finalize();
     const int head = tile.head + problem.warpgroup[w][0];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int token[Plan::kRank];
       const bool exists = token_of_row<Plan>(problem, tile, w, row + 8 * half, token);
-      store_row(output, half, softmax.normalizer(half), quad,
+      const float sum = softmax.sum(0, half);
+      store_row(output[0], half, softmax.normalizer(sum), quad,
                 arguments.output.at(tile.batch, token, head), problem.value_dim, exists);
       if (arguments.lse.data && quad == 0 && exists)
-        *arguments.lse.at(tile.batch, token, head) = softmax.lse(half);
+        *arguments.lse.at(tile.batch, token, head) = softmax.lse(0, half, sum);
     }
     __syncwarp();
-    release(smem.tile_empty[tile_ring.slot]);
+    release(smem.tile_empty[tile_ring.slot()]);
   }
 }
 
@@ -477,7 +481,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
-    set_registers<false, Plan::kWarpgroups == 3 ? 32 : 40>();
+    set_registers<false, kProducerRegisters<Plan>>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp >= 2)
       make_masks(smem, threadIdx.x - 64);
@@ -488,7 +492,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
     else
       begin_tiles(query, arguments.taken, smem);
   } else {
-    set_registers<true, Plan::kWarpgroups == 3 ? 160 : 232>();
+    set_registers<true, kConsumerRegisters<Plan>>();
     attend(problem, arguments, smem, warpgroup - 1);
   }
 }

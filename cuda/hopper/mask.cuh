@@ -1,9 +1,9 @@
 // Which pairs of a tile's queries and a box of keys are visible.
 //
-// A thread of a warpgroup holds a query's logits with 32 of 128 keys: bit t of a word stands for the
-// key 8 (t / 2) + 2 quad + t % 2, where quad is lane % 4. A pair is visible if it is so along every
-// axis, so that the word of a query is the conjunction of one word for its coordinate along each
-// axis. Two warps make those words for each box of keys, and say for each warpgroup whether it
+// A thread of a warpgroup holds a query's logits with 32 of 128 keys: bit t of a word stands for
+// the key 8 (t / 2) + 2 quad + t % 2, where quad is lane % 4. A pair is visible if it is so along
+// every axis, so that the word of a query is the conjunction of one word for its coordinate along
+// each axis. Two warps make those words for each box of keys, and say for each warpgroup whether it
 // needs them: consumers know nothing of the geometry.
 #pragma once
 
@@ -42,7 +42,7 @@ struct MaskTables {
   unsigned char number[kRank][kRows];  // of the coordinates of a query
   // Of a tile. Each lane of the mask warps reads what it wrote itself
   Coordinate coordinate[kWarpgroups * kMostCoordinates<kRank>];
-  Sight sight[kRank][64];  // of the warpgroup that the lane looks after, keys as in `window`
+  WindowUnion windows[kRank][64];  // of the warpgroup that the lane looks after
 };
 
 // Which axis and query a coordinate stands for.
@@ -114,13 +114,13 @@ __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Pl
     const int group = tile.first[r].group, base = tile.keys[r].begin;
     const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
     const int end = axis.group_length(group);
-    Sight sight = {{0, 0}, {0, 0}};
+    WindowUnion windows = {{0, 0}, {0, 0}};
     if (first < end) {  // else it begins past the end of the axis
       const Range low = axis.window(first, group);
       const Range high = axis.window(smaller(first + problem.query_box[r], end) - 1, group);
-      sight = {{low.begin - base, high.end - base}, {high.begin - base, low.end - base}};
+      windows = {{low.begin - base, high.end - base}, {high.begin - base, low.end - base}};
     }
-    tables.sight[r][lane] = sight;
+    tables.windows[r][lane] = windows;
   }
 }
 
@@ -133,9 +133,9 @@ __device__ Visibility visibility_of(const HopperProblem<kRank>& problem,
 #pragma unroll
   for (int r = 0; r < kRank; ++r) {
     const int end = first[r] + problem.key_box[r];
-    const Sight sight = tables.sight[r][lane];
-    none |= sight.misses(first[r], end);
-    all &= sight.covers(first[r], end);
+    const WindowUnion windows = tables.windows[r][lane];
+    none |= windows.misses(first[r], end);
+    all &= windows.covers(first[r], end);
   }
   return none ? kNone : all ? kAll : kPartial;
 }
@@ -147,18 +147,19 @@ __device__ void make_words(const HopperProblem<kRank>& problem,
                            const int (&first)[kRank], QuadWords* words) {
 #pragma unroll 1
   for (int i = lane; i < kWarpgroups * problem.coordinates; i += 64) {
-    const Coordinate coordinate = tables.coordinate[i];
-    const int r = coordinate.axis, length = problem.key_box[r];
+    const int r = tables.coordinate[i].axis;
     int begin = first[0];
 #pragma unroll
     for (int other = 1; other < kRank; ++other)
       if (r == other) begin = first[other];
-    const QuadWords* prefix = tables.prefix + tables.prefix_base[r];
-    const QuadWords before = prefix[smaller(larger(coordinate.window.begin - begin, 0), length)];
-    QuadWords word = prefix[smaller(larger(coordinate.window.end - begin, 0), length)];
-#pragma unroll
-    for (int quad = 0; quad < 4; ++quad) word.word[quad] &= ~before.word[quad];
-    words[i] = word;
+    const auto entry = [&](int key) {
+      return tables.prefix_base[r] + smaller(larger(key - begin, 0), problem.key_box[r]);
+    };
+    const int before = entry(tables.coordinate[i].window.begin);
+    const int until = entry(tables.coordinate[i].window.end);
+#pragma unroll 1  // registers are few
+    for (int quad = 0; quad < 4; ++quad)
+      words[i].word[quad] = tables.prefix[until].word[quad] & ~tables.prefix[before].word[quad];
   }
 }
 
@@ -170,11 +171,11 @@ __device__ inline unsigned first_keys(int end, int quad) {
 }
 
 // Hides the logits of one of a thread's two queries whose bit in `word` is 0.
-template <int kLogits>
-__device__ void hide(float (&logit)[kLogits], int half, unsigned word) {
+template <int kTiles>
+__device__ void hide(float (&logit)[kTiles][4], int half, unsigned word) {
 #pragma unroll
-  for (int t = 0; t < kLogits / 2; ++t) {
-    float& x = logit[4 * (t / 2) + 2 * half + t % 2];
+  for (int t = 0; t < 2 * kTiles; ++t) {
+    float& x = logit[t / 2][2 * half + t % 2];
     x = word & 1u << t ? x : -infinity<float>();
   }
 }

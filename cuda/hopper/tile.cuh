@@ -46,31 +46,30 @@ struct HopperProblem {
   int query_box[kRank];  // of a warpgroup, 64 queries
   int tile_box[kRank];   // of all warpgroups together
   int key_box[kRank];
-  Divisor tiles[kRank];  // along each axis, in group-major order
-  Divisor head_groups;   // of heads that are in one tile
-  Divisor group_size;    // query heads that share a key head
+  Divisor tiles[kRank];                       // along each axis, in group-major order
+  Divisor head_groups;                        // of heads that are in one tile
+  Divisor group_size;                         // query heads that share a key head
   int warpgroup[kMostWarpgroups][1 + kRank];  // head and index where each begins in its tile
-  int tile_count;        // over all heads and batch entries
+  int tile_count;                             // over all heads and batch entries
   int heads_per_tile;
-  int coordinates;       // of a warpgroup's box of queries: the sum of query_box
+  int coordinates;  // of a warpgroup's box of queries: the sum of query_box
   Pieces query_pieces, key_pieces;
-  int additional;        // number of additional keys
+  int additional;  // number of additional keys
   int value_dim;
-  int longest_last;      // whether later tiles see more: the last ones come first
+  int longest_last;  // whether later tiles see more: the last ones come first
   Folding query, key, value;
-  float scale;           // of logits, times log2(e)
-  float sign;            // what logits are multiplied by before that
+  float scale;  // of logits, times log2(e)
+  float sign;   // what logits are multiplied by before that
 };
 static_assert(sizeof(HopperProblem<1>) == 60 + 128 && sizeof(HopperProblem<2>) == 2 * 60 + 128 &&
                   sizeof(HopperProblem<3>) == 3 * 60 + 128,
               "the record that launch.py packs has these sizes");
 
-// An axis, of which the compiler knows what the plan rules out.
+// An axis, of which the compiler knows it if no axis is dilated.
 template <typename Plan>
 __device__ Axis axis_of(const HopperProblem<Plan::kRank>& problem, int r) {
   Axis axis = problem.axes[r];
   if (!Plan::kDilated) axis.dilation = 1;
-  if (!Plan::kStrided) axis.stride = 1;
   return axis;
 }
 
@@ -83,10 +82,11 @@ struct Tile {
 };
 constexpr int kNoTile = -1;  // after the last one
 
+// Writes a tile to shared memory: it takes more registers than producers have.
 template <typename Plan>
-__device__ Tile<Plan::kRank> tile_of(const HopperProblem<Plan::kRank>& problem, int number) {
-  Tile<Plan::kRank> tile;
-  tile.boxes = 1;
+__device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
+                          Tile<Plan::kRank>& tile) {
+  int boxes = 1;
   unsigned rest = problem.longest_last ? problem.tile_count - 1 - number : number;
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
@@ -97,15 +97,18 @@ __device__ Tile<Plan::kRank> tile_of(const HopperProblem<Plan::kRank>& problem, 
     const Place first = box_place(axis.dilation, axis.length, box, problem.tile_box[r]);
     const int end = smaller(first.index + problem.tile_box[r], axis.group_length(first.group));
     tile.first[r] = first;
-    tile.keys[r] = {axis.window(first.index, first.group).begin,
-                    axis.window(end - 1, first.group).end};
-    tile.boxes *= ceil_div(tile.keys[r].end - tile.keys[r].begin, problem.key_box[r]);
+    const Range keys = {axis.window(first.index, first.group).begin,
+                        axis.window(end - 1, first.group).end};
+    tile.keys[r] = keys;
+    boxes *= ceil_div(keys.end - keys.begin, problem.key_box[r]);
   }
-  if (Plan::kAdditional) tile.boxes += ceil_div(problem.additional, Plan::kKeys);
-  tile.batch = problem.head_groups.quotient(rest);
-  tile.head = (rest - tile.batch * problem.head_groups.divisor) * problem.heads_per_tile;
-  tile.kv_head = problem.group_size.quotient(tile.head);
-  return tile;
+  if (Plan::kAdditional) boxes += ceil_div(problem.additional, Plan::kKeys);
+  const int batch = problem.head_groups.quotient(rest);
+  const int head = (rest - batch * problem.head_groups.divisor) * problem.heads_per_tile;
+  tile.boxes = boxes;
+  tile.batch = batch;
+  tile.head = head;
+  tile.kv_head = problem.group_size.quotient(head);
 }
 
 // Calls visit(first) for every box of the window's keys in raster order; `first` counts keys from
@@ -116,9 +119,10 @@ __device__ void for_each_box(const HopperProblem<kRank>& problem, const Tile<kRa
   if constexpr (kAxis == kRank) {
     visit(first);
   } else {
-    const int length = tile.keys[kAxis].end - tile.keys[kAxis].begin;
-#pragma unroll 1  // registers are few
-    for (first[kAxis] = 0; first[kAxis] < length; first[kAxis] += problem.key_box[kAxis])
+    const Range& keys = tile.keys[kAxis];  // read again each time: registers are few
+#pragma unroll 1
+    for (first[kAxis] = 0; first[kAxis] < keys.end - keys.begin;
+         first[kAxis] += problem.key_box[kAxis])
       for_each_box<kAxis + 1>(problem, tile, first, visit);
   }
 }

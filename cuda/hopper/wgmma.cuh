@@ -1,8 +1,8 @@
 // Matrix products of a warpgroup (128 threads) on the tensor cores: wgmma, asynchronous.
 //
-// The left operand has 64 rows. Of a product with kN columns a thread holds, as accumulators, the
-// rows r = 16 (warp % 4) + lane / 4 (accumulators 4 i and 4 i + 1) and r + 8 (4 i + 2 and 4 i + 3),
-// in the columns 8 i + 2 (lane % 4) and the one after.
+// The left operand has 64 rows, 16 a warp. Of a product with kColumns columns a thread holds
+// d[kColumns / 8][4]: of the rows lane / 4 (d[i][0] and d[i][1]) and lane / 4 + 8 (d[i][2] and
+// d[i][3]) of its warp, the columns 8 i + 2 (lane % 4) and the one after.
 //
 // Operands in shared memory are tiles of lines of 128 bytes that TMA has swizzled; a row longer
 // than a line goes on in the next tile. Two products that accumulate into the same registers may be
@@ -24,9 +24,9 @@ __device__ void wait_for_products() {
 }
 // No read of these registers moves above this line.
 template <int kCount>
-__device__ void hold(float (&registers)[kCount]) {
+__device__ void hold(float (&registers)[kCount][4]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+  for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+f"(registers[i / 4][i % 4])::"memory");
 }
 
 // Gives registers of this warpgroup back to the block, or takes some.
@@ -67,7 +67,7 @@ __device__ inline Descriptor columns_descriptor(unsigned address, unsigned tile_
 }
 
 // One step of a product, over 16 elements of the summed dimension.
-template <int kN, typename Element>
+template <int kColumns, typename Element>
 struct Wgmma;
 
 // clang-format off
@@ -79,7 +79,7 @@ struct Wgmma;
 #define CUNEIGH_REGISTERS_5 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define CUNEIGH_REGISTERS_6 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
 #define CUNEIGH_REGISTERS_7 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define CUNEIGH_ACCUMULATORS(i) "+f"(d[i + 0]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11]), "+f"(d[i + 12]), "+f"(d[i + 13]), "+f"(d[i + 14]), "+f"(d[i + 15])
+#define CUNEIGH_ACCUMULATORS(i) "+f"(d[(i + 0) / 4][0]), "+f"(d[(i + 1) / 4][1]), "+f"(d[(i + 2) / 4][2]), "+f"(d[(i + 3) / 4][3]), "+f"(d[(i + 4) / 4][0]), "+f"(d[(i + 5) / 4][1]), "+f"(d[(i + 6) / 4][2]), "+f"(d[(i + 7) / 4][3]), "+f"(d[(i + 8) / 4][0]), "+f"(d[(i + 9) / 4][1]), "+f"(d[(i + 10) / 4][2]), "+f"(d[(i + 11) / 4][3]), "+f"(d[(i + 12) / 4][0]), "+f"(d[(i + 13) / 4][1]), "+f"(d[(i + 14) / 4][2]), "+f"(d[(i + 15) / 4][3])
 #define CUNEIGH_REGISTERS_OF_16 CUNEIGH_REGISTERS_0
 #define CUNEIGH_ACCUMULATORS_OF_16 CUNEIGH_ACCUMULATORS(0)
 #define CUNEIGH_REGISTERS_OF_32 CUNEIGH_REGISTERS_0 ", " CUNEIGH_REGISTERS_1
@@ -97,7 +97,7 @@ struct Wgmma;
   struct Wgmma<kColumns, Type> {                                                                       \
     /* d = left right^T, or d += it if kAdd; both from shared memory */                                \
     template <bool kAdd>                                                                               \
-    __device__ static void shared(float (&d)[count], Descriptor left, Descriptor right) {              \
+    __device__ static void shared(float (&d)[kColumns / 8][4], Descriptor left, Descriptor right) {              \
       asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #after_2 ", 0; "                                 \
                    "wgmma.mma_async.sync.aligned.m64n" #kColumns "k16.f32." type "." type              \
                    " {" CUNEIGH_REGISTERS_OF_##count "}, %" #after_0 ", %" #after_1                    \
@@ -105,7 +105,8 @@ struct Wgmma;
                    : CUNEIGH_ACCUMULATORS_OF_##count : "l"(left), "l"(right), "n"(kAdd));              \
     }                                                                                                  \
     /* d += left right; left from registers, right from shared memory, transposed */                   \
-    __device__ static void registers(float (&d)[count], const unsigned (&left)[4], Descriptor right) { \
+    __device__ static void registers(float (&d)[kColumns / 8][4], const unsigned (&left)[4],           \
+                                     Descriptor right) {                                               \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #kColumns "k16.f32." type "." type              \
                    " {" CUNEIGH_REGISTERS_OF_##count "}, {%" #after_0 ", %" #after_1 ", %" #after_2    \
                    ", %" #after_3 "}, %" #after_4 ", 1, 1, 1, 1;"                                      \
