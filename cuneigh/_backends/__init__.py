@@ -16,7 +16,7 @@ import os
 from functools import lru_cache
 from typing import Any, Literal, Protocol, cast
 
-from cuneigh._backends import cpu, fused, gemm, naive
+from cuneigh._backends import cpu, fused, gemm, hopper, naive
 from cuneigh._device import Device
 from cuneigh._gpu.program import Program
 from cuneigh._jit import Kernel
@@ -107,11 +107,11 @@ class Backend(Protocol):
         """Fill `grad_weights` and every array of `gradients`."""
 
 
-BackendName = Literal["fused", "naive", "gemm", "cpu"]
+BackendName = Literal["hopper", "fused", "naive", "gemm", "cpu"]
 """The names of the backends, for type checkers."""
 
-# `fused` lacks the functions of the operations that its `unsupported` refuses.
-BACKENDS: tuple[Backend, ...] = (cast(Backend, fused), naive, gemm, cpu)
+# `hopper` and `fused` lack the functions of the operations that their `unsupported` refuses.
+BACKENDS: tuple[Backend, ...] = (cast(Backend, hopper), cast(Backend, fused), naive, gemm, cpu)
 
 
 def settings() -> tuple[object, ...]:

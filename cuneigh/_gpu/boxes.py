@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from cuneigh._window import Axis
 Indices = npt.NDArray[np.int64]
 Box = tuple[int, ...]
 """Tokens along each axis."""
+Value = TypeVar("Value")
 
 
 def windows_of_groups(axis: Axis, pass_: Pass) -> Iterator[tuple[int, Indices, Indices]]:
@@ -96,6 +97,34 @@ def count_walk(
             whole = np.maximum(all_end // column_box - -(-all_begin // column_box), 0)
             full += groups * int(whole.sum())
     return WalkCounts(blocks, loads, visits, full, longest)
+
+
+def count_walks(
+    axes: Sequence[Axis],
+    row_boxes: Sequence[tuple[Box, Box]],
+    column_boxes: Sequence[Box],
+    pass_: Pass = FORWARD,
+) -> WalkCounts:
+    """The counts of a whole layout for each pair of row boxes and column boxes, as arrays.
+
+    A row box is that of a warp and the number of warps along each axis. Extents that pairs have in
+    common along an axis are counted once.
+    """
+    totals = np.ones((len(WalkCounts._fields), len(row_boxes), len(column_boxes)))
+    for r, axis in enumerate(axes):
+        of_rows, row = distinct([(warp_box[r], warps[r]) for warp_box, warps in row_boxes])
+        of_columns, column = distinct([box[r] for box in column_boxes])
+        counts = [
+            [count_walk(axis, *sizes, extent, pass_) for extent in of_columns] for sizes in of_rows
+        ]
+        totals *= np.moveaxis(np.array(counts, dtype=float), -1, 0)[:, row][:, :, column]
+    return WalkCounts(*totals)
+
+
+def distinct(values: Sequence[Value]) -> tuple[list[Value], list[int]]:
+    """The values without repetition, and the index of each among them."""
+    index = {value: i for i, value in enumerate(dict.fromkeys(values))}
+    return list(index), [index[value] for value in values]
 
 
 class UnionCounts(NamedTuple):

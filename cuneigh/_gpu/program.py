@@ -67,6 +67,12 @@ class Program:
         self.workspace.append(Spec(shape, dtype))
         return self.array(self.workspace[-1])
 
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Workspace for one run, contiguous, whose elements are 0 when the launches after come."""
+        made = self.allocate(shape, dtype)
+        self.add(_Clear(made))
+        return made
+
     def launch(
         self,
         kernel: _jit.Kernel,
@@ -136,6 +142,20 @@ class _Launch:
             frame[index], memory = encode(addresses[slot] + offset)
             held.append(memory)
         self._launch(stream, start, 0)
+
+
+class _Clear:
+    """Zeros for a contiguous array."""
+
+    def __init__(self, target: Array) -> None:
+        from cupy.cuda import runtime
+
+        self._clear, self._pointer = runtime.memsetAsync, target.pointer
+        self._bytes = target.size * target.itemsize
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        slot, offset = self._pointer
+        self._clear(addresses[slot] + offset, 0, self._bytes, stream)
 
 
 def cupy_stream(pointer: int) -> Any:

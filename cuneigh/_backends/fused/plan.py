@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -22,6 +22,7 @@ from cuneigh._gpu.boxes import (
     Box,
     WalkCounts,
     count_walk,
+    count_walks,
     longest_extents,
     mostly_full,
     powers_of_two,
@@ -145,17 +146,9 @@ def make_plan(problem: Problem, device: Device, pass_: Pass = FORWARD) -> FusedP
 def cheapest_shapes(problem: Problem, area: Area, pass_: Pass) -> FusedPlan:
     """The first of the cheapest of `candidates`; all of them are counted at once."""
     rows, boxes = row_boxes(problem, area), column_boxes(problem, area.columns, pass_)
-    totals = np.ones((len(WalkCounts._fields), len(rows), len(boxes)))
-    for r, axis in enumerate(problem.axes):
-        of_rows, row = distinct([(warp_box[r], warps[r]) for warp_box, warps in rows])
-        of_boxes, box = distinct([column_box[r] for column_box in boxes])
-        counts = [
-            [count_walk(axis, *sizes, column_box, pass_) for column_box in of_boxes]
-            for sizes in of_rows
-        ]
-        totals *= np.moveaxis(np.array(counts, dtype=float), -1, 0)[:, row][:, :, box]
-    totals[WalkCounts._fields.index("full")] *= [math.prod(box) == area.columns for box in boxes]
-    costs = cost_of(problem, area, WalkCounts(*totals), pass_)
+    counts = count_walks(problem.axes, rows, boxes, pass_)
+    full = counts.full * np.array([math.prod(box) == area.columns for box in boxes])
+    costs = cost_of(problem, area, counts._replace(full=full), pass_)
     row_index, box_index = np.unravel_index(costs.argmin(), costs.shape)
     return FusedPlan(area, *rows[row_index], boxes[box_index])
 
@@ -201,12 +194,6 @@ def many_batch_heads(problem: Problem, pass_: Pass, batch_heads: int) -> bool:
     With three axes a kernel that can is slower with one of them, too.
     """
     return pass_ == FORWARD and (batch_heads > 1 or problem.rank < 3)
-
-
-def distinct(values: Sequence[Value]) -> tuple[list[Value], list[int]]:
-    """The values without repetition, and the index of each among them."""
-    index = {value: i for i, value in enumerate(dict.fromkeys(values))}
-    return list(index), [index[value] for value in values]
 
 
 def candidates(problem: Problem, area: Area, pass_: Pass = FORWARD) -> Iterator[FusedPlan]:

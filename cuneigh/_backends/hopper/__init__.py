@@ -1,0 +1,75 @@
+"""Online softmax on Hopper's tensor cores, fed by TMA: the forward of long windows on sm_90.
+
+Blocks of warpgroups with different roles: producers load boxes of tokens straight from the arrays'
+own layout and make masks, consumers multiply by `wgmma` (cuda/hopper/forward.cu). The kernel
+multiplies dense boxes of queries and keys, so that a non-finite *value* may reach queries whose box
+of keys held it though their window did not (0 * NaN is NaN). A non-finite key reaches only the
+queries whose window holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cuneigh._backends.hopper import launch
+from cuneigh._backends.hopper.launch import NAME, forward
+from cuneigh._backends.hopper.plan import predicted_ms
+from cuneigh._backends.hopper.tensor_maps import unreadable
+from cuneigh._device import Device
+from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.requirements import no_gpu
+from cuneigh._jit import Kernel
+from cuneigh._problem import Problem
+
+__all__ = ["NAME", "SETTINGS", "forward", "kernels", "predicted_ms", "unsupported"]
+
+SETTINGS = ()
+CAPABILITY = (9, 0)
+DTYPES = ("float16", "bfloat16")
+LONGEST = 256
+"""Head dimensions that the kernels take."""
+MOST_DILATION = 8
+"""Element strides that TMA has."""
+SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
+"""Between them what is hidden stays so in float32."""
+READ = ("query", "key", "value", "additional_keys", "additional_values")
+
+
+def unsupported(
+    problem: Problem, device: Device, arrays: Mapping[str, Array | None] | None = None
+) -> str | None:
+    """Why this backend cannot run `problem` on `device`; None when it can."""
+    if reason := no_gpu(device):
+        return reason
+    if problem.operation != "forward":
+        return f"computes the forward of attention, not {problem.operation}"
+    if device.capability != CAPABILITY:
+        return f"needs compute capability 9.0, but {device.name} has {device.arch}"
+    if problem.dtype not in DTYPES:
+        return f"computes in {', '.join(DTYPES)}, not in {problem.dtype}"
+    for name in ("head_dim", "value_dim"):
+        dim = getattr(problem, name)
+        if dim > LONGEST or dim % 8:
+            return f"takes head dimensions up to {LONGEST} in steps of 8, not {name}={dim}"
+    if problem.rpb_dtype:
+        return "does not take rpb"
+    for axis, along in enumerate(problem.axes):
+        if along.dilation > MOST_DILATION:
+            return f"takes dilations up to {MOST_DILATION}, not {along.dilation} on axis {axis}"
+    if problem.scale and not SMALLEST_SCALE < abs(problem.scale) < LARGEST_SCALE:
+        return f"takes scales from {SMALLEST_SCALE} to {LARGEST_SCALE}, not {problem.scale}"
+    for name, array in (arrays or {}).items():
+        if array is None:
+            continue
+        if name in READ:
+            rank = 1 if name.startswith("additional") else problem.rank
+            if reason := unreadable(name, array, rank):
+                return reason
+        elif name == "output" and array.misalignment:
+            return "needs an output at a multiple of 16"
+    return None
+
+
+def kernels(problem: Problem, device: Device) -> list[Kernel]:
+    """The kernels that a supported `problem` needs, whatever its windows."""
+    return [] if unsupported(problem, device) is not None else launch.kernels(problem, device)
