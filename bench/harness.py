@@ -91,8 +91,8 @@ def check(problem: Problem, operands: Operands, output: Any, samples: int = 32) 
 def ceilings() -> dict[str, float]:
     """Measured copy bandwidth in GB/s, reads and writes both counted: the best of several ways.
 
-    `copyto` is a cudaMemcpyAsync, which in a CUDA graph is a copy node and no kernel: 2.7 TB/s on an
-    H200, where copies by kernels reach 4.3.
+    `copyto` is a cudaMemcpyAsync, which a CUDA graph holds as a copy node and not as a kernel. That
+    was the only way once, and gave 2.7 TB/s on an H200, where plain copies reach 4.3.
     """
     source = cupy.random.random((1 << 28,), dtype=np.float32)
     target = cupy.empty_like(source)
