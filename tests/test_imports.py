@@ -153,7 +153,7 @@ def test_kernels_of_bfloat16_are_named_without_ml_dtypes():
     """NumPy has no such dtype of its own."""
     statement = (
         "import sys; from cuneigh._backends import fused, gemm, naive; "
-        "from cuneigh._problem import *; "
+        "from cuneigh._problem import Spec; from cuneigh._validate import *; "
         "spec = Spec((1, 8, 1, 64), 'bfloat16'); "
         "window = window_arguments('test', 1, 3, 1, 1, False); "
         "problem = attention_problem('test', 'forward', spec, spec, spec, window, None); "

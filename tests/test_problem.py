@@ -13,10 +13,8 @@ from helpers.strategies import array, empty_problems, generators, numpy_dtype, p
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cuneigh._problem import (
-    Operands,
-    Problem,
-    Spec,
+from cuneigh._problem import Operands, Problem, Spec
+from cuneigh._validate import (
     attention_problem,
     av_problem,
     dense_problem,

@@ -387,7 +387,7 @@ def test_a_compiled_program_checks_the_sizes_it_meets():
 
 @pytest.mark.parametrize("first", ["cuneigh", "torch"])
 def test_compilation_is_all_that_happens(first):
-    """The face of PyTorch is first met while torch.compile traces."""
+    """The adapter of PyTorch is first loaded while torch.compile traces."""
     second = {"cuneigh": "torch", "torch": "cuneigh"}[first]
     code = f"""
 import {first}, {second}
@@ -454,7 +454,7 @@ def test_operators_check_what_they_are_given():
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cuneigh._problem import Window, attention_problem
+    from cuneigh._validate import Window, attention_problem
 
     query, key, value = tensors()
     spec = Spec(SHAPE, "float64")
@@ -581,7 +581,7 @@ def test_a_call_like_one_before_is_not_examined_again(monkeypatch):
     given = tensors()
     cuneigh.na2d(*given, 1)  # A type of array must have been met.
     wanted = [cuneigh.na2d(*given, (3, 3), scale=0.5), cuneigh.na2d(*given, 3, return_lse=True)[1]]
-    monkeypatch.setattr("cuneigh._ops.neighborhood.examine", None)
+    monkeypatch.setattr("cuneigh._ops.compute.examine", None)
     again = [cuneigh.na2d(*given, (3, 3), scale=0.5), cuneigh.na2d(*given, 3, return_lse=True)[1]]
     assert_equal(again, wanted)
     with pytest.raises(TypeError, match="NoneType"):
@@ -625,7 +625,7 @@ def test_settings_are_noticed_by_a_call_like_one_before(monkeypatch):
     given = [tensor.detach() for tensor in tensors()]
     for _ in range(2):  # A type of array must have been met.
         cuneigh.na2d(*given, 3)
-    monkeypatch.setattr("cuneigh._ops.neighborhood.examine", None)
+    monkeypatch.setattr("cuneigh._ops.compute.examine", None)
     cuneigh.na2d(*given, 3)
     monkeypatch.setenv("CUNEIGH_ALLOW_TF32", "1")
     with pytest.raises(TypeError, match="NoneType"):

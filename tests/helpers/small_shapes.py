@@ -27,15 +27,8 @@ from cuneigh._backends import fused, gemm, naive
 from cuneigh._backends.fused import plan as _fused_plan
 from cuneigh._backends.fused.plan import FusedPlan, Role, roles
 from cuneigh._backends.fused.small import plan as _halo_plan
-from cuneigh._problem import (
-    DTYPES,
-    Problem,
-    Spec,
-    Window,
-    attention_problem,
-    av_problem,
-    qk_problem,
-)
+from cuneigh._problem import DTYPES, Problem, Spec
+from cuneigh._validate import Window, attention_problem, av_problem, qk_problem
 
 WINDOWS = {
     1: ((13,), Window((5,), (2,), (2,), (True,)), Window((4,), (1,), (3,), (False,))),
