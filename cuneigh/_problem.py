@@ -13,8 +13,27 @@ from typing import Any, Literal, NamedTuple
 
 from cuneigh._window import Axis
 
-DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-"""Supported dtypes and their sizes in bytes."""
+
+class Dtype(NamedTuple):
+    """What there is to know of a dtype that queries, keys and values may have."""
+
+    itemsize: int
+    accumulator: str = "float32"
+    """The dtype of lse, and the least precise one in which sums are taken."""
+    has_gradients: bool = True
+    """False for a dtype of which there is a forward pass only."""
+
+
+SUPPORTED = {
+    "float16": Dtype(2),
+    "bfloat16": Dtype(2),
+    "float32": Dtype(4),
+    "float64": Dtype(8, accumulator="float64"),
+}
+"""The supported dtypes, by the names that NumPy or ml_dtypes has for them."""
+
+DTYPES = {name: dtype.itemsize for name, dtype in SUPPORTED.items()}
+"""The supported dtypes and their sizes in bytes."""
 
 
 class Spec(NamedTuple):
@@ -144,13 +163,15 @@ class Problem:
     @cached_property
     def accumulator(self) -> str:
         """The dtype of lse, and the least precise one in which sums are taken."""
-        return "float64" if self.dtype == "float64" else "float32"
+        return SUPPORTED[self.dtype].accumulator
 
     @cached_property
     def gradient(self) -> Problem:
-        """The problem of the gradient of this one."""
+        """The problem of the gradient of this one; TypeError if its dtype has none."""
         operation = ARRAYS[self.operation].gradient
         assert operation is not None, "second derivatives are refused before"
+        if not SUPPORTED[self.dtype].has_gradients:
+            raise TypeError(f"{self.operation}: dtype {self.dtype} has no gradients")
         return replace(self, operation=operation)
 
     @cached_property

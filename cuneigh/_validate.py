@@ -13,7 +13,7 @@ from functools import lru_cache, wraps
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
-from cuneigh._problem import ARRAYS, DTYPES, Operands, Operation, Problem, Spec
+from cuneigh._problem import ARRAYS, DTYPES, SUPPORTED, Operands, Operation, Problem, Spec
 from cuneigh._window import Axis
 
 
@@ -56,6 +56,8 @@ def problem_of(
             problem = av_problem(
                 call, operation, specs["weights"], value, window, additional_values
             )
+    if ARRAYS[operation].gradient is None and not SUPPORTED[problem.dtype].has_gradients:
+        raise TypeError(f"{call}: dtype {problem.dtype} has no gradients")
     for name in ARRAYS[operation].arguments:
         if name in specs and name not in _CHECKED:
             require(call, name, specs[name], problem.spec(name))

@@ -76,5 +76,19 @@ class CuPyAdapter(Adapter):
         stream: int = cupy.cuda.get_current_stream().ptr
         return stream
 
+    def signature(self, arrays: Sequence[Any]) -> tuple[Any, ...] | None:
+        found: list[Any] = []
+        for array in arrays:
+            if array is None:
+                found.append(None)
+                continue
+            if type(array) is not cupy.ndarray:
+                return None
+            data = array.data
+            if data.ptr % array.itemsize:
+                return None
+            found += array.shape, array.dtype, data.device_id
+        return tuple(found)
+
 
 ADAPTER = CuPyAdapter()

@@ -13,7 +13,7 @@ from cuneigh._frameworks import adapter_of, load_adapter
 from cuneigh._frameworks.arguments import examine
 from cuneigh._frameworks.contract import type_name
 from cuneigh._ops.compute import compute
-from cuneigh._problem import DTYPES, Spec
+from cuneigh._problem import DTYPES, SUPPORTED, Spec
 from cuneigh._validate import require
 
 
@@ -165,7 +165,7 @@ def _check_merge(call: str, count: int, specs: dict[str, Spec]) -> str:
         )
     if not first.shape:
         raise ValueError(f"{call}: outputs[0] has 0 axes, but at least 1 is needed")
-    accumulator = "float64" if first.dtype == "float64" else "float32"
+    accumulator = SUPPORTED[first.dtype].accumulator
     lse = Spec(first.shape[:-1], accumulator)
     for i in range(count):
         require(call, f"outputs[{i}]", specs[f"outputs[{i}]"], first)

@@ -26,7 +26,7 @@ TRACED = frozenset([FakeTensor, FunctionalTensor])
 """Tensors without numbers, by which PyTorch finds out what a program does."""
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
-NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Any:
@@ -51,7 +51,7 @@ class TensorAdapter(Adapter):
 
     def spec(self, array: torch.Tensor) -> Spec:
         dtype = array.dtype
-        return Spec(tuple(array.shape), NAMES.get(dtype) or str(dtype).removeprefix("torch."))
+        return Spec(tuple(array.shape), DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch."))
 
     def own_device(self, array: torch.Tensor) -> torch.device:
         return array.device
@@ -65,13 +65,13 @@ class TensorAdapter(Adapter):
     def full(
         self, own: torch.device, shape: tuple[int, ...], dtype: str, value: float
     ) -> torch.Tensor:
-        return torch.full(shape, value, dtype=getattr(torch, dtype), device=own)
+        return torch.full(shape, value, dtype=TORCH_DTYPES[dtype], device=own)
 
     def operations(self, own: torch.device) -> AbstractContextManager[Any]:
         return nullcontext(torch)
 
     def cast(self, array: torch.Tensor, dtype: str) -> torch.Tensor:
-        return array.to(getattr(torch, dtype))
+        return array.to(TORCH_DTYPES[dtype])
 
     def empty(self, own: torch.device, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=own)
@@ -84,15 +84,15 @@ class TensorAdapter(Adapter):
         return array.numpy()  # type: ignore[no-any-return]
 
     def memory(self, arrays: Sequence[torch.Tensor]) -> Memory:
-        addresses, layouts, kept = [], [], []
+        addresses, layouts, owners = [], [], []
         for array in arrays:
             if array.is_neg():  # a pending change of sign, which nobody else can see
                 array = array.resolve_neg()
             address = array.data_ptr()
             addresses.append(address)
             layouts.append((array.stride(), address % 16))
-            kept.append(array)
-        return addresses, tuple(layouts), kept
+            owners.append(array)
+        return addresses, tuple(layouts), owners
 
     def allocate(
         self, own: torch.device, specs: Sequence[Spec | None], addresses: list[int]
