@@ -154,10 +154,12 @@ def test_kernels_of_bfloat16_are_named_without_ml_dtypes():
     statement = (
         "import sys; from cuneigh._backends import fused, gemm, naive; "
         "from cuneigh._problem import Spec; from cuneigh._validate import *; "
+        "from cuneigh._device import of_capability; "
         "spec = Spec((1, 8, 1, 64), 'bfloat16'); "
         "window = window_arguments('test', 1, 3, 1, 1, False); "
         "problem = attention_problem('test', 'forward', spec, spec, spec, window, None); "
-        "assert all(backend.kernels(problem) for backend in (fused, gemm, naive)); "
+        "device = of_capability((9, 0)); "
+        "assert all(backend.kernels(problem, device) for backend in (fused, gemm, naive)); "
         "assert 'ml_dtypes' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", statement], check=True)
