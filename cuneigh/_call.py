@@ -1,6 +1,6 @@
 """The path of a call, from the arrays of a framework to what a backend launches, in order.
 
-1. `remembered` makes a signature of the arguments and finds the `Call` of an earlier call like it.
+1. `results_of` makes a signature of the arguments and finds the `Call` of an earlier call like it.
    Only where there is none are the arguments examined.
 2. `Call.compute` gives the call to the framework if that must see it, to differentiate or to trace.
 3. `Call.run` has a backend compute on the CPU. On a GPU it asks the framework's adapter where the
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache, wraps
+from functools import cached_property, lru_cache
 from itertools import compress, repeat
 from typing import Any, TypeVar
 
@@ -34,24 +34,25 @@ Examine = Callable[[tuple[Any, ...], Sequence[Any]], tuple["Call", Sequence[Any]
 its call and the arrays that this takes."""
 
 
-def remembered(examine: Examine) -> Callable[..., list[Any]]:
-    """The results of a call, which `examine` is asked about unless there was one like it."""
-    calls: dict[Any, Call] = {}
+_calls: dict[Any, Call] = {}
+"""By their signatures."""
 
-    @wraps(examine)
-    def compute(parameters: tuple[Any, ...], *arrays: Any) -> list[Any]:
-        signature = _signature(parameters, arrays)
-        call = None if signature is None else calls.get(signature)
-        if call is not None:
-            return call.compute([array for array in arrays if array is not None])
-        call, given = examine(parameters, arrays)
-        if signature is not None:
-            if len(calls) == KEPT:
-                calls.clear()
-            calls[signature] = call
-        return call.compute(given)
 
-    return compute
+def results_of(parameters: tuple[Any, ...], arrays: Sequence[Any], examine: Examine) -> list[Any]:
+    """The results of a call of a public function, None for those that are not wanted.
+
+    `examine` is asked about the call unless there was one like it.
+    """
+    signature = _signature(parameters, arrays)
+    call = None if signature is None else _calls.get(signature)
+    if call is not None:
+        return call.compute([array for array in arrays if array is not None])
+    call, given = examine(parameters, arrays)
+    if signature is not None:
+        if len(_calls) == KEPT:
+            _calls.clear()
+        _calls[signature] = call
+    return call.compute(given)
 
 
 def _signature(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any, ...] | None:

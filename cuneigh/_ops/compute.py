@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cuneigh._call import Call, opaque, remembered
+from cuneigh._call import Call, opaque, results_of
 from cuneigh._frameworks import adapter_of
 from cuneigh._frameworks.arguments import examine
 from cuneigh._problem import ARRAYS, OPTIONAL
@@ -26,18 +26,21 @@ Flags = bool | Sequence[bool]
 
 
 @opaque
-@remembered
-def compute(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
-    """The call of a public function, all of whose arguments are checked here, and its arrays.
+def compute(parameters: tuple[Any, ...], *arrays: Any) -> list[Any]:
+    """The results of a call of a public function, None for those that are not wanted.
 
-    Decorated it is a function ``compute(parameters, *arrays)`` that returns the results, None for
-    those that are not wanted. `arrays` has an entry for each argument of the operation in the order
-    of `ARRAYS`, None where it is not given. `parameters` are
+    `arrays` has an element for each argument of the operation in the order of `ARRAYS`, None where
+    it is not given. `parameters` are
 
         operation, rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend
 
     where a rank of 0 stands for `attention`.
     """
+    return results_of(parameters, arrays, _examine)
+
+
+def _examine(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
+    """The call of a public function, all of whose arguments are checked here, and its arrays."""
     operation, rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend = (
         parameters
     )
