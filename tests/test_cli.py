@@ -15,7 +15,8 @@ from cuneigh._backends import cpu, fused, naive
 from cuneigh._device import of_capability
 from cuneigh._jit import _build as build
 from cuneigh._jit import _compiler as compiler
-from cuneigh._problem import DTYPES, Spec, Window, attention_problem, qk_problem
+from cuneigh._problem import DTYPES, Spec
+from cuneigh._validate import Window, attention_problem, qk_problem
 from cuneigh.cli import doctor, main
 
 needs_nvrtc = pytest.mark.skipif(

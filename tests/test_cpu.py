@@ -34,13 +34,8 @@ from threadpoolctl import threadpool_info
 from cuneigh._backends import cpu
 from cuneigh._backends.cpu import _gradients, _threads, _tiles
 from cuneigh._device import CPU, Device
-from cuneigh._problem import (
-    Operands,
-    Spec,
-    attention_problem,
-    neighborhood_axes,
-    window_arguments,
-)
+from cuneigh._problem import Operands, Spec
+from cuneigh._validate import attention_problem, neighborhood_axes, window_arguments
 
 CUTS = {
     "usual": {},

@@ -22,7 +22,8 @@ from cuneigh._backends.fused import plan as _fused_plan
 from cuneigh._backends.fused.small import launch as _halo
 from cuneigh._backends.fused.small import plan as _halo_plan
 from cuneigh._gpu.announce import announce
-from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
+from cuneigh._problem import Problem, Spec
+from cuneigh._validate import attention_problem, window_arguments
 from cuneigh._window import Axis
 
 H200 = _device.Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)

@@ -20,7 +20,8 @@ from cuneigh._backends import fused
 from cuneigh._backends.fused import plan as _fused_plan
 from cuneigh._backends.fused.small import launch as _halo
 from cuneigh._backends.fused.small import plan as _halo_plan
-from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
+from cuneigh._problem import Problem, Spec
+from cuneigh._validate import attention_problem, window_arguments
 from cuneigh._window import Axis
 
 H200 = replace(_device.of_capability((9, 0)), sm_count=132)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from cuneigh._backends import cpu, fused, gemm, naive
 from cuneigh._device import Device
@@ -95,6 +95,8 @@ class Backend(Protocol):
 # `fused` has only the functions of the operations that its `unsupported` does not refuse; `cpu`,
 # which competes with none, predicts nothing.
 BACKENDS: tuple[Backend, ...] = (cast(Backend, fused), naive, gemm, cast(Backend, cpu))
+
+BackendName = Literal["fused", "naive", "gemm", "cpu"]
 
 
 def settings() -> tuple[object, ...]:

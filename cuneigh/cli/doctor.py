@@ -27,7 +27,8 @@ from cuneigh import _jit, reference
 from cuneigh._backends import BACKENDS, Backend
 from cuneigh._device import CPU, Device, cuda
 from cuneigh._jit import _compiler
-from cuneigh._problem import DTYPES, Operands, Problem, Spec, Window, attention_problem
+from cuneigh._problem import DTYPES, Operands, Problem, Spec
+from cuneigh._validate import Window, attention_problem
 
 
 def add_parser(subparsers: Any) -> None:
