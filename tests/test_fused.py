@@ -231,7 +231,7 @@ def test_kernels_do_not_spill(device, head_dim, dtype, operation, tmp_path):
             # Those for one entry a block are a part of those for several
             if kernel.name == f"fused/{operation}" and "kSeveral = false" not in kernel.plan
         ]
-    assert kernels
+    assert kernels or fused.unsupported(problem, device) is not None
     for (kernel, _), compiled in _jit.precompile(kernels, [device.arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
         assert spilled == 0, f"{kernel.name} spills {spilled} on {device.arch}:\n{kernel.plan}"
