@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -66,6 +68,15 @@ def cuda(index: int) -> Device:
         sm_count=properties["multiProcessorCount"],
         shared_memory=properties["sharedMemPerBlockOptin"],
     )
+
+
+@cache
+def driver_library() -> ctypes.CDLL | None:
+    """The CUDA driver's library; None where no driver is installed."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
 
 
 def current(index: int) -> AbstractContextManager[Any]:

@@ -32,7 +32,9 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
 from cuneigh._backends import cpu
-from cuneigh._backends.cpu import _gradients, _threads, _tiles
+from cuneigh._backends.cpu import gradients as gradient_sums
+from cuneigh._backends.cpu import threads as cpu_threads
+from cuneigh._backends.cpu import tiles
 from cuneigh._device import CPU, Device
 from cuneigh._problem import Operands, Spec
 from cuneigh._validate import attention_problem, neighborhood_axes, window_arguments
@@ -50,12 +52,12 @@ def cut(name, threads=2):
     """Problems are cut up in the way called `name` and run on so many threads."""
     with pytest.MonkeyPatch.context() as patch:
         for limit, value in CUTS[name].items():
-            patch.setattr(_tiles, limit, value)
+            patch.setattr(tiles, limit, value)
         patch.setenv("CUNEIGH_NUM_THREADS", str(threads))
-        for cached in (_tiles.cut, _tiles._kept_boxes):
+        for cached in (tiles.cut, tiles._kept_boxes):
             cached.cache_clear()
         yield
-    for cached in (_tiles.cut, _tiles._kept_boxes):
+    for cached in (tiles.cut, tiles._kept_boxes):
         cached.cache_clear()
 
 
@@ -94,7 +96,7 @@ def test_strips_hold_every_query_once_and_all_that_it_sees(data, queries, biased
     (axis,) = neighborhood_axes("test", tokens, data.draw(windows(tokens, rpb=biased)))
     start, end = axis.windows()
     seen = []
-    for strip in _tiles.strips(axis, queries, biased):
+    for strip in tiles.strips(axis, queries, biased):
         assert 1 <= strip.queries <= queries
         visible = strip.visible()
         for query, key in zip(strip.first_query, strip.first_key, strict=True):
@@ -115,7 +117,7 @@ def test_strips_hold_every_query_once_and_all_that_it_sees(data, queries, biased
 def test_boxes_hold_every_query_of_every_head_once(problem, name):
     count = np.zeros(problem.lse.shape, int)
     with cut(name):
-        for box in _tiles.boxes(problem):
+        for box in tiles.boxes(problem):
             place = box.query_place
             tokens = [
                 np.add.outer(first, offset)
@@ -126,9 +128,9 @@ def test_boxes_hold_every_query_of_every_head_once(problem, name):
 
 
 def test_tiles_of_a_long_problem_are_few_kinds():
-    strips = _tiles.strips(neighborhood_axes("test", (4096,), window(129))[0], 64, False)
+    strips = tiles.strips(neighborhood_axes("test", (4096,), window(129))[0], 64, False)
     assert len(strips) <= 3
-    causal = _tiles.strips(neighborhood_axes("test", (4096,), window(129, causal=True))[0], 64, 0)
+    causal = tiles.strips(neighborhood_axes("test", (4096,), window(129, causal=True))[0], 64, 0)
     assert max(strip.keys for strip in causal) == 129 + 63
 
 
@@ -309,7 +311,7 @@ def test_calls_from_several_threads_do_not_disturb_each_other():
 
 def test_an_error_ends_all_threads_and_gives_the_blas_threads_back(monkeypatch):
     problem = attention((64, 64), (8, 8), "float32", 7, "backward")
-    limits, parts, add = blas_threads(), [], _gradients.Sums.add
+    limits, parts, add = blas_threads(), [], gradient_sums.Sums.add
 
     def fail_at_the_third(sums, part):
         parts.append(part)
@@ -317,7 +319,7 @@ def test_an_error_ends_all_threads_and_gives_the_blas_threads_back(monkeypatch):
             raise MemoryError("enough")
         add(sums, part)
 
-    monkeypatch.setattr(_gradients.Sums, "add", fail_at_the_third)
+    monkeypatch.setattr(gradient_sums.Sums, "add", fail_at_the_third)
     with cut("many boxes", threads=3), pytest.raises(MemoryError, match="enough"):
         run_backend(cpu, problem, inputs(problem, np.random.default_rng(0)))
     assert len(parts) == 3
@@ -351,13 +353,13 @@ def test_a_forked_process_computes():
 def test_environment_variables_set_the_number_of_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("CUNEIGH_NUM_THREADS", "5")
-    assert _threads.thread_count() == 5
+    assert cpu_threads.thread_count() == 5
     monkeypatch.setenv("CUNEIGH_NUM_THREADS", "many")
-    assert _threads.thread_count() == 3
+    assert cpu_threads.thread_count() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "0")
-    assert _threads.thread_count() == 1
+    assert cpu_threads.thread_count() == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert 1 <= _threads.thread_count() <= os.cpu_count()
+    assert 1 <= cpu_threads.thread_count() <= os.cpu_count()
 
 
 def test_arrays_on_a_gpu_are_refused_with_the_reason():
@@ -368,5 +370,5 @@ def test_arrays_on_a_gpu_are_refused_with_the_reason():
 
 def test_a_tile_of_a_very_long_window_is_small():
     problem = attention((1 << 20,), (64, 64), kernel_size=1 << 20)
-    box = next(iter(_tiles.boxes(problem)))
+    box = next(iter(tiles.boxes(problem)))
     assert math.prod((*box.lead, box.tile.keys, box.tile.width)) <= 1 << 24

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,9 @@ from hypothesis import given
 
 import cuneigh
 from cuneigh import _backends
+from cuneigh._frameworks import ADAPTERS
+from cuneigh._frameworks.contract import refuse
+from cuneigh._frameworks.numpy import NumPyAdapter
 from cuneigh._problem import DTYPES, Spec
 
 
@@ -164,6 +168,38 @@ def test_arrays_of_two_frameworks_are_refused(name):
     lse = framework(other).of(np.zeros(SHAPE[:-1], np.float32))
     with pytest.raises(TypeError, match=r"lses\[0\] is of type .*, but outputs\[0\] is of type"):
         cuneigh.merge_attentions([query], [lse])
+
+
+class Boxed:
+    """The array of a toy framework: a NumPy array in a box."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+
+class BoxedAdapter(NumPyAdapter):
+    def check(self, call, name, array, *, borrowed):
+        if type(array) is not Boxed:
+            refuse(call, name, array, "a box is needed")
+
+    def spec(self, array):
+        return super().spec(array.array)
+
+    def empty(self, own, shape, dtype):
+        return Boxed(super().empty(own, shape, dtype))
+
+    def borrow(self, array):
+        return array.array
+
+
+def test_a_new_framework_is_a_module_and_a_line_in_the_table(monkeypatch):
+    monkeypatch.setitem(sys.modules, "adapter_of_boxes", SimpleNamespace(ADAPTER=BoxedAdapter()))
+    monkeypatch.setitem(ADAPTERS, Boxed.__module__.partition(".")[0], "adapter_of_boxes")
+    plain = arrays("numpy", 3)
+    output = cuneigh.na2d(*map(Boxed, plain), 3)
+    np.testing.assert_array_equal(output.array, cuneigh.na2d(*plain, 3))
+    with pytest.raises(TypeError, match=r"but query is of type .*Boxed: all arrays must"):
+        cuneigh.na2d(Boxed(plain[0]), plain[1], plain[2], 3)
 
 
 # PyTorch

@@ -186,11 +186,26 @@ def test_arrays_on_the_cpu_and_a_gpu_are_refused(name):
 
 
 @pytest.mark.gpu
+def test_a_cupy_call_like_one_before_is_not_examined_again(monkeypatch):
+    query, key, value = arrays("cupy", 3)
+    for _ in range(2):  # at the first, the type of the arrays may not have been seen
+        wanted = cuneigh.na2d(query, key, value, 3)
+    monkeypatch.setattr("cuneigh._ops.compute.examine", None)
+    assert (cuneigh.na2d(query, key, value, 3) == wanted).all()
+    for other in (query.get(), key.astype("float16"), key[:, :5], None):
+        with pytest.raises(TypeError, match="NoneType"):
+            cuneigh.na2d(query, other, value, 3)
+
+
+@pytest.mark.gpu
 def test_a_cupy_array_off_its_alignment_is_refused():
     import cupy
 
     memory = cupy.zeros(4 * 2 * 9 * 4 + 1, "uint8")
-    query = memory[1:].view("float32").reshape(2, 9, 1, 4)
+    aligned, query = (
+        part.view("float32").reshape(2, 9, 1, 4) for part in (memory[:-1], memory[1:])
+    )
+    cuneigh.na1d(aligned, aligned, aligned, 3)  # which looks the same
     with pytest.raises(ValueError, match=r"query starts at .* not a multiple of its item size 4"):
         cuneigh.na1d(query, query, query, 3)
 

@@ -29,10 +29,11 @@ from hypothesis import strategies as st
 
 from cuneigh import _backends, _jit
 from cuneigh._backends import fused, gemm, naive
-from cuneigh._backends.gemm import launch as _walk
-from cuneigh._backends.gemm import plan as _gemm_plan
+from cuneigh._backends.gemm import launch, sources
+from cuneigh._backends.gemm import plan as gemm_plan
 from cuneigh._backends.gemm.plan import cut_axis
-from cuneigh._device import CPU, Device
+from cuneigh._device import CPU, Device, cuda
+from cuneigh._gpu.arrays import Array, Pointer
 from cuneigh._problem import Operands, Spec
 from cuneigh._validate import attention_problem, dense_problem, window_arguments
 from cuneigh._window import Axis
@@ -93,12 +94,12 @@ def test_a_cut_of_cross_attention_holds_all_keys(length, key_length, size):
     assert cut_axis(axis, size) == (size, math.ceil(length / size), key_length)
 
 
-LIMITS = st.sampled_from([1, 1 << 12, 1 << 16, 1 << 20, _gemm_plan.WORKSPACE_BYTES])
+LIMITS = st.sampled_from([1, 1 << 12, 1 << 16, 1 << 20, gemm_plan.WORKSPACE_BYTES])
 
 
 @given(problem=problems(), limit=LIMITS, contiguous=st.booleans())
 def test_a_plan_covers_the_problem(problem, limit, contiguous):
-    plan = _gemm_plan.make_plan(problem, limit, contiguous=contiguous)
+    plan = gemm_plan.make_plan(problem, limit, contiguous=contiguous)
     assert plan.rows == problem.group_size * math.prod(plan.box)
     assert plan.columns >= plan.keys + (problem.additional or 0)
     assert plan.columns % 8 == 0
@@ -121,11 +122,11 @@ def test_a_plan_covers_the_problem(problem, limit, contiguous):
 
 @given(problem=problems(), limit=LIMITS)
 def test_chunks_take_every_tile_once_and_split_pairs_cleanly(problem, limit):
-    plan = _gemm_plan.make_plan(problem, limit)
+    plan = gemm_plan.make_plan(problem, limit)
     chunks = plan.chunks()
     assert list(itertools.chain(*chunks)) == list(range(plan.tiles))
     for chunk in chunks:
-        assert 1 <= len(chunk) <= min(plan.chunk, _gemm_plan.MOST_TILES)
+        assert 1 <= len(chunk) <= min(plan.chunk, gemm_plan.MOST_TILES)
         pairs = {tile // plan.pair_tiles for tile in chunk}
         whole = chunk.start % plan.pair_tiles == chunk.stop % plan.pair_tiles == 0
         assert whole or len(pairs) == 1
@@ -133,13 +134,13 @@ def test_chunks_take_every_tile_once_and_split_pairs_cleanly(problem, limit):
 
 @given(problem=problems(), limit=LIMITS)
 def test_a_plan_stays_within_the_limit_or_takes_the_least_there_is(problem, limit):
-    plan = _gemm_plan.make_plan(problem, limit)
+    plan = gemm_plan.make_plan(problem, limit)
     if plan.chunk_bytes > limit:
         assert plan.chunk == 1
         least = min(
             made.tile_bytes
-            for cuts in _gemm_plan.candidates(problem)
-            if (made := _gemm_plan.make(problem, cuts, limit, False, False))
+            for cuts in gemm_plan.candidates(problem)
+            if (made := gemm_plan.make(problem, cuts, limit, False, False))
         )
         assert plan.chunk_bytes <= least
 
@@ -147,8 +148,8 @@ def test_a_plan_stays_within_the_limit_or_takes_the_least_there_is(problem, limi
 def test_a_large_gradient_needs_no_more_than_the_sums_of_one_head_on_top():
     for dtype, on_top in (("float16", 4 * 2**20 * 128), ("float32", 0)):
         problem = attention((1024, 1024), 13, (64, 64), dtype, "backward", heads=8)
-        plan = _gemm_plan.make_plan(problem)
-        assert plan.bytes <= _gemm_plan.WORKSPACE_BYTES + on_top
+        plan = gemm_plan.make_plan(problem)
+        assert plan.bytes <= gemm_plan.WORKSPACE_BYTES + on_top
         assert len(plan.chunks()) < 1000
 
 
@@ -156,7 +157,7 @@ def test_what_does_not_fit_is_refused_with_the_number_of_bytes(monkeypatch):
     problem = attention((64,), 9)
     assert gemm.unsupported(problem, GPU) is None
     monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", "100")
-    plan = _gemm_plan.make_plan(problem, 100)
+    plan = gemm_plan.make_plan(problem, 100)
     assert str(plan.bytes) in gemm.unsupported(problem, GPU)
     assert "CUNEIGH_WORKSPACE_BYTES" in gemm.unsupported(problem, GPU)
     monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", str(plan.bytes))
@@ -201,17 +202,17 @@ def test_the_cpu_is_refused():
         ((8, 8, 8), 3, 1, True),
     ],
 )
-def test_tokens_are_multiplied_in_place_where_they_lie_at_one_step(
+def test_tokens_are_multiplied_in_place_where_they_lie_at_one_stride(
     tokens, kernel_size, dilation, direct
 ):
     problem = attention(tokens, kernel_size, (64, 64), "float16", dilation=dilation)
-    assert _gemm_plan.make_plan(problem).direct == direct
-    assert not _gemm_plan.make_plan(problem, contiguous=False).direct
-    assert not _gemm_plan.make_plan(replace(problem, additional=2)).direct
+    assert gemm_plan.make_plan(problem).direct == direct
+    assert not gemm_plan.make_plan(problem, contiguous=False).direct
+    assert not gemm_plan.make_plan(replace(problem, additional=2)).direct
 
 
 @pytest.mark.parametrize(
-    ("view", "one_step"),
+    ("view", "one_stride"),
     [
         (lambda a: a, True),
         (lambda a: a[:, :, :, :, ::2], True),  # every second head
@@ -222,23 +223,26 @@ def test_tokens_are_multiplied_in_place_where_they_lie_at_one_step(
         (lambda a: np.broadcast_to(a[:, :1, :1, :1], a.shape), False),
     ],
 )
-def test_whether_tokens_lie_at_one_step(view, one_step):
-    assert gemm._one_step((view(np.zeros((2, 3, 4, 5, 6, 8), np.float32)),)) == one_step
+def test_whether_tokens_lie_at_one_stride(view, one_stride):
+    seen = view(np.zeros((2, 3, 4, 5, 6, 8), np.float32))
+    strides = tuple(stride // seen.itemsize for stride in seen.strides)
+    array = Array(Pointer(0), seen.shape, "float32", strides, 0)
+    assert launch._one_stride((array,)) == one_stride
 
 
 @given(problem=problems(), repeats=st.sampled_from([1, 10, 100, 1000]))
 def test_a_row_is_held_by_its_lanes(problem, repeats):
-    plan = _gemm_plan.make_plan(problem)
+    plan = gemm_plan.make_plan(problem)
     plan = replace(plan, columns=plan.columns * repeats)
-    assert _walk.lanes(problem, plan) in (4, 8, 16, 32)
-    lines = _walk.softmax_source(problem, plan).splitlines()
+    assert plan.lanes(problem) in (4, 8, 16, 32)
+    lines = sources.softmax_source(problem, plan).splitlines()
     constants = dict(re.findall(r"int (\w+) = (\d+);", "\n".join(lines)))
     lanes, packets = int(constants["kLanes"]), int(constants["kPackets"])
     packet = 16 // DTYPES[problem.accumulator]
     if packets:
         assert packets * lanes * packet >= plan.columns
     else:
-        assert plan.columns > _walk.HELD_PACKETS[-1] * _walk.THREADS * packet
+        assert plan.columns > sources.HELD_PACKETS[-1] * sources.THREADS * packet
 
 
 # Kernels
@@ -263,7 +267,7 @@ def test_every_operation_agrees_with_the_oracle(operation, data, rng, layout):
 @given(data=st.data(), rng=generators(), tiles=st.integers(1, 5))
 def test_any_number_of_chunks_agrees_with_the_oracle(operation, data, rng, tiles):
     problem = data.draw(problems(operations=(operation,)))
-    least = _gemm_plan.make_plan(problem, 1)
+    least = gemm_plan.make_plan(problem, 1)
     limit = tiles * least.tile_bytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUNEIGH_WORKSPACE_BYTES", str(limit))
@@ -273,7 +277,7 @@ def test_any_number_of_chunks_agrees_with_the_oracle(operation, data, rng, tiles
 @pytest.mark.gpu
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("limit", [_gemm_plan.WORKSPACE_BYTES, 1 << 18])
+@pytest.mark.parametrize("limit", [gemm_plan.WORKSPACE_BYTES, 1 << 18])
 @pytest.mark.parametrize("dilation", [1, 4])
 @pytest.mark.parametrize("window", [(7, 1, False), (31, 3, False), (32, 5, True), (48, 1, False)])
 def test_tokens_in_place_agree_with_the_oracle(
@@ -385,7 +389,7 @@ def test_kernels_names_what_a_contiguous_call_loads(problem):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_jit, "load", recording)
         run_backend(gemm, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
-    assert loaded == set(gemm.kernels(problem))
+    assert loaded == set(gemm.kernels(problem, cuda(0)))
 
 
 @pytest.mark.gpu

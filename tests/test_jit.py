@@ -1,93 +1,24 @@
-"""The JIT: what is compiled, when it is compiled again, and what survives on disk."""
+"""The JIT: what is compiled, when it is compiled again, and what is chosen for a device."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import stat
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers.toy_kernel import KERNEL, TOY, needs_nvrtc
 
 from cuneigh import _device, _jit
-from cuneigh._backends import fused, gemm, naive
-from cuneigh._jit import Cache, CompilationError, Kernel, Resources, Sources
+from cuneigh._jit import Cache, CompilationError, Kernel, Sources
 from cuneigh._jit import _build as build
 from cuneigh._jit import _compiler as compiler
 from cuneigh._jit import _load as load
-from cuneigh._problem import DTYPES, Operation, Problem
-from cuneigh._window import Axis
 
-needs_nvrtc = pytest.mark.skipif(
-    compiler.version() is None or compiler.header_directory() is None,
-    reason="NVRTC and the CUDA headers are not installed",
-)
-
-TOY = """\
-#include "cuneigh/toy.cuh"
-namespace cuneigh {
-template <typename Plan>
-__global__ void toy(typename Plan::Number* x) { x[threadIdx.x] += kOffset + Plan::kStep; }
-}
-"""
-KERNEL = Kernel("toy", "using Number = number;\nstatic constexpr int kStep = 2;")
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    root = tmp_path / "cuda"
-    (root / "cuneigh").mkdir(parents=True)
-    (root / "toy.cu").write_text(TOY)
-    header = (
-        "#pragma once\nnamespace cuneigh { using number = float; constexpr int kOffset = 1; }\n"
-    )
-    (root / "cuneigh" / "toy.cuh").write_text(header)
-    return root
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache")
-
-
-@pytest.fixture
-def installation(tree: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy sources and the cache take the place of the real ones."""
-    sources = Sources(tree)
-    monkeypatch.setattr(build, "packaged", lambda: sources)
-    monkeypatch.setenv("CUNEIGH_CACHE_DIR", str(cache.root))
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it to make NVRTC disappear."""
-
-    def disappear() -> None:
-        def missing() -> Any:
-            raise CompilationError("NVRTC is missing")
-
-        monkeypatch.setattr(compiler, "_nvrtc", missing)
-        for cached in (compiler.version, compiler.architectures):
-            monkeypatch.setattr(compiler, cached.__name__, cached.__wrapped__)
-
-    return disappear
-
-
-def built(cubin: bytes = b"cubin") -> compiler.Built:
-    return compiler.Built(cubin, "entry", Resources(1, 2, 3, 4, 5))
-
-
-def entries(cache: Cache) -> list[Path]:
-    """Everything in the directory, drafts included, down to the entries."""
-    return sorted(entry for key in cache.root.iterdir() for entry in (key, *key.iterdir()))
+pytest_plugins = ["helpers.toy_installation"]
 
 
 # Compiling
@@ -190,7 +121,70 @@ def test_missing_headers_say_what_to_install(
         _jit.compile(KERNEL, "sm_80", cache=cache, sources=Sources(tree))
 
 
+WGMMA = """\
+#define MULTIPLY \\
+  asm volatile("{ wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16" \\
+               " {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0; }" \\
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+namespace cuneigh { template <typename Plan>
+__global__ void __launch_bounds__(128) toy(float* x, unsigned long long a, unsigned long long b) {
+  float d[4];
+  for (int i = 0; i < 4; ++i) d[i] = x[threadIdx.x + 128 * i];
+  asm volatile("wgmma.fence.sync.aligned;");
+  MULTIPLY
+  BETWEEN
+  asm volatile("wgmma.commit_group.sync.aligned;");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  for (int i = 0; i < 4; ++i) x[threadIdx.x + 128 * i] = d[i];
+} }
+"""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("between", "serialized"), [("", False), ("d[0] += 1; MULTIPLY", True)])
+def test_advice_is_read_from_the_log(
+    tree: Path, cache: Cache, between: str, serialized: bool
+) -> None:
+    """A sum that is touched before its product is complete makes the assembler wait for each."""
+    (tree / "toy.cu").write_text(WGMMA.replace("BETWEEN", between))
+    kernel = Kernel("toy", "", arch_specific=True)
+    first = _jit.compile(kernel, "sm_90", cache=cache, sources=Sources(tree))
+    advice = first.resources.advice
+    assert bool(advice) == serialized
+    assert all("C75" in line and "wgmma" in line for line in advice)
+    assert _jit.compile(kernel, "sm_90", cache=cache, sources=Sources(tree)) == first
+
+
+@needs_nvrtc
+def test_what_only_one_architecture_has_is_compiled_for_it(tree: Path, cache: Cache) -> None:
+    """`wgmma` exists in sm_90a alone: asked for sm_90, that is what is meant."""
+    (tree / "toy.cu").write_text(WGMMA.replace("BETWEEN", ""))
+    sources = Sources(tree)
+    with pytest.raises(CompilationError, match="wgmma"):
+        _jit.compile(Kernel("toy", ""), "sm_90", cache=cache, sources=sources)
+    kernel = Kernel("toy", "", arch_specific=True)
+    compiled = _jit.compile(kernel, "sm_90", cache=cache, sources=sources)
+    assert compiled == _jit.compile(kernel, "sm_90a", cache=cache, sources=sources)
+    assert "sm_90a" in str(compiled.cubin)
+
+
 # The key
+
+
+@needs_nvrtc
+def test_a_kernel_in_a_folder_has_one_directory_and_no_slash_in_its_name(
+    tree: Path, cache: Cache
+) -> None:
+    (tree / "of").mkdir()
+    text = TOY.replace("namespace cuneigh", "namespace cuneigh::of")
+    (tree / "of" / "toy.cu").write_text(text)
+    kernel = Kernel("of/toy", KERNEL.plan)
+    compiled = _jit.compile(kernel, "sm_80", cache=cache, sources=Sources(tree))
+    assert kernel.instance == "cuneigh::of::toy<cuneigh::Plan>"
+    key, *_ = compiled.cubin.relative_to(cache.root).parts
+    assert key == build.key_of(kernel, "sm_80", Sources(tree))
+    assert key.startswith("of.toy-sm_80-")
+    assert cache.contents()[0] == 1
 
 
 def test_key_covers_all_that_a_cubin_depends_on(
@@ -230,282 +224,6 @@ def test_what_is_hashed_is_what_is_compiled(tree: Path, cache: Cache) -> None:
     assert _jit.compile(KERNEL, "sm_80", cache=cache, sources=sources).cubin.parts[-3] == key
 
 
-# The cache
-
-
-@needs_nvrtc
-def test_second_compile_is_a_cache_hit(
-    tree: Path, cache: Cache, no_compiler: Callable[[], None]
-) -> None:
-    first = _jit.compile(KERNEL, "sm_80", cache=cache, sources=Sources(tree))
-    no_compiler()
-    assert compiler.version() is None
-    assert _jit.compile(KERNEL, "sm_80", cache=cache, sources=Sources(tree)) == first
-    with pytest.raises(CompilationError, match="NVRTC is missing"):
-        _jit.compile(KERNEL, "sm_86", cache=cache, sources=Sources(tree))
-
-
-@needs_nvrtc
-def test_filled_cache_is_used_without_cupy(tree: Path, cache: Cache) -> None:
-    expected = _jit.compile(KERNEL, "sm_80", cache=cache, sources=Sources(tree))
-    script = (
-        "import sys; sys.modules['cupy'] = None\n"
-        "from pathlib import Path\n"
-        "from cuneigh import _jit\n"
-        f"print(_jit.compile(_jit.{KERNEL!r}, 'sm_80', cache=_jit.Cache(Path({str(cache.root)!r})),"
-        f" sources=_jit.Sources(Path({str(tree)!r}))).cubin)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == str(expected.cubin)
-
-
-def test_version_rule(cache: Cache) -> None:
-    """NVRTC's own version counts where it is installed, the newest one elsewhere."""
-    for version in ("12.9", "13.0", "12.10"):
-        cache.store("key", version, "unit", built(version.encode()))
-
-    def found(version: str | None) -> bytes | None:
-        compiled = cache.find("key", version)
-        return compiled and compiled.cubin.read_bytes()
-
-    assert found("12.9") == b"12.9"
-    assert found("13.1") is None
-    assert found(None) == b"13.0"
-    (cache.root / "key" / "nvrtc-13.0" / "kernel.cubin").unlink()
-    assert found(None) == b"12.10"
-    assert cache.find("another", None) is None
-
-
-def truncate(entry: Path) -> None:
-    cubin = entry / "kernel.cubin"
-    cubin.write_bytes(cubin.read_bytes()[:-1])
-
-
-def flip_a_bit(entry: Path) -> None:
-    cubin = entry / "kernel.cubin"
-    content = bytearray(cubin.read_bytes())
-    content[len(content) // 2] ^= 1
-    cubin.write_bytes(content)
-
-
-def write_metadata(text: str) -> Callable[[Path], None]:
-    def damage(entry: Path) -> None:
-        (entry / "kernel.json").write_bytes(text.encode("latin-1"))
-
-    return damage
-
-
-def change_metadata(**changes: object) -> Callable[[Path], None]:
-    def damage(entry: Path) -> None:
-        metadata = json.loads((entry / "kernel.json").read_text()) | changes
-        (entry / "kernel.json").write_text(json.dumps(metadata))
-
-    return damage
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda entry: (entry / name).unlink()
-
-
-def empty(entry: Path) -> None:
-    for file in entry.iterdir():
-        file.unlink()
-
-
-DAMAGES = {
-    "truncated cubin": truncate,
-    "flipped bit": flip_a_bit,
-    "no cubin": remove("kernel.cubin"),
-    "no metadata": remove("kernel.json"),
-    "empty metadata": write_metadata(""),
-    "garbage metadata": write_metadata("\xff\xfe{"),
-    "other JSON": write_metadata("[1, 2]"),
-    "missing field": write_metadata('{"entry": "x"}'),
-    "bad resources": change_metadata(resources={"registers": 1, "unknown": 2}),
-    "bad checksum": change_metadata(sha256=None),
-    "empty directory": empty,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_damaged_entry_is_rebuilt(cache: Cache, damage: Callable[[Path], None]) -> None:
-    first = cache.store("key", "13.0", "unit", built())
-    damage(first.cubin.parent)
-    assert cache.find("key", "13.0") is None
-    assert cache.find("key", None) is None
-    assert cache.store("key", "13.0", "unit", built()) == first
-    assert cache.find("key", "13.0") == first
-    assert first.cubin.read_bytes() == b"cubin"
-    assert len(entries(cache)) == 2, "one key, one version and no draft"
-
-
-@needs_nvrtc
-def test_damaged_entry_is_compiled_again(tree: Path, cache: Cache) -> None:
-    first = _jit.compile(KERNEL, "sm_80", cache=cache, sources=Sources(tree))
-    cubin = first.cubin.read_bytes()
-    truncate(first.cubin.parent)
-    assert _jit.compile(KERNEL, "sm_80", cache=cache, sources=Sources(tree)) == first
-    assert len(first.cubin.read_bytes()) == len(cubin)
-
-
-def test_first_writer_wins(cache: Cache) -> None:
-    first = cache.store("key", "13.0", "unit", built(b"first"))
-    assert cache.store("key", "13.0", "unit", built(b"second")) == first
-    assert first.cubin.read_bytes() == b"first"
-    assert len(entries(cache)) == 2, "the loser's draft is gone"
-
-
-def test_many_writers_at_once(cache: Cache) -> None:
-    """Every thread always sees a whole entry, even while others repair a damaged one."""
-    threads, rounds = 4, 30
-    ready = threading.Barrier(threads)
-    wrong: list[object] = []
-
-    def write() -> None:
-        for round_ in range(rounds):
-            try:
-                if ready.wait() == 0 and round_ % 2:
-                    truncate(cache.root / f"key{round_ - 1}" / "nvrtc-13.0")
-                ready.wait()
-                key = f"key{round_ - round_ % 2}"  # written in even rounds, repaired in odd ones
-                compiled = cache.store(key, "13.0", "unit", built())
-                if compiled.cubin.read_bytes() != b"cubin" or cache.find(key, "13.0") != compiled:
-                    wrong.append(compiled)
-            except BaseException as error:
-                wrong.append(error)
-                ready.abort()
-                return
-
-    pool = [threading.Thread(target=write) for _ in range(threads)]
-    for thread in pool:
-        thread.start()
-    for thread in pool:
-        thread.join()
-    assert not wrong
-    assert len(entries(cache)) == rounds
-
-
-@needs_nvrtc
-def test_processes_compile_the_same_kernel_at_once(tree: Path, cache: Cache) -> None:
-    script = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from cuneigh import _jit\n"
-        "_jit._compiler.version()\n"  # all that takes long before the race
-        "print('ready', flush=True); sys.stdin.readline()\n"
-        f"print(_jit.compile(_jit.{KERNEL!r}, 'sm_80', cache=_jit.Cache(Path({str(cache.root)!r})),"
-        f" sources=_jit.Sources(Path({str(tree)!r}))).cubin)"
-    )
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", script], **pipes) for _ in range(4)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    cubins = {process.communicate(timeout=60)[0] for process in processes}
-    assert [process.returncode for process in processes] == [0] * 4
-    (cubin,) = cubins
-    assert cubin.strip() == str(
-        _jit.compile(KERNEL, "sm_80", cache=cache, sources=Sources(tree)).cubin
-    )
-    assert len(entries(cache)) == 2
-
-
-def test_entries_can_be_read_by_all_that_the_umask_allows(cache: Cache) -> None:
-    """A cache that root fills in a container image must serve the image's users."""
-    mask = os.umask(0o022)
-    try:
-        compiled = cache.store("key", "13.0", "unit", built())
-    finally:
-        os.umask(mask)
-    if os.name == "posix":
-        for path in (compiled.cubin, *compiled.cubin.parents[:2]):
-            assert stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044
-
-
-@pytest.fixture
-def unwritable(tmp_path: Path) -> Path:
-    """A directory that not even root can make."""
-    (tmp_path / "file").touch()
-    return tmp_path / "file" / "cache"
-
-
-def test_unwritable_cache_falls_back_to_a_temporary_directory(unwritable: Path) -> None:
-    cache = Cache(unwritable, spare=True)
-    assert cache.find("key", "13.0") is None
-    with pytest.warns(RuntimeWarning, match=r"cannot write .*CUNEIGH_CACHE_DIR"):
-        compiled = cache.store("key", "13.0", "unit", built())
-    assert compiled.cubin.read_bytes() == b"cubin"
-    assert cache.find("key", "13.0") == compiled
-    cache.store("other", "13.0", "unit", built())  # warns once: warnings are errors here
-    del cache
-    assert not compiled.cubin.exists(), "the temporary directory goes with its cache"
-
-
-def test_read_only_cache_is_still_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = cache.store("key", "13.0", "unit", built())
-
-    def refuse(*arguments: object) -> Any:
-        raise PermissionError("read-only file system")
-
-    monkeypatch.setattr(Cache, "_store", refuse)
-    assert Cache(cache.root, spare=True).find("key", "13.0") == expected
-
-
-@needs_nvrtc
-def test_precompile_does_not_fall_back(unwritable: Path, installation: None) -> None:
-    with pytest.raises(OSError, match="file"):
-        _jit.precompile([KERNEL], ["sm_80"], unwritable)
-
-
-def test_contents(cache: Cache) -> None:
-    assert cache.contents() == (0, 0)
-    for version in ("12.9", "13.0"):
-        cache.store("key", version, "unit", built(b"x" * 1000))
-    kernels, size = cache.contents()
-    assert kernels == 2
-    assert 2000 < size < 4000
-
-
-def test_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CUNEIGH_CACHE_DIR", str(tmp_path))
-    assert _jit.default_directory() == tmp_path
-    monkeypatch.setenv("CUNEIGH_CACHE_DIR", "~/kernels")
-    assert _jit.default_directory() == Path.home() / "kernels"
-    monkeypatch.setenv("CUNEIGH_CACHE_DIR", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert _jit.default_directory() == tmp_path / "cuneigh"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert _jit.default_directory() == Path.home() / ".cache" / "cuneigh"
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert _jit.default_directory() == Path.home() / "Library" / "Caches" / "cuneigh"
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert _jit.default_directory() == tmp_path / "cuneigh" / "Cache"
-
-
-@needs_nvrtc
-@pytest.mark.usefixtures("installation")
-def test_precompile(cache: Cache) -> None:
-    other = Kernel("toy", KERNEL.plan.replace("2", "3"))
-    compiled = _jit.precompile(
-        iter([KERNEL, other, KERNEL]), iter(["sm_80", "sm_90a"]), cache.root, jobs=2
-    )
-    assert list(compiled) == [
-        (KERNEL, "sm_80"),
-        (KERNEL, "sm_90a"),
-        (other, "sm_80"),
-        (other, "sm_90a"),
-    ]
-    assert cache.contents()[0] == 4
-    for (kernel, arch), result in compiled.items():
-        assert _jit.compile(kernel, arch) == result
-
-
 # What is chosen for a device
 
 
@@ -538,6 +256,11 @@ class TestChoose:
         _jit.precompile([KERNEL], ["sm_80", "sm_90"])
         assert self.arch((9, 0)) == "sm_90"
         assert self.arch((8, 6)) == "sm_86", "what is older is compiled anew"
+
+    def test_what_only_one_architecture_has_is_not_taken_from_another(self) -> None:
+        kernel = Kernel(KERNEL.name, KERNEL.plan, arch_specific=True)
+        _jit.precompile([KERNEL], ["sm_90"])
+        assert "sm_90a" in str(load.choose(kernel, device(9, 0)).cubin)
 
     def test_unknown_device_takes_the_closest_older_architecture(self) -> None:
         newest = max(int(arch[3:]) for arch in compiler.architectures() if arch[3:-1] == "8")
@@ -608,121 +331,3 @@ class TestLoad:
         other.cubin.parent.rename(compiled.cubin.parent)
         with pytest.raises(CompilationError, match=r"the driver.* does not load"):
             _jit.load(KERNEL, here)
-
-
-# Every kernel that ships
-
-
-ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-
-
-def problems(
-    dtype: str,
-    ranks: Iterable[int],
-    head_dim: int = 64,
-    value_dim: int = 64,
-    rpb_dtype: str | None = None,
-    additional: int | None = None,
-    length: int = 1,
-) -> Iterator[Problem]:
-    """Every operation."""
-    for rank, operation in itertools.product(ranks, get_args(Operation)):
-        yield Problem(
-            operation=operation,
-            dtype=dtype,
-            batch=1,
-            heads=1,
-            kv_heads=1,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            axes=(Axis(length, length, 1, 1, 1, False),) * rank,
-            scale=1.0,
-            additional=additional,
-            rpb_dtype=rpb_dtype,
-        )
-
-
-@pytest.fixture(scope="module")
-def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
-def assert_no_spills(
-    of: Iterator[Problem], arch: str, cache: Path, backend: ModuleType = naive
-) -> None:
-    kernels = [kernel for problem in of for kernel in backend.kernels(problem)]
-    assert kernels
-    for (kernel, _), compiled in _jit.precompile(kernels, [arch], cache).items():
-        resources = compiled.resources
-        assert resources.registers > 0, "the log of NVRTC was not understood"
-        spilled = resources.spill_stores + resources.spill_loads
-        assert spilled == 0, f"{kernel.name} spills {spilled} bytes on {arch}:\n{kernel.plan}"
-
-
-# All of the variants on all of the architectures would take many minutes. 3-D kernels hold the most
-# state, so they are compiled for every architecture and the others for one.
-
-
-@needs_nvrtc
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_compile(arch: str, dtype: str, module_cache: Path) -> None:
-    of = problems(dtype, [3], rpb_dtype=dtype, additional=1)
-    assert_no_spills(of, arch, module_cache)
-
-
-@needs_nvrtc
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_of_fewer_axes_compile(dtype: str, module_cache: Path) -> None:
-    of = problems(dtype, [1, 2], rpb_dtype=dtype, additional=1)
-    assert_no_spills(of, "sm_90", module_cache)
-
-
-@needs_nvrtc
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "value_dim", "rpb_dtype"),
-    [
-        ("float32", 32, 32, None),
-        ("float16", 128, 128, "float32"),
-        ("bfloat16", 63, 20, None),  # loads of single elements
-        ("float64", 600, 3, "float64"),  # more than the lanes of a warp hold
-    ],
-)
-def test_kernels_of_other_dimensions_compile(
-    dtype: str, head_dim: int, value_dim: int, rpb_dtype: str | None, module_cache: Path
-) -> None:
-    of = problems(dtype, [2, 3], head_dim, value_dim, rpb_dtype)
-    assert_no_spills(of, "sm_90", module_cache)
-
-
-# The kernels around the batched products hold little; the longest rows of logits are their most.
-
-
-@needs_nvrtc
-@pytest.mark.parametrize(
-    ("dtype", "arch"),
-    [("float16", "sm_90"), ("bfloat16", "sm_75"), ("float32", "sm_120"), ("float64", "sm_90")],
-)
-def test_kernels_around_products_compile(dtype: str, arch: str, module_cache: Path) -> None:
-    of = problems(dtype, [3], rpb_dtype=dtype, additional=3000)
-    assert_no_spills(of, arch, module_cache, gemm)
-
-
-@needs_nvrtc
-def test_kernels_around_products_in_place_compile(module_cache: Path) -> None:
-    of = problems("bfloat16", [1, 2], length=32)
-    assert_no_spills(of, "sm_90", module_cache, gemm)
-
-
-def test_every_source_is_compiled() -> None:
-    """There is no `.cu` that no backend names."""
-    full = [*problems("float16", [3], rpb_dtype="float16", additional=1)]
-    plain = [*problems("float16", [1], length=32)]
-    kernels = {
-        kernel.name
-        for problem in full + plain
-        for backend in (naive, gemm, fused)
-        for kernel in backend.kernels(problem)
-    }
-    sources = {name.removesuffix(".cu") for name in _jit.packaged().texts if name.endswith(".cu")}
-    assert kernels == sources

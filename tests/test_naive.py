@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 
 from cuneigh import _jit
 from cuneigh._backends import naive
-from cuneigh._gpu import rows as _plan
+from cuneigh._device import cuda
+from cuneigh._gpu import rows
 from cuneigh._problem import Operands, Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
 
@@ -42,7 +43,7 @@ def attention(tokens, dims, dtype="float32", kernel_size=3, operation="forward",
 
 @given(problem=problems(), area=st.sampled_from([1, 4, 16, 32, 128]), keys=st.booleans())
 def test_a_box_fits_the_block_and_the_layout(problem, area, keys):
-    box = _plan.box_of(problem, keys, area)
+    box = rows.box_of(problem, keys, area)
     assert math.prod(box) <= area
     counts = problem.key_tokens if keys else problem.tokens
     assert all(1 <= size <= count for size, count in zip(box, counts, strict=True))
@@ -55,7 +56,7 @@ def test_a_box_fits_the_block_and_the_layout(problem, area, keys):
 )
 def test_a_row_plan_covers_its_vectors(dtype, dims, widths):
     widths = [max(width, DTYPES[dtype]) for width in widths]
-    plan = _plan.row_plan(2, dtype, None, *dims, *widths)
+    plan = rows.row_plan(2, dtype, None, *dims, *widths)
     for dim, vector, chunks, exact, capacity, width in (
         (dims[0], plan.key_vector, plan.key_chunks, plan.key_exact, plan.key_capacity, widths[0]),
         (
@@ -71,15 +72,15 @@ def test_a_row_plan_covers_its_vectors(dtype, dims, widths):
         assert dim % vector == 0
         assert exact == (dim == capacity)
         assert plan.wide or dim <= capacity
-        assert vector * chunks <= _plan.MOST_ELEMENTS_PER_LANE[dtype]
+        assert vector * chunks <= rows.MOST_ELEMENTS_PER_LANE[dtype]
     assert plan.lanes in (1, 2, 4, 8, 16, 32)
 
 
 @pytest.mark.parametrize(("rank", "size"), [(1, 64), (2, 96), (3, 128)])
 def test_the_problem_record_has_the_size_that_the_kernels_assert(rank, size):
     problem = attention((4,) * rank, (8, 8))
-    plan = _plan.row_plan(rank, "float32", None, 8, 8)
-    assert naive._record(problem, plan, keys=False).itemsize == size
+    plan = rows.row_plan(rank, "float32", None, 8, 8)
+    assert rows.record_of(problem, plan, keys=False).itemsize == size
 
 
 # Kernels
@@ -216,7 +217,7 @@ def test_kernels_names_what_a_contiguous_call_loads(problem):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_jit, "load", recording)
         run_backend(naive, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
-    assert loaded == set(naive.kernels(problem))
+    assert loaded == set(naive.kernels(problem, cuda(0)))
 
 
 @pytest.mark.gpu

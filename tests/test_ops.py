@@ -325,8 +325,8 @@ def test_the_documentation_is_that_of_the_rank(rank, suffix):
 
 
 def test_every_backend_has_its_name_in_types_and_documentation():
-    names = sorted(backend.NAME for backend in BACKENDS)
-    assert sorted(get_args(BackendName)) == names
+    names = sorted(get_args(BackendName))
+    assert names == sorted(backend.NAME for backend in BACKENDS)
     for name in set(FUNCTIONS) - {"merge_attentions"}:
         function = getattr(cuneigh, name)
         backend = inspect.signature(function, eval_str=True).parameters["backend"]

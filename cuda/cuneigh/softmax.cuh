@@ -1,51 +1,117 @@
-// The running softmax of rows of logits.
+// The softmax of rows of logits S that come some keys at a time: m = max(S), P = exp(S - m),
+// O = P V / sum(P), lse = m + log(sum(P)).
 #pragma once
 
 #include "cuneigh/types.cuh"
 
 namespace cuneigh {
 
-// Tensor core kernels have weights 2^(logit - shift), whose shift follows a row's maximum only when
-// that has moved by more than this, which is seldom; no float16 is near overflow.
-constexpr float kSlack = 8;
-constexpr float kLargest = 3.402823466e38f;
-
+// One row, in the precision of its sums. A row that has seen no finite logit has the weights 0.
 template <typename Number>
-struct Softmax {  // of one row
-  Number maximum = -infinity<Number>();
-  Number sum = 0;  // of exp(logit - maximum)
+struct Softmax {
+  Number row_max = -infinity<Number>();  // m
+  Number row_sum = 0;                    // sum(P)
 
-  // Turns a batch of logits into weights relative to the new maximum. Returns the factor that
-  // brings what was accumulated with earlier weights to the same scale.
-  template <int kBatch>
-  __device__ Number update(Number (&logit)[kBatch]) {
-    Number next = maximum;
+  // Row maximum: the larger one of m and max(S).
+  template <int kKeys>
+  __device__ Number max_with(const Number (&logit)[kKeys]) const {
+    Number larger = row_max;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) next = logit[i] > next ? logit[i] : next;
-    // While every logit is -inf any finite shift will do: all weights are 0.
-    const Number shift = next == -infinity<Number>() ? Number(0) : next;
-    const Number factor = exponential(maximum - shift);
-    sum *= factor;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      logit[i] = exponential(logit[i] - shift);
-      sum += logit[i];
-    }
-    maximum = next;
+    for (int i = 0; i < kKeys; ++i) larger = logit[i] > larger ? logit[i] : larger;
+    return larger;
+  }
+
+  // Rescale: m becomes `larger`. Returns exp(m - larger), by which O must be multiplied as well.
+  __device__ Number rescale(Number larger) {
+    const Number factor = exponential(row_max - finite(larger));
+    row_sum *= factor;
+    row_max = larger;
     return factor;
   }
 
-  // Log of the sum of exp of all logits; -inf for a row without any finite one.
-  __device__ Number lse() const {
-    return sum == 0 ? -infinity<Number>() : maximum + logarithm(sum);
+  // Weights: S becomes P = exp(S - m), and is added to the sum.
+  template <int kKeys>
+  __device__ void exponentiate(Number (&logit)[kKeys]) {
+    const Number subtracted = finite(row_max);
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      logit[i] = exponential(logit[i] - subtracted);
+      row_sum += logit[i];
+    }
   }
-  __device__ Number normalizer() const { return sum == 0 ? Number(0) : 1 / sum; }
+
+  // All three. Returns the factor by which O must be multiplied before P V is added to it.
+  template <int kKeys>
+  __device__ Number update(Number (&logit)[kKeys]) {
+    const Number factor = rescale(max_with(logit));
+    exponentiate(logit);
+    return factor;
+  }
+
+  // Finalize: O is multiplied by `numerator` / sum(P).
+  __device__ Number normalizer(Number numerator = 1) const {
+    return row_sum == 0 ? Number(0) : numerator / row_sum;
+  }
+  __device__ Number lse() const {
+    return row_sum == 0 ? -infinity<Number>() : row_max + logarithm(row_sum);
+  }
+
+  // While all logits are -inf, 0 is subtracted from them: -inf - -inf is NaN.
+  __device__ static Number finite(Number max) {
+    return max == -infinity<Number>() ? Number(0) : max;
+  }
 };
 
-// The lse to subtract from a logit; that of a row without any finite logit makes all weights 0.
+// One row of a tensor core kernel, in base 2: P = 2^(S * scale - m). A thread sums its own keys.
+//
+// m follows the row's maximum only when that has grown by more than kRescaleThreshold, which is
+// seldom. P stays below 2^kRescaleThreshold, so that no sum of float16 products overflows.
+constexpr float kRescaleThreshold = 8;
+constexpr float kLargest = 3.402823466e38f;
+
+struct LazySoftmax {
+  float row_max = -kLargest;  // m; finite, since -inf - -inf is NaN
+  float row_sum = 0;          // sum(P) of this thread's keys
+
+  // Whether m has to follow `tile_max` = max(S * scale).
+  __device__ bool must_rescale(float tile_max) const {
+    return tile_max > row_max + kRescaleThreshold;
+  }
+
+  // Rescale: m becomes `tile_max` if it must. Returns the factor by which O must be multiplied.
+  __device__ float rescale(float tile_max) {
+    if (!must_rescale(tile_max)) tile_max = row_max;
+    const float factor = ex2_approx(row_max - tile_max);
+    row_max = tile_max;
+    row_sum *= factor;
+    return factor;
+  }
+
+  // Weights: P = 2^(S * scale - m), which is added to the sum.
+  __device__ float weight(float logit, float scale) {
+    const float p = ex2_approx(fmaf(logit, scale, -row_max));
+    row_sum += p;
+    return p;
+  }
+
+  // Finalize, given the sum over the keys of all threads: O is multiplied by 1 / sum(P).
+  __device__ static float normalizer(float sum) { return sum == 0 ? 0.0f : rcp_approx(sum); }
+  __device__ float lse(float sum) const {
+    return sum == 0 ? -infinity<float>() : row_max * kLn2 + logf(sum);
+  }
+};
+
+// The lse to subtract from a logit: that of a row without a finite logit makes all weights 0.
+template <typename Number>
+__device__ Number finite_lse(Number lse) {
+  return lse == -infinity<Number>() ? infinity<Number>() : lse;
+}
+
+// Names of the fused kernels for the above.
+constexpr float kSlack = kRescaleThreshold;
 template <typename Number>
 __device__ Number finite_shift(Number lse) {
-  return lse == -infinity<Number>() ? infinity<Number>() : lse;
+  return finite_lse(lse);
 }
 
 }  // namespace cuneigh

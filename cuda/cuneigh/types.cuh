@@ -62,4 +62,24 @@ __device__ inline float64 exponential(float64 x) { return exp(x); }
 __device__ inline float32 logarithm(float32 x) { return logf(x); }
 __device__ inline float64 logarithm(float64 x) { return log(x); }
 
+constexpr float kLog2E = 1.44269504f;  // log2(e)
+constexpr float kLn2 = 0.693147181f;   // ln(2)
+
+// The special function unit's 2^x, 1 / x and log2(x). Subnormal numbers count as 0.
+__device__ inline float ex2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float lg2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace cuneigh

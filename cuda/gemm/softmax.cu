@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
           *reinterpret_cast<Weights*>(target + column) = packet;
         };
         const int first = Lanes::lane() * kVector;
-        Number maximum = -infinity<Number>(), sum = 0;
+        Softmax<Number> softmax;
 
         if constexpr (Plan::kPackets > 0) {
           // All loads are in flight together; packets of which nothing is seen are not read.
@@ -118,20 +118,13 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 #pragma unroll
           for (int p = 0; p < kHeld; ++p) {
             finish(first + p * kStep, seen[p], held[p]);
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) maximum = held[p][i] > maximum ? held[p][i] : maximum;
+            softmax.row_max = softmax.max_with(held[p]);
           }
-          maximum = team_maximum<Plan::kLanes, Plan::kThreads>(maximum);
-          const Number shift = maximum == -infinity<Number>() ? Number(0) : maximum;
+          softmax.row_max = team_maximum<Plan::kLanes, Plan::kThreads>(softmax.row_max);
 #pragma unroll
-          for (int p = 0; p < kHeld; ++p)
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) {
-              held[p][i] = exponential(held[p][i] - shift);
-              sum += held[p][i];
-            }
-          sum = team_sum<Plan::kLanes, Plan::kThreads>(sum);
-          const Number factor = sum == 0 ? Number(0) : Number(weight_factor<Element>()) / sum;
+          for (int p = 0; p < kHeld; ++p) softmax.exponentiate(held[p]);
+          softmax.row_sum = team_sum<Plan::kLanes, Plan::kThreads>(softmax.row_sum);
+          const Number factor = softmax.normalizer(Number(weight_factor<Element>()));
 #pragma unroll
           for (int p = 0; p < kHeld; ++p)
             if (first + p * kStep < tiles.columns) store(first + p * kStep, held[p], factor);
@@ -141,28 +134,25 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
             if (seen) load(column, logit);
             finish(column, seen, logit);
           };
-          Softmax<Number> softmax;
           for (int column = first; column < tiles.columns; column += kStep) {
             Number logit[kVector];
             logits_at(column, logit);
             softmax.update(logit);
           }
-          maximum = team_maximum<Plan::kLanes, Plan::kThreads>(softmax.maximum);
-          const Number shift = maximum == -infinity<Number>() ? Number(0) : maximum;
-          sum = team_sum<Plan::kLanes, Plan::kThreads>(softmax.sum *
-                                                       exponential(softmax.maximum - shift));
-          const Number factor = sum == 0 ? Number(0) : Number(weight_factor<Element>()) / sum;
+          softmax.rescale(team_maximum<Plan::kLanes, Plan::kThreads>(softmax.row_max));
+          softmax.row_sum = team_sum<Plan::kLanes, Plan::kThreads>(softmax.row_sum);
+          const Number factor = softmax.normalizer(Number(weight_factor<Element>()));
+          const Number subtracted = softmax.finite(softmax.row_max);
           for (int column = first; column < tiles.columns; column += kStep) {
             Number weight[kVector];
             logits_at(column, weight);
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) weight[i] = exponential(weight[i] - shift);
+            for (int i = 0; i < kVector; ++i) weight[i] = exponential(weight[i] - subtracted);
             store(column, weight, factor);
           }
         }
         if (arguments.lse.data && row.exists && Lanes::lane() == 0)
-          *arguments.lse.at(tile.batch, row.token, row.head) =
-              sum == 0 ? -infinity<Number>() : maximum + logarithm(sum);
+          *arguments.lse.at(tile.batch, row.token, row.head) = softmax.lse();
       });
 }
 

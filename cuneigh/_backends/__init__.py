@@ -1,9 +1,13 @@
 """The backends, in order of preference, and the choice among them.
 
-A backend is a module with the functions of `Backend`. Its arrays have been validated by `_problem`
-and belong to one device: NumPy's on the CPU, where it computes at once, and those of a `Program` on
-a GPU, to which it adds launches. It fills results that the caller allocated, never sees an empty
-problem, never writes to an input, and takes workspace only where the caller's framework gives it.
+This is the only file that names backends: a new one is a folder here and an element of `BACKENDS`.
+
+A backend is a module with the functions of `Backend`, and says itself what it takes. It imports
+only `_problem`, `_window`, `_device`, `_jit`, `_gpu` and itself. Its arrays have been validated by
+`_problem` and belong to one device: NumPy's on the CPU, where it computes at once, and those of a
+`Program` on a GPU, to which it adds launches. It fills results that the caller allocated, never
+sees an empty problem, never writes to an input, and takes workspace only where the caller's
+framework gives it.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any, Literal, Protocol, cast
 from cuneigh._backends import cpu, fused, gemm, naive
 from cuneigh._device import Device
 from cuneigh._gpu.program import Program
+from cuneigh._jit import Kernel
 from cuneigh._problem import Operands, Problem
 
 
@@ -34,11 +39,21 @@ class Backend(Protocol):
     @property
     def NAME(self) -> str: ...  # noqa: N802 - a module constant
 
+    @property
+    def SETTINGS(self) -> tuple[str, ...]:  # noqa: N802 - a module constant
+        """The environment variables on which the functions below depend, beside their arguments."""
+
     def unsupported(self, problem: Problem, device: Device) -> str | None:
         """Why this backend cannot run `problem` on `device`; None when it can."""
 
     def predicted_ms(self, problem: Problem, device: Device) -> float:
         """How long a call is expected to take, in milliseconds."""
+
+    def kernels(self, problem: Problem, device: Device) -> list[Kernel]:
+        """What a call of contiguous arrays loads on `device`, if the problem is supported there.
+
+        There may be kernels among them that only calls with other windows load.
+        """
 
     def forward(
         self, problem: Problem, operands: Operands, output: Any, lse: Any, space: Any, /
@@ -92,26 +107,25 @@ class Backend(Protocol):
         """Fill `grad_weights` and every array of `gradients`."""
 
 
-# `fused` has only the functions of the operations that its `unsupported` does not refuse; `cpu`,
-# which competes with none, predicts nothing.
-BACKENDS: tuple[Backend, ...] = (cast(Backend, fused), naive, gemm, cast(Backend, cpu))
-
 BackendName = Literal["fused", "naive", "gemm", "cpu"]
+"""The names of the backends, for type checkers."""
+
+# `fused` lacks the functions of the operations that its `unsupported` refuses.
+BACKENDS: tuple[Backend, ...] = (cast(Backend, fused), naive, gemm, cpu)
 
 
 def settings() -> tuple[object, ...]:
-    """What backends read of the environment when they are asked, as it is stored there.
-
-    `os.environ.get` goes through an exception for a variable that is not set, which takes as long
-    as a launch does.
-    """
+    """The `SETTINGS` of all backends, as the environment stores them; None for those not set."""
+    # `os.environ.get` goes through an exception for a variable that is not set, which takes as long
+    # as a launch does.
     stored = os.environ._data  # type: ignore[attr-defined]
-    return tuple(map(stored.get, _SETTINGS))
+    return tuple(map(stored.get, _setting_keys(BACKENDS)))
 
 
-_SETTINGS = [
-    os.environ.encodekey(name) for name in ("CUNEIGH_WORKSPACE_BYTES", "CUNEIGH_ALLOW_TF32")
-]
+@lru_cache(maxsize=16)
+def _setting_keys(backends: tuple[Backend, ...]) -> list[object]:
+    """The keys of the settings in what `os.environ` keeps."""
+    return [os.environ.encodekey(name) for backend in backends for name in backend.SETTINGS]
 
 
 def choose(problem: Problem, device: Device, name: str | None) -> Backend:

@@ -7,11 +7,9 @@ whatever the backend decides and computes in Python takes the host far longer th
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,66 +17,16 @@ import numpy.typing as npt
 
 from cuneigh import _jit
 from cuneigh._device import Device
-from cuneigh._problem import DTYPES, Spec
+from cuneigh._gpu.arrays import Array, Pointer, contiguous
+from cuneigh._gpu.tensor_map import Encoded, Encoder, TensorMap
+from cuneigh._problem import Spec
 
 Step = Callable[[Sequence[int], int], None]
 """Something to launch, given the addresses of all arrays and a stream."""
 
 
-class Pointer(NamedTuple):
-    """An address that is known when a program runs."""
-
-    slot: int
-    """Its place among the addresses that the program is run with."""
-    offset: int = 0
-    """Bytes to add to that one."""
-
-
-@dataclass(frozen=True)
-class Array:
-    """What a program reads or writes."""
-
-    pointer: Pointer
-    shape: tuple[int, ...]
-    dtype: str
-    steps: tuple[int, ...]
-    """Elements from one entry to the next along each axis."""
-    misalignment: int
-    """Its address modulo 16."""
-
-    @property
-    def itemsize(self) -> int:
-        return DTYPES[self.dtype]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Bytes from one entry to the next along each axis."""
-        return tuple(step * self.itemsize for step in self.steps)
-
-    def component(self, index: int) -> Array:
-        """The array of the numbers at `index` of the last axis."""
-        skipped = index * self.steps[-1] * self.itemsize
-        return Array(
-            self.pointer._replace(offset=self.pointer.offset + skipped),
-            self.shape[:-1],
-            self.dtype,
-            self.steps[:-1],
-            (self.misalignment + skipped) % 16,
-        )
-
-
-@lru_cache(maxsize=4096)
-def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Elements from one entry to the next along each axis of a contiguous array."""
-    return tuple(math.prod(shape[axis:]) for axis in range(1, len(shape) + 1))
-
-
-Parameter = npt.NDArray[Any] | Sequence[int | Pointer]
-"""An argument that a kernel takes by value: a record, or 64-bit words."""
+Parameter = npt.NDArray[Any] | Sequence[int | Pointer] | TensorMap
+"""An argument that a kernel takes by value: a record, 64-bit words, or a tensor map."""
 
 
 class Program:
@@ -100,16 +48,19 @@ class Program:
         for step in self._steps:
             step(addresses, stream)
 
-    # What a backend meets
+    # What a backend adds to it
 
     def array(
-        self, spec: Spec, steps: tuple[int, ...] | None = None, misalignment: int = 0
+        self, spec: Spec, strides: tuple[int, ...] | None = None, misalignment: int = 0
     ) -> Array:
-        """The next argument or result; contiguous and at a multiple of 16 unless said otherwise."""
-        if steps is None:
-            steps = contiguous(spec.shape)
+        """The next argument or result; contiguous and at a multiple of 16 unless said otherwise.
+
+        `strides` count elements.
+        """
+        if strides is None:
+            strides = contiguous(spec.shape)
         self._arrays += 1
-        return Array(Pointer(self._arrays - 1), *spec, steps, misalignment)
+        return Array(Pointer(self._arrays - 1), *spec, strides, misalignment)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Workspace for one run, contiguous and uninitialized."""
@@ -151,13 +102,20 @@ class _Launch:
         from cupy.cuda import driver
 
         self._launch = partial(driver.launchKernel, function, *size)
-        # The frame holds the addresses of the parameters, then the parameters.
+        # The frame holds the address of every parameter, then the parameters but for tensor maps.
         self._frame = array("q", bytes(8 * len(parameters)))
         self._starts: list[tuple[int, int]] = []
+        """(Index of a parameter, byte of the frame where it begins)."""
         self._pointers: list[tuple[int, int, int]] = []
-        for place, parameter in enumerate(parameters):
+        """(Index of a word of the frame, slot, offset)."""
+        self._maps: list[tuple[int, Callable[[int], Encoded], int, int]] = []
+        """(Index of a parameter, what encodes it, slot, offset)."""
+        for index, parameter in enumerate(parameters):
+            if isinstance(parameter, TensorMap):
+                self._maps.append((index, Encoder(parameter).encode, *parameter.pointer))
+                continue
             first = len(self._frame)
-            self._starts.append((place, 8 * first))
+            self._starts.append((index, 8 * first))
             if isinstance(parameter, np.ndarray):
                 self._frame.frombytes(parameter.tobytes() + bytes(-parameter.nbytes % 8))
                 continue
@@ -169,10 +127,14 @@ class _Launch:
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
         frame = self._frame[:]  # other threads may be launching this
         start, _ = frame.buffer_info()
-        for place, offset in self._starts:
-            frame[place] = start + offset
-        for place, slot, offset in self._pointers:
-            frame[place] = addresses[slot] + offset
+        for index, byte in self._starts:
+            frame[index] = start + byte
+        for index, slot, offset in self._pointers:
+            frame[index] = addresses[slot] + offset
+        held = []  # until the launch, after which a map that is not kept may go
+        for index, encode, slot, offset in self._maps:
+            frame[index], memory = encode(addresses[slot] + offset)
+            held.append(memory)
         self._launch(stream, start, 0)
 
 
@@ -204,7 +166,7 @@ class _Copy:
             address = addresses[what.pointer.slot] + what.pointer.offset
             memory = cupy.cuda.UnownedMemory(address, 0, None, self._device)
             start = cupy.cuda.MemoryPointer(memory, 0)
-            return cupy.ndarray(what.shape, f"u{what.itemsize}", start, what.strides)
+            return cupy.ndarray(what.shape, f"u{what.itemsize}", start, what.byte_strides)
 
         with cupy_stream(stream):
             bits(self._target)[...] = bits(self._source)

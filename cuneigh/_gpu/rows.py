@@ -1,4 +1,9 @@
-"""How the naive kernels cut a problem into blocks and lanes: pure arithmetic, no GPU needed."""
+"""Kernels that give every token to a group of lanes: how they are compiled and launched.
+
+A block has `THREADS` threads. The lanes of a group share the head vectors of their token, and a
+block takes as many tokens as it has groups, out of a box of the layout. Vectors that are too long
+for the registers of a group are computed in slices, one block for each.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,17 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
-from cuneigh._problem import DTYPES, Problem
+import numpy as np
+import numpy.typing as npt
+
+from cuneigh import _jit
+from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.program import Program
+from cuneigh._gpu.records import fill_problem, problem_type
+from cuneigh._gpu.views import Views, load_width
+from cuneigh._problem import DTYPES, Operands, Problem
 
 THREADS = 128
 """Threads of a block."""
@@ -25,7 +39,7 @@ PACKET_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What is compiled into a naive kernel; `struct Plan` of cuda/cuneigh/naive.cuh."""
+    """What is compiled into a kernel; `struct Plan` of cuda/cuneigh/rows.cuh."""
 
     rank: int
     element: str
@@ -52,24 +66,34 @@ class RowPlan:
     def value_capacity(self) -> int:
         return self.lanes * self.value_vector * self.value_chunks
 
+    def key_slices(self, head_dim: int) -> int:
+        """Slices of query and key vectors."""
+        return math.ceil(head_dim / self.key_capacity)
+
+    def value_slices(self, value_dim: int) -> int:
+        """Slices of value vectors."""
+        return math.ceil(value_dim / self.value_capacity)
+
     def source(self, **flags: bool) -> str:
         """The members of `struct Plan`, with `flags` that one kernel alone knows."""
-        constants = {
-            "kRank": self.rank,
-            "kThreads": THREADS,
-            "kLanes": self.lanes,
-            "kKeyVector": self.key_vector,
-            "kKeyChunks": self.key_chunks,
-            "kValueVector": self.value_vector,
-            "kValueChunks": self.value_chunks,
-        }
-        lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
-        own = {"kKeyExact": self.key_exact, "kValueExact": self.value_exact, "kWide": self.wide}
-        for name, flag in {**own, **flags}.items():
-            lines.append(f"static constexpr bool {name} = {str(flag).lower()};")
-        lines.append(f"using Element = {self.element};")
-        lines.append(f"using Bias = {self.bias or 'void'};")
-        return "\n".join(lines)
+        return _jit.plan_source(
+            {
+                "kRank": self.rank,
+                "kThreads": THREADS,
+                "kLanes": self.lanes,
+                "kKeyVector": self.key_vector,
+                "kKeyChunks": self.key_chunks,
+                "kValueVector": self.value_vector,
+                "kValueChunks": self.value_chunks,
+            },
+            {
+                "kKeyExact": self.key_exact,
+                "kValueExact": self.value_exact,
+                "kWide": self.wide,
+                **flags,
+            },
+            {"Element": self.element, "Bias": self.bias},
+        )
 
 
 @lru_cache(maxsize=1024)
@@ -119,12 +143,37 @@ def row_plan(
     )
 
 
+def attention_plan(
+    problem: Problem,
+    operands: Operands,
+    keys: tuple[Array | None, ...] = (),
+    values: tuple[Array | None, ...] = (),
+) -> RowPlan:
+    """The plan for the operands of attention; `keys` and `values` have vectors of their lengths."""
+    return row_plan(
+        problem.rank,
+        problem.dtype,
+        problem.rpb_dtype,
+        problem.head_dim,
+        problem.value_dim,
+        load_width((operands.query, operands.key, operands.additional_keys, *keys)),
+        load_width((operands.value, operands.additional_values, *values)),
+    )
+
+
+def value_plan(problem: Problem, dim: int, *arrays: Array | None) -> RowPlan:
+    """The plan for arrays whose vectors of `dim` elements are summed, under given weights."""
+    width = load_width(arrays)
+    return row_plan(problem.rank, problem.dtype, None, 0, dim, value_bytes=width)
+
+
 @lru_cache(maxsize=1024)
 def box_of(problem: Problem, keys: bool, area: int) -> tuple[int, ...]:
-    """Box of at most `area` queries (or keys) that a block takes, the one that moves least.
+    """The box of at most `area` queries (or keys) that a block takes, the one that moves least.
 
     Counted for every candidate: the blocks that cover the layout, times what a block costs, its
-    products (idle places included) and the halo of neighbors that it reads from beyond its cache.
+    products (those of idle groups included) and the halo of neighbors that it reads from beyond
+    its cache.
     """
     counts = problem.key_tokens if keys else problem.tokens
     windows = [axis.kernel_size for axis in problem.axes]
@@ -147,29 +196,50 @@ HALO_COST = 4
 """Cost of one neighbor that a block reads, in units of one product of a query and a key."""
 
 
-FLOPS_PER_MS = {
-    "forward": 11e9,
-    "backward": 8e9,
-    "qk": 7.7e9,
-    "qk_backward": 9e9,
-    "av": 12e9,
-    "av_backward": 7.5e9,
-}
-"""What the kernels reach in half precision on an H200 (bench/NOTES.md),"""
-SHARE = {"float32": 0.72, "float64": 0.25}
-"""and the share of that in other dtypes,"""
-SHORT_SHARE = 0.77
-"""and with head vectors of at most 32 elements, for which a query's own work weighs more."""
-BYTES_PER_MS = 4.1e9
+def launch(
+    program: Program,
+    name: str,
+    source: str,
+    record: npt.NDArray[Any],
+    views: Views,
+    grid: tuple[int, int],
+) -> None:
+    """Launch a kernel with blocks of `THREADS` threads."""
+    program.launch(_jit.Kernel(name, source), grid, THREADS, record, views.words)
 
 
 @lru_cache(maxsize=1024)
-def predicted(problem: Problem) -> float:
-    """Milliseconds of one call on an H200: its arithmetic, and its traffic once."""
-    rate = FLOPS_PER_MS[problem.operation] * SHARE.get(problem.dtype, 1.0)
-    if max(problem.head_dim, problem.value_dim) <= 32:
-        rate *= SHORT_SHARE
-    return problem.flops() / rate + problem.bytes() / BYTES_PER_MS
+def record_of(
+    problem: Problem,
+    plan: RowPlan,
+    keys: bool,
+    head_dim: int | None = None,
+    value_dim: int | None = None,
+    scale: float | None = None,
+) -> npt.NDArray[Any]:
+    """The record of a problem whose blocks take boxes of keys, or of queries.
+
+    Dimensions and scale are those of the problem unless they are given.
+    """
+    record = np.zeros(1, problem_type(problem.rank))
+    box = box_of(problem, keys, plan.groups)
+    fill_problem(record, problem, box, _boxes(problem, keys, box))
+    given = {"head_dim": head_dim, "value_dim": value_dim, "scale": scale}
+    for field, value in given.items():
+        if value is not None:
+            record[field] = value
+    return record
+
+
+def grid_of(problem: Problem, plan: RowPlan, keys: bool, slices: int = 1) -> tuple[int, int]:
+    """Blocks for every box of keys (or queries) of every batch and head, and for every slice."""
+    boxes = math.prod(_boxes(problem, keys, box_of(problem, keys, plan.groups)))
+    return boxes * problem.batch * (problem.kv_heads if keys else problem.heads), slices
+
+
+def _boxes(problem: Problem, keys: bool, box: tuple[int, ...]) -> tuple[int, ...]:
+    counts = problem.key_tokens if keys else problem.tokens
+    return tuple(math.ceil(count / size) for count, size in zip(counts, box, strict=True))
 
 
 def next_power_of_two(n: int) -> int:

@@ -1,23 +1,12 @@
-"""From arrays and problems to what kernels receive: views, records of axes, widths of loads."""
+"""From arrays to what kernels receive of them: pointers with strides, and the widths of loads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from cuneigh._gpu.program import Array, Pointer, Program
-from cuneigh._window import Axis
-
-AXIS_FIELDS = ("length", "key_length", "kernel_size", "stride", "dilation", "is_causal")
-AXIS = np.dtype([(name, "i4") for name in AXIS_FIELDS[:-1]] + [("is_causal", "?")], align=True)
-"""`Axis` of cuda/cuneigh/window.cuh."""
-
-
-def axis_record(axis: Axis) -> tuple[int, ...]:
-    """The numbers of one `AXIS`."""
-    return tuple(getattr(axis, name) for name in AXIS_FIELDS)
+from cuneigh._gpu.arrays import Array, Pointer
+from cuneigh._gpu.program import Program
 
 
 class Views:
@@ -33,7 +22,7 @@ class Views:
             if array is None:
                 self._append()
             else:
-                batch, *token, head, inner = array.steps
+                batch, *token, head, inner = array.strides
                 self._append(array.pointer, batch, token, head, inner)
 
     def scalars(self, *arrays: Array | None) -> None:
@@ -42,21 +31,21 @@ class Views:
             if array is None:
                 self._append()
             else:
-                batch, *token, head = array.steps
+                batch, *token, head = array.strides
                 self._append(array.pointer, batch, token, head)
 
     def pairs(self, array: Array) -> None:
-        """Append an array [batch, x1..xr, heads, 2], counted in pairs."""
-        batch, *token, head, _ = (step // 2 for step in array.steps)
+        """Append an array [batch, x1..xr, heads, 2], whose pairs are its elements."""
+        batch, *token, head, _ = (stride // 2 for stride in array.strides)
         self._append(array.pointer, batch, token, head)
 
     def additional(self, *arrays: Array | None) -> None:
-        """Append arrays [batch, n, heads, inner], or None; n takes the place of the first axis."""
+        """Append arrays [batch, n, heads, inner], or None; n stands for the first token axis."""
         for array in arrays:
             if array is None:
                 self._append()
             else:
-                batch, n, head, inner = array.steps
+                batch, n, head, inner = array.strides
                 self._append(array.pointer, batch, [n], head, inner)
 
     def bias(self, rpb: Array | None) -> None:
@@ -64,7 +53,7 @@ class Views:
         if rpb is None:
             self._append()
         else:
-            head, *token = rpb.steps
+            head, *token = rpb.strides
             self._append(rpb.pointer, 0, token, head)
 
     def pointers(self, *arrays: Array) -> None:
@@ -97,13 +86,13 @@ def load_width(arrays: Sequence[Array | None]) -> int:
     for array in arrays:
         if array is not None:
             bits |= array.misalignment | array.shape[-1] * array.itemsize
-            for stride in array.strides[:-1]:
+            for stride in array.byte_strides[:-1]:
                 bits |= stride
     return bits & -bits
 
 
 def readable(array: Array | None, program: Program) -> Any:
     """`array`, or a copy of it if its head vectors are not contiguous."""
-    if array is None or array.shape[-1] <= 1 or array.steps[-1] == 1:
+    if array is None or array.shape[-1] <= 1 or array.strides[-1] == 1:
         return array
     return program.copied(array)

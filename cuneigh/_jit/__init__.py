@@ -16,7 +16,7 @@ from cuneigh._jit._build import compile, precompile
 from cuneigh._jit._cache import Cache, Compiled, default_directory
 from cuneigh._jit._compiler import CompilationError, Resources, unavailable
 from cuneigh._jit._load import load
-from cuneigh._jit._sources import Kernel, Sources, packaged
+from cuneigh._jit._sources import Kernel, Sources, packaged, plan_source
 
 __all__ = [
     "Cache",
@@ -29,6 +29,7 @@ __all__ = [
     "default_directory",
     "load",
     "packaged",
+    "plan_source",
     "precompile",
     "unavailable",
 ]

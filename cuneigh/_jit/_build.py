@@ -17,13 +17,14 @@ from cuneigh._jit._sources import Kernel, Sources, packaged
 def key_of(kernel: Kernel, arch: str, sources: Sources) -> str:
     """The name of a kernel in a cache: whatever the cubin depends on, apart from NVRTC's version.
 
-    The CUDA headers are taken to be those of that version.
+    The CUDA headers are taken to be those of that version. The name is that of one directory: the
+    folders of the kernel's own name become parts of it.
     """
     digest = hashlib.sha256()
     for part in (sources.digest, kernel.unit, *_compiler.OPTIONS):
         digest.update(part.encode() + b"\0")
     name = kernel.name.replace("/", ".")
-    return f"{name}-{arch}-{digest.hexdigest()[:32]}"
+    return f"{name}-{kernel.target(arch)}-{digest.hexdigest()[:32]}"
 
 
 def find(
@@ -37,7 +38,7 @@ def find(
 def compile(
     kernel: Kernel, arch: str, *, cache: Cache | None = None, sources: Sources | None = None
 ) -> Compiled:
-    """`kernel` for `arch` (such as sm_80 or sm_90a), compiled unless the cache holds it.
+    """`kernel` to run on `arch` (such as sm_80 or sm_90a), compiled unless the cache holds it.
 
     Needs no GPU. Raises CompilationError.
     """
@@ -46,7 +47,7 @@ def compile(
     found = find(kernel, arch, cache=cache, sources=sources)
     if found is not None:
         return found
-    built = _compiler.build(kernel, arch, sources)
+    built = _compiler.build(kernel, kernel.target(arch), sources)
     version = _compiler.version()
     assert version is not None, "NVRTC has just compiled"
     return cache.store(key_of(kernel, arch, sources), version, kernel.unit, built)

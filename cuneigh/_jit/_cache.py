@@ -138,8 +138,10 @@ def _read(entry: Path) -> Compiled | None:
         cubin = (entry / CUBIN).read_bytes()
         if hashlib.sha256(cubin).hexdigest() != metadata["sha256"]:
             return None
-        return Compiled(entry / CUBIN, str(metadata["entry"]), Resources(**metadata["resources"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        fields = metadata["resources"]
+        resources = Resources(**{**fields, "advice": tuple(fields.get("advice", ()))})
+        return Compiled(entry / CUBIN, str(metadata["entry"]), resources)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

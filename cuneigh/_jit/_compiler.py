@@ -37,6 +37,9 @@ class Resources:
     spill_loads: int
     shared: int
     """Static shared memory."""
+    advice: tuple[str, ...] = ()
+    """Lines in which the assembler says that it had to slow the kernel down: C75xx, products of
+    wgmma one after another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +85,8 @@ def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
             f"NVRTC {version()} does not know the architecture {arch!r}; "
             f"it compiles for {', '.join(architectures())}"
         )
-    if f"{kernel.name}.cu" not in sources.texts:
-        raise CompilationError(f"there is no {kernel.name}.cu in {sources.root}")
+    if kernel.file not in sources.texts:
+        raise CompilationError(f"there is no {kernel.file} in {sources.root}")
     options = (*OPTIONS, f"--gpu-architecture={arch}", f"-I{_header_directory()}")
     names = tuple(name.encode() for name in sources.texts)
     texts = tuple(text.encode() for text in sources.texts.values())
@@ -94,7 +97,7 @@ def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
             nvrtc.compileProgram(program, options)
         except nvrtc.NVRTCError as error:
             raise CompilationError(
-                f"NVRTC {version()} cannot compile {kernel.name}.cu of {sources.root} for {arch} "
+                f"NVRTC {version()} cannot compile {kernel.file} of {sources.root} for {arch} "
                 f"({error}) with this plan.cu:\n{kernel.unit}",
                 _log(nvrtc, program),
             ) from None
@@ -161,4 +164,5 @@ def _resources(log: str) -> Resources:
         spill_stores=sum(numbers(r"(\d+) bytes spill stores")),
         spill_loads=sum(numbers(r"(\d+) bytes spill loads")),
         shared=max(numbers(r"(\d+) bytes smem"), default=0),
+        advice=tuple(line.strip() for line in log.splitlines() if re.search(r"\bC75\d\d\b", line)),
     )

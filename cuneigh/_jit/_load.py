@@ -53,6 +53,8 @@ def choose(kernel: Kernel, device: Device) -> Compiled:
     runs on the device will do.
     """
     own, older = architectures_of(device)
+    if kernel.arch_specific:
+        own, older = [kernel.target(device.arch)], []
     installed = _compiler.version() is not None
     for arch in own if installed else own + older:
         compiled = find(kernel, arch)

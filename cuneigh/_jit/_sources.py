@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,6 +18,17 @@ class Kernel:
     ``cuneigh::fused::forward`` in it."""
     plan: str
     """The members of the struct that is its template argument, as C++."""
+    arch_specific: bool = False
+    """Whether it has instructions that only one architecture has, such as wgmma of sm_90a."""
+
+    def target(self, arch: str) -> str:
+        """What it is compiled for to run on `arch`: sm_90a in place of sm_90 if it needs that."""
+        return f"{arch}a" if self.arch_specific and arch[-1:].isdigit() else arch
+
+    @property
+    def file(self) -> str:
+        """The file in `cuda/` that holds it."""
+        return f"{self.name}.cu"
 
     @property
     def instance(self) -> str:
@@ -27,9 +39,22 @@ class Kernel:
     def unit(self) -> str:
         """The translation unit. The include comes first: the plan may use the names it brings."""
         return (
-            f'#include "{self.name}.cu"\n'
+            f'#include "{self.file}"\n'
             f"namespace cuneigh {{\nstruct Plan {{\n{self.plan.strip()}\n}};\n}}\n"
         )
+
+
+def plan_source(
+    constants: Mapping[str, int],
+    flags: Mapping[str, bool] | None = None,
+    types: Mapping[str, str | None] | None = None,
+) -> str:
+    """The members of `struct Plan`, as C++; a type that is None is `void`."""
+    lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
+    for name, flag in (flags or {}).items():
+        lines.append(f"static constexpr bool {name} = {str(flag).lower()};")
+    lines += [f"using {name} = {type_ or 'void'};" for name, type_ in (types or {}).items()]
+    return "\n".join(lines)
 
 
 class Sources:

@@ -129,7 +129,7 @@ def na2d(
     additional_keys, additional_values : arrays [B, n, H_kv, D] and [B, n, H_kv, D_v], optional
         Keys that every query sees besides its window.
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1], optional
-        Relative positional bias, where K is the kernel_size of an axis: entry
+        Relative positional bias, where K is the kernel_size of an axis: the element at
         ``key - query + K - 1``, counted in steps of dilation, is added to the scaled logit. Its
         dtype is the query's or float32. It needs stride 1 and no causal axis.
     return_lse : bool

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from cuneigh import _jit
-from cuneigh._backends import fused, gemm, naive
+from cuneigh import _backends, _jit
 from cuneigh._device import of_capability
 from cuneigh._problem import DTYPES, Operation, Problem
 from cuneigh._window import Axis
@@ -31,7 +30,8 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         action="extend",
         required=True,
-        help="architectures of the GPUs, such as sm_80 or sm_90a",
+        help="architectures of the GPUs, such as sm_80 or sm_90; kernels that need instructions "
+        "of sm_90a are compiled for that",
     )
     parser.add_argument(
         "--rank", nargs="+", action="extend", type=int, choices=(1, 2, 3), required=True
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         resources = result.resources
         spilled = resources.spill_stores + resources.spill_loads
         print(
-            f"{arch:8} {kernel.name:28} {resources.registers:3} registers"
+            f"{kernel.target(arch):8} {kernel.name:28} {resources.registers:3} registers"
             + (f", {spilled} bytes spilled" if spilled else "")
         )
     print(f"{len(compiled)} kernels in {options.cache_dir}, {seconds:.1f} s")
@@ -113,11 +113,15 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
 
 
 def _kernels(problem: Problem, arch: str) -> list[_jit.Kernel]:
-    """The kernels of every backend that has any."""
+    """The kernels of every backend that computes `problem` on a GPU of architecture `arch`."""
     number = re.sub(r"\D", "", arch)  # of sm_90a
     device = of_capability(divmod(int(number or 0), 10))
-    of_fused = fused.kernels(problem, device)
-    return [*of_fused, *naive.kernels(problem), *gemm.kernels(problem)]
+    return [
+        kernel
+        for backend in _backends.BACKENDS
+        if backend.unsupported(problem, device) is None
+        for kernel in backend.kernels(problem, device)
+    ]
 
 
 def _positive(text: str) -> int:

@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import math
 import platform
-import sys
 import tempfile
 import time
 from importlib import metadata
@@ -23,9 +22,9 @@ import numpy as np
 import threadpoolctl
 
 import cuneigh
-from cuneigh import _jit, reference
-from cuneigh._backends import BACKENDS, Backend
-from cuneigh._device import CPU, Device, cuda
+from cuneigh import _backends, _jit, reference
+from cuneigh._backends import Backend
+from cuneigh._device import CPU, Device, cuda, driver_library
 from cuneigh._jit import _compiler
 from cuneigh._problem import DTYPES, Operands, Problem, Spec
 from cuneigh._validate import Window, attention_problem
@@ -46,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     _packages(report)
     devices = [CPU, *_gpus(report)]
     _compilation(report, devices)
-    _backends(report, devices)
+    _working_backends(report, devices)
     _self_tests(report, devices)
     return report.finish()
 
@@ -135,9 +134,8 @@ def _gpus(report: Report) -> list[Device]:
 
 def _driver() -> tuple[int, int]:
     """The newest CUDA version that the driver supports (1000 major + 10 minor), and its GPUs."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
+    driver = driver_library()
+    if driver is None:
         return 0, 0
     version, count = ctypes.c_int(), ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
@@ -178,9 +176,9 @@ def _compilation(report: Report, devices: list[Device]) -> None:
 # Which backends work
 
 
-def _backends(report: Report, devices: list[Device]) -> None:
+def _working_backends(report: Report, devices: list[Device]) -> None:
     report.heading("Backends")
-    for backend in BACKENDS:
+    for backend in _backends.BACKENDS:
         # That of the first dtype that runs, if one does: some backends are for half precision.
         reasons = [
             min((backend.unsupported(_problem(dtype), device) for dtype in DTYPES), key=bool)
@@ -200,7 +198,7 @@ def _label(device: Device) -> str:
 def _self_tests(report: Report, devices: list[Device]) -> None:
     report.heading("Self-test: na2d and na2d_backward against the float64 reference")
     for device in devices:
-        for backend in BACKENDS:
+        for backend in _backends.BACKENDS:
             for dtype in DTYPES:
                 if backend.unsupported(_problem(dtype), device) is None:
                     _self_test(report, backend, device, dtype)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from cuneigh import _device
-from cuneigh._gpu.program import Array, Program, cupy_stream
+from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.program import Program, cupy_stream
 from cuneigh._problem import Operands, Spec
 
 OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
@@ -115,4 +116,4 @@ def located(array: Array, addresses: Sequence[int]) -> Any:
     device = cupy.cuda.runtime.getDevice()
     memory = cupy.cuda.UnownedMemory(address, array.size * array.itemsize, None, device)
     start = cupy.cuda.MemoryPointer(memory, 0)
-    return cupy.ndarray(array.shape, numpy_dtype(array.dtype), start, array.strides)
+    return cupy.ndarray(array.shape, numpy_dtype(array.dtype), start, array.byte_strides)

@@ -5,22 +5,39 @@ a box, its halo; one batch of matrix products takes many tiles and heads at once
 hidden pairs become -inf, and a second product sums the values. Nothing of size queries times keys
 is ever in memory: every thread works on about half a million logits at a time.
 
-`_tiles` cuts, `_rows` reads and writes tokens whatever their strides, `_products` holds what boxes
-have in common, `_fused` and `_unfused` the operations, `_gradients` what boxes add up, `_threads`
-how they run in parallel. Half-precision arrays are computed in float32, float64 in float64. Results
-do not depend on the number of threads. What is not finite reaches only the queries that see it.
+`tiles` cuts a problem into boxes, `rows` reads and writes tokens whatever their strides, `boxes`
+holds what the operations do with a box, `attention` and `products` are the operations, `gradients`
+adds up what boxes share, and `threads` runs them in parallel. Half-precision arrays are computed in
+float32, float64 in float64. Results do not depend on the number of threads. What is not finite
+reaches only the queries that see it.
 """
 
 from __future__ import annotations
 
-from cuneigh._backends.cpu._fused import backward, forward
-from cuneigh._backends.cpu._unfused import av, av_backward, qk, qk_backward
+from cuneigh._backends.cpu.attention import backward, forward
+from cuneigh._backends.cpu.products import av, av_backward, qk, qk_backward
 from cuneigh._device import Device
+from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
 
-__all__ = ["NAME", "av", "av_backward", "backward", "forward", "qk", "qk_backward", "unsupported"]
+__all__ = [
+    "NAME",
+    "SETTINGS",
+    "av",
+    "av_backward",
+    "backward",
+    "forward",
+    "kernels",
+    "predicted_ms",
+    "qk",
+    "qk_backward",
+    "unsupported",
+]
 
 NAME = "cpu"
+SETTINGS = ()
+FLOPS_PER_MS = 1e8
+"""Useful operations of two cores, roughly: no other backend computes on the CPU."""
 
 
 def unsupported(problem: Problem, device: Device) -> str | None:
@@ -28,3 +45,13 @@ def unsupported(problem: Problem, device: Device) -> str | None:
     if device.kind != "cpu":
         return "its arrays are on a CUDA device"
     return None
+
+
+def predicted_ms(problem: Problem, device: Device) -> float:
+    """How long a call is expected to take, in milliseconds."""
+    return problem.flops() / FLOPS_PER_MS
+
+
+def kernels(problem: Problem, device: Device) -> list[Kernel]:
+    """None: this backend compiles nothing."""
+    return []

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from cuneigh import _jit, _problem
-from cuneigh._backends import naive
 from cuneigh._backends.fused import plan as _fused_plan
 from cuneigh._backends.fused.plan import (
     Area,
@@ -30,23 +29,25 @@ from cuneigh._backends.fused.plan import (
 )
 from cuneigh._backends.fused.small import launch as _halo
 from cuneigh._backends.fused.small import plan as _halo_plan
-from cuneigh._device import Device, of_capability
+from cuneigh._device import Device
+from cuneigh._gpu import sums
 from cuneigh._gpu.announce import announce
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.rows import row_plan
-from cuneigh._gpu.views import AXIS, Views, axis_record, load_width, readable
+from cuneigh._gpu.records import AXIS, axis_record
+from cuneigh._gpu.requirements import no_gpu
+from cuneigh._gpu.views import Views, load_width, readable
 from cuneigh._problem import Operands, Problem
 
 NAME = "fused"
+SETTINGS = ()
 DTYPES = ("float16", "bfloat16", "float32")
-HOPPER = of_capability((9, 0))
 LONGEST = 256
 """Head dimensions that the kernels take."""
 
 
 def unsupported(problem: Problem, device: Device) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
-    if reason := naive.unsupported(problem, device):
+    if reason := no_gpu(device):
         return reason
     if problem.operation not in ("forward", "backward"):
         return f"computes attention and its gradients, not {problem.operation} alone"
@@ -138,7 +139,7 @@ def backward(
             _halo.launch(program, problem, role, small, arrays)
             continue
         if not by_keys:  # those for small windows compute the statistics themselves
-            _statistics(program, problem, grad_output, output, lse, grad_lse, statistics)
+            sums.delta(problem, grad_output, output, lse, grad_lse, statistics, program)
         views = Views(problem.rank)
         views.vectors(*rows, *columns)
         if by_keys:  # additional keys are rows of no box
@@ -152,12 +153,12 @@ def backward(
 
     if problem.additional or operands.rpb is not None:
         # Sums over all queries, which need no tensor cores
-        naive.summed_gradients(
+        sums.attention_gradients(
             problem, operands, grad_output, lse, statistics.component(1), gradients, program
         )
 
 
-def kernels(problem: Problem, device: Device = HOPPER) -> list[_jit.Kernel]:
+def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     """The kernels that `problem` may need when its arrays are contiguous, whatever its windows."""
     if unsupported(problem, device) is not None:
         return []
@@ -174,10 +175,7 @@ def kernels(problem: Problem, device: Device = HOPPER) -> list[_jit.Kernel]:
             kernel for role in roles(problem) for kernel in _halo.kernels(problem, device, role)
         ]
     if problem.operation == "backward":
-        rows = row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim)
-        needed.append(_jit.Kernel("sums/delta", rows.source()))
-        replaced = ("naive/backward_query", "naive/backward_key")
-        needed += [kernel for kernel in naive.kernels(problem) if kernel.name not in replaced]
+        needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
     return needed
 
 
@@ -212,25 +210,6 @@ def _launch(
         views.words,
         shared_bytes=_fused_plan.shared_bytes(problem, chosen.area, role),
     )
-
-
-def _statistics(
-    program: Program,
-    problem: Problem,
-    grad_output: Any,
-    output: Any,
-    lse: Any,
-    grad_lse: Any,
-    statistics: Any,
-) -> None:
-    """What every query's row of logits is normalized by, and its delta."""
-    width = load_width((grad_output, output))
-    rows = row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim, value_bytes=width)
-    views = Views(problem.rank)
-    views.vectors(grad_output, output)
-    views.scalars(lse, grad_lse)
-    views.pairs(statistics)
-    naive.launch_rows(program, "sums/delta", problem, rows, views)
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuneigh._gpu.program import Pointer
+from cuneigh._gpu.arrays import Pointer
 from cuneigh._jit._compiler import INSTALL
 
 CUDA_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}

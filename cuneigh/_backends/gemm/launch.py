@@ -1,367 +1,241 @@
-"""A walk over the tiles of a problem, chunk by chunk: its matrices and what runs on them."""
+"""The launches of every operation: what each multiplies, and the kernels around the products."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
+from cuneigh._backends.gemm.plan import USES, plan_of
+from cuneigh._backends.gemm.sources import row_source, softmax_source, weight_factor
+from cuneigh._backends.gemm.walk import Chunk, Matrix, Walk
+from cuneigh._gpu import sums
+from cuneigh._gpu.announce import announce
+from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.program import Program
+from cuneigh._gpu.views import Views, load_width, readable
+from cuneigh._problem import Operands, Problem
 
-from cuneigh import _jit
-from cuneigh._backends.gemm import cublas as _cublas
-from cuneigh._backends.gemm import plan as _gemm_plan
-from cuneigh._backends.gemm.plan import MOST_MATRICES, MOST_QUERIES, GemmPlan
-from cuneigh._gpu.program import Array, Pointer, Program
-from cuneigh._gpu.views import AXIS, Views, axis_record, load_width
-from cuneigh._problem import DTYPES, Problem
-
-THREADS = 128
-"""Threads of a block of every kernel here."""
-
-ITEMS = 8
-"""Packets that a thread of the gathering kernels moves, rows that a team works on."""
-
-HELD_PACKETS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24)
-"""Packets of a row of logits that a lane can hold."""
+NAME = "gemm"
 
 
-@dataclass(eq=False)
-class Matrix:
-    """One matrix [rows, width] of every tile: packed or computed in the workspace, or in place."""
+def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    walk = _walk_over(problem, program, *operands[:3], output)
+    query = walk.queries(operands.query)
+    key = walk.keys(operands.key, operands.additional_keys)
+    value = walk.keys(operands.value, operands.additional_values)
+    result = walk.queries(output)
+    logits = walk.dense(problem.accumulator)
+    weights = _in_place_of(logits, walk)
+    source = softmax_source(problem, walk.plan)
+    views = Views(problem.rank)
+    views.bias(operands.rpb)
+    views.scalars(lse)
+    views.addresses(logits.buffer, weights.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(query, key, value)
+        chunk.multiply(logits, query, key, transpose_right=True)
+        chunk.row_kernel("gemm/softmax", source, views)
+        chunk.multiply(result, weights, value, factor=1 / weight_factor(problem))
+        chunk.scatter(result)
 
-    rows: int
-    width: int
-    dtype: str
-    buffer: Array | None
-    """Workspace for the tiles of a chunk, or None in place."""
-    tokens: Any = None
-    """The array [batch, x1..xr, heads, width] whose tokens these are."""
-    additional: Any = None
-    is_halo: bool = False
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    output: Any,
+    lse: Any,
+    grad_lse: Any,
+    gradients: Operands,
+    program: Program,
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    grad_output, output = readable(grad_output, program), readable(output, program)
+    walk = _walk_over(problem, program, *operands[:3], grad_output, gradients.query)
+    query = walk.queries(operands.query)
+    key = walk.keys(operands.key, operands.additional_keys)
+    value = walk.keys(operands.value, operands.additional_values)
+    grad_rows = walk.queries(grad_output)
+    grad_query = walk.queries(gradients.query)
+    logits, grad_weights = (walk.dense(problem.accumulator) for _ in range(2))
+    weights, grad_logits = _in_place_of(logits, walk), _in_place_of(grad_weights, walk)
+    halo_sums = _HaloSums(walk, gradients)
+    delta = program.allocate(lse.shape, problem.accumulator) if problem.rpb_dtype else None
+    source = row_source(problem, walk.plan.lanes(problem), problem.rpb_dtype)
+    views = Views(problem.rank)
+    views.bias(operands.rpb)
+    views.vectors(grad_output, output)
+    views.scalars(lse, grad_lse, delta)
+    views.addresses(logits.buffer, grad_weights.buffer, weights.buffer, grad_logits.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(query, key, value, grad_rows)
+        chunk.multiply(logits, query, key, transpose_right=True)
+        chunk.multiply(grad_weights, grad_rows, value, transpose_right=True)
+        chunk.row_kernel("gemm/gradient", source, views)
+        chunk.multiply(grad_query, grad_logits, key, factor=problem.scale)
+        chunk.scatter(grad_query)
+        halo_sums.add_keys(chunk, grad_logits, query, problem.scale)
+        halo_sums.add_values(chunk, weights, grad_rows, 1 / weight_factor(problem))
+    if problem.rpb_dtype:
+        sums.attention_rpb(problem, operands, grad_output, lse, delta, gradients.rpb, program)
 
 
-class Walk:
-    """The matrices of a problem, and its chunks. Matrices are declared first, then walked over."""
+def qk(problem: Problem, operands: Operands, logits: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    walk = _walk_over(problem, program, operands.query, operands.key)
+    query = walk.queries(operands.query)
+    key = walk.keys(operands.key, operands.additional_keys)
+    products = walk.dense(problem.accumulator)
+    source = row_source(problem, walk.plan.lanes(problem), problem.rpb_dtype, kHiddenIsZero=False)
+    views = Views(problem.rank)
+    views.bias(operands.rpb)
+    views.vectors(logits)
+    views.addresses(products.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(query, key)
+        chunk.multiply(products, query, key, transpose_right=True)
+        chunk.row_kernel("gemm/select", source, views)
 
-    def __init__(self, problem: Problem, plan: GemmPlan, program: Program) -> None:
-        self.problem = problem
-        self.plan = plan
-        self.program = program
-        self.matrices: list[Matrix] = []
-        self.addresses: Any = None
-        """[matrices, tiles of a chunk], if tokens are multiplied in place."""
 
-    @property
-    def lanes(self) -> int:
-        """Lanes that share a row of a dense product."""
-        return lanes(self.problem, self.plan)
+def qk_backward(
+    problem: Problem,
+    operands: Operands,
+    grad_logits: Any,
+    gradients: Operands,
+    program: Program,
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    walk = _walk_over(problem, program, operands.query, operands.key, gradients.query)
+    query = walk.queries(operands.query)
+    key = walk.keys(operands.key, operands.additional_keys)
+    grad_query = walk.queries(gradients.query)
+    products = walk.dense(problem.dtype)
+    halo_sums = _HaloSums(walk, gradients)
+    source = row_source(problem, walk.plan.lanes(problem), None)
+    views = Views(problem.rank)
+    views.vectors(grad_logits)
+    views.addresses(products.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(query, key)
+        chunk.row_kernel("gemm/spread", source, views)
+        chunk.multiply(grad_query, products, key, factor=problem.scale)
+        chunk.scatter(grad_query)
+        halo_sums.add_keys(chunk, products, query, problem.scale)
+    if problem.rpb_dtype:
+        sums.stored_rpb(problem, grad_logits, gradients.rpb, program)
 
-    # Matrices
 
-    def dense(self, dtype: str) -> Matrix:
-        """A product of queries and keys: [rows, columns]."""
-        return self._declare(self._workspace(self.plan.rows, self.plan.columns, dtype))
+def av(problem: Problem, weights: Any, operands: Operands, output: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    walk = _walk_over(problem, program, operands.value, output)
+    value = walk.keys(operands.value, operands.additional_values)
+    result = walk.queries(output)
+    products = walk.dense(problem.dtype)
+    source = row_source(problem, walk.plan.lanes(problem), None)
+    views = Views(problem.rank)
+    views.vectors(weights)
+    views.addresses(products.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(value)
+        chunk.row_kernel("gemm/spread", source, views)
+        chunk.multiply(result, products, value)
+        chunk.scatter(result)
 
-    def queries(self, tokens: Any) -> Matrix:
-        """The rows of the tile's queries in `tokens`, to be read or to be written."""
-        return self._declare(self._tokens(tokens, self.plan.rows))
 
-    def keys(self, tokens: Any, additional: Any) -> Matrix:
-        """The rows of the halo in `tokens`, and the additional ones."""
-        matrix = self._tokens(tokens, self.plan.columns)
-        matrix.additional, matrix.is_halo = additional, True
-        return self._declare(matrix)
+def av_backward(
+    problem: Problem,
+    weights: Any,
+    operands: Operands,
+    grad_output: Any,
+    grad_weights: Any,
+    gradients: Operands,
+    program: Program,
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    grad_output = readable(grad_output, program)
+    walk = _walk_over(problem, program, operands.value, grad_output)
+    value = walk.keys(operands.value, operands.additional_values)
+    grad_rows = walk.queries(grad_output)
+    products, spread = walk.dense(problem.accumulator), walk.dense(problem.dtype)
+    halo_sums = _HaloSums(walk, gradients)
+    spread_source = row_source(problem, walk.plan.lanes(problem), None)
+    select_source = row_source(problem, walk.plan.lanes(problem), None, kHiddenIsZero=True)
+    spread_views, select_views = Views(problem.rank), Views(problem.rank)
+    spread_views.vectors(weights)
+    spread_views.addresses(spread.buffer)
+    select_views.bias(None)
+    select_views.vectors(grad_weights)
+    select_views.addresses(products.buffer)
+    for chunk in walk.chunks():
+        chunk.gather(value, grad_rows)
+        chunk.multiply(products, grad_rows, value, transpose_right=True)
+        chunk.row_kernel("gemm/select", select_source, select_views)
+        chunk.row_kernel("gemm/spread", spread_source, spread_views)
+        halo_sums.add_values(chunk, spread, grad_rows, 1.0)
 
-    def halo(self, width: int) -> Matrix:
-        """Gradients of the keys of the halo, to be summed."""
-        return self._declare(self._workspace(self.plan.columns, width, self.problem.accumulator))
 
-    def _tokens(self, tokens: Any, rows: int) -> Matrix:
-        if self.plan.direct:
-            return Matrix(rows, tokens.shape[-1], tokens.dtype, None, tokens)
-        matrix = self._workspace(rows, tokens.shape[-1], tokens.dtype)
-        matrix.tokens = tokens
-        return matrix
+class _HaloSums:
+    """The gradients of keys and values, summed over the halos of all chunks."""
 
-    def _workspace(self, rows: int, width: int, dtype: str) -> Matrix:
-        return Matrix(
-            rows, width, dtype, self.program.allocate((self.plan.chunk, rows, width), dtype)
+    def __init__(self, walk: Walk, gradients: Operands) -> None:
+        self.gradients = gradients
+        uses_key, uses_value = USES[walk.problem.operation]
+        self.keys = walk.halo(walk.problem.head_dim) if uses_key else None
+        self.values = walk.halo(walk.problem.value_dim) if uses_value else None
+        self.partial: dict[Matrix, Any] = {}
+        if walk.plan.sum_bytes:
+            keys = math.prod(walk.problem.key_tokens) + (walk.problem.additional or 0)
+            for halo in (self.keys, self.values):
+                if halo is not None:
+                    self.partial[halo] = walk.program.allocate((keys, halo.width), halo.dtype)
+
+    def add_keys(self, chunk: Chunk, grad_logits: Matrix, query: Matrix, factor: float) -> None:
+        assert self.keys is not None
+        chunk.multiply(self.keys, grad_logits, query, factor, transpose_left=True)
+        chunk.sum_halos(
+            self.keys,
+            self.gradients.key,
+            self.gradients.additional_keys,
+            self.partial.get(self.keys),
         )
 
-    def _declare(self, matrix: Matrix) -> Matrix:
-        self.matrices.append(matrix)
-        return matrix
-
-    def chunks(self) -> Iterator[Chunk]:
-        if self.plan.direct:
-            # Two words each, of a dtype that every framework has
-            self.addresses = self.program.allocate(
-                (len(self.matrices), self.plan.chunk, 2), "float32"
-            )
-        for tiles in self.plan.chunks():
-            chunk = Chunk(self, tiles)
-            if self.plan.direct:
-                chunk.locate()
-            yield chunk
-
-
-class Chunk:
-    """Some tiles of a walk. Everything is launched on the current stream."""
-
-    def __init__(self, walk: Walk, tiles: range) -> None:
-        self.walk = walk
-        self.problem, self.plan = walk.problem, walk.plan
-        self.tiles = tiles
-
-    def multiply(
-        self,
-        result: Matrix,
-        left: Matrix,
-        right: Matrix,
-        factor: float = 1.0,
-        transpose_left: bool = False,
-        transpose_right: bool = False,
-    ) -> None:
-        """``result = factor * left @ right`` in every tile."""
-        inner = left.rows if transpose_left else left.width
-        product = _cublas.Product(
-            self._batch(result),
-            self._batch(left),
-            self._batch(right),
-            (result.rows, result.width, inner),
-            len(self.tiles),
-            factor,
-            compute_type(self.problem.dtype),
-            transpose_left,
-            transpose_right,
-        )
-        self.walk.program.add(product)
-
-    def _batch(self, matrix: Matrix) -> _cublas.Matrices:
-        if not self.plan.direct:
-            assert matrix.buffer is not None, "only tokens in place have none"
-            step = matrix.rows * matrix.width
-            return _cublas.Matrices(matrix.buffer.pointer, matrix.width, step, matrix.dtype)
-        row = matrix.width
-        if matrix.buffer is None:
-            row = matrix.tokens.steps[-3]
-            row *= self.problem.axes[-1].dilation
-        place = self.walk.matrices.index(matrix)
-        start = self.walk.addresses.pointer
-        data = Pointer(start.slot, start.offset + 8 * place * len(self.tiles))
-        return _cublas.Matrices(data, row, None, matrix.dtype)
-
-    def locate(self) -> None:
-        """Write the addresses of every matrix of every tile."""
-        words: list[int | Pointer] = []
-        for matrix in self.walk.matrices:
-            if matrix.buffer is not None:
-                step = matrix.rows * matrix.width * DTYPES[matrix.dtype]
-                words += matrix.buffer.pointer, 0, 0, 0, step, 0
-            else:
-                batch, token, *_, head, _ = matrix.tokens.strides
-                words += matrix.tokens.pointer, batch, token, head, 0, matrix.is_halo
-        words += [0] * (6 * MOST_MATRICES - len(words))
-        words.append(self.walk.addresses.pointer)
-        self._run(
-            "gemm/addresses",
-            address_source(self.problem),
-            (math.ceil(len(self.tiles) / THREADS), len(self.walk.matrices)),
-            words,
+    def add_values(self, chunk: Chunk, weights: Matrix, grad_rows: Matrix, factor: float) -> None:
+        assert self.values is not None
+        chunk.multiply(self.values, weights, grad_rows, factor, transpose_left=True)
+        chunk.sum_halos(
+            self.values,
+            self.gradients.value,
+            self.gradients.additional_values,
+            self.partial.get(self.values),
         )
 
-    def gather(self, *matrices: Matrix) -> None:
-        """Pack the tokens of these matrices, unless they are multiplied in place."""
-        for matrix in matrices:
-            if matrix.buffer is None:
-                continue
-            vector = load_width((matrix.tokens, matrix.additional)) // DTYPES[matrix.dtype]
-            views = Views(self.problem.rank)
-            views.vectors(matrix.tokens)
-            views.additional(matrix.additional)
-            views.addresses(matrix.buffer)
-            slices = _slices(matrix.rows * matrix.width // vector, THREADS * ITEMS)
-            self._launch(
-                "gemm/pack",
-                move_source(self.problem, vector, kKeys=matrix.is_halo),
-                views,
-                slices,
-                matrix.width,
-                slices,
-            )
 
-    def scatter(self, *matrices: Matrix) -> None:
-        """Bring computed rows of queries back to their tokens."""
-        for matrix in matrices:
-            if matrix.buffer is None:
-                continue
-            vector = load_width((matrix.tokens,)) // DTYPES[matrix.dtype]
-            views = Views(self.problem.rank)
-            views.vectors(matrix.tokens)
-            views.addresses(matrix.buffer)
-            slices = _slices(matrix.rows * matrix.width // vector, THREADS * ITEMS)
-            self._launch(
-                "gemm/unpack",
-                move_source(self.problem, vector),
-                views,
-                slices,
-                matrix.width,
-                slices,
-            )
-
-    def sum_halos(self, halo: Matrix, target: Any, additional: Any, partial: Any) -> None:
-        """Add the gradients of the halos of this chunk up into those of the keys."""
-        problem, plan = self.problem, self.plan
-        width = load_width((target, additional))
-        vector = min(width // DTYPES[problem.dtype], 16 // DTYPES[problem.accumulator])
-        views = Views(problem.rank)
-        views.vectors(target)
-        views.additional(additional)
-        views.addresses(halo.buffer, partial)
-        first = self.tiles.start // plan.pair_tiles
-        pairs = (self.tiles.stop - 1) // plan.pair_tiles + 1 - first
-        keys = math.prod(problem.key_tokens) + (problem.additional or 0)
-        threads = pairs * keys * halo.width // vector
-        self._launch(
-            "gemm/halo_sum",
-            move_source(problem, vector),
-            views,
-            None,
-            halo.width,
-            self.tiles.start % plan.pair_tiles != 0,
-            self.tiles.stop % plan.pair_tiles == 0,
-            blocks=math.ceil(threads / THREADS),
-        )
-
-    def row_kernel(self, name: str, source: str, views: Views) -> None:
-        """Launch a kernel that takes the rows of the tiles one by one."""
-        slices = _slices(self.plan.rows, ITEMS * THREADS // lanes(self.problem, self.plan))
-        self._launch(name, source, views, slices, slices)
-
-    def _launch(
-        self,
-        name: str,
-        source: str,
-        views: Views,
-        slices: int | None,
-        *numbers: int,
-        blocks: int = 0,
-    ) -> None:
-        """Launch `slices` blocks a tile, or `blocks`; `numbers` follow the views."""
-        if slices is not None:
-            blocks = slices * len(self.tiles)
-        self._run(name, source, (blocks, 1), [*views.words, *numbers])
-
-    def _run(
-        self, name: str, source: str, grid: tuple[int, int], words: list[int | Pointer]
-    ) -> None:
-        record = _record(self.problem, self.plan).copy()
-        record["first"], record["count"] = self.tiles.start, len(self.tiles)
-        self.walk.program.launch(_jit.Kernel(name, source), grid, THREADS, record, words)
+def _in_place_of(product: Matrix, walk: Walk) -> Matrix:
+    """Where what becomes of a product is stored: in its place if numbers have the same size."""
+    return product if product.dtype == walk.problem.dtype else walk.dense(walk.problem.dtype)
 
 
-def _slices(work: int, share: int) -> int:
-    return max(1, math.ceil(work / share))
+def _walk_over(problem: Problem, program: Program, *tokens: Array) -> Walk:
+    """A walk over `problem`, which reads and writes `tokens`."""
+    aligned = load_width(tokens) == 16
+    plan = plan_of(problem, contiguous=aligned and _one_stride(tokens))
+    announce(NAME, problem.operation, problem, plan)
+    return Walk(problem, plan, program)
 
 
-def compute_type(dtype: str) -> int:
-    """The precision in which cuBLAS multiplies."""
-    if dtype == "float64":
-        return _cublas.FLOAT64
-    if dtype == "float32":
-        return _cublas.FLOAT32_TF32 if _gemm_plan.allows_tf32() else _cublas.FLOAT32_EXACT
-    return _cublas.FLOAT32
+def _one_stride(tokens: tuple[Array, ...]) -> bool:
+    """Whether one stride leads from token to token of every array, as cuBLAS asks of rows.
 
-
-# What is compiled into the kernels
-
-
-def move_source(problem: Problem, vector: int, **flags: bool) -> str:
-    """`struct Plan` of the kernels that move rows of tokens."""
-    return _source(problem, {"kVector": vector}, flags)
-
-
-def row_source(
-    problem: Problem, team: int, bias: str | None, packets: int | None = None, **flags: bool
-) -> str:
-    """`struct Plan` of the kernels that take the rows of tiles; `team` lanes share a row."""
-    numbers = {"kLanes": team, "kMostQueries": MOST_QUERIES}
-    if packets is not None:
-        numbers["kPackets"] = packets
-    return f"{_source(problem, numbers, flags)}\nusing Bias = {bias or 'void'};"
-
-
-def address_source(problem: Problem) -> str:
-    """`struct Plan` of the kernel that locates matrices."""
-    return (
-        f"static constexpr int kRank = {problem.rank};\n"
-        f"static constexpr int kThreads = {THREADS};\nstatic constexpr int kMost = {MOST_MATRICES};"
-    )
-
-
-def _source(problem: Problem, numbers: dict[str, int], flags: dict[str, bool]) -> str:
-    numbers = {"kRank": problem.rank, "kThreads": THREADS, **numbers}
-    lines = [f"static constexpr int {name} = {value};" for name, value in numbers.items()]
-    lines += [
-        f"static constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()
-    ]
-    lines.append(f"using Element = {problem.dtype};")
-    return "\n".join(lines)
-
-
-def lanes(problem: Problem, plan: GemmPlan) -> int:
-    """Lanes that share a row: as few as hold it in four packets each, up to a warp."""
-    packets = plan.columns * DTYPES[problem.accumulator] // 16
-    return next((lanes for lanes in (4, 8, 16) if packets <= 4 * lanes), 32)
-
-
-def softmax_source(problem: Problem, plan: GemmPlan) -> str:
-    """`struct Plan` of gemm_softmax, whose lanes hold a row, if need be those of a whole block."""
-    packets = plan.columns * DTYPES[problem.accumulator] // 16
-    team = lanes(problem, plan)
-    if packets > HELD_PACKETS[-1] * team:
-        team = THREADS
-    needed = math.ceil(packets / team)
-    held = next((held for held in HELD_PACKETS if held >= needed), 0)
-    return row_source(problem, team, problem.rpb_dtype, held)
-
-
-@lru_cache(maxsize=1024)
-def _record(problem: Problem, plan: GemmPlan) -> np.ndarray[Any, Any]:
-    """`Tiles` of cuda/gemm/gemm.cuh."""
-    rank = problem.rank
-    inner = np.dtype(
-        [
-            ("axes", AXIS, (rank,)),
-            ("box", "i4", (rank,)),
-            ("boxes", "i4", (rank,)),
-            *((name, "i4") for name in ("batch", "heads", "group_size")),
-            *((name, "i4") for name in ("head_dim", "value_dim", "additional")),
-            ("scale", "f8"),
-        ],
-        align=True,
-    )
-    record = np.zeros(
-        1,
-        np.dtype(
-            [
-                ("problem", inner),
-                ("halo", "i4", (rank,)),
-                ("columns", "i4"),
-                ("first", "i8"),
-                ("count", "i8"),
-            ],
-            align=True,
-        ),
-    )
-    fields = record["problem"]
-    fields["axes"] = [axis_record(axis) for axis in problem.axes]
-    fields["box"], fields["boxes"] = plan.box, plan.boxes
-    for name in ("batch", "heads", "group_size", "head_dim", "value_dim", "scale"):
-        fields[name] = getattr(problem, name)
-    fields["additional"] = problem.additional or 0
-    record["halo"], record["columns"] = plan.halo, plan.columns
-    return record
+    Tokens must not overlap.
+    """
+    for array in tokens:
+        strides, counts = array.strides[1:-2], array.shape[1:-2]
+        if strides[-1] < array.shape[-1]:
+            return False
+        inner = zip(strides[1:], counts[1:], strict=True)
+        if any(
+            stride != below * count for stride, (below, count) in zip(strides, inner, strict=False)
+        ):
+            return False
+    return True

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cuneigh._gpu.rates import H200
 from cuneigh._problem import DTYPES, Problem
 from cuneigh._window import Axis
 
@@ -108,6 +109,15 @@ class GemmPlan:
         """All of the workspace."""
         return self.chunk_bytes + self.sum_bytes
 
+    def packets(self, problem: Problem) -> int:
+        """Packets of 16 bytes of a row of products."""
+        return self.columns * DTYPES[problem.accumulator] // 16
+
+    def lanes(self, problem: Problem) -> int:
+        """Lanes that share a row of products: as few as hold four packets each, up to a warp."""
+        packets = self.packets(problem)
+        return next((lanes for lanes in (4, 8, 16) if packets <= 4 * lanes), 32)
+
     def chunks(self) -> list[range]:
         """The tiles of every chunk, in order. None holds parts of two pairs."""
         if self.chunk >= self.pair_tiles:
@@ -133,6 +143,11 @@ def workspace_limit() -> int:
 def allows_tf32() -> bool:
     """Whether products may round float32 factors to TF32: CUNEIGH_ALLOW_TF32=1."""
     return os.environ.get("CUNEIGH_ALLOW_TF32", "").strip() == "1"
+
+
+def plan_of(problem: Problem, contiguous: bool) -> GemmPlan:
+    """The plan under the limits that the environment sets."""
+    return make_plan(problem, workspace_limit(), allows_tf32(), contiguous)
 
 
 @lru_cache(maxsize=8192)
@@ -324,10 +339,6 @@ def sum_bytes(problem: Problem) -> int:
 
 # The cost model, in milliseconds on an H200 (bench/NOTES.md says how it was measured).
 
-BYTES_PER_MS = 4.1e9
-CACHE_BYTES_PER_MS = 15e9
-FLOPS_PER_MS = {"float32": 38e9, "float64": 38e9}
-"""What products reach that are bound by arithmetic; those on matrix units are not."""
 GRADIENTS = 1.6
 """What gradients take beyond the time of their bytes."""
 TILE_MS = 4e-6
@@ -363,22 +374,22 @@ def predicted(
     if gradients:
         traffic += columns * dims * number
     key_bytes = columns * dims * element
-    if problem.dtype in FLOPS_PER_MS and not (tf32 and problem.dtype == "float32"):
+    if problem.dtype in H200.product_flops and not (tf32 and problem.dtype == "float32"):
         products = {"backward": 2.5, "forward": 1.0}.get(problem.operation, 1.0 + gradients)
         # Blocks of a product overhang its matrices, and each has a beginning and an end.
         area = (round_up(rows, 8) + 8) * (round_up(columns, 32) + 16)
-        arithmetic = 2.0 * area * dims * products / FLOPS_PER_MS[problem.dtype]
+        arithmetic = 2.0 * area * dims * products / H200.product_flops[problem.dtype]
     else:
         arithmetic = 0.0
         traffic += traffic * (round_up(rows, 64) / rows - 1) / 2
-    moved = traffic / BYTES_PER_MS
-    kernels = entries * in_kernels / BYTES_PER_MS
+    moved = traffic / H200.memory_bytes
+    kernels = entries * in_kernels / H200.memory_bytes
     if direct:
-        moved += key_bytes / CACHE_BYTES_PER_MS
+        moved += key_bytes / H200.cache_bytes
     else:  # gathered: read mostly from the cache, written, read by the product; and scattered
-        moved += key_bytes / BYTES_PER_MS
-        kernels += (1.4 * key_bytes + 3 * rows * dims * element) / BYTES_PER_MS
+        moved += key_bytes / H200.memory_bytes
+        kernels += (1.4 * key_bytes + 3 * rows * dims * element) / H200.memory_bytes
     if gradients:
-        kernels += columns * dims * number / BYTES_PER_MS
+        kernels += columns * dims * number / H200.memory_bytes
         kernels, moved = GRADIENTS * kernels, GRADIENTS * moved
     return tiles * (max(moved, arithmetic) + kernels + TILE_MS) + chunks * CHUNK_MS

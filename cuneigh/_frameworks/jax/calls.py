@@ -151,9 +151,10 @@ Fold = Literal["batch", "heads"]
 
 
 def _folded_axis(call: CustomCall, batched: Any) -> Fold:
-    """The batch takes it up without moving anything, unless each entry needs a bias of its own.
+    """Where the mapped axis goes: to the batch, which takes it up without moving anything.
 
-    So does the gradient of the bias, which is a sum over the batch.
+    But a bias is shared by the whole batch, and its gradient is a sum over the batch: where each of
+    the mapped calls has its own, the axis goes to the heads.
     """
     if "rpb" not in call.arguments:
         return "batch"
@@ -162,6 +163,7 @@ def _folded_axis(call: CustomCall, batched: Any) -> Fold:
 
 
 def _enlarged(call: CustomCall, into: Fold, size: int) -> CustomCall:
+    """`size` calls like `call` as one."""
     problem = call.problem
     if into == "batch":
         larger = replace(problem, batch=problem.batch * size)

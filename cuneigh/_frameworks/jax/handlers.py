@@ -16,7 +16,7 @@ from cuneigh._call import known_backends, perform, program_for
 from cuneigh._frameworks.contract import numpy_dtype
 from cuneigh._frameworks.jax import arithmetic, xla
 from cuneigh._frameworks.jax.calls import TARGET, CustomCall
-from cuneigh._gpu.program import contiguous
+from cuneigh._gpu.arrays import contiguous
 from cuneigh._problem import ARRAYS, Spec, size_of
 
 

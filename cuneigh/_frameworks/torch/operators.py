@@ -35,7 +35,7 @@ class Parameters(NamedTuple):
 
 
 def call(public: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """The results of a call of a public function, in its order, by an operator."""
+    """The results of the call `public`, None where the operation has none, by an operator."""
     problem = public.problem
     axes = problem.axes
     parameters = Parameters(
@@ -67,7 +67,10 @@ def add_gradients(
     arrays: dict[str, torch.Tensor],
     gradients: Sequence[torch.Tensor | None],
 ) -> None:
-    """Make of what `operation` took and returned what its gradient takes, given what came back."""
+    """Add to `arrays`, what `operation` took and returned, the gradients of its results.
+
+    After that they are the arguments of the gradient of `operation`.
+    """
     for name, gradient in zip(ARRAYS[operation].incoming, gradients, strict=True):
         if gradient is not None:
             arrays[name] = gradient
@@ -99,6 +102,7 @@ def _problem(operation: Operation, arrays: dict[str, Any], parameters: Parameter
 
 
 def _split(operation: Operation, args: Sequence[Any]) -> tuple[dict[str, Any], Parameters]:
+    """The arguments of an operator: the arrays that are given, by name, and the parameters."""
     names = ARRAYS[operation].arguments
     arrays = {name: array for name, array in zip(names, args, strict=False) if array is not None}
     return arrays, Parameters(*args[len(names) :])
@@ -112,6 +116,8 @@ def _joined(operation: Operation, results: list[Any]) -> Any:
 
 
 def _kernel(operation: Operation) -> Callable[..., Any]:
+    """What the operator does with tensors that have numbers."""
+
     def kernel(*args: Any) -> Any:
         arrays, parameters = _split(operation, args)
         problem = _problem(operation, arrays, parameters)
@@ -127,6 +133,8 @@ def _kernel(operation: Operation) -> Callable[..., Any]:
 
 
 def _fake_kernel(operation: Operation) -> Callable[..., Any]:
+    """What the operator does with tensors that have only shapes and dtypes."""
+
     def kernel(*args: Any) -> Any:
         arrays, parameters = _split(operation, args)
         problem = _problem(operation, arrays, parameters)
@@ -138,6 +146,7 @@ def _fake_kernel(operation: Operation) -> Callable[..., Any]:
 
 
 def _derivative(operation: Operation) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """What the operator keeps for its derivative, and its derivative."""
     gradient = ARRAYS[operation].gradient
     assert gradient is not None, "only what has a gradient has a derivative"
     kept = ARRAYS[operation].results if operation == "forward" else ()
@@ -168,12 +177,15 @@ Fold = Literal["batch", "heads"]
 
 
 def _batched(operation: Operation) -> Callable[..., Any]:
+    """The rule for ``torch.func.vmap``: many calls are one with a larger batch, or more heads."""
+
     def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         arrays, parameters = _split(operation, args)
         names = ARRAYS[operation].arguments
         dims = dict(zip(names, in_dims, strict=False))
-        # The batch takes up the axis without moving anything, unless each entry needs a bias of its
-        # own. So does the gradient of the bias, which is a sum over the batch.
+        # The batch takes up the mapped axis without moving anything. But a bias is shared by the
+        # whole batch, and its gradient is a sum over the batch: where each call has its own, the
+        # heads take up the axis.
         own_bias = "rpb" in arrays and (dims["rpb"] is not None or _is_gradient(operation))
         into: Fold = "heads" if own_bias else "batch"
         folded = {
@@ -202,6 +214,7 @@ def _axis(name: str, array: torch.Tensor, dim: int | None, into: Fold) -> int | 
 
 
 def _fold(array: torch.Tensor, axis: int | None, dim: int | None, size: int) -> torch.Tensor:
+    """`array` with its mapped axis `dim`, of length `size`, merged into `axis`."""
     if axis is None:
         return array
     array = array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
@@ -209,11 +222,14 @@ def _fold(array: torch.Tensor, axis: int | None, dim: int | None, size: int) -> 
 
 
 def _unfold(array: torch.Tensor, axis: int | None, size: int) -> torch.Tensor:
+    """The opposite of `_fold`; the mapped axis becomes the first."""
     assert axis is not None, "a bias that stays as it is has no gradient among the results"
     return array.unflatten(axis, (size, array.shape[axis] // size)).movedim(axis, 0)
 
 
 def _flops(operation: Operation) -> Callable[..., int]:
+    """The count of floating point operations, for PyTorch's counter."""
+
     def flops(*args: Any, out_val: Any = None, **_: Any) -> int:
         arrays, parameters = _split(operation, args)
         return _problem(operation, arrays, parameters).flops()

@@ -17,7 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from cuneigh import _device
 from cuneigh._frameworks.contract import Adapter, Memory, import_cupy, numpy_dtype, refuse
-from cuneigh._gpu.program import contiguous
+from cuneigh._gpu.arrays import contiguous
 from cuneigh._problem import DTYPES, Spec
 
 DEVICES = "cpu", "cuda"

@@ -16,8 +16,10 @@ from cuneigh._backends.fused.plan import Role, rows_are_keys
 from cuneigh._backends.fused.small import plan as _halo_plan
 from cuneigh._backends.fused.small.plan import Form, HaloPlan
 from cuneigh._device import Device
-from cuneigh._gpu.program import Array, Program
-from cuneigh._gpu.views import AXIS, Views, axis_record, load_width
+from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.program import Program
+from cuneigh._gpu.records import AXIS, axis_record
+from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import Problem
 
 UNIT = 16
@@ -102,7 +104,7 @@ def kernels(problem: Problem, device: Device, role: Role) -> list[_jit.Kernel]:
 
 def _steps_fit(array: Array) -> bool:
     """Whether the steps to all vectors are positive and fit into 32 bits."""
-    axes = list(zip(array.shape, array.steps, strict=True))[:-1]
+    axes = list(zip(array.shape, array.strides, strict=True))[:-1]
     span = sum((length - 1) * step for length, step in axes)
     return all(step >= 0 for _, step in axes) and span * array.itemsize < UNIT << 32
 
@@ -115,7 +117,7 @@ def _heads_first(array: Array, heads: int) -> Array:
         changed[0], changed[heads] = changed[heads], changed[0]
         return tuple(changed)
 
-    return replace(array, shape=swapped(array.shape), steps=swapped(array.steps))
+    return replace(array, shape=swapped(array.shape), strides=swapped(array.strides))
 
 
 @lru_cache(maxsize=1024)

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cuneigh._backends.cpu._gradients import Parts, Sums, bias_part, halo_parts
-from cuneigh._backends.cpu._products import (
+from cuneigh._backends.cpu.boxes import (
     Halo,
     Workspace,
     column_sums,
@@ -27,8 +26,9 @@ from cuneigh._backends.cpu._products import (
     visible,
     write_tile,
 )
-from cuneigh._backends.cpu._rows import Array, Rows
-from cuneigh._backends.cpu._tiles import Box
+from cuneigh._backends.cpu.gradients import Parts, Sums, bias_part, halo_parts
+from cuneigh._backends.cpu.rows import Array, Rows
+from cuneigh._backends.cpu.tiles import Box
 from cuneigh._problem import Operands, Problem
 
 LOWEST_SUM, HIGHEST_SUM = 1e-10, 1e20

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from cuneigh._backends.cpu._tiles import Integers, Place
+from cuneigh._backends.cpu.tiles import Integers, Place
 
 Array = npt.NDArray[Any]
 

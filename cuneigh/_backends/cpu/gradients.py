@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuneigh._backends.cpu._products import Workspace, confined_product, visible
-from cuneigh._backends.cpu._rows import Array
-from cuneigh._backends.cpu._tiles import Box
+from cuneigh._backends.cpu.boxes import Workspace, confined_product, visible
+from cuneigh._backends.cpu.rows import Array
+from cuneigh._backends.cpu.tiles import Box
 from cuneigh._problem import Operands, Problem
 
 

@@ -16,9 +16,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from cuneigh._backends.cpu._rows import Array, Rows
-from cuneigh._backends.cpu._threads import in_order, thread_count
-from cuneigh._backends.cpu._tiles import Booleans, Box, boxes
+from cuneigh._backends.cpu.rows import Array, Rows
+from cuneigh._backends.cpu.threads import in_order, thread_count
+from cuneigh._backends.cpu.tiles import Booleans, Box, boxes
 from cuneigh._problem import Operands, Problem
 
 Result = TypeVar("Result")

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cuneigh._backends.cpu._fused import fill_logits, flat_bias
-from cuneigh._backends.cpu._gradients import Parts, Sums, bias_part, halo_parts
-from cuneigh._backends.cpu._products import (
+from cuneigh._backends.cpu.attention import fill_logits, flat_bias
+from cuneigh._backends.cpu.boxes import (
     Workspace,
     for_each_box,
     read_halo,
@@ -24,8 +23,9 @@ from cuneigh._backends.cpu._products import (
     view_tile,
     write_tile,
 )
-from cuneigh._backends.cpu._rows import Array, Rows
-from cuneigh._backends.cpu._tiles import Box, Integers, Tile, combined
+from cuneigh._backends.cpu.gradients import Parts, Sums, bias_part, halo_parts
+from cuneigh._backends.cpu.rows import Array, Rows
+from cuneigh._backends.cpu.tiles import Box, Integers, Tile, combined
 from cuneigh._problem import Operands, Problem
 
 

@@ -1,0 +1,258 @@
+"""The launches of the naive kernels, operation by operation, and which kernels these are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cuneigh import _jit
+from cuneigh._device import Device
+from cuneigh._gpu import sums
+from cuneigh._gpu.program import Program
+from cuneigh._gpu.rows import attention_plan, grid_of, launch, record_of, row_plan, value_plan
+from cuneigh._gpu.views import Views, load_width, readable
+from cuneigh._problem import Operands, Problem
+
+
+def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
+    """The kernels that `problem` needs when its arrays are contiguous."""
+    rank, dtype, bias = problem.rank, problem.dtype, problem.rpb_dtype
+    key, value = problem.head_dim, problem.value_dim
+    match problem.operation:
+        case "forward" | "backward":
+            source = row_plan(rank, dtype, bias, key, value).source()
+            named = {
+                "forward": [("forward", source)],
+                "backward": [("backward_query", source), ("backward_key", source)],
+            }[problem.operation]
+        case "qk":
+            named = [("qk", row_plan(rank, dtype, bias, key, 0).source(kHiddenIsZero=False))]
+        case "qk_backward":
+            source = row_plan(rank, dtype, None, 0, key).source()
+            named = [("av", source), ("inverse", source)]
+        case "av":
+            named = [("av", row_plan(rank, dtype, None, 0, value).source())]
+        case "av_backward":
+            source = row_plan(rank, dtype, None, value, 0).source(kHiddenIsZero=True)
+            named = [("qk", source)]
+            named.append(("inverse", row_plan(rank, dtype, None, 0, value).source()))
+    own = [_jit.Kernel(f"naive/{name}", source) for name, source in named]
+    return own + sums.kernels(problem)
+
+
+# Attention
+
+
+def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    plan = attention_plan(problem, operands, values=(output,))
+    views = Views(problem.rank)
+    views.vectors(*operands[:3])
+    views.additional(operands.additional_keys, operands.additional_values)
+    views.bias(operands.rpb)
+    views.vectors(output)
+    views.scalars(lse)
+    launch(
+        program,
+        "naive/forward",
+        plan.source(),
+        record_of(problem, plan, keys=False),
+        views,
+        grid_of(problem, plan, keys=False, slices=plan.value_slices(problem.value_dim)),
+    )
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    output: Any,
+    lse: Any,
+    grad_lse: Any,
+    gradients: Operands,
+    program: Program,
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    grad_output, output = readable(grad_output, program), readable(output, program)
+    plan = attention_plan(
+        problem,
+        operands,
+        keys=(gradients.query, gradients.key),
+        values=(grad_output, output, gradients.value),
+    )
+    key_slices = plan.key_slices(problem.head_dim)
+    slices = max(key_slices, plan.value_slices(problem.value_dim))
+    delta = program.allocate(lse.shape, problem.accumulator)
+
+    views = Views(problem.rank)
+    views.vectors(*operands[:3])
+    views.additional(operands.additional_keys, operands.additional_values)
+    views.bias(operands.rpb)
+    views.vectors(grad_output, output)
+    views.scalars(lse, grad_lse, delta)
+    views.vectors(gradients.query)
+    launch(
+        program,
+        "naive/backward_query",
+        plan.source(),
+        record_of(problem, plan, keys=False),
+        views,
+        grid_of(problem, plan, keys=False, slices=key_slices),
+    )
+
+    views = Views(problem.rank)
+    views.vectors(*operands[:3])
+    views.bias(operands.rpb)
+    views.vectors(grad_output)
+    views.scalars(lse, delta)
+    views.vectors(gradients.key, gradients.value)
+    launch(
+        program,
+        "naive/backward_key",
+        plan.source(),
+        record_of(problem, plan, keys=True),
+        views,
+        grid_of(problem, plan, keys=True, slices=slices),
+    )
+
+    sums.attention_gradients(problem, operands, grad_output, lse, delta, gradients, program)
+
+
+# The two products on their own
+
+
+def qk(problem: Problem, operands: Operands, logits: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    _multiply(program, problem, operands, logits, dim=problem.head_dim, scale=problem.scale)
+
+
+def qk_backward(
+    problem: Problem, operands: Operands, grad_logits: Any, gradients: Operands, program: Program
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    dim, scale = problem.head_dim, problem.scale
+    _sum_keys(
+        program,
+        problem,
+        grad_logits,
+        operands.key,
+        operands.additional_keys,
+        gradients.query,
+        dim,
+        scale,
+    )
+    _sum_queries(program, problem, grad_logits, operands.query, gradients.key, dim, scale)
+    if problem.additional:
+        sums.stored_additional(
+            program, problem, grad_logits, operands.query, gradients.additional_keys, dim, scale
+        )
+    if operands.rpb is not None:
+        sums.stored_rpb(problem, grad_logits, gradients.rpb, program)
+
+
+def av(problem: Problem, weights: Any, operands: Operands, output: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    value, additional_values, dim = operands.value, operands.additional_values, problem.value_dim
+    _sum_keys(program, problem, weights, value, additional_values, output, dim, 1.0)
+
+
+def av_backward(
+    problem: Problem,
+    weights: Any,
+    operands: Operands,
+    grad_output: Any,
+    grad_weights: Any,
+    gradients: Operands,
+    program: Program,
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    grad_output = readable(grad_output, program)
+    dim = problem.value_dim
+    factors = Operands(
+        query=grad_output, key=operands.value, additional_keys=operands.additional_values
+    )
+    _multiply(program, problem, factors, grad_weights, dim=dim, scale=1.0, hidden_is_zero=True)
+    _sum_queries(program, problem, weights, grad_output, gradients.value, dim, 1.0)
+    if problem.additional:
+        sums.stored_additional(
+            program, problem, weights, grad_output, gradients.additional_values, dim, 1.0
+        )
+
+
+def _multiply(
+    program: Program,
+    problem: Problem,
+    operands: Operands,
+    logits: Any,
+    dim: int,
+    scale: float,
+    hidden_is_zero: bool = False,
+) -> None:
+    """Fill `logits` with the products of every query and the keys of its window."""
+    width = load_width((operands.query, operands.key, operands.additional_keys))
+    bias = problem.rpb_dtype if operands.rpb is not None else None
+    plan = row_plan(problem.rank, problem.dtype, bias, dim, 0, key_bytes=width)
+    views = Views(problem.rank)
+    views.vectors(operands.query, operands.key)
+    views.additional(operands.additional_keys)
+    views.bias(operands.rpb)
+    views.vectors(logits)
+    launch(
+        program,
+        "naive/qk",
+        plan.source(kHiddenIsZero=hidden_is_zero),
+        record_of(problem, plan, keys=False, head_dim=dim, scale=scale),
+        views,
+        grid_of(problem, plan, keys=False),
+    )
+
+
+def _sum_keys(
+    program: Program,
+    problem: Problem,
+    weights: Any,
+    value: Any,
+    additional_values: Any,
+    output: Any,
+    dim: int,
+    scale: float,
+) -> None:
+    """Fill `output` with every query's sum of the values of its window, under its `weights`."""
+    plan = value_plan(problem, dim, value, additional_values, output)
+    views = Views(problem.rank)
+    views.vectors(weights, value)
+    views.additional(additional_values)
+    views.vectors(output)
+    launch(
+        program,
+        "naive/av",
+        plan.source(),
+        record_of(problem, plan, keys=False, value_dim=dim, scale=scale),
+        views,
+        grid_of(problem, plan, keys=False, slices=plan.value_slices(dim)),
+    )
+
+
+def _sum_queries(
+    program: Program,
+    problem: Problem,
+    weights: Any,
+    vectors: Any,
+    output: Any,
+    dim: int,
+    scale: float,
+) -> None:
+    """Fill `output` with every key's sum of the `vectors` of the queries that see it.
+
+    The weights are those that the queries give to the key.
+    """
+    plan = value_plan(problem, dim, vectors, output)
+    views = Views(problem.rank)
+    views.vectors(weights, vectors, output)
+    launch(
+        program,
+        "naive/inverse",
+        plan.source(),
+        record_of(problem, plan, keys=True, value_dim=dim, scale=scale),
+        views,
+        grid_of(problem, plan, keys=True, slices=plan.value_slices(dim)),
+    )

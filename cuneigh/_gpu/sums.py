@@ -1,0 +1,257 @@
+"""What is summed over all queries, and delta, which every gradient of attention needs.
+
+Sums over all queries are the gradients of the additional keys and values and of the relative
+positional bias (rpb). Every block sums a share of the queries; a last kernel adds up the shares in
+a fixed order. The kernels are those of cuda/sums.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from cuneigh import _jit
+from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.program import Program
+from cuneigh._gpu.rows import (
+    THREADS,
+    RowPlan,
+    attention_plan,
+    grid_of,
+    launch,
+    record_of,
+    row_plan,
+    value_plan,
+)
+from cuneigh._gpu.views import Views
+from cuneigh._problem import Operands, Problem
+
+
+def kernels(problem: Problem) -> list[_jit.Kernel]:
+    """The kernels of the sums of `problem` when its arrays are contiguous."""
+    rank, dtype = problem.rank, problem.dtype
+    key, value = problem.head_dim, problem.value_dim
+    found: list[_jit.Kernel] = []
+    summed: set[str] = set()  # dtypes of the gradients
+    if problem.additional and problem.operation.endswith("backward"):
+        summed.add(dtype)
+        name, plan = {
+            "backward": (
+                "attention_additional",
+                row_plan(rank, dtype, problem.rpb_dtype, key, value),
+            ),
+            "qk_backward": ("additional", row_plan(rank, dtype, None, 0, key)),
+            "av_backward": ("additional", row_plan(rank, dtype, None, 0, value)),
+        }[problem.operation]
+        found.append(_jit.Kernel(f"sums/{name}", plan.source()))
+    if problem.rpb_dtype and problem.operation in ("backward", "qk_backward"):
+        summed.add(problem.rpb_dtype)
+        stored = problem.operation == "qk_backward"
+        plan = (
+            _stored_plan(problem)
+            if stored
+            else row_plan(rank, dtype, problem.rpb_dtype, key, value)
+        )
+        found.append(_jit.Kernel("sums/rpb", plan.source(kStored=stored)))
+    return found + [_shares_kernel(problem.accumulator, dtype) for dtype in sorted(summed)]
+
+
+def delta_kernel(problem: Problem) -> _jit.Kernel:
+    """The kernel of `delta` when its arrays are contiguous."""
+    return _jit.Kernel(
+        "sums/delta", row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim).source()
+    )
+
+
+def delta(
+    problem: Problem,
+    grad_output: Any,
+    output: Any,
+    lse: Any,
+    grad_lse: Any,
+    statistics: Any,
+    program: Program,
+) -> None:
+    """Fill `statistics` [batch, x1..xr, heads, 2]: lse in base 2, and delta of every query.
+
+    delta = sum(grad_output * output) - grad_lse.
+    """
+    plan = value_plan(problem, problem.value_dim, grad_output, output)
+    views = Views(problem.rank)
+    views.vectors(grad_output, output)
+    views.scalars(lse, grad_lse)
+    views.pairs(statistics)
+    record = record_of(problem, plan, keys=False)
+    launch(program, "sums/delta", plan.source(), record, views, grid_of(problem, plan, keys=False))
+
+
+# Gradients of the operands of attention, whose weights are recomputed
+
+
+def attention_gradients(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    lse: Any,
+    delta: Any,
+    gradients: Operands,
+    program: Program,
+) -> None:
+    """Fill the gradients of the additional keys and values, and of rpb, as far as there are any."""
+    if problem.additional:
+        _attention_additional(problem, operands, grad_output, lse, delta, gradients, program)
+    if operands.rpb is not None:
+        attention_rpb(problem, operands, grad_output, lse, delta, gradients.rpb, program)
+
+
+def _attention_additional(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    lse: Any,
+    delta: Any,
+    gradients: Operands,
+    program: Program,
+) -> None:
+    plan = attention_plan(problem, operands, values=(grad_output,))
+    results = _additional_results(problem)
+    count = _share_count(program, results, problem, plan)
+    key_shares, value_shares = (
+        program.allocate((count, *gradient.shape), problem.accumulator)
+        for gradient in (gradients.additional_keys, gradients.additional_values)
+    )
+    views = Views(problem.rank)
+    views.vectors(operands.query)
+    views.additional(operands.additional_keys, operands.additional_values)
+    views.vectors(grad_output)
+    views.scalars(lse, delta)
+    views.pointers(key_shares, value_shares)
+    slices = max(plan.key_slices(problem.head_dim), plan.value_slices(problem.value_dim))
+    launch(
+        program,
+        "sums/attention_additional",
+        plan.source(),
+        record_of(problem, plan, keys=False),
+        views,
+        (results * count, slices),
+    )
+    _add_up(program, key_shares, gradients.additional_keys, problem)
+    _add_up(program, value_shares, gradients.additional_values, problem)
+
+
+def attention_rpb(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    lse: Any,
+    delta: Any,
+    gradient: Any,
+    program: Program,
+) -> None:
+    """Fill the gradient of rpb."""
+    plan = attention_plan(problem, operands, values=(grad_output,))
+    views = Views(problem.rank)
+    views.vectors(*operands[:3])
+    views.bias(operands.rpb)
+    views.vectors(grad_output)
+    views.scalars(lse, delta)
+    views.vectors(None)
+    _rpb(problem, plan, views, gradient, stored=False, program=program)
+
+
+# Gradients of the operands of the two products, whose weights are in memory
+
+
+def stored_additional(
+    program: Program,
+    problem: Problem,
+    weights: Any,
+    vectors: Any,
+    gradient: Any,
+    dim: int,
+    scale: float,
+) -> None:
+    """Fill the gradient of the additional keys (or values).
+
+    It is `scale` times the sum of the `vectors` of all queries, of `dim` elements, under the
+    `weights` that they give to an additional key.
+    """
+    plan = value_plan(problem, dim, vectors)
+    results = _additional_results(problem)
+    count = _share_count(program, results, problem, plan)
+    shares = program.allocate((count, *gradient.shape), problem.accumulator)
+    views = Views(problem.rank)
+    views.vectors(weights, vectors)
+    views.pointers(shares)
+    launch(
+        program,
+        "sums/additional",
+        plan.source(),
+        record_of(problem, plan, keys=False, value_dim=dim, scale=scale),
+        views,
+        (results * count, plan.value_slices(dim)),
+    )
+    _add_up(program, shares, gradient, problem)
+
+
+def stored_rpb(problem: Problem, grad_logits: Any, gradient: Any, program: Program) -> None:
+    """Fill the gradient of rpb, given that of the logits."""
+    views = Views(problem.rank)
+    views.vectors(*(None,) * 7, grad_logits)
+    _rpb(problem, _stored_plan(problem), views, gradient, stored=True, program=program)
+
+
+def _stored_plan(problem: Problem) -> RowPlan:
+    """The plan of the gradient of rpb where no head vector is loaded."""
+    return row_plan(problem.rank, problem.dtype, None, 0, 0)
+
+
+def _rpb(
+    problem: Problem, plan: RowPlan, views: Views, gradient: Any, stored: bool, program: Program
+) -> None:
+    """The gradient of rpb; `views` lacks the shares."""
+    count = _share_count(program, gradient.size, problem, plan)
+    shares = program.allocate((count, *gradient.shape), problem.accumulator)
+    views.pointers(shares)
+    launch(
+        program,
+        "sums/rpb",
+        plan.source(kStored=stored),
+        record_of(problem, plan, keys=False),
+        views,
+        (gradient.size * count, 1),
+    )
+    _add_up(program, shares, gradient, problem)
+
+
+# Shares
+
+
+def _additional_results(problem: Problem) -> int:
+    """Additional keys of all batches and key heads."""
+    return problem.batch * (problem.additional or 0) * problem.kv_heads
+
+
+def _share_count(program: Program, results: int, problem: Problem, plan: RowPlan) -> int:
+    """Blocks that share the sum over all queries for each of `results` results."""
+    blocks = 8 * program.device.sm_count
+    useful = math.ceil(math.prod(problem.tokens) / (4 * plan.groups))
+    return max(1, min(math.ceil(blocks / results), useful))
+
+
+def _add_up(program: Program, shares: Array, result: Array, problem: Problem) -> None:
+    """Add up the leading axis of `shares` into `result`."""
+    program.launch(
+        _shares_kernel(problem.accumulator, result.dtype),
+        (math.ceil(result.size / THREADS), 1),
+        THREADS,
+        [shares.pointer],
+        [shares.shape[0]],
+        [result.size],
+        [result.pointer],
+    )
+
+
+def _shares_kernel(number: str, result: str) -> _jit.Kernel:
+    source = _jit.plan_source({"kThreads": THREADS}, types={"Number": number, "Result": result})
+    return _jit.Kernel("sums/shares", source)

@@ -1,0 +1,137 @@
+"""Every kernel that ships: it compiles for all architectures, and keeps all it has in registers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from helpers.toy_kernel import needs_nvrtc
+
+from cuneigh import _jit
+from cuneigh._backends import BACKENDS, Backend, gemm, naive
+from cuneigh._device import Device, of_capability
+from cuneigh._problem import DTYPES, Operation, Problem
+from cuneigh._window import Axis
+
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def device_of(arch: str) -> Device:
+    return of_capability(divmod(int(arch.removeprefix("sm_")), 10))
+
+
+def problems(
+    dtype: str,
+    ranks: Iterable[int],
+    head_dim: int = 64,
+    value_dim: int = 64,
+    rpb_dtype: str | None = None,
+    additional: int | None = None,
+    length: int = 1,
+) -> Iterator[Problem]:
+    """Every operation."""
+    for rank, operation in itertools.product(ranks, get_args(Operation)):
+        yield Problem(
+            operation=operation,
+            dtype=dtype,
+            batch=1,
+            heads=1,
+            kv_heads=1,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            axes=(Axis(length, length, 1, 1, 1, False),) * rank,
+            scale=1.0,
+            additional=additional,
+            rpb_dtype=rpb_dtype,
+        )
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+def assert_no_spills(
+    of: Iterator[Problem], arch: str, cache: Path, backend: Backend = naive
+) -> None:
+    kernels = [kernel for problem in of for kernel in backend.kernels(problem, device_of(arch))]
+    assert kernels
+    for (kernel, _), compiled in _jit.precompile(kernels, [arch], cache).items():
+        resources = compiled.resources
+        assert resources.registers > 0, "the log of NVRTC was not understood"
+        spilled = resources.spill_stores + resources.spill_loads
+        assert not resources.advice, f"{kernel.name} on {arch}: {resources.advice}"
+        assert spilled == 0, f"{kernel.name} spills {spilled} bytes on {arch}:\n{kernel.plan}"
+
+
+# All of the variants on all of the architectures would take many minutes. 3-D kernels hold the most
+# state, so they are compiled for every architecture and the others for one.
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile(arch: str, dtype: str, module_cache: Path) -> None:
+    of = problems(dtype, [3], rpb_dtype=dtype, additional=1)
+    assert_no_spills(of, arch, module_cache)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_of_fewer_axes_compile(dtype: str, module_cache: Path) -> None:
+    of = problems(dtype, [1, 2], rpb_dtype=dtype, additional=1)
+    assert_no_spills(of, "sm_90", module_cache)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim", "rpb_dtype"),
+    [
+        ("float32", 32, 32, None),
+        ("float16", 128, 128, "float32"),
+        ("bfloat16", 63, 20, None),  # loads of single elements
+        ("float64", 600, 3, "float64"),  # more than the lanes of a warp hold
+    ],
+)
+def test_kernels_of_other_dimensions_compile(
+    dtype: str, head_dim: int, value_dim: int, rpb_dtype: str | None, module_cache: Path
+) -> None:
+    of = problems(dtype, [2, 3], head_dim, value_dim, rpb_dtype)
+    assert_no_spills(of, "sm_90", module_cache)
+
+
+# The kernels around the batched products hold little; the longest rows of logits are their most.
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("dtype", "arch"),
+    [("float16", "sm_90"), ("bfloat16", "sm_75"), ("float32", "sm_120"), ("float64", "sm_90")],
+)
+def test_kernels_around_products_compile(dtype: str, arch: str, module_cache: Path) -> None:
+    of = problems(dtype, [3], rpb_dtype=dtype, additional=3000)
+    assert_no_spills(of, arch, module_cache, gemm)
+
+
+@needs_nvrtc
+def test_kernels_around_products_in_place_compile(module_cache: Path) -> None:
+    of = problems("bfloat16", [1, 2], length=32)
+    assert_no_spills(of, "sm_90", module_cache, gemm)
+
+
+def test_every_source_is_compiled() -> None:
+    """There is no `.cu` that no backend names."""
+    full = [*problems("float16", [3], rpb_dtype="float16", additional=1)]
+    plain = [*problems("float16", [1], length=32)]
+    kernels = {
+        kernel.name
+        for problem in full + plain
+        for backend in BACKENDS
+        if backend.unsupported(problem, device_of("sm_90")) is None
+        for kernel in backend.kernels(problem, device_of("sm_90"))
+    }
+    sources = {name.removesuffix(".cu") for name in _jit.packaged().texts if name.endswith(".cu")}
+    assert kernels == sources
