@@ -122,6 +122,22 @@ def test_kernels_around_products_in_place_compile(module_cache: Path) -> None:
     assert_no_spills(of, "sm_90", module_cache, gemm)
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("order", [1, -1], ids=["forwards", "backwards"])
+def test_all_headers_can_be_included_together(order: int, tmp_path: Path) -> None:
+    """No two of them define the same name, and each includes what it needs."""
+    texts = _jit.packaged().texts
+    headers = [name for name in texts if name.endswith(".cuh")][::order]
+    unit = "".join(f'#include "{name}"\n' for name in headers)
+    unit += "namespace cuneigh { template <typename Plan> __global__ void all() {} }\n"
+    for name, text in {**texts, "all.cu": unit}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    cache = _jit.Cache(tmp_path / "cache")
+    kernel, sources = _jit.Kernel("all", ""), _jit.Sources(tmp_path)
+    assert _jit.compile(kernel, "sm_90a", cache=cache, sources=sources).resources.registers > 0
+
+
 def test_every_source_is_compiled() -> None:
     """There is no `.cu` that no backend names."""
     full = [*problems("float16", [3], rpb_dtype="float16", additional=1)]
