@@ -184,7 +184,7 @@ OPERATION_PROBLEMS = {
         additional=2 if operation != "forward" else None,
         rpb_dtype="float32" if operation in ("backward", "qk", "qk_backward") else None,
     )
-    for operation in RESULTS
+    for operation in ARRAYS
 }
 
 
@@ -204,17 +204,17 @@ def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, t
 
     monkeypatch.setattr(Program, "launch", record)
     monkeypatch.setattr(_device, "cuda", lambda index: H200)
-    launch.routine_for.cache_clear()
+    _call.program_for.cache_clear()
     for problem in OPERATION_PROBLEMS.values():
         if backend.unsupported(problem, H200) is None:
             names = arguments_of(problem)
             layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
-            program_of(problem, backend.NAME, names, results_of(problem), layouts)
+            program_of(problem, backend.NAME, names, problem.results, layouts)
     assert packed
     compiled = _jit.precompile(packed, ["sm_90a"], tmp_path)
     for (kernel, _), result in compiled.items():
         assert parameter_sizes(result.cubin.read_bytes()) == packed[kernel], kernel.name
-    launch.routine_for.cache_clear()
+    _call.program_for.cache_clear()
 
 
 def forward_of(
