@@ -70,18 +70,23 @@ def main() -> int:
     }
     measured: dict[str, list[dict[str, Times]]] = {what: [] for what in runs}
     longest = dict.fromkeys(runs, 0.0)
+    failed = False
     for turn, what in itertools.product(range(options.rounds), runs):
         start = time.monotonic()
         if start + longest[what] > end:
             print(f"no time left for round {turn + 1} of {what}", flush=True)
             continue
-        measured[what].append({name: runs[what](tree) for name, tree in trees.items()})
+        try:
+            measured[what].append({name: runs[what](tree) for name, tree in trees.items()})
+        except subprocess.CalledProcessError as error:
+            print(f"{what} failed: {error}", flush=True)
+            failed = True
         longest[what] = max(longest[what], time.monotonic() - start)
         print(f"round {turn + 1} of {what}: {time.monotonic() - start:.0f} s", flush=True)
     if options.output:
         options.output.write_text(json.dumps(measured, indent=1) + "\n")
-    slower = [compare(what, rounds) for what, rounds in measured.items()]
-    return int(any(slower))
+    slower = [compare(what, rounds) for what, rounds in measured.items() if rounds]
+    return int(failed or any(slower))
 
 
 def in_tree(tree: Path, *command: str) -> str:
