@@ -19,7 +19,6 @@ struct Range {
 struct GroupIndex {
   int group, index;
 };
-using Place = GroupIndex;  // in the fused kernels
 
 CUNEIGH_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 CUNEIGH_HOST_DEVICE int larger(int a, int b) { return a > b ? a : b; }

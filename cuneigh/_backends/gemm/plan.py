@@ -62,8 +62,8 @@ class GemmPlan:
     """Workspace that the limit does not count: float32 sums of the gradients of half-precision keys
     and values, of one pair of a batch and a key head, where a pair has more tiles than a chunk."""
     chunk: int
-    """Tiles worked on at a time: those of whole pairs of a batch and a key head, or some of
-    one pair."""
+    """Tiles that are worked on at a time: those of whole pairs of a batch and a key head, or some
+    of one pair."""
     direct: bool
     """Whether the products read and write tokens where they are: nothing is packed."""
     milliseconds: float

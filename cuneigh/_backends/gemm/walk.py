@@ -27,7 +27,7 @@ ITEMS = 8
 
 @dataclass(eq=False)
 class Matrix:
-    """A matrix [rows, width] of every tile, in the workspace or in place in arrays of the call."""
+    """A matrix [rows, width] of every tile: in the workspace, or in place in a call's arrays."""
 
     rows: int
     width: int
