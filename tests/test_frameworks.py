@@ -49,7 +49,9 @@ def watched_backend() -> Iterator[dict[str, Any]]:
         if lse is not None:
             lse[...] = 2
 
-    backend = mock.Mock(NAME="watched", forward=forward, unsupported=lambda *given: None)
+    backend = mock.Mock(
+        NAME="watched", SETTINGS=(), forward=forward, unsupported=lambda *given: None
+    )
     with mock.patch.object(_backends, "BACKENDS", (backend,)):
         yield seen
 

@@ -349,7 +349,7 @@ def test_two_threads_at_once(own):
 
 @contextmanager
 def backend_that(forward: Callable[..., None]) -> Iterator[None]:
-    backend = mock.Mock(NAME="mock", forward=forward, unsupported=lambda *given: None)
+    backend = mock.Mock(NAME="mock", SETTINGS=(), forward=forward, unsupported=lambda *given: None)
     with mock.patch.object(_backends, "BACKENDS", (backend,)):
         yield
 
@@ -464,7 +464,7 @@ from cuneigh import _backends
 local, calls = threading.local(), []
 
 class Backend:
-    NAME = "counting"
+    NAME, SETTINGS = "counting", ()
     unsupported = staticmethod(lambda *given: None)
     @staticmethod
     def forward(problem, operands, output, lse, space):
