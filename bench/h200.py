@@ -21,8 +21,7 @@ from harness import ROOT, ceilings, check, measure, provenance
 
 import cuneigh
 from cuneigh import _validate
-from cuneigh._backends.fused import plan as _fused_plan
-from cuneigh._backends.fused.small import plan as _halo_plan
+from cuneigh._backends.fused.choice import choose_plan
 from cuneigh._device import cuda
 from cuneigh._problem import Operands, Problem, Spec
 
@@ -113,8 +112,7 @@ def problem_of(case: dict[str, Any], shape: tuple[int, ...]) -> Problem:
 
 def plan_of(problem: Problem) -> str:
     """What `fused` takes for contiguous arrays."""
-    device = cuda(0)
-    return str(_halo_plan.make_plan(problem, device) or _fused_plan.make_plan(problem, device))
+    return str(choose_plan(problem, cuda(0)))
 
 
 def timed(problem: Problem, call: Callable[[], object], passes: float = 1.0) -> dict[str, Any]:

@@ -18,10 +18,15 @@ from hypothesis import strategies as st
 import cuneigh
 from cuneigh import _device, _jit
 from cuneigh._backends import fused
-from cuneigh._backends.fused import plan as _fused_plan
-from cuneigh._backends.fused.small import launch as _halo
-from cuneigh._backends.fused.small import plan as _halo_plan
+from cuneigh._backends.fused import launch
+from cuneigh._backends.fused import plan as fused_plan
+from cuneigh._backends.fused.choice import choose_plan
+from cuneigh._backends.fused.small import launch as small_launch
+from cuneigh._backends.fused.small import plan as small_plan
+from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._gpu.announce import announce
+from cuneigh._gpu.boxes import count_walk
+from cuneigh._gpu.passes import DKV, FORWARD
 from cuneigh._problem import Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
 from cuneigh._window import Axis
@@ -37,29 +42,23 @@ def supported(operations=("forward", "backward"), **arguments):
 # Planning
 
 
-def pairs_of_a_walk(problem, plan, rows_are_keys):
+def pairs_of_a_walk(axis, warp_box, warps, column_box, pass_):
     """The counts and the visible pairs, by walking as the kernel does."""
-    blocks = tiles = visits = full = most = 0
+    blocks = loads = visits = full = longest = 0
     seen = {}
-    axis, (warp_box,), (warps,), (column_box,) = (
-        problem.axes[0],
-        plan.warp_box,
-        plan.warps,
-        plan.column_box,
-    )
-    meets = axis.inverse if rows_are_keys else axis.window
+    window = pass_.window(axis)
     for group in range(min(axis.dilation, axis.length)):
-        length = axis.key_group_length(group) if rows_are_keys else axis.group_length(group)
+        length = pass_.group_length(axis, group)
         for first in range(0, length, warp_box * warps):
             blocks += 1
             rows = range(first, min(first + warp_box * warps, length))
-            windows = {i: meets(i, group) for i in rows}
+            windows = {i: window(i, group) for i in rows}
             low = min(begin for begin, _ in windows.values())
             high = max(end for _, end in windows.values())
             walk = range(low, high, column_box)
-            most = max(most, len(walk))
+            longest = max(longest, len(walk))
             for start in walk:
-                tiles += 1
+                loads += 1
                 columns = range(start, min(start + column_box, high))
                 for warp in range(warps):
                     mine = [i for i in rows if (i - first) // warp_box == warp]
@@ -68,20 +67,17 @@ def pairs_of_a_walk(problem, plan, rows_are_keys):
                         seen[group, pair] = seen.get((group, pair), 0) + 1
                     visits += bool(pairs)
                     full += bool(mine) and len(pairs) == len(mine) * column_box
-    return (blocks, tiles, visits, full, most), seen
+    return (blocks, loads, visits, full, longest), seen
 
 
 @given(
     problem=problems(operations=("forward",), ranks=(1,), most_tokens=60),
     sizes=st.tuples(*[st.sampled_from([1, 2, 4, 8])] * 2, st.integers(1, 9)),
-    rows_are_keys=st.booleans(),
+    pass_=st.sampled_from([FORWARD, DKV]),
 )
-def test_counts_and_coverage_by_enumeration(problem, sizes, rows_are_keys):
-    warp_box, warps, column_box = sizes
-    area = _fused_plan.Area(1, column_box)
-    plan = _fused_plan.FusedPlan(area, (warp_box,), (warps,), (column_box,))
-    counts, seen = pairs_of_a_walk(problem, plan, rows_are_keys)
-    assert tuple(_fused_plan.count_axis(problem.axes[0], *sizes, rows_are_keys)) == counts
+def test_counts_and_coverage_by_enumeration(problem, sizes, pass_):
+    counts, seen = pairs_of_a_walk(problem.axes[0], *sizes, pass_)
+    assert tuple(count_walk(problem.axes[0], *sizes, pass_)) == counts
     # Every visible pair is visited exactly once.
     assert set(seen.values()) <= {1}
     assert len(seen) == problem.axes[0].visible_pairs()
@@ -94,47 +90,48 @@ DEVICES = [_device.of_capability(capability) for capability in CAPABILITIES]
 @given(problem=supported(), device=st.sampled_from(DEVICES))
 def test_a_plan_fits_the_kernel(problem, device):
     assume(fused.unsupported(problem, device) is None)
-    for role in _fused_plan.roles(problem):
-        plan = _fused_plan.make_plan(problem, device, role)
+    for pass_ in fused_plan.passes(problem):
+        plan = fused_plan.make_plan(problem, device, pass_)
         area = plan.area
-        assert area in _fused_plan.areas(problem, device, role)
-        assert _fused_plan.shared_bytes(problem, area, role) <= device.shared_memory
+        assert area in fused_plan.areas(problem, device, pass_)
+        assert fused_plan.shared_bytes(problem, area, pass_) <= device.shared_memory
         assert np.prod(plan.warp_box) == 16 * area.row_tiles
         assert np.prod(plan.warps) == area.warps
         assert np.prod(plan.column_box) <= area.columns <= 64
         assert area.columns % (8 if problem.dtype == "float32" else 16) == 0
-        assert 1 <= plan.part <= (problem.batch * problem.heads if role == "forward" else 1)
+        most = problem.batch * problem.heads if pass_ == FORWARD else 1
+        assert 1 <= plan.batch_heads <= most
 
 
 @given(problem=supported(most_tokens=60), data=st.data())
 def test_the_plan_is_the_cheapest_of_all_candidates(problem, data):
-    role = data.draw(st.sampled_from(_fused_plan.roles(problem)))
-    area = data.draw(st.sampled_from(_fused_plan.areas(problem, H200, role)))
+    pass_ = data.draw(st.sampled_from(fused_plan.passes(problem)))
+    area = data.draw(st.sampled_from(fused_plan.areas(problem, H200, pass_)))
     costs = [
-        _fused_plan.cost(problem, candidate, role)
-        for candidate in _fused_plan.candidates(problem, area, role)
+        fused_plan.cost(problem, candidate, pass_)
+        for candidate in fused_plan.candidates(problem, area, pass_)
     ]
-    chosen = _fused_plan.cheapest_shapes(problem, area, role)
-    assert _fused_plan.cost(problem, chosen, role) == pytest.approx(min(costs), rel=1e-12)
+    chosen = fused_plan.cheapest_shapes(problem, area, pass_)
+    assert fused_plan.cost(problem, chosen, pass_) == pytest.approx(min(costs), rel=1e-12)
 
 
 @given(
     tokens=st.integers(1, 20_000),
     kernel_size=st.integers(1, 3000),
-    entries=st.tuples(st.integers(1, 20), st.integers(1, 40)),
+    sizes=st.tuples(st.integers(1, 20), st.integers(1, 40)),
     head_dim=st.sampled_from([64, 128]),
 )
-def test_parts_keep_multiprocessors_busy(tokens, kernel_size, entries, head_dim):
-    """Several entries a block never make more rounds of work than one each by much."""
-    batch, heads = entries
+def test_batch_heads_of_a_block_keep_multiprocessors_busy(tokens, kernel_size, sizes, head_dim):
+    """Several batch-heads a block never make more rounds of work than one each by much."""
+    batch, heads = sizes
     spec = Spec((batch, tokens, heads, head_dim), "bfloat16")
     window = window_arguments("test", 1, min(kernel_size, tokens), 1, 1, False)
     problem = attention_problem("test", "forward", spec, spec, spec, window, None)
-    plan = _fused_plan.make_plan(problem, H200)
-    boxes = _fused_plan.count(problem, plan).blocks
-    at_once = _fused_plan.resident(problem, plan.area, H200, "forward") * H200.sm_count
+    plan = fused_plan.make_plan(problem, H200)
+    boxes = fused_plan.count(problem, plan).blocks
+    at_once = fused_plan.resident(problem, plan.area, H200, FORWARD) * H200.sm_count
     rounds, of_one = (
-        part * -(-boxes * -(-batch * heads // part) // at_once) for part in (plan.part, 1)
+        count * -(-boxes * -(-batch * heads // count) // at_once) for count in (plan.batch_heads, 1)
     )
     assert rounds <= 1.5 * of_one
 
@@ -168,14 +165,13 @@ def test_few_kernels_serve_all_layouts_and_windows():
         sizes = tuple(kernel_size), tuple(stride), tuple(dilation)
         window = window_arguments("test", 2, *sizes, False)
         problem = attention_problem("test", "forward", spec, spec, spec, window, None)
-        small = _halo_plan.make_plan(problem, H200, "forward")
-        if small is not None:
-            sizes = small.form, small.columns, small.whole
-            kernel = _halo.kernel(problem, "forward", *sizes)
+        plan = choose_plan(problem, H200)
+        if isinstance(plan, SmallPlan):
+            sizes = plan.form, plan.columns, plan.one_stage
+            kernel = small_launch.kernel(problem, FORWARD, *sizes)
         else:
-            plan = _fused_plan.make_plan(problem, H200)
-            several = _fused_plan.several(problem, "forward", plan.part)
-            kernel = fused._kernel(problem, H200.capability, "forward", plan.area, several, 16, 16)
+            many = fused_plan.many_batch_heads(problem, FORWARD, plan.batch_heads)
+            kernel = launch.kernel(problem, H200.capability, FORWARD, plan.area, many, 16, 16)
         assert kernel in fused.kernels(problem, H200)
         chosen.add(kernel)
     assert len(chosen) <= 6
@@ -185,7 +181,7 @@ def test_each_plan_is_printed_once(monkeypatch, capsys):
     spec = Spec((1, 30, 48, 4, 64), "float16")
     window = window_arguments("test", 2, (7, 9), 1, (2, 1), (True, False))
     problem = attention_problem("test", "forward", spec, spec, spec, window, None)
-    plan = _fused_plan.make_plan(problem, H200)
+    plan = fused_plan.make_plan(problem, H200)
     announce("fused", "forward", problem, plan)
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("CUNEIGH_PRINT_PLANS", "1")
@@ -199,11 +195,13 @@ def test_each_plan_is_printed_once(monkeypatch, capsys):
     assert "columns in" in str(plan)
 
 
-OLDEST, SMALL, LARGE = map(_device.of_capability, ((7, 5), (8, 6), (9, 0)))
+OLDEST, SMALL, ADA, LARGE = map(_device.of_capability, ((7, 5), (8, 6), (8, 9), (9, 0)))
 COMPILED = [
-    # 128 takes the most registers with the largest boxes. Longer vectors and little shared memory
-    # make other boxes.
-    *itertools.product(DEVICES, (128,), ("float16", "float32")),
+    # 128 takes the most registers with the largest boxes. For sm_89 the kernels are those of sm_86
+    # and the assembler makes the same of them, register for register: one dtype will do.
+    *((device, 128, "float16") for device in DEVICES if device != ADA),
+    *((device, 128, "float32") for device in DEVICES),
+    # Longer vectors and little shared memory make other boxes.
     *itertools.product((OLDEST, SMALL, LARGE), (256,), ("float16", "float32")),
     *itertools.product((OLDEST, LARGE), (32, 72), ("float16",)),
     *itertools.product((OLDEST, LARGE), (64,), ("float32",)),
@@ -211,21 +209,25 @@ COMPILED = [
 
 
 @pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
+@pytest.mark.parametrize("operation", ["forward", "backward"])
 @pytest.mark.parametrize(
     ("device", "head_dim", "dtype"), COMPILED, ids=lambda value: getattr(value, "arch", str(value))
 )
-def test_kernels_do_not_spill(device, head_dim, dtype, tmp_path):
+def test_kernels_do_not_spill(device, head_dim, dtype, operation, tmp_path):
     axes = (Axis(1, 1, 1, 1, 1, False),) * 3
     kernels = []
-    rpb_dtypes = (None, "float32") if device in (OLDEST, LARGE) else (None,)
-    for operation, rpb_dtype in itertools.product(("forward", "backward"), rpb_dtypes):
+    # Adding the bias is the same code on all devices; the one on which most kinds of boxes may be
+    # taken has it at every length, the oldest, which multiplies otherwise, at one.
+    biased = device == LARGE or (device == OLDEST and head_dim == 128)
+    for rpb_dtype in (None, "float32") if biased else (None,):
         problem = Problem(operation, dtype, 1, 1, 1, head_dim, head_dim, axes, 1.0, None, rpb_dtype)
         kernels += [
             kernel
             for kernel in fused.kernels(problem, device)
-            # Those for one entry a block are a part of those for several
-            if kernel.name.startswith("fused") and "kSeveral = false" not in kernel.plan
+            # Kernels for one batch-head a block are a part of those for several
+            if kernel.name == f"fused/{operation}" and "kManyBatchHeads = false" not in kernel.plan
         ]
+    assert kernels or fused.unsupported(problem, device) is not None
     for (kernel, _), compiled in _jit.precompile(kernels, [device.arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
         assert spilled == 0, f"{kernel.name} spills {spilled} on {device.arch}:\n{kernel.plan}"
@@ -245,18 +247,15 @@ def test_both_operations_agree_with_the_oracle(operation, data, rng, layout):
 
 @pytest.mark.gpu
 @given(data=st.data(), rng=generators(), layout=layouts())
-def test_blocks_that_walk_through_several_entries(data, rng, layout):
+def test_blocks_that_go_through_several_batch_heads(data, rng, layout):
     problem = data.draw(supported(operations=("forward",)))
     assume(fused.unsupported(problem, H200) is None and not problem.is_empty)
-    part = data.draw(st.integers(1, problem.batch * problem.heads + 1))
+    batch_heads = data.draw(st.integers(1, problem.batch * problem.heads + 1))
 
-    def plan(*arguments):
-        return replace(_fused_plan.make_plan(*arguments), part=part)
+    def choose_plan(problem, device, pass_, small_windows):
+        return replace(fused_plan.make_plan(problem, device, pass_), batch_heads=batch_heads)
 
-    with (
-        mock.patch.object(fused, "make_plan", plan),
-        mock.patch.object(_halo, "plan", return_value=None),
-    ):
+    with mock.patch.object(launch, "choose_plan", choose_plan):
         check_backend(fused, problem, inputs(problem, rng, layout), **NATIVE)
 
 
@@ -330,17 +329,13 @@ def test_more_elements_than_32_bits_count(small_windows, monkeypatch):
         operation: attention_problem("test", operation, spec, spec, spec, window, None)
         for operation in ("forward", "backward")
     }
-    plan, small_plan = fused.make_plan, _halo_plan.make_plan
-    monkeypatch.setattr(
-        fused, "make_plan", lambda problem, *rest: plan(long[problem.operation], *rest)
-    )
-    monkeypatch.setattr(
-        _halo_plan,
-        "make_plan",
-        lambda problem, *rest: (
-            small_plan(long[problem.operation], *rest) if small_windows else None
-        ),
-    )
+
+    def choose_plan(problem, device, pass_, small_can_read):
+        if small_windows and small_can_read:
+            return small_plan.make_plan(long[problem.operation], device, pass_)
+        return fused_plan.make_plan(long[problem.operation], device, pass_)
+
+    monkeypatch.setattr(launch, "choose_plan", choose_plan)
     rng = cupy.random.default_rng(0)
     pattern = rng.standard_normal((1 << 15, dim), dtype=np.float32).astype(dtype)
     arrays = [cupy.resize(cupy.roll(pattern, i, 0), spec.shape) for i in range(4)]

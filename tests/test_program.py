@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import pickle
 import re
 import subprocess
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.cubin import parameter_sizes
 from helpers.strategies import problems
+from helpers.toy_kernel import needs_nvrtc
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +23,7 @@ from cuneigh import _call, _device, _jit
 from cuneigh._backends import BACKENDS, fused, gemm, naive
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.program import Program
+from cuneigh._gpu.tensor_map import TensorMap
 from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import ARRAYS, Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
@@ -165,6 +169,52 @@ def test_a_contiguous_call_loads_what_kernels_names(backend, data):
     assert seen <= expected
     assert seen == expected or backend is fused, "fused names those of other windows too"
     assert all(0 not in spec.shape for spec in made.workspace)
+
+
+OPERATION_PROBLEMS = {
+    operation: dataclasses.replace(
+        attention_problem(
+            "test",
+            "forward",
+            *(Spec((1, 8, 2, 16), "float16"),) * 3,
+            window_arguments("test", 1, 3, 1, 1, False),
+            None,
+        ),
+        operation=operation,
+        additional=2 if operation != "forward" else None,
+        rpb_dtype="float32" if operation in ("backward", "qk", "qk_backward") else None,
+    )
+    for operation in ARRAYS
+}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("backend", [naive, gemm, fused], ids=lambda backend: backend.NAME)
+def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, tmp_path):
+    """No struct of a kernel has more or fewer members than what is packed for it."""
+    packed: dict[_jit.Kernel, list[int]] = {}
+
+    def record(self, kernel, grid, threads, *parameters, shared_bytes=0):
+        packed[kernel] = [
+            parameter.nbytes if isinstance(parameter, np.ndarray)
+            else 128 if isinstance(parameter, TensorMap)
+            else 8 * len(parameter)
+            for parameter in parameters
+        ]  # fmt: skip
+
+    monkeypatch.setattr(Program, "launch", record)
+    monkeypatch.setattr(_device, "cuda", lambda index: H200)
+    _call.program_for.cache_clear()
+    for problem in OPERATION_PROBLEMS.values():
+        if backend.unsupported(problem, H200) is None:
+            names = arguments_of(problem)
+            layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
+            program_of(problem, backend.NAME, names, problem.results, layouts)
+    assert packed
+    compiled = _jit.precompile(packed, ["sm_90a"], tmp_path)
+    for (kernel, _), result in compiled.items():
+        assert parameter_sizes(result.cubin.read_bytes()) == packed[kernel], kernel.name
+    _call.program_for.cache_clear()
 
 
 def forward_of(

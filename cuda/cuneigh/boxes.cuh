@@ -1,4 +1,4 @@
-// Boxes of queries and keys: how the fused kernels cut a dilation group, and what a box can see.
+// Boxes of tokens: where they begin, and what the queries of a box can see.
 #pragma once
 
 #include "cuneigh/window.cuh"
@@ -7,8 +7,9 @@ namespace cuneigh {
 
 __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Along an axis of `length` tokens: the dilation group of a box and the group index it starts at.
-__device__ inline Place box_place(int dilation, int length, int box, int size) {
+// Along an axis of `length` tokens, each of whose dilation groups is cut into boxes of `size`: the
+// first token of box number `box`.
+__device__ inline GroupIndex box_begin(int dilation, int length, int box, int size) {
   if (dilation == 1) return {0, box * size};
   const int shorter = length / dilation;
   const int longer_groups = length % dilation;
@@ -19,31 +20,32 @@ __device__ inline Place box_place(int dilation, int length, int box, int size) {
   return {longer_groups + box / per_shorter, box % per_shorter * size};
 }
 
-// What several queries see along one axis.
-struct Sight {
-  Range any;  // keys that at least one of them sees
-  Range all;  // keys that all of them see
+// The windows of several queries along one axis.
+struct WindowUnion {
+  Range any;  // keys that at least one of the queries sees
+  Range all;  // keys that all of the queries see
 
-  __device__ static Sight nothing() { return {{1 << 30, 0}, {0, 1 << 30}}; }
+  __device__ static WindowUnion of_none() { return {{1 << 30, 0}, {0, 1 << 30}}; }
   __device__ void add(Range window) {
     any = {smaller(any.begin, window.begin), larger(any.end, window.end)};
     all = {larger(all.begin, window.begin), smaller(all.end, window.end)};
   }
-  __device__ void add(const Sight& other) {
+  __device__ void add(const WindowUnion& other) {
     any = {smaller(any.begin, other.any.begin), larger(any.end, other.any.end)};
     all = {larger(all.begin, other.all.begin), smaller(all.end, other.all.end)};
   }
-  __device__ Sight of_warp() const {
-    Sight sight = *this;
+  // Over all lanes of a warp.
+  __device__ WindowUnion of_warp() const {
+    WindowUnion windows = *this;
 #pragma unroll
     for (int step = 16; step > 0; step /= 2)
-      sight.add({{__shfl_xor_sync(0xffffffffu, sight.any.begin, step),
-                  __shfl_xor_sync(0xffffffffu, sight.any.end, step)},
-                 {__shfl_xor_sync(0xffffffffu, sight.all.begin, step),
-                  __shfl_xor_sync(0xffffffffu, sight.all.end, step)}});
-    return sight;
+      windows.add({{__shfl_xor_sync(0xffffffffu, windows.any.begin, step),
+                    __shfl_xor_sync(0xffffffffu, windows.any.end, step)},
+                   {__shfl_xor_sync(0xffffffffu, windows.all.begin, step),
+                    __shfl_xor_sync(0xffffffffu, windows.all.end, step)}});
+    return windows;
   }
-  // Whether none, all or some of the pairs with the keys [begin, end) are visible.
+  // Whether none or all of the pairs with the keys [begin, end) are visible.
   __device__ bool misses(int begin, int end) const { return begin >= any.end || end <= any.begin; }
   __device__ bool covers(int begin, int end) const { return all.begin <= begin && end <= all.end; }
 };

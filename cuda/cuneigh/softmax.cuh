@@ -62,56 +62,10 @@ struct Softmax {
   }
 };
 
-// One row of a tensor core kernel, in base 2: P = 2^(S * scale - m). A thread sums its own keys.
-//
-// m follows the row's maximum only when that has grown by more than kRescaleThreshold, which is
-// seldom. P stays below 2^kRescaleThreshold, so that no sum of float16 products overflows.
-constexpr float kRescaleThreshold = 8;
-constexpr float kLargest = 3.402823466e38f;
-
-struct LazySoftmax {
-  float row_max = -kLargest;  // m; finite, since -inf - -inf is NaN
-  float row_sum = 0;          // sum(P) of this thread's keys
-
-  // Whether m has to follow `tile_max` = max(S * scale).
-  __device__ bool must_rescale(float tile_max) const {
-    return tile_max > row_max + kRescaleThreshold;
-  }
-
-  // Rescale: m becomes `tile_max` if it must. Returns the factor by which O must be multiplied.
-  __device__ float rescale(float tile_max) {
-    if (!must_rescale(tile_max)) tile_max = row_max;
-    const float factor = ex2_approx(row_max - tile_max);
-    row_max = tile_max;
-    row_sum *= factor;
-    return factor;
-  }
-
-  // Weights: P = 2^(S * scale - m), which is added to the sum.
-  __device__ float weight(float logit, float scale) {
-    const float p = ex2_approx(fmaf(logit, scale, -row_max));
-    row_sum += p;
-    return p;
-  }
-
-  // Finalize, given the sum over the keys of all threads: O is multiplied by 1 / sum(P).
-  __device__ static float normalizer(float sum) { return sum == 0 ? 0.0f : rcp_approx(sum); }
-  __device__ float lse(float sum) const {
-    return sum == 0 ? -infinity<float>() : row_max * kLn2 + logf(sum);
-  }
-};
-
 // The lse to subtract from a logit: that of a row without a finite logit makes all weights 0.
 template <typename Number>
 __device__ Number finite_lse(Number lse) {
   return lse == -infinity<Number>() ? infinity<Number>() : lse;
-}
-
-// Names of the fused kernels for the above.
-constexpr float kSlack = kRescaleThreshold;
-template <typename Number>
-__device__ Number finite_shift(Number lse) {
-  return finite_lse(lse);
 }
 
 }  // namespace cuneigh

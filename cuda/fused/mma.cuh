@@ -10,7 +10,7 @@ __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// Four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8.
 __device__ inline void ldmatrix_x4(unsigned (&matrix)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
@@ -66,7 +66,7 @@ __device__ inline void mma_m16n8k8(float (&d)[4], const unsigned (&a)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d = a b.
+// d = a b, with the shapes of mma_m16n8k16.
 __device__ inline void mma_m16n8k16_zero(float (&d)[4], const unsigned (&a)[4], unsigned b0,
                                          unsigned b1, float16) {
 #if __CUDA_ARCH__ >= 800
@@ -107,31 +107,15 @@ __device__ inline unsigned pack(float low, float high, bfloat16) {
 __device__ constexpr unsigned ones(float16) { return 0x3c003c00; }
 __device__ constexpr unsigned ones(bfloat16) { return 0x3f803f80; }
 
-// Stores two numbers side by side in the precision of their place.
-__device__ inline void store_pair(float16* place, float low, float high) {
-  *reinterpret_cast<unsigned*>(place) = pack(low, high, float16());
+// Stores two numbers side by side, rounded to the element type.
+__device__ inline void store_pair(float16* target, float low, float high) {
+  *reinterpret_cast<unsigned*>(target) = pack(low, high, float16());
 }
-__device__ inline void store_pair(bfloat16* place, float low, float high) {
-  *reinterpret_cast<unsigned*>(place) = pack(low, high, bfloat16());
+__device__ inline void store_pair(bfloat16* target, float low, float high) {
+  *reinterpret_cast<unsigned*>(target) = pack(low, high, bfloat16());
 }
-__device__ inline void store_pair(float32* place, float low, float high) {
-  *reinterpret_cast<float2*>(place) = {low, high};
-}
-
-__device__ inline float ex2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ inline float rcp_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ inline float lg2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+__device__ inline void store_pair(float32* target, float low, float high) {
+  *reinterpret_cast<float2*>(target) = {low, high};
 }
 
 }  // namespace cuneigh::fused

@@ -1,9 +1,12 @@
-// What a warp holds of the operands of a small matrix product, for every type of elements.
+// What a lane holds of the operands of a small matrix product C += A B, for every type of elements:
 //
-// The left operand has 16 rows and the right one 8 columns; they are two chunks of shared memory
-// deep. Of the product the lane l holds the rows l / 4 and l / 4 + 8, in the columns 2 * (l % 4)
-// and the one after. Half types are held as tensor cores take them; float32 as two TF32 numbers
-// each, or, before sm_80, as the numbers that a lane's own multiply-adds need.
+//   A  left operand   [16, kDepth]
+//   B  right operand  [kDepth, 8]
+//   C  product        [16, 8]: lane l holds rows l / 4 and l / 4 + 8, columns 2 * (l % 4) and the
+//                     one after, as float[4] {row 0: 2 columns, row 1: 2 columns}
+//
+// Half types are held as tensor cores take them. float32 is held as two TF32 numbers each, or,
+// before sm_80, as the numbers that a lane's own multiply-adds need.
 #pragma once
 
 #include "fused/mma.cuh"
@@ -11,7 +14,7 @@
 
 namespace cuneigh::fused {
 
-// Elements that a small product sums over.
+// Elements that a small product sums over: two chunks of 16 bytes.
 template <typename Element>
 constexpr int kDepth = 2 * kChunk<Element>;
 
@@ -28,7 +31,8 @@ struct Right {
   __device__ void set(unsigned a, unsigned b) { word[0] = a, word[1] = b; }
 };
 
-// A few products that are added to a sum in the end, or at once where that makes no difference.
+// A few small products that are summed apart and added to the sum in `finish`; of half types each
+// is added to the sum at once.
 template <typename Element>
 struct Terms {
   static constexpr int kMost = 1;
@@ -38,27 +42,28 @@ struct Terms {
   __device__ void finish(float (&)[4]) {}
 };
 
-// 16 rows as a left operand, from the dimension `d` on.
+// A = rows[first : first + 16, d : d + kDepth].
 template <typename Element, int kPitch>
-__device__ void take_rows(Left<Element>& left, const Element (*rows_smem)[kPitch], int first, int d,
+__device__ void load_left(Left<Element>& left, const Element (*rows_smem)[kPitch], int first, int d,
                           int lane) {
   unsigned word[4];
   ldmatrix_x4(word, address_of(rows_smem, first, lane % 16, d, lane / 16 * kChunk<Element>));
   left.set(word[0], word[1], word[2], word[3]);
 }
 
-// Weights as a left operand: the layout of a product is that of an operand.
+// A = weights [16, kDepth], which lie in registers as a product does. A product has the layout of
+// an operand.
 template <typename Element>
-__device__ void take_weights(Left<Element>& left, const float (*weight)[4], int) {
+__device__ void left_of_weights(Left<Element>& left, const float (*weight)[4], int) {
   left.set(pack(weight[0][0], weight[0][1], Element()), pack(weight[0][2], weight[0][3], Element()),
            pack(weight[1][0], weight[1][1], Element()),
            pack(weight[1][2], weight[1][3], Element()));
 }
 
-// 8 or 16 vectors as the columns of right operands, from the dimension `d` on.
+// B = vectors[first : first + 8, d : d + kDepth]^T, for one or two times eight vectors.
 template <typename Element, int kPitch, int kTiles>
-__device__ void take_columns(Right<Element> (&right)[kTiles], const Element (*vectors_smem)[kPitch],
-                             int first, int d, int lane) {
+__device__ void load_right(Right<Element> (&right)[kTiles], const Element (*vectors_smem)[kPitch],
+                           int first, int d, int lane) {
   unsigned word[4];
   const int vector = (kTiles == 1 ? 0 : lane / 16 * 8) + lane % 8;
   ldmatrix_x4(word, address_of(vectors_smem, first, vector, d, lane / 8 % 2 * kChunk<Element>));
@@ -66,10 +71,11 @@ __device__ void take_columns(Right<Element> (&right)[kTiles], const Element (*ve
   for (int tile = 0; tile < kTiles; ++tile) right[tile].set(word[2 * tile], word[2 * tile + 1]);
 }
 
-// As many vectors as are summed over, of which 16 dimensions are the columns of right operands.
+// B = vectors[first : first + kDepth, d : d + 8], for two times eight dimensions.
 template <typename Element, int kPitch>
-__device__ void take_dimensions(Right<Element> (&right)[2], const Element (*vectors_smem)[kPitch],
-                                int first, int d, int lane) {
+__device__ void load_right_transposed(Right<Element> (&right)[2],
+                                      const Element (*vectors_smem)[kPitch], int first, int d,
+                                      int lane) {
   unsigned word[4];
   ldmatrix_x4_trans(word, address_of(vectors_smem, first, lane % 16, d, lane / 16 * 8));
 #pragma unroll
@@ -78,7 +84,7 @@ __device__ void take_dimensions(Right<Element> (&right)[2], const Element (*vect
 
 #if __CUDA_ARCH__ >= 800
 
-// `big` has the 11 leading bits of a float32, and `small` is the rest.
+// A float32 as the sum of two TF32 numbers: `big` has its 11 leading bits, and `small` is the rest.
 struct Split {
   unsigned big, small;
   __device__ explicit Split(unsigned bits) {
@@ -106,8 +112,9 @@ struct Right<float32> {
   }
 };
 
-// Tensor cores truncate their sums. That would show in float32, the more the more terms there are,
-// so that only a few are left to them. The product of two small parts is below the last bit.
+// a b = big big + big small + small big. (The product of the two small parts is below the last
+// bit.) Tensor cores truncate their sums, which would show in float32 where there are many terms.
+// So they sum only a few terms, and the FMA units add these sums up.
 template <>
 struct Terms<float32> {
   static constexpr int kMost = 4;
@@ -123,15 +130,16 @@ struct Terms<float32> {
   }
 };
 
-// TF32 operands have other columns than products. What is summed over may come in any order, so
-// the even columns come first.
-__device__ inline void take_weights(Left<float32>& left, const float (*weight)[4], int) {
+// A lane holds other columns of a TF32 operand than of a product. What is summed over may come in
+// any order, so the even columns come first, and `load_right_transposed` takes the same order.
+__device__ inline void left_of_weights(Left<float32>& left, const float (*weight)[4], int) {
   left.set(__float_as_uint(weight[0][0]), __float_as_uint(weight[0][2]),
            __float_as_uint(weight[0][1]), __float_as_uint(weight[0][3]));
 }
 template <int kPitch>
-__device__ void take_dimensions(Right<float32> (&right)[2], const float32 (*vectors_smem)[kPitch],
-                                int first, int d, int lane) {
+__device__ void load_right_transposed(Right<float32> (&right)[2],
+                                      const float32 (*vectors_smem)[kPitch], int first, int d,
+                                      int lane) {
   const int even = first + lane % 4 * 2;
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
@@ -164,7 +172,7 @@ struct Terms<float32> {
   __device__ void finish(float (&)[4]) {}
 };
 template <int kPitch>
-__device__ void take_rows(Left<float32>& left, const float32 (*rows_smem)[kPitch], int first, int d,
+__device__ void load_left(Left<float32>& left, const float32 (*rows_smem)[kPitch], int first, int d,
                           int lane) {
 #pragma unroll
   for (int k = 0; k < 8; ++k)
@@ -172,7 +180,7 @@ __device__ void take_rows(Left<float32>& left, const float32 (*rows_smem)[kPitch
     for (int half = 0; half < 2; ++half)
       left.number[half][k] = rows_smem[first + half * 8 + lane / 4][d + k];
 }
-__device__ inline void take_weights(Left<float32>& left, const float (*weight)[4], int lane) {
+__device__ inline void left_of_weights(Left<float32>& left, const float (*weight)[4], int lane) {
 #pragma unroll
   for (int k = 0; k < 8; ++k)
 #pragma unroll
@@ -181,8 +189,8 @@ __device__ inline void take_weights(Left<float32>& left, const float (*weight)[4
           __shfl_sync(0xffffffffu, weight[0][2 * half + k % 2], lane / 4 * 4 + k / 2);
 }
 template <int kPitch, int kTiles>
-__device__ void take_columns(Right<float32> (&right)[kTiles], const float32 (*vectors_smem)[kPitch],
-                             int first, int d, int lane) {
+__device__ void load_right(Right<float32> (&right)[kTiles], const float32 (*vectors_smem)[kPitch],
+                           int first, int d, int lane) {
 #pragma unroll
   for (int k = 0; k < 8; ++k)
 #pragma unroll
@@ -192,8 +200,9 @@ __device__ void take_columns(Right<float32> (&right)[kTiles], const float32 (*ve
         right[tile].number[i][k] = vectors_smem[first + tile * 8 + lane % 4 * 2 + i][d + k];
 }
 template <int kPitch>
-__device__ void take_dimensions(Right<float32> (&right)[2], const float32 (*vectors_smem)[kPitch],
-                                int first, int d, int lane) {
+__device__ void load_right_transposed(Right<float32> (&right)[2],
+                                      const float32 (*vectors_smem)[kPitch], int first, int d,
+                                      int lane) {
 #pragma unroll
   for (int k = 0; k < 8; ++k)
 #pragma unroll

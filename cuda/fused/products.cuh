@@ -1,20 +1,24 @@
-// The matrix products of a warp: of its rows with a box of columns, and of weights with such a box.
+// The matrix products of a warp, named as BLAS does: nt for A B^T, nn for A B.
 #pragma once
 
 #include "fused/operands.cuh"
 
 namespace cuneigh::fused {
 
-// Of kSteps operands that are summed over, how many make the terms of one sum.
+// How many of kSteps small products that are summed over are the terms of one `Terms`.
 template <typename Element, int kSteps>
 constexpr int kAtOnce = kSteps % Terms<Element>::kMost ? kSteps % 2 ? 1 : 2 : Terms<Element>::kMost;
 
 // product += rows columns^T
+//
+//   rows     [kRowTiles * 16, kDim]            in shared memory
+//   columns  [kColumnTiles * 8, kDim]          in shared memory
+//   product  [kRowTiles * 16, kColumnTiles * 8] in registers
 template <int kDim, int kRowTiles, int kColumnTiles, int kRowPitch, int kColumnPitch,
           typename Element>
-__device__ void multiply(const Element (*rows_smem)[kRowPitch],
-                         const Element (*columns_smem)[kColumnPitch], int lane,
-                         float (&product)[kRowTiles][kColumnTiles][4]) {
+__device__ void gemm_nt(const Element (*rows_smem)[kRowPitch],
+                        const Element (*columns_smem)[kColumnPitch], int lane,
+                        float (&product)[kRowTiles][kColumnTiles][4]) {
   constexpr int kSteps = kDim / kDepth<Element>, kTerms = kAtOnce<Element, kSteps>;
   constexpr int kTiles = kColumnTiles % 2 ? 1 : 2;    // loaded at a time
 #pragma unroll(kSame<Element, float32> ? 1 : kSteps)  // unrolled, float32 would spill
@@ -24,14 +28,14 @@ __device__ void multiply(const Element (*rows_smem)[kRowPitch],
     for (int i = 0; i < kTerms; ++i)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
-        take_rows(left[i][m], rows_smem, m * 16, (first + i) * kDepth<Element>, lane);
+        load_left(left[i][m], rows_smem, m * 16, (first + i) * kDepth<Element>, lane);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; n += kTiles) {
       Terms<Element> terms[kRowTiles][kTiles];
 #pragma unroll
       for (int i = 0; i < kTerms; ++i) {
         Right<Element> right[kTiles];
-        take_columns(right, columns_smem, n * 8, (first + i) * kDepth<Element>, lane);
+        load_right(right, columns_smem, n * 8, (first + i) * kDepth<Element>, lane);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -47,10 +51,14 @@ __device__ void multiply(const Element (*rows_smem)[kRowPitch],
 }
 
 // sum += weights columns
+//
+//   weights  [kRowTiles * 16, kColumnTiles * 8] in registers
+//   columns  [kColumnTiles * 8, kDim]          in shared memory
+//   sum      [kRowTiles * 16, kDim]            in registers
 template <int kDim, int kRowTiles, int kColumnTiles, int kPitch, typename Element>
-__device__ void accumulate(const float (&weight)[kRowTiles][kColumnTiles][4],
-                           const Element (*columns_smem)[kPitch], int lane,
-                           float (&sum)[kRowTiles][kDim / 8][4]) {
+__device__ void gemm_nn(const float (&weight)[kRowTiles][kColumnTiles][4],
+                        const Element (*columns_smem)[kPitch], int lane,
+                        float (&sum)[kRowTiles][kDim / 8][4]) {
   constexpr int kTiles = kDepth<Element> / 8;
   static_assert(kColumnTiles % kTiles == 0, "the columns of a box make whole operands");
   constexpr int kSteps = kColumnTiles / kTiles, kTerms = kAtOnce<Element, kSteps>;
@@ -61,14 +69,14 @@ __device__ void accumulate(const float (&weight)[kRowTiles][kColumnTiles][4],
     for (int i = 0; i < kTerms; ++i)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
-        take_weights(left[i][m], &weight[m][(first + i) * kTiles], lane);
+        left_of_weights(left[i][m], &weight[m][(first + i) * kTiles], lane);
 #pragma unroll
     for (int d = 0; d < kDim; d += 16) {
       Terms<Element> terms[kRowTiles][2];
 #pragma unroll
       for (int i = 0; i < kTerms; ++i) {
         Right<Element> right[2];
-        take_dimensions(right, columns_smem, (first + i) * kDepth<Element>, d, lane);
+        load_right_transposed(right, columns_smem, (first + i) * kDepth<Element>, d, lane);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll

@@ -6,29 +6,29 @@ compute-sanitizer --tool memcheck python tests/helpers/small_shapes.py [BACKEND 
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import cupy
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cuneigh import _device
+from cuneigh._backends import fused, gemm, naive
+from cuneigh._backends.fused import launch
+from cuneigh._backends.fused import plan as fused_plan
+from cuneigh._backends.fused.plan import FusedPlan
+from cuneigh._backends.fused.small import plan as small_plan
+from cuneigh._backends.fused.small.plan import SmallPlan
+from cuneigh._gpu.passes import FORWARD, Pass
+from cuneigh._problem import DTYPES, Problem, Spec
+from cuneigh._validate import Window, attention_problem, av_problem, qk_problem
 from helpers.accuracy import check_backend
 from helpers.gpu_arrays import NATIVE
 from helpers.strategies import OPERATIONS, inputs
-
-from cuneigh import _device
-from cuneigh._backends import fused, gemm, naive
-from cuneigh._backends.fused import plan as _fused_plan
-from cuneigh._backends.fused.plan import FusedPlan, Role, roles
-from cuneigh._backends.fused.small import plan as _halo_plan
-from cuneigh._problem import DTYPES, Problem, Spec
-from cuneigh._validate import Window, attention_problem, av_problem, qk_problem
 
 WINDOWS = {
     1: ((13,), Window((5,), (2,), (2,), (True,)), Window((4,), (1,), (3,), (False,))),
@@ -83,26 +83,35 @@ def small_window_problems_of(operation: str, dtype: str, rank: int) -> list[Prob
     cases = [(tokens, window, 32, 64)]
     if operation == "forward":
         cases.append((tokens, window, 128, 64))
-        if rank == 1:  # the longest lists
+        if rank == 1:  # the largest tiles
             cases.append(((150,), Window((121,), (1,), (1,), (False,)), 64, 64))
     problems = []
     for tokens, window, head_dim, value_dim in cases:
         query, key = (Spec((3, *tokens, heads, head_dim), dtype) for heads in (4, 2))
         value = Spec((3, *tokens, 2, value_dim), dtype)
-        problem = attention_problem("small", operation, query, key, value, window, 0.5)
-        with mock.patch.object(_fused_plan, "cost", return_value=math.inf):  # plans are kept
-            plans = [
-                _halo_plan.make_plan(problem, _device.cuda(0), role) for role in roles(problem)
-            ]
-        assert None not in plans
-        problems.append(problem)
+        problems.append(attention_problem("small", operation, query, key, value, window, 0.5))
     return problems
 
 
-def plan_with(part: int, problem: Problem, device: _device.Device, role: Role) -> FusedPlan:
-    """The plan of `fused`, whose blocks take this many entries where they can."""
-    plan = _fused_plan.make_plan(problem, device, role)
-    return replace(plan, part=part) if role == "forward" else plan
+def choose_plan(
+    small: bool,
+    batch_heads: int,
+    problem: Problem,
+    device: _device.Device,
+    pass_: Pass,
+    small_windows: bool,
+) -> FusedPlan | SmallPlan:
+    """Instead of the plan that `fused` would choose: one of the kind that is to be tested.
+
+    The blocks of the kernels for windows of any size take `batch_heads` where they can.
+    """
+    if small:
+        assert small_windows
+        plan = small_plan.make_plan(problem, device, pass_)
+        assert plan is not None
+        return plan
+    other = fused_plan.make_plan(problem, device, pass_)
+    return replace(other, batch_heads=batch_heads) if pass_ == FORWARD else other
 
 
 def main(names: list[str]) -> None:
@@ -112,17 +121,18 @@ def main(names: list[str]) -> None:
     for operation, dtype, rank in itertools.product(OPERATIONS, DTYPES, WINDOWS):
         cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
         cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
+        small: list[Problem] = []
         if operation in ("forward", "backward"):
             for rpb in (False, True):
                 cases.append((problem_of(operation, dtype, rank, (130, 250), rpb), "packed"))
             if DTYPES[dtype] == 2:
-                for problem in small_window_problems_of(operation, dtype, rank):
-                    cases.append((problem, "contiguous"))
+                small = small_window_problems_of(operation, dtype, rank)
+                cases += [(problem, "contiguous") for problem in small]
         if operation[:2] != "av":
             cases.append((problem_of(operation, dtype, rank, (32, 32), True), "contiguous"))
         for problem, layout in cases:
             given = inputs(problem, np.random.default_rng(rank), layout)
-            fused.plan = partial(plan_with, 1 if count % 2 else 3)
+            launch.choose_plan = partial(choose_plan, problem in small, 1 if count % 2 else 3)
             for backend in (naive, gemm, fused):
                 if backend.NAME in names and backend.unsupported(problem, device) is None:
                     check_backend(backend, problem, given, **NATIVE)

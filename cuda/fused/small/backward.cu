@@ -1,66 +1,73 @@
 // The gradients of neighborhood attention of small windows on tensor cores, the logits recomputed:
-// the products of fused/backward.cu on the slabs and lists of fused/small/forward.cu. Sixteen
-// columns are done at a time, since no maximum has to be known first. The kernel for queries
-// computes their statistics on the way and leaves them for the one for keys (sums/delta.cu says
-// what they are).
+// the products of fused/backward.cu on the stages and tiles of fused/small/forward.cu. With
+// P = exp(scale * S - lse) and dS = P * (dP - delta):
 //
-// blockIdx.x: (part of the batch, head, box of rows). The plan is that of fused/small/forward.cu,
-// with one buffer; kWhole and kLse are false.
+//   S = row_qk column_qk^T   dP = row_vo column_vo^T
+//   grad_qk = scale * dS column_qk                      dQ or dK
+//   grad_v = P column_vo                                dV, if rows are keys
+//
+// Sixteen columns are done at a time, since no maximum has to be known first. The kernel for
+// queries computes their statistics on the way (sums/delta.cu says what they are) and leaves them
+// for the kernel for keys.
+//
+// blockIdx.x: (which elements of the batch, head, box of rows). The plan is that of
+// fused/small/forward.cu, with one buffer; kOneStage and kLse are false.
 
 #include "cuneigh/softmax.cuh"
-#include "fused/mma.cuh"
-#include "fused/small/small.cuh"
+#include "fused/small/tiles.cuh"
+#include "fused/small/warp_rows.cuh"
 
 namespace cuneigh::fused::small {
 
 template <typename Plan>
-struct HaloBackward {
-  using Const = View<const typename Plan::Element, Plan::kRank>;
-  Const row_key, row_value;              // query and grad_output, or key and value
-  Const column_key, column_value;        // key and value, or query and grad_output
-  View<float2, Plan::kRank> statistics;  // written if the rows are queries, else read
-  View<typename Plan::Element, Plan::kRank> grad_key, grad_value;  // of the rows; queries have one
-  Const output;                                                    // if the rows are queries
-  View<const float, Plan::kRank> lse, grad_lse;                    // likewise; grad_lse may be null
+struct BackwardArguments {
+  using Vectors = View<const typename Plan::Element, Plan::kRank>;
+  Vectors row_qk, row_vo;                // query and grad_output, or key and value
+  Vectors column_qk, column_vo;          // key and value, or query and grad_output
+  View<float2, Plan::kRank> statistics;  // of queries: written if they are rows, else read
+  View<typename Plan::Element, Plan::kRank> grad_qk, grad_v;  // of the rows; queries have no grad_v
+  Vectors output;                                             // if rows are queries
+  View<const float, Plan::kRank> lse, grad_lse;               // likewise; grad_lse may be null
 };
 
-// The rows of a block in memory: where each array begins, and the steps to each row.
+// Where the rows of a block lie in global memory: the origin of each array, and the offset of each
+// row from there.
 template <typename Plan>
 struct Rows {
-  struct Steps {
-    unsigned key, value, grad_key, grad_value, output, statistics, lse, grad_lse;
+  struct Offsets {
+    unsigned qk, vo, grad_qk, grad_v, output, statistics, lse, grad_lse;
   };
 
-  Origin<const typename Plan::Element> key, value, output;
-  Origin<typename Plan::Element> grad_key, grad_value;
+  Origin<const typename Plan::Element> qk, vo, output;
+  Origin<typename Plan::Element> grad_qk, grad_v;
   Origin<float2> statistics;
   Origin<const float> lse, grad_lse;
-  Steps steps[HaloTables<Plan>::kRows];
+  Offsets offsets[SmallTables<Plan>::kRows];
 };
 
-// product = rows columns^T, for sixteen of each. address(d) is that of dimension d + lane / 8 % 2 *
-// 8 of column lane / 16 * 8 + lane % 8.
+// product = rows columns^T, with rows [16, kDim] as operands and sixteen columns [16, kDim].
+// address(d) is that of dimension d + lane / 8 % 2 * 8 of column lane / 16 * 8 + lane % 8.
 template <int kDim, typename Address, typename Element>
-__device__ void multiply(const unsigned (&rows)[kDim / 16][4], Address address,
-                         float (&product)[2][4], Element) {
+__device__ void gemm_nt_16(const unsigned (&rows)[kDim / 16][4], Address address,
+                           float (&product)[2][4], Element) {
 #pragma unroll
   for (int d = 0; d < kDim; d += 16) {
-    unsigned fragment[4];
-    ldmatrix_x4(fragment, address(d));
+    unsigned columns[4];
+    ldmatrix_x4(columns, address(d));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (d == 0)
-        mma_m16n8k16_zero(product[i], rows[0], fragment[2 * i], fragment[2 * i + 1], Element());
+        mma_m16n8k16_zero(product[i], rows[0], columns[2 * i], columns[2 * i + 1], Element());
       else
-        mma_m16n8k16(product[i], rows[d / 16], fragment[2 * i], fragment[2 * i + 1], Element());
+        mma_m16n8k16(product[i], rows[d / 16], columns[2 * i], columns[2 * i + 1], Element());
     }
   }
 }
 
-// sum += weights columns, for sixteen rows and columns. address(d) is that of dimension
-// d + lane / 16 * 8 of column lane % 16.
+// sum += weights columns, with weights [16, 16], sixteen columns [16, kDim] and sum [16, kDim].
+// address(d) is that of dimension d + lane / 16 * 8 of column lane % 16.
 template <int kDim, typename Address, typename Element>
-__device__ void accumulate(const float (&weight)[2][4], Address address, float (&sum)[kDim / 8][4],
+__device__ void gemm_nn_16(const float (&weight)[2][4], Address address, float (&sum)[kDim / 8][4],
                            Element) {
   unsigned weights[4];
 #pragma unroll
@@ -68,27 +75,28 @@ __device__ void accumulate(const float (&weight)[2][4], Address address, float (
     weights[i] = pack(weight[i / 2][i % 2 * 2], weight[i / 2][i % 2 * 2 + 1], Element());
 #pragma unroll
   for (int d = 0; d < kDim; d += 16) {
-    unsigned fragment[4];
-    ldmatrix_x4_trans(fragment, address(d));
-    mma_m16n8k16(sum[d / 8], weights, fragment[0], fragment[1], Element());
-    mma_m16n8k16(sum[d / 8 + 1], weights, fragment[2], fragment[3], Element());
+    unsigned columns[4];
+    ldmatrix_x4_trans(columns, address(d));
+    mma_m16n8k16(sum[d / 8], weights, columns[0], columns[1], Element());
+    mma_m16n8k16(sum[d / 8 + 1], weights, columns[2], columns[3], Element());
   }
 }
 
-// sum(grad_output * output) of rows lane / 4 and lane / 4 + 8, from the diagonal of a product.
+// sum(grad_output * output) of rows lane / 4 and lane / 4 + 8: the diagonal of dO O^T [16, 16]. The
+// rows in shared memory are [16, kHeadDim + kValueDim + kValueDim]: Q, dO and O.
 template <typename Plan, typename Element, int kPitch>
 __device__ float2 delta_of_rows(const Element (*rows_smem)[kPitch], int lane) {
   constexpr int kHeadDim = Plan::kHeadDim, kValueDim = Plan::kValueDim;
   unsigned grad_outputs[kValueDim / 16][4];
 #pragma unroll
   for (int d = 0; d < kValueDim; d += 16)
-    take_rows(rows_smem, kHeadDim + d, lane, grad_outputs[d / 16]);
-  const auto output_of = [&](int d) {
+    load_row_operand(rows_smem, kHeadDim + d, lane, grad_outputs[d / 16]);
+  const auto output_address = [&](int d) {
     return address_of(rows_smem, 0, lane / 16 * 8 + lane % 8, kHeadDim + kValueDim + d,
                       lane / 8 % 2 * 8);
   };
   float product[2][4];
-  multiply<kValueDim>(grad_outputs, output_of, product, Element());
+  gemm_nt_16<kValueDim>(grad_outputs, output_address, product, Element());
   const int row = lane / 4, holder = row * 4 + row / 2;
   const bool odd = row % 2;
   return {__shfl_sync(0xffffffffu, odd ? product[0][1] : product[0][0], holder),
@@ -97,86 +105,96 @@ __device__ float2 delta_of_rows(const Element (*rows_smem)[kPitch], int lane) {
 
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
-    backward(const HaloProblem<Plan::kRank> problem, const HaloBackward<Plan> arguments) {
+    backward(const SmallWindowProblem<Plan::kRank> problem,
+             const BackwardArguments<Plan> arguments) {
   using Element = typename Plan::Element;
   constexpr int kHeadDim = Plan::kHeadDim, kValueDim = Plan::kValueDim;
+  static_assert(sizeof(BackwardArguments<Plan>) == 10 * sizeof(View<float, Plan::kRank>),
+                "`backward` in cuneigh/_backends/fused/launch.py packs ten views");
   extern __shared__ __align__(128) char memory_smem[];
+  // Of the rows: Q, dO and O, or K and V
   constexpr int kRowDim = kHeadDim + kValueDim + (Plan::kRowsAreKeys ? 0 : kValueDim);
-  auto& smem = *reinterpret_cast<HaloMemory<Plan, kRowDim>*>(memory_smem);
+  auto& smem = *reinterpret_cast<SmallSmem<Plan, kRowDim>*>(memory_smem);
   const auto& tables = smem.tables;
   __shared__ Rows<Plan> rows;
-  using Steps = typename Rows<Plan>::Steps;
+  using Offsets = typename Rows<Plan>::Offsets;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  fill_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
-    rows.steps[row] = {steps_to(arguments.row_key, token),  steps_to(arguments.row_value, token),
-                       steps_to(arguments.grad_key, token), steps_to(arguments.grad_value, token),
-                       steps_to(arguments.output, token),   steps_to(arguments.statistics, token),
-                       steps_to(arguments.lse, token),      steps_to(arguments.grad_lse, token)};
+  fill_row_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
+    rows.offsets[row] = {
+        offset_of(arguments.row_qk, token),  offset_of(arguments.row_vo, token),
+        offset_of(arguments.grad_qk, token), offset_of(arguments.grad_v, token),
+        offset_of(arguments.output, token),  offset_of(arguments.statistics, token),
+        offset_of(arguments.lse, token),     offset_of(arguments.grad_lse, token)};
   });
   __syncthreads();
   if (threadIdx.x == 96) {
     const int head = tables.rows.head;
-    rows.key = origin_of(arguments.row_key, head);
-    rows.value = origin_of(arguments.row_value, head);
-    rows.grad_key = origin_of(arguments.grad_key, head);
-    rows.grad_value = origin_of(arguments.grad_value, head);
-    rows.output = origin_of(arguments.output, head);
-    rows.statistics = origin_of(arguments.statistics, head);
-    rows.lse = origin_of(arguments.lse, head);
-    rows.grad_lse = origin_of(arguments.grad_lse, head);
+    rows.qk = origin_of_rows(arguments.row_qk, head);
+    rows.vo = origin_of_rows(arguments.row_vo, head);
+    rows.grad_qk = origin_of_rows(arguments.grad_qk, head);
+    rows.grad_v = origin_of_rows(arguments.grad_v, head);
+    rows.output = origin_of_rows(arguments.output, head);
+    rows.statistics = origin_of_rows(arguments.statistics, head);
+    rows.lse = origin_of_rows(arguments.lse, head);
+    rows.grad_lse = origin_of_rows(arguments.grad_lse, head);
   }
-  fill_steps<Plan>(problem, arguments.column_key, arguments.column_value, arguments.statistics,
-                   smem);
-  fill_lists<Plan>(problem, warp, lane, smem);
+  fill_column_tables<Plan>(problem, arguments.column_qk, arguments.column_vo, arguments.statistics,
+                           smem);
+  fill_tiles<Plan>(problem, warp, lane, smem);
   __syncthreads();
 
-  auto* rows_smem = &smem.row[0][warp * 16];
-  auto load = [&](const Slab& slab) {
-    load_slab(problem, slab, smem, 0);
+  auto* rows_smem = &smem.row[0][warp * 16];  // [16, kRowDim]
+  auto load = [&](const StageOf& stage) {
+    load_stage(problem, stage, smem, 0);
     if constexpr (Plan::kRowsAreKeys) {
-      const float2* source = first_of(problem, tables.statistics, slab, tables);
-      for (int i = threadIdx.x; i < tables.places; i += Plan::kWarps * 32) {
-        copy_8_bytes(&smem.statistics()[i], step_by(source, smem.steps()[i].statistics), true);
+      const float2* source = first_column_in(problem, tables.statistics, stage, tables);
+      for (int i = threadIdx.x; i < tables.stage_columns; i += Plan::kWarps * 32) {
+        copy_8_bytes(&smem.statistics()[i], offset_by(source, smem.column_offsets()[i].statistics),
+                     true);
       }
     }
-    if (slab.is_first()) {
-      const Steps* steps = &rows.steps[warp * 16];
-      load_rows<kHeadDim, &Steps::key>(entry_of(rows.key, slab.batch), steps, lane, rows_smem, 0);
-      load_rows<kValueDim, &Steps::value>(entry_of(rows.value, slab.batch), steps, lane, rows_smem,
-                                          kHeadDim);
+    if (stage.is_first()) {
+      const Offsets* offsets = &rows.offsets[warp * 16];
+      load_warp_rows<kHeadDim, &Offsets::qk>(in_batch(rows.qk, stage.batch), offsets, lane,
+                                             rows_smem, 0);
+      load_warp_rows<kValueDim, &Offsets::vo>(in_batch(rows.vo, stage.batch), offsets, lane,
+                                              rows_smem, kHeadDim);
       if constexpr (!Plan::kRowsAreKeys)
-        load_rows<kValueDim, &Steps::output>(entry_of(rows.output, slab.batch), steps, lane,
-                                             rows_smem, kHeadDim + kValueDim);
+        load_warp_rows<kValueDim, &Offsets::output>(in_batch(rows.output, stage.batch), offsets,
+                                                    lane, rows_smem, kHeadDim + kValueDim);
     }
     cp_async_commit();
   };
-  Slab slab = {tables.rows.batch * problem.part, 0, 0};
-  load(slab);
+  StageOf stage = {tables.rows.batch * problem.batch_heads, 0, 0};
+  load(stage);
 
   // Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are this thread's, in columns
   // 2 * (lane % 4) and the one after of every 8
   const int first_row = warp * 16 + lane / 4;
-  float grad_key[kHeadDim / 8][4] = {};
-  float grad_value[kValueDim / 8][4] = {};
+  float grad_qk[kHeadDim / 8][4] = {};  // [16, kHeadDim]
+  float grad_v[kValueDim / 8][4] = {};  // [16, kValueDim]
 
-  float2 statistics[2];  // of the rows if they are queries, else of two columns
+  float2
+      statistics[2];  // {lse * log2(e), delta} of the rows if they are queries, else of 2 columns
   while (true) {
-    const bool is_first = slab.is_first();
+    const bool is_first = stage.is_first();
     if (!Plan::kRowsAreKeys && is_first) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Steps& steps = rows.steps[first_row + half * 8];
-        const float lse = *step_by(entry_of(rows.lse, slab.batch), steps.lse);
-        const float grad_lse = rows.grad_lse.data == nullptr
-                                   ? 0.0f
-                                   : *step_by(entry_of(rows.grad_lse, slab.batch), steps.grad_lse);
-        statistics[half] = {1.44269504f * finite_shift(lse), -grad_lse};
+        const Offsets& offsets = rows.offsets[first_row + half * 8];
+        const float lse = *offset_by(in_batch(rows.lse, stage.batch), offsets.lse);
+        const float grad_lse =
+            rows.grad_lse.data == nullptr
+                ? 0.0f
+                : *offset_by(in_batch(rows.grad_lse, stage.batch), offsets.grad_lse);
+        statistics[half] = {kLog2E * finite_lse(lse), -grad_lse};
       }
     }
     cp_async_wait<0>();
     __syncthreads();
     if (!Plan::kRowsAreKeys && is_first) {
+      // delta = sum(dO * O) - grad_lse
       const float2 delta = delta_of_rows<Plan>(rows_smem, lane);
       statistics[0].y += delta.x;
       statistics[1].y += delta.y;
@@ -184,89 +202,92 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       for (int half = 0; half < 2; ++half) {
         const int row = first_row + half * 8;
         if (lane % 4 == 0 && tables.exists[row])
-          *step_by(entry_of(rows.statistics, slab.batch), rows.steps[row].statistics) =
+          *offset_by(in_batch(rows.statistics, stage.batch), rows.offsets[row].statistics) =
               statistics[half];
       }
     }
 
-    const unsigned first = smem.first(slab.index, warp);
-    if (first != kNothing) {
-      const auto [visible] = smem.visible(slab.index, warp, lane);
-      unsigned key_rmem[kHeadDim / 16][4], value_rmem[kValueDim / 16][4];
+    const unsigned first = smem.tile(stage.index, warp);
+    if (first != kNoTile) {
+      const auto [visible] = smem.visible(stage.index, warp, lane);
+      unsigned qk_rmem[kHeadDim / 16][4],
+          vo_rmem[kValueDim / 16][4];  // [16, kHeadDim], [.., kValueDim]
 #pragma unroll
-      for (int d = 0; d < kHeadDim; d += 16) take_rows(rows_smem, d, lane, key_rmem[d / 16]);
+      for (int d = 0; d < kHeadDim; d += 16) load_row_operand(rows_smem, d, lane, qk_rmem[d / 16]);
 #pragma unroll
       for (int d = 0; d < kValueDim; d += 16)
-        take_rows(rows_smem, kHeadDim + d, lane, value_rmem[d / 16]);
-      const ListAddresses<Plan> addresses(smem.slab_of(0), first, tables, lane);
+        load_row_operand(rows_smem, kHeadDim + d, lane, vo_rmem[d / 16]);
+      const TileAddresses<Plan> tile(smem.stage_address(0), first, tables, lane);
 #pragma unroll
       for (int n = 0; n < Plan::kColumns; n += 16) {
-        // Near a border keys are seen by more queries than elsewhere, where lists are not full
+        // Near a border keys are seen by more queries than elsewhere, where tiles are not full
         const unsigned any = (visible[0] | visible[1]) >> (n / 4) & 0xf;
         if (Plan::kRowsAreKeys && !__any_sync(0xffffffffu, any)) continue;
 
-        // S and dP
-        const unsigned across = addresses.across(n);
-        const auto key_of = [&](int d) { return chunk_of(across, d / 8); };
-        const auto value_of = [&](int d) { return chunk_of(across, (kHeadDim + d) / 8); };
+        // S = row_qk column_qk^T and dP = row_vo column_vo^T, [16, 16]
+        const unsigned nt = tile.nt(n);
+        const auto qk_nt = [&](int d) { return chunk_address(nt, d / 8); };
+        const auto vo_nt = [&](int d) { return chunk_address(nt, (kHeadDim + d) / 8); };
         float weight[2][4], grad_weight[2][4];
-        multiply<kHeadDim>(key_rmem, key_of, weight, Element());
-        multiply<kValueDim>(value_rmem, value_of, grad_weight, Element());
+        gemm_nt_16<kHeadDim>(qk_rmem, qk_nt, weight, Element());
+        gemm_nt_16<kValueDim>(vo_rmem, vo_nt, grad_weight, Element());
 
-        // P and dS; what is hidden stays 0 whatever it is multiplied with
+        // P = exp(scale * S - lse) and dS = P * (dP - delta). What is hidden stays 0 whatever it is
+        // multiplied with
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           if constexpr (Plan::kRowsAreKeys) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              const unsigned place = first + tables.list[n + t * 8 + lane % 4 * 2 + i];
-              statistics[i] = smem.statistics()[place / kColumnBytes<Plan>];
+              const unsigned in_stage = first + tables.tile_offset[n + t * 8 + lane % 4 * 2 + i];
+              statistics[i] = smem.statistics()[in_stage / kColumnBytes<Plan>];
             }
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const auto [shift, delta] = statistics[Plan::kRowsAreKeys ? i % 2 : i / 2];
+            const auto [lse, delta] = statistics[Plan::kRowsAreKeys ? i % 2 : i / 2];
             const bool sees = visible[i / 2] >> (n / 4 + t * 2 + i % 2) & 1;
-            const float p = sees ? ex2_approx(fmaf(weight[t][i], problem.scale, -shift)) : 0.0f;
+            const float p = sees ? ex2_approx(fmaf(weight[t][i], problem.scale, -lse)) : 0.0f;
             const float ds = sees ? p * (grad_weight[t][i] - delta) : 0.0f;
             weight[t][i] = p;
             grad_weight[t][i] = ds;
           }
         }
-        const unsigned along = addresses.along(n);
-        const auto first_of_column = [&](int d) { return chunk_of(along, d / 8); };
-        const auto second_of_column = [&](int d) { return chunk_of(along, (kHeadDim + d) / 8); };
-        if constexpr (Plan::kRowsAreKeys)
-          accumulate<kValueDim>(weight, second_of_column, grad_value, Element());
-        accumulate<kHeadDim>(grad_weight, first_of_column, grad_key, Element());
+
+        // grad_v += P column_vo and grad_qk += dS column_qk
+        const unsigned nn = tile.nn(n);
+        const auto qk_nn = [&](int d) { return chunk_address(nn, d / 8); };
+        const auto vo_nn = [&](int d) { return chunk_address(nn, (kHeadDim + d) / 8); };
+        if constexpr (Plan::kRowsAreKeys) gemm_nn_16<kValueDim>(weight, vo_nn, grad_v, Element());
+        gemm_nn_16<kHeadDim>(grad_weight, qk_nn, grad_qk, Element());
       }
     }
 
-    Slab next = slab;
+    StageOf next = stage;
     const bool more = advance<Plan>(problem, tables, next);
     __syncthreads();
     if (more) load(next);
-    const int batch = slab.batch;
-    slab = next;
+    const int batch = stage.batch;
+    stage = next;
     if (more && !next.is_first()) continue;
 
-    // After the last slab of a batch entry
+    // After the last stage of a batch-head
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + half * 8;
-      const auto steps = rows.steps[row];
-      store_row<kHeadDim>(grad_key, half, problem.gradient_scale, tables.exists[row], lane,
-                          step_by(entry_of(rows.grad_key, batch), steps.grad_key));
+      const auto offsets = rows.offsets[row];
+      store_row<kHeadDim>(grad_qk, half, problem.gradient_scale, tables.exists[row], lane,
+                          offset_by(in_batch(rows.grad_qk, batch), offsets.grad_qk));
       if constexpr (Plan::kRowsAreKeys)
-        store_row<kValueDim>(grad_value, half, 1.0f, tables.exists[row], lane,
-                             step_by(entry_of(rows.grad_value, batch), steps.grad_value));
+        store_row<kValueDim>(grad_v, half, 1.0f, tables.exists[row], lane,
+                             offset_by(in_batch(rows.grad_v, batch), offsets.grad_v));
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int d = 0; d < kHeadDim / 8; ++d) grad_key[d][i] = 0;
+      for (int d = 0; d < kHeadDim / 8; ++d) grad_qk[d][i] = 0;
 #pragma unroll
-      for (int d = 0; d < kValueDim / 8; ++d) grad_value[d][i] = 0;
+      for (int d = 0; d < kValueDim / 8; ++d) grad_v[d][i] = 0;
     }
     if (!more) break;
   }

@@ -1,26 +1,36 @@
-"""How the fused kernels cut a problem into boxes: exact counts and a cost model, no GPU needed.
+"""How the kernels for windows of any size cut a problem: counts and a cost model, no GPU needed.
 
 A block takes a box of rows, one part of it a warp, and walks over boxes of columns that start where
-the union of what its rows meet starts. A warp skips a box of columns that none of its rows meets.
-The block may do so for several entries, a head of the rows in one element of the batch each.
-Rows are queries and columns the keys of their windows, or rows are keys and columns the queries
-that see them. All of that is separable: what is counted along each axis multiplies.
+the window union of its rows starts. A warp skips a box of columns of which none lies in the window
+of one of its rows. The block may do so for several batch-heads, each a head of the rows in one
+element of the batch. `cuneigh._gpu.passes` says what rows, columns and windows are.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from cuneigh._device import Device
+from cuneigh._gpu.boxes import (
+    Box,
+    WalkCounts,
+    count_walk,
+    longest_extents,
+    mostly_full,
+    powers_of_two,
+)
+from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
+from cuneigh._gpu.passes import DK, DKV, DQ, DV, FORWARD, Pass
 from cuneigh._problem import DTYPES, Problem
-from cuneigh._window import Axis
+
+Value = TypeVar("Value", bound=Hashable)
 
 WARPS = 4
 """Warps of a block: one on each scheduler of a multiprocessor, and two blocks beside each other."""
@@ -32,7 +42,7 @@ class Area(NamedTuple):
     row_tiles: int
     """Sixteens of rows that a warp takes."""
     columns: int
-    """Columns of a box, places past its end included."""
+    """Slots of a box of columns; the box may have fewer columns."""
     warps: int = WARPS
 
 
@@ -41,195 +51,111 @@ class FusedPlan:
     """The boxes of one problem. Areas are compiled in, shapes are run-time arguments."""
 
     area: Area
-    warp_box: tuple[int, ...]
-    warps: tuple[int, ...]
-    column_box: tuple[int, ...]
-    part: int = 1
-    """Entries that a block works through."""
+    warp_box: Box
+    warps: Box
+    column_box: Box
+    batch_heads: int = 1
+    """Batch-heads that a block works through."""
 
     def __str__(self) -> str:
         boxes = self.warps, self.warp_box, self.column_box
         warps, rows, columns = ("x".join(map(str, box)) for box in boxes)
-        places = f"{warps} warps of {rows} rows, {columns} columns in {self.area.columns} places"
-        return places if self.part == 1 else f"{places}, {self.part} entries a block"
+        shapes = f"{warps} warps of {rows} rows, {columns} columns in {self.area.columns} slots"
+        if self.batch_heads == 1:
+            return shapes
+        return f"{shapes}, {self.batch_heads} batch-heads a block"
 
 
-class Counts(NamedTuple):
-    """What is walked along one axis, or over a whole layout."""
-
-    blocks: int
-    """Boxes of rows."""
-    tiles: int
-    """Pairs of a box of rows and a box of columns that it loads."""
-    visits: int
-    """Pairs of a warp and a box of columns of which it meets something."""
-    full: int
-    """Those in which every row of the warp meets every column."""
-    most: int
-    """Boxes of columns of the longest walk."""
-
-
-Role = Literal["forward", "query", "key_value", "key", "value"]
-"""What a kernel computes: the output, or the gradients of one or two operands."""
-
-
-def roles(problem: Problem) -> tuple[Role, ...]:
-    """The kernels of an operation."""
+def passes(problem: Problem) -> tuple[Pass, ...]:
+    """The passes of an operation, in their order."""
     if problem.operation == "forward":
-        return ("forward",)
+        return (FORWARD,)
     # The sums of longer vectors fill the registers of a kernel.
     if max(problem.head_dim, problem.value_dim) > 128:
-        return ("query", "key", "value")
-    return ("query", "key_value")
+        return (DQ, DK, DV)
+    return (DQ, DKV)
 
 
-def rows_are_keys(role: Role) -> bool:
-    return role not in ("forward", "query")
-
-
-@lru_cache(maxsize=8192)
-def count_axis(
-    axis: Axis, warp_box: int, warps: int, column_box: int, rows_are_keys: bool = False
-) -> Counts:
-    """The counts along one axis, by the kernel's own rules."""
-    total = axis.key_length if rows_are_keys else axis.length
-    size = warp_box * warps
-    blocks = tiles = visits = full = most = 0
-    longer = total % axis.dilation
-    for group, groups in ((0, longer), (longer, axis.dilation - longer)):
-        if not groups:
-            continue
-        length = axis.key_group_length(group) if rows_are_keys else axis.group_length(group)
-        index = np.arange(length, dtype=np.int64)
-        meets = axis.inverse if rows_are_keys else axis.window
-        begin, end = meets(index, np.full_like(index, group))
-        first = np.arange(0, length, size)
-        reach = begin[first], end[np.minimum(first + size, length) - 1]
-        boxes = -(-(reach[1] - reach[0]) // column_box)
-        blocks += groups * len(first)
-        tiles += groups * int(boxes.sum())
-        most = max(most, int(boxes.max()))
-        for warp in range(warps):
-            mine = first + warp * warp_box
-            has = mine < length
-            low, high = mine[has], np.minimum(mine[has] + warp_box, length) - 1
-            any_begin, any_end = begin[low] - reach[0][has], end[high] - reach[0][has]
-            all_begin, all_end = begin[high] - reach[0][has], end[low] - reach[0][has]
-            visits += groups * int((-(-any_end // column_box) - any_begin // column_box).sum())
-            whole = np.maximum(all_end // column_box - -(-all_begin // column_box), 0)
-            full += groups * int(whole.sum())
-    return Counts(blocks, tiles, visits, full, most)
-
-
-def count(problem: Problem, plan: FusedPlan, role: Role = "forward") -> Counts:
-    """The counts of one (batch, head), the additional keys left out."""
+def count(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD) -> WalkCounts:
+    """The counts of one batch-head, the additional keys left out."""
     along = [
-        count_axis(axis, *sizes, rows_are_keys(role))
+        count_walk(axis, *sizes, pass_)
         for axis, *sizes in zip(
             problem.axes, plan.warp_box, plan.warps, plan.column_box, strict=True
         )
     ]
-    totals = Counts(*(math.prod(values) for values in zip(*along, strict=True)))
-    # Places past the end of a box are masked, so that a box that has some is never full.
+    totals = WalkCounts(*(math.prod(values) for values in zip(*along, strict=True)))
+    # Slots past the end of a box are masked, so that a box with such slots is never full.
     return totals if math.prod(plan.column_box) == plan.area.columns else totals._replace(full=0)
 
 
-class Cycles(NamedTuple):
-    """Cycles of one scheduler, of which a multiprocessor has four.
+# Costs
 
-    Non-negative least squares fits of measurements on an H200 (bench/NOTES.md).
-    """
-
-    product: float
-    """A multiply-add of the tensor cores."""
-    exponential: float
-    """One logit's way through the softmax."""
-    mask: float
-    """Masking one logit."""
-    copy: float
-    """Bringing 16 bytes of a column to shared memory."""
-    tile: float
-    """What a block does once for each box of columns: waiting and meeting."""
-    row: float
-    """Reading 16 bytes of a row and writing them in the end."""
-    block: float
-    """What a block does once."""
-
-
-HALF_FORWARD = Cycles(1 / 261, exponential=0.0, mask=0.39, copy=0.42, tile=87, row=0.0, block=2080)
-SHORT_FORWARD = Cycles(1 / 233, exponential=0.12, mask=0.45, copy=0.0, tile=205, row=1.52, block=0)
+HALF_FORWARD = Cycles(1 / 261, logit=0.0, mask=0.39, copy=0.42, box=87, row=0.0, block=2080)
+SHORT_FORWARD = Cycles(1 / 233, logit=0.12, mask=0.45, copy=0.0, box=205, row=1.52, block=0)
 """Of vectors of at most 64 elements."""
-HALF_BACKWARD = Cycles(
-    1 / 265, exponential=0.0, mask=0.26, copy=0.58, tile=314, row=0.0, block=2170
-)
-FLOAT32 = Cycles(1 / 40, exponential=0.0, mask=1.36, copy=0.4, tile=216, row=2.2, block=0)
+HALF_BACKWARD = Cycles(1 / 265, logit=0.0, mask=0.26, copy=0.58, box=314, row=0.0, block=2170)
+FLOAT32 = Cycles(1 / 40, logit=0.0, mask=1.36, copy=0.4, box=216, row=2.2, block=0)
 
 
-PRODUCTS: dict[Role, float] = {
-    "forward": 1.0,
-    "query": 1.5,
-    "key_value": 2.0,
-    "key": 1.5,
-    "value": 1.0,
-}
-"""Matrix products of a role, those of the forward counted as one."""
-
-
-def constants(problem: Problem, role: Role) -> Cycles:
+def constants(problem: Problem, pass_: Pass) -> Cycles:
     """The fit for a kernel."""
     if problem.dtype == "float32":
         return FLOAT32
-    if role != "forward":
+    if pass_ != FORWARD:
         return HALF_BACKWARD
     return SHORT_FORWARD if max(problem.head_dim, problem.value_dim) <= 64 else HALF_FORWARD
 
 
-def cost(problem: Problem, plan: FusedPlan, role: Role = "forward") -> float:
-    """Predicted cycles of one (batch, head) on one scheduler of a multiprocessor."""
-    return float(cost_of(problem, plan.area, count(problem, plan, role), role))
+def cost(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD) -> float:
+    """Predicted cycles of a multiprocessor for one batch-head."""
+    return float(cost_of(problem, plan.area, count(problem, plan, pass_), pass_))
 
 
-def cost_of(problem: Problem, area: Area, counts: Counts, role: Role) -> Any:
-    """The same for these counts, which may be arrays of those of many plans."""
+def cost_of(problem: Problem, area: Area, counts: WalkCounts, pass_: Pass) -> Any:
+    """The cost for these counts, which may be arrays of the counts of many plans."""
     row_tiles, columns, warps = area
-    cycles = constants(problem, role)
+    cycles = constants(problem, pass_)
     logits = 16 * row_tiles * columns
     dims = problem.head_dim + problem.value_dim
     chunks = dims * DTYPES[problem.dtype] / 16
-    visit = logits * (dims * cycles.product * PRODUCTS[role] + cycles.exponential)
+    visit = logits * (dims * cycles.product * pass_.products + cycles.logit)
     partial = logits * cycles.mask
-    tile = columns * chunks * cycles.copy + cycles.tile
+    load = columns * chunks * cycles.copy + cycles.box
     block = 16 * row_tiles * warps * chunks * cycles.row + cycles.block
     # The warps of a block wait for each other, each on its own scheduler.
     return (
         counts.blocks * block
-        + counts.tiles * tile
+        + counts.loads * load
         + (counts.visits * visit + (counts.visits - counts.full) * partial) / warps
     )
 
 
+# The choice of a plan
+
+
 @lru_cache(maxsize=1024)
-def make_plan(problem: Problem, device: Device, role: Role = "forward") -> FusedPlan:
+def make_plan(problem: Problem, device: Device, pass_: Pass = FORWARD) -> FusedPlan:
     """The cheapest plan for `device`, where any area fits."""
-    cheapest = (cheapest_shapes(problem, area, role) for area in areas(problem, device, role))
-    best = min(cheapest, key=lambda candidate: cost(problem, candidate, role))
-    return with_part(problem, best, device) if role == "forward" else best
+    cheapest = (cheapest_shapes(problem, area, pass_) for area in areas(problem, device, pass_))
+    best = min(cheapest, key=lambda candidate: cost(problem, candidate, pass_))
+    return with_batch_heads(problem, best, device) if pass_ == FORWARD else best
 
 
-def cheapest_shapes(problem: Problem, area: Area, role: Role) -> FusedPlan:
+def cheapest_shapes(problem: Problem, area: Area, pass_: Pass) -> FusedPlan:
     """The first of the cheapest of `candidates`; all of them are counted at once."""
-    rows, boxes = row_shapes(problem, area), column_shapes(problem, area.columns, role)
-    totals = np.ones((len(Counts._fields), len(rows), len(boxes)))
+    rows, boxes = row_boxes(problem, area), column_boxes(problem, area.columns, pass_)
+    totals = np.ones((len(WalkCounts._fields), len(rows), len(boxes)))
     for r, axis in enumerate(problem.axes):
         of_rows, row = distinct([(warp_box[r], warps[r]) for warp_box, warps in rows])
         of_boxes, box = distinct([column_box[r] for column_box in boxes])
         counts = [
-            [count_axis(axis, *sizes, column_box, rows_are_keys(role)) for column_box in of_boxes]
+            [count_walk(axis, *sizes, column_box, pass_) for column_box in of_boxes]
             for sizes in of_rows
         ]
         totals *= np.moveaxis(np.array(counts, dtype=float), -1, 0)[:, row][:, :, box]
-    totals[Counts._fields.index("full")] *= [math.prod(box) == area.columns for box in boxes]
-    costs = cost_of(problem, area, Counts(*totals), role)
+    totals[WalkCounts._fields.index("full")] *= [math.prod(box) == area.columns for box in boxes]
+    costs = cost_of(problem, area, WalkCounts(*totals), pass_)
     row_index, box_index = np.unravel_index(costs.argmin(), costs.shape)
     return FusedPlan(area, *rows[row_index], boxes[box_index])
 
@@ -237,75 +163,95 @@ def cheapest_shapes(problem: Problem, area: Area, role: Role) -> FusedPlan:
 TABLES = 1000
 """Cycles of a block's tables along each axis, those that other blocks do not hide."""
 IN_STEP = 1.04
-"""How much longer blocks take that walk through several entries in step with each other."""
+"""How much longer blocks take that go through several batch-heads in step with each other."""
 
 
-def resident(problem: Problem, area: Area, device: Device, role: Role) -> int:
+def resident(problem: Problem, area: Area, device: Device, pass_: Pass) -> int:
     """Blocks that a multiprocessor works on at a time."""
-    reserved = 1024  # of each block's shared memory, by the driver
-    blocks = blocks_per_multiprocessor(problem, device.capability, area, role)
+    blocks = blocks_per_multiprocessor(problem, device.capability, area, pass_)
     in_registers = max(blocks, 65536 // (256 * 32 * area.warps))
-    in_memory = (device.shared_memory + reserved) // (shared_bytes(problem, area, role) + reserved)
-    return min(in_registers, in_memory)
+    return min(in_registers, blocks_in_shared_memory(device, shared_bytes(problem, area, pass_)))
 
 
-def with_part(problem: Problem, plan: FusedPlan, device: Device) -> FusedPlan:
-    """The plan with the part that makes all multiprocessors ready first.
+def with_batch_heads(problem: Problem, plan: FusedPlan, device: Device) -> FusedPlan:
+    """The plan with the number of batch-heads a block that makes all multiprocessors ready first.
 
-    Long parts fill tables less often; short ones leave less to do for the last blocks, and even out
-    that some walks are longer than others.
+    Blocks with many of them fill tables less often. Blocks with few leave less to do for the last
+    blocks, and even out that some walks are longer than others.
     """
-    entries = problem.batch * problem.heads
+    all_heads = problem.batch * problem.heads
     counts = count(problem, plan)
-    at_once = resident(problem, plan.area, device, "forward") * max(device.sm_count, 1)
-    entry = cost(problem, plan) / counts.blocks
-    longest = counts.most * counts.blocks / counts.tiles
+    at_once = resident(problem, plan.area, device, FORWARD) * max(device.sm_count, 1)
+    of_one = cost(problem, plan) / counts.blocks
+    longest = counts.longest * counts.blocks / counts.loads
 
-    def cycles(part: int) -> float:
-        rounds = math.ceil(counts.blocks * math.ceil(entries / part) / at_once)
+    def cycles(batch_heads: int) -> float:
+        rounds = math.ceil(counts.blocks * math.ceil(all_heads / batch_heads) / at_once)
         alike = rounds - 1 + longest  # the last round may be all long walks
-        return alike * (TABLES * problem.rank + part * entry) * (IN_STEP if part > 1 else 1.0)
+        of_block = TABLES * problem.rank + batch_heads * of_one
+        return alike * of_block * (IN_STEP if batch_heads > 1 else 1.0)
 
-    parts = {1} | {math.ceil(entries / count) for count in range(1, min(entries, 64) + 1)}
-    return replace(plan, part=min(sorted(parts), key=cycles))
-
-
-def several(problem: Problem, role: Role, part: int) -> bool:
-    """Whether a kernel can walk through several entries: along three axes that slows its walks."""
-    return role == "forward" and (part > 1 or problem.rank < 3)
+    choices = {1} | {math.ceil(all_heads / n) for n in range(1, min(all_heads, 64) + 1)}
+    return replace(plan, batch_heads=min(sorted(choices), key=cycles))
 
 
-def distinct(values: list[Any]) -> tuple[list[Any], list[int]]:
-    """The values without repetition, and the place of each among them."""
-    places = {value: place for place, value in enumerate(dict.fromkeys(values))}
-    return list(places), [places[value] for value in values]
+def many_batch_heads(problem: Problem, pass_: Pass, batch_heads: int) -> bool:
+    """Whether to take a kernel that can go through several batch-heads.
+
+    With three axes a kernel that can is slower with one of them, too.
+    """
+    return pass_ == FORWARD and (batch_heads > 1 or problem.rank < 3)
 
 
-def candidates(problem: Problem, area: Area, role: Role = "forward") -> Iterator[FusedPlan]:
+def distinct(values: Sequence[Value]) -> tuple[list[Value], list[int]]:
+    """The values without repetition, and the index of each among them."""
+    index = {value: i for i, value in enumerate(dict.fromkeys(values))}
+    return list(index), [index[value] for value in values]
+
+
+def candidates(problem: Problem, area: Area, pass_: Pass = FORWARD) -> Iterator[FusedPlan]:
     """The shapes that these areas can have."""
-    for of_rows in row_shapes(problem, area):
-        for column_box in column_shapes(problem, area.columns, role):
+    for of_rows in row_boxes(problem, area):
+        for column_box in column_boxes(problem, area.columns, pass_):
             yield FusedPlan(area, *of_rows, column_box)
 
 
-def row_shapes(problem: Problem, area: Area) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def row_boxes(problem: Problem, area: Area) -> list[tuple[Box, Box]]:
     """Boxes of a warp's rows, and of a block's warps."""
-    of_rows, of_warps = (shapes(problem.rank, size) for size in (16 * area.row_tiles, area.warps))
+    of_rows, of_warps = (
+        powers_of_two(problem.rank, size) for size in (16 * area.row_tiles, area.warps)
+    )
     return list(itertools.product(of_rows, of_warps))
 
 
-def areas(problem: Problem, device: Device, role: Role = "forward") -> tuple[Area, ...]:
+@lru_cache(maxsize=1024)
+def column_boxes(problem: Problem, area: int, pass_: Pass) -> tuple[Box, ...]:
+    """Boxes of at most `area` columns, as long as possible along the last axis."""
+    longest = longest_extents(pass_.column_tokens(problem), problem.axes, area)
+    leading = itertools.product(*(range(1, most + 1) for most in longest[:-1]))
+    boxes = {
+        (*box, min(longest[-1], area // math.prod(box)))
+        for box in leading
+        if math.prod(box) <= area
+    }
+    return tuple(sorted(mostly_full(boxes, area)))
+
+
+# What is compiled into kernels
+
+
+def areas(problem: Problem, device: Device, pass_: Pass = FORWARD) -> tuple[Area, ...]:
     """The areas to choose from: the fast ones that fit into shared memory.
 
     Where none does, fewer columns and then fewer warps make a block that fits.
     """
-    sizes = fast_sizes(problem, device.capability, role)
+    sizes = fast_sizes(problem, device.capability, pass_)
     least = (1, 8 if problem.dtype == "float32" else 16)
     for warps, some in itertools.product((WARPS, 2, 1), (sizes, (least,))):
         fitting = tuple(
             area
             for area in (Area(*size, warps) for size in some)
-            if shared_bytes(problem, area, role) <= device.shared_memory
+            if shared_bytes(problem, area, pass_) <= device.shared_memory
         )
         if fitting:
             return fitting
@@ -313,24 +259,24 @@ def areas(problem: Problem, device: Device, role: Role = "forward") -> tuple[Are
 
 
 def fast_sizes(
-    problem: Problem, capability: tuple[int, int], role: Role
+    problem: Problem, capability: tuple[int, int], pass_: Pass
 ) -> tuple[tuple[int, int], ...]:
     """(row_tiles, columns) that fit into registers, as the compiler reports, and were fast."""
     longest = max(problem.head_dim, problem.value_dim)
     if problem.dtype == "float32":
         if longest > 128:
             return ((1, 16),)
-        if role != "forward":
+        if pass_ != FORWARD:
             return ((1, 32), (1, 16)) if longest <= 64 else ((1, 16),)
         if longest > 64:
             return ((2, 16), (1, 32), (1, 16))
         return ((2, 32), (1, 32), (1, 16)) if problem.rank == 1 else ((1, 32), (1, 16))
     if longest > 128:
-        return ((1, 32), (1, 16)) if role == "forward" else ((1, 16),)
-    if role != "forward":
+        return ((1, 32), (1, 16)) if pass_ == FORWARD else ((1, 16),)
+    if pass_ != FORWARD:
         if longest <= 64 or capability[0] != 9 or problem.rpb_dtype:
             return ((1, 32),)
-        return ((2, 32), (1, 64), (1, 32)) if role == "query" else ((1, 64), (1, 32))
+        return ((2, 32), (1, 64), (1, 32)) if pass_ == DQ else ((1, 64), (1, 32))
     if problem.rpb_dtype or (longest <= 64 and capability[0] != 9):
         return ((1, 64), (1, 32))
     if longest <= 32:
@@ -343,18 +289,18 @@ def fast_sizes(
 
 
 def blocks_per_multiprocessor(
-    problem: Problem, capability: tuple[int, int], area: Area, role: Role
+    problem: Problem, capability: tuple[int, int], area: Area, pass_: Pass
 ) -> int:
     """Blocks to leave registers for; more of them hide latencies, as long as nothing spills."""
     longest = max(problem.head_dim, problem.value_dim)
     if longest > 64 or capability[0] > 9:
         return 1
     if problem.dtype == "float32":
-        roomy = area.columns == 16 or (role == "forward" and problem.rank < 3)
-        if role == "query" or area.row_tiles > 1 or not roomy:
+        roomy = area.columns == 16 or (pass_ == FORWARD and problem.rank < 3)
+        if pass_ == DQ or area.row_tiles > 1 or not roomy:
             return 1
         return 3 if longest > 32 else 4
-    if role != "forward":
+    if pass_ != FORWARD:
         return 1
     if problem.rpb_dtype:
         return 2 if area.columns > 32 else 3
@@ -368,56 +314,31 @@ def padded(dim: int) -> int:
     return math.ceil(dim / 16) * 16
 
 
-def shared_bytes(problem: Problem, area: Area, role: Role = "forward") -> int:
+def shared_bytes(problem: Problem, area: Area, pass_: Pass = FORWARD) -> int:
     """Bytes of `ForwardSmem` of cuda/fused/forward.cu or `BackwardSmem` of fused/backward.cu."""
 
     def pitch(dim: int) -> int:
+        """Bytes from one vector to the next: `kVectorPitch` of cuda/fused/vectors.cuh."""
         size = DTYPES[problem.dtype] * padded(dim)
-        whole_lines = problem.dtype != "float32" and size % 128 == 0
-        return size if whole_lines else size + 16
+        swizzled = problem.dtype != "float32" and size % 128 == 0
+        return size if swizzled else size + 16
 
     key, value, rank = pitch(problem.head_dim), pitch(problem.value_dim), problem.rank
     rows, columns = 16 * area.row_tiles * area.warps, area.columns
-    size = rows * (key if role == "forward" else key + value)
+    size = rows * (key if pass_ == FORWARD else key + value)
     size += 2 * columns * (key + value)
-    if role != "forward":
-        size += 8 * (2 * columns if rows_are_keys(role) else rows)  # statistics of the queries
-    size += 8 * rank * (columns + 1)  # bits of the columns before a coordinate
-    size += (16 + 16 * has_additional(problem, role) + 8) * columns  # steps to the columns
-    size += 2 * area.warps * math.ceil((48 + 4 * rank) / 16) * 16  # boxes of the walk
-    size += 8 * rank + 4  # where the rows begin, and which of the blocks with them this is
-    size += 8 * rank + 16 * rank * area.warps  # what block and warps meet
-    size += rows * (
-        8 + 8 * rank + 4 * rank + 4
-    )  # the rows' visible columns, windows, tokens, biases
+    if pass_ != FORWARD:
+        size += 8 * (2 * columns if pass_.rows_are_keys else rows)  # statistics of the queries
+    # `Tables` of cuda/fused/tables.cuh:
+    size += 2 * area.warps * math.ceil((48 + 4 * rank) / 16) * 16  # walk
+    size += 16 * rank * area.warps  # warp_union
+    size += (16 + 16 * has_additional(problem, pass_) + 8) * columns  # vector and scalar offsets
+    size += 8 * rank + 8 * rank + 4  # block_union, first, share
+    size += 8 * rank * (columns + 1)  # prefix_mask
+    size += rows * (8 + 8 * rank + 4 * rank + 4)  # row_mask, window, token, bias_offset
     return math.ceil(size / 16) * 16
 
 
-def has_additional(problem: Problem, role: Role) -> bool:
-    """Whether a kernel walks additional keys after the window."""
-    return not rows_are_keys(role) and bool(problem.additional)
-
-
-@lru_cache(maxsize=64)
-def shapes(rank: int, area: int) -> tuple[tuple[int, ...], ...]:
-    """Boxes of exactly `area`, a power of two."""
-    sizes = [1 << i for i in range(area.bit_length())]
-    return tuple(box for box in itertools.product(sizes, repeat=rank) if math.prod(box) == area)
-
-
-@lru_cache(maxsize=1024)
-def column_shapes(problem: Problem, area: int, role: Role) -> tuple[tuple[int, ...], ...]:
-    """Boxes of at most `area` columns that leave less than a quarter of it unused."""
-    lengths = problem.tokens if rows_are_keys(role) else problem.key_tokens
-    longest = [
-        min(area, math.ceil(length / axis.dilation))
-        for length, axis in zip(lengths, problem.axes, strict=True)
-    ]
-    leading = itertools.product(*(range(1, most + 1) for most in longest[:-1]))
-    boxes = {
-        (*box, min(longest[-1], area // math.prod(box)))
-        for box in leading
-        if math.prod(box) <= area
-    }
-    good = [box for box in boxes if math.prod(box) > area * 3 // 4]
-    return tuple(sorted(good or [max(boxes, key=math.prod)]))
+def has_additional(problem: Problem, pass_: Pass) -> bool:
+    """Whether a kernel walks over additional keys after the window."""
+    return not pass_.rows_are_keys and bool(problem.additional)

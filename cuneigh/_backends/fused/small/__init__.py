@@ -1,1 +1,1 @@
-"""Kernels for small windows, whose keys fit into shared memory at once."""
+"""The kernels for small windows, with what a block's rows attend to in shared memory at once."""

@@ -1,4 +1,4 @@
-"""The launches of the kernels for small windows: slabs of keys and lists out of them."""
+"""The launches of the kernels for small windows."""
 
 from __future__ import annotations
 
@@ -7,69 +7,70 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from cuneigh import _jit
-from cuneigh._backends.fused.plan import Role, rows_are_keys
-from cuneigh._backends.fused.small import plan as _halo_plan
-from cuneigh._backends.fused.small.plan import Form, HaloPlan
+from cuneigh._backends.fused.small import plan as small_plan
+from cuneigh._backends.fused.small.plan import Form, SmallPlan
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import AXIS, axis_record
 from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import Problem
 
 UNIT = 16
-"""Bytes of a load, and what steps in memory are counted in."""
-DIVISOR = np.dtype([("divisor", "i4"), ("inverse", "u4")])
-"""`Divisor` of cuda/fused/small/small.cuh."""
+"""Bytes of a load, in which kernels count offsets."""
+FAST_DIVMOD = np.dtype([("divisor", "i4"), ("inverse", "u4")])
+"""`FastDivmod` of cuda/fused/small/problem.cuh."""
 
 
-def plan(
-    program: Program, problem: Problem, role: Role, vectors: Sequence[Array]
-) -> HaloPlan | None:
-    """The plan for these arrays; None where the other kernels of `fused` are to be taken."""
-    if load_width(vectors) < UNIT or not all(_steps_fit(array) for array in vectors):
-        return None
-    return _halo_plan.make_plan(problem, program.device, role)
+def can_read(arrays: Sequence[Array]) -> bool:
+    """Whether the kernels can read and write arrays of vectors with these strides."""
+    return load_width(arrays) == UNIT and all(_offsets_fit(array) for array in arrays)
 
 
 def launch(
     program: Program,
     problem: Problem,
-    role: Role,
-    chosen: HaloPlan,
-    arrays: Sequence[tuple[Array | None, str]],
+    pass_: Pass,
+    plan: SmallPlan,
+    arrays: Sequence[tuple[Array | None, Literal["vectors", "scalars", "pairs"]]],
 ) -> None:
-    """Launch the kernel of `role` on `arrays`, each with the method of `Views` that takes it."""
+    """Launch the kernel of a pass on `arrays`, each with the method of `Views` that takes it."""
     views = Views(problem.rank)
     lse, _ = arrays[-1]
-    flags = (chosen.whole, lse is not None) if role == "forward" else ()
+    flags = (plan.one_stage, lse is not None) if pass_ == FORWARD else ()
     for array, kind in arrays:
-        if array is not None and _halo_plan.inner(problem) == "heads":
+        if array is not None and small_plan.inner(problem) == "heads":
             array = _heads_first(array, -1 if kind == "scalars" else -2)
         getattr(views, kind)(array)
-    length, outer = _halo_plan.sizes(problem, role)
-    record = _record(problem, chosen, role)
+    length, outer = small_plan.sizes(problem, pass_)
+    record = _record(problem, plan, pass_)
     boxes = int(record["boxes"].prod())
     program.launch(
-        kernel(problem, role, chosen.form, chosen.columns, *flags),
-        (boxes * outer * -(-length // chosen.part), 1),
-        chosen.form.warps * 32,
+        kernel(problem, pass_, plan.form, plan.columns, *flags),
+        (boxes * outer * math.ceil(length / plan.batch_heads), 1),
+        plan.form.warps * 32,
         record,
         views.words,
-        shared_bytes=_halo_plan.shared_bytes(problem, chosen, role),
+        shared_bytes=small_plan.shared_bytes(problem, plan, pass_),
     )
 
 
 @lru_cache(maxsize=1024)
 def kernel(
-    problem: Problem, role: Role, form: Form, columns: int, whole: bool = False, lse: bool = False
+    problem: Problem,
+    pass_: Pass,
+    form: Form,
+    columns: int,
+    one_stage: bool = False,
+    lse: bool = False,
 ) -> _jit.Kernel:
-    """The kernel of a role, with the plan that cuda/fused/small/forward.cu describes."""
+    """The kernel of a pass, with the plan that cuda/fused/small/forward.cu describes."""
     constants = {
         "kRank": problem.rank,
         "kWarps": form.warps,
@@ -78,39 +79,36 @@ def kernel(
         "kBuffers": form.buffers,
         "kHeadDim": problem.head_dim,
         "kValueDim": problem.value_dim,
-        "kSides": _halo_plan.sides(problem.rank),
-        "kTableBytes": _halo_plan.table_bytes(problem, columns, form.warps),
+        "kTileExtents": small_plan.tile_extents(problem.rank),
+        "kTableBytes": small_plan.table_bytes(problem, columns, form.warps),
     }
-    lines = [f"static constexpr int {name} = {value};" for name, value in constants.items()]
-    flags = {"kRowsAreKeys": rows_are_keys(role), "kWhole": whole, "kLse": lse}
-    lines += [f"static constexpr bool {name} = {str(on).lower()};" for name, on in flags.items()]
-    lines.append(f"using Element = {problem.dtype};")
-    name = "fused/small/forward" if role == "forward" else "fused/small/backward"
-    return _jit.Kernel(name, "\n".join(lines))
+    flags = {"kRowsAreKeys": pass_.rows_are_keys, "kOneStage": one_stage, "kLse": lse}
+    name = "fused/small/forward" if pass_ == FORWARD else "fused/small/backward"
+    return _jit.Kernel(name, _jit.plan_source(constants, flags, {"Element": problem.dtype}))
 
 
-def kernels(problem: Problem, device: Device, role: Role) -> list[_jit.Kernel]:
+def kernels(problem: Problem, device: Device, pass_: Pass) -> list[_jit.Kernel]:
     """All that `problem` may need, whatever its windows."""
-    if not _halo_plan.takes(problem, role):
+    if not small_plan.takes(problem, pass_) or device.capability < (8, 0):
         return []
-    flags = itertools.product((True, False), repeat=2) if role == "forward" else [(False, False)]
+    flags = itertools.product((True, False), repeat=2) if pass_ == FORWARD else [(False, False)]
     return [
-        kernel(problem, role, form, columns, whole, lse)
-        for whole, lse in flags
-        for form, places in _halo_plan.forms(problem, device.capability, role, whole).items()
-        for columns in places
+        kernel(problem, pass_, form, columns, one_stage, lse)
+        for one_stage, lse in flags
+        for form, slots in small_plan.forms(problem, device.capability, pass_, one_stage).items()
+        for columns in slots
     ]
 
 
-def _steps_fit(array: Array) -> bool:
-    """Whether the steps to all vectors are positive and fit into 32 bits."""
+def _offsets_fit(array: Array) -> bool:
+    """Whether the offsets of all vectors are positive and fit into 32 bits."""
     axes = list(zip(array.shape, array.strides, strict=True))[:-1]
-    span = sum((length - 1) * step for length, step in axes)
-    return all(step >= 0 for _, step in axes) and span * array.itemsize < UNIT << 32
+    span = sum((length - 1) * stride for length, stride in axes)
+    return all(stride >= 0 for _, stride in axes) and span * array.itemsize < UNIT << 32
 
 
 def _heads_first(array: Array, heads: int) -> Array:
-    """The array with batch and heads in each other's place."""
+    """The array with batch and heads exchanged; `heads` is the axis of the heads."""
 
     def swapped(values: tuple[int, ...]) -> tuple[int, ...]:
         changed = list(values)
@@ -121,17 +119,17 @@ def _heads_first(array: Array, heads: int) -> Array:
 
 
 @lru_cache(maxsize=1024)
-def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, Any]:
-    """`HaloProblem` of cuda/fused/small/small.cuh."""
+def _record(problem: Problem, plan: SmallPlan, pass_: Pass) -> np.ndarray[Any, Any]:
+    """`SmallWindowProblem` of cuda/fused/small/problem.cuh."""
     rank = problem.rank
-    divisors = ("warp_box", "warps", "slab", "list")
-    numbers = ("batch", "part", "heads", "group_size")
+    divisors = ("warp_box", "warps", "stage", "tile")
+    numbers = ("batch", "batch_heads", "heads", "group_size")
     record = np.zeros(
         1,
         np.dtype(
             [
                 ("axes", AXIS, (rank,)),
-                *((name, DIVISOR, (rank,)) for name in divisors),
+                *((name, FAST_DIVMOD, (rank,)) for name in divisors),
                 ("boxes", "i4", (rank,)),
                 *((name, "i4") for name in numbers),
                 ("scale", "f4"),
@@ -143,13 +141,12 @@ def _record(problem: Problem, chosen: HaloPlan, role: Role) -> np.ndarray[Any, A
     record["axes"] = [axis_record(axis) for axis in problem.axes]
     for name in divisors:
         record[name] = [
-            (divisor, _halo_plan.LARGEST_QUOTIENT // divisor + 1)
-            for divisor in getattr(chosen, name)
+            (divisor, small_plan.LARGEST_QUOTIENT // divisor + 1) for divisor in getattr(plan, name)
         ]
-    record["boxes"] = [count.blocks for count in _halo_plan.along(problem, chosen, role)]
-    record["batch"], heads = _halo_plan.sizes(problem, role)
-    record["heads"] = heads * problem.group_size if rows_are_keys(role) else heads
-    record["part"], record["group_size"] = chosen.part, problem.group_size
+    record["boxes"] = [count.blocks for count in small_plan.count(problem, plan, pass_)]
+    record["batch"], heads = small_plan.sizes(problem, pass_)
+    record["heads"] = heads * problem.group_size if pass_.rows_are_keys else heads
+    record["batch_heads"], record["group_size"] = plan.batch_heads, problem.group_size
     record["scale"] = problem.scale * math.log2(math.e)
     record["gradient_scale"] = problem.scale
     return record

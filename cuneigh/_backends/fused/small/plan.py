@@ -1,9 +1,12 @@
-"""How the kernels for small windows cut a problem: exact counts and a cost model, no GPU needed.
+"""How the kernels for small windows cut a problem: exact counts and a cost model, without a GPU.
 
-A block takes a box of rows, one part of it a warp, and brings the columns that they meet to shared
-memory in slabs, which are whole along every axis but the first. A warp multiplies its rows with its
-list: a box of columns out of the slab, as large as any warp's rows meet. Rows and columns are
-queries and keys, or the other way round, as in `_fused_plan`.
+A block takes a box of rows, one part of it a warp, and brings the columns of its window union to
+shared memory in stages: boxes that are whole along every axis but the first. A warp multiplies its
+rows with its tile, a box of columns out of the stage. Tiles are as large as the widest window union
+of any warp. `cuneigh._gpu.passes` says what rows, columns and windows are.
+
+A batch-head is a head of the rows in one element of the batch. Blocks go through several of them
+along the inner axis, which is that of the heads or that of the batch, with one set of tables.
 """
 
 from __future__ import annotations
@@ -13,264 +16,177 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from cuneigh._backends.fused import plan as _fused_plan
-from cuneigh._backends.fused.plan import PRODUCTS, Role, rows_are_keys, shapes
 from cuneigh._device import Device
+from cuneigh._gpu.boxes import (
+    Box,
+    UnionCounts,
+    count_unions,
+    longest_extents,
+    mostly_full,
+    powers_of_two,
+)
+from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
+from cuneigh._gpu.passes import DQ, FORWARD, Pass
 from cuneigh._problem import Problem
-from cuneigh._window import Axis
-
-Indices = npt.NDArray[np.int64]
 
 ROWS = 16
 """Rows of a warp: those of one tensor core instruction."""
 SMALLEST_SCALE = 1e-37
-"""Smaller ones are 0 in float32, where what is hidden would not stay so."""
+"""Smaller scales are 0 in float32, where hidden logits would not stay hidden."""
 LINE = 128
 """Bytes of shared memory, in all of its banks."""
-SHORTEST_LIST = 8
-"""Columns: places past the end of a list repeat some of the first eight."""
-MOST_SLABS = 8
+SHORTEST_TILE = 8
+"""Columns: slots past the end of a tile repeat some of its first eight."""
+MOST_STAGES = 8
 LARGEST_QUOTIENT = 1 << 20
-"""What `Divisor` of cuda/fused/small/small.cuh divides times what it divides by is below this."""
-SIDES = 48
-"""Entries that tables have for the sides of a list."""
+"""`FastDivmod` of cuda/fused/small/problem.cuh takes a dividend times its divisor below this."""
+TILE_EXTENTS = 48
+"""Length of the table that has one element more along each axis than a tile has columns."""
 
 
-def dims(role: Role) -> tuple[int, ...]:
+def dims(pass_: Pass) -> tuple[int, ...]:
     """Head dimensions that the kernels are made for."""
-    return (32, 64, 128) if role == "forward" else (32, 64)
+    return (32, 64, 128) if pass_ == FORWARD else (32, 64)
 
 
 class Form(NamedTuple):
-    """What is compiled into a kernel beside dtype and dimensions, but for the places of a list."""
+    """What is compiled into a kernel beside dtype, dimensions and the slots of a tile."""
 
     warps: int
     buffers: int
-    """Slabs in shared memory; of two, one arrives while the other is worked on."""
+    """Stages in shared memory; of two, one arrives while the other is worked on."""
     blocks: int
     """Blocks of a multiprocessor that registers are left for."""
 
 
 @dataclass(frozen=True, slots=True)
-class HaloPlan:
+class SmallPlan:
     """The boxes of one problem. Shapes are run-time arguments."""
 
     form: Form
     columns: int
-    """Places of a list."""
-    warp_box: tuple[int, ...]
-    warps: tuple[int, ...]
-    list: tuple[int, ...]
-    slab: tuple[int, ...]
-    whole: bool
-    """Whether one slab holds all that a block meets."""
-    part: int
-    """Entries of the inner axis that a block works through; see `inner`."""
+    """Slots of a tile."""
+    warp_box: Box
+    warps: Box
+    tile: Box
+    stage: Box
+    one_stage: bool
+    """Whether one stage holds the window union of every block."""
+    batch_heads: int
+    """Batch-heads that a block works through, along the inner axis."""
 
     def __str__(self) -> str:
-        boxes = self.warps, self.warp_box, self.list, self.slab
-        warps, rows, columns, slab = ("x".join(map(str, box)) for box in boxes)
-        return f"{warps} warps of {rows} rows, lists of {columns} columns out of slabs of {slab}"
+        boxes = self.warps, self.warp_box, self.tile, self.stage
+        warps, rows, columns, stage = ("x".join(map(str, box)) for box in boxes)
+        return f"{warps} warps of {rows} rows, tiles of {columns} columns out of stages of {stage}"
 
 
-class Counts(NamedTuple):
-    """What is met along one axis."""
-
-    blocks: int
-    warps: int
-    """Warps that have rows."""
-    met: int
-    """Columns that warps meet, in all."""
-    sight: int
-    """The most columns that a warp meets."""
-    reach: int
-    """The most columns that a block meets."""
-
-
-@lru_cache(maxsize=8192)
-def count_axis(axis: Axis, warp_box: int, warps: int, rows_are_keys: bool = False) -> Counts:
-    """The counts along one axis."""
-    total = axis.key_length if rows_are_keys else axis.length
-    size = warp_box * warps
-    blocks = active = met = sight = reach = 0
-    longer = total % axis.dilation
-    for group, groups in ((0, longer), (longer, axis.dilation - longer)):
-        length = axis.key_group_length(group) if rows_are_keys else axis.group_length(group)
-        if not groups or not length:
-            continue
-        index = np.arange(length, dtype=np.int64)
-        meets = axis.inverse if rows_are_keys else axis.window
-        begin, end = meets(index, np.full_like(index, group))
-        of_warps, of_blocks = (unions(begin, end, box) for box in (warp_box, size))
-        blocks += groups * len(of_blocks)
-        active += groups * len(of_warps)
-        met += groups * int(of_warps.sum())
-        sight = max(sight, int(of_warps.max()))
-        reach = max(reach, int(of_blocks.max()))
-    return Counts(blocks, active, met, sight, reach)
-
-
-def unions(begin: Indices, end: Indices, box: int) -> Indices:
-    """Columns that each box of rows meets, of which a row meets [begin, end)."""
-    first = np.arange(0, len(begin), box)
-    last = np.minimum(first + box, len(begin)) - 1
-    lengths: Indices = end[last] - begin[first]
-    return lengths
-
-
-def along(problem: Problem, plan: HaloPlan, role: Role) -> tuple[Counts, ...]:
+def count(problem: Problem, plan: SmallPlan, pass_: Pass) -> tuple[UnionCounts, ...]:
     """The counts along every axis."""
     return tuple(
-        count_axis(axis, box, warps, rows_are_keys(role))
+        count_unions(axis, box, warps, pass_)
         for axis, box, warps in zip(problem.axes, plan.warp_box, plan.warps, strict=True)
     )
 
 
-def slabs(problem: Problem, plan: HaloPlan, role: Role) -> int:
-    """Slabs that the longest reach of a block is cut into."""
-    return math.ceil(along(problem, plan, role)[0].reach / plan.slab[0])
+def stages(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
+    """Stages that the widest window union of a block is cut into."""
+    return math.ceil(count(problem, plan, pass_)[0].widest_block / plan.stage[0])
 
 
-def inner(problem: Problem) -> str:
-    """The axis that blocks walk along with one set of tables: ``"heads"`` or ``"batch"``.
+def inner(problem: Problem) -> Literal["heads", "batch"]:
+    """The axis that blocks go along with one set of tables.
 
-    Heads that share a key head do not lie at equal steps for queries and keys, so that only others
-    can be walked along.
+    Heads that share a key head do not have equal strides for queries and keys, so that blocks can
+    only go along others.
     """
     return "heads" if problem.group_size == 1 and problem.heads > problem.batch else "batch"
 
 
-def sizes(problem: Problem, role: Role) -> tuple[int, int]:
+def sizes(problem: Problem, pass_: Pass) -> tuple[int, int]:
     """Lengths of the inner axis and of the outer one, out of batch and heads."""
-    heads = problem.kv_heads if rows_are_keys(role) else problem.heads
-    lengths = problem.batch, heads
+    lengths = problem.batch, pass_.heads(problem)
     return lengths if inner(problem) == "batch" else (lengths[1], lengths[0])
 
 
-def forms(
-    problem: Problem, capability: tuple[int, int], role: Role, whole: bool
-) -> dict[Form, tuple[int, ...]]:
-    """The forms that were fast, and the places that a list can have in each.
+# Costs
 
-    The compiler reports what registers allow, of which its code needs more from sm_100 on. `whole`
-    if one slab holds all that a block meets; without, running sums need registers.
-    """
-    longest = max(problem.head_dim, problem.value_dim)
-    newer = capability[0] > 9
-    if role != "forward":
-        blocks = 4 if longest <= 32 else 3 if role == "query" else 2
-        return {Form(4, 1, blocks): (64, 80, 112, 128)}
-    if longest <= 32:
-        if not whole:
-            return {Form(4, 2, 3): (64,)}
-        return {Form(4, 2, 4): (48, 64, 80, 112), Form(4, 1, 3): (144,)}
-    if longest <= 64:
-        if not whole:
-            return {Form(4, 1, 3 if newer else 4): (64,)}
-        fits = problem.head_dim == problem.value_dim and not newer
-        of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
-        return {Form(8, 1, 2): of_eight, Form(4, 1, 3): (48, 64, 80, 112, 144)}
-    if whole:
-        return {Form(4, 1, 3): (48, 64, 80, 112)}
-    return {Form(4, 1, 2): (64, 80)} if newer else {Form(4, 1, 3): (64,), Form(4, 1, 2): (80,)}
-
-
-class Cycles(NamedTuple):
-    """Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md)."""
-
-    product: float
-    """A multiply-add of the tensor cores, on one of four schedulers."""
-    logit: float
-    """One logit's way through mask and softmax, on one of four schedulers."""
-    copy: float
-    """Bringing 16 bytes of a slab to shared memory."""
-    slab: float
-    """What a block does once for each slab: waiting and meeting."""
-    row: float
-    """Bringing 16 bytes of a row to shared memory, or writing as many of a result."""
-    warp: float
-    """A warp's share of filling the tables."""
-    block: float
-    """What else a block does once."""
-    start: float
-    """Until the first slabs are there, which nothing hides where all blocks begin at once."""
-
-
-FORWARD = Cycles(1 / 280, 0.215, copy=0.131, slab=186, row=0.284, warp=153, block=89, start=14_400)
-BACKWARD = Cycles(1 / 290, 0.0, copy=0.096, slab=479, row=0.528, warp=100, block=432, start=19_100)
+FORWARD_CYCLES = Cycles(
+    1 / 280, logit=0.215, copy=0.131, box=186, row=0.284, warp=153, block=89, start=14_400
+)
+BACKWARD_CYCLES = Cycles(
+    1 / 290, logit=0.0, copy=0.096, box=479, row=0.528, warp=100, block=432, start=19_100
+)
 BYTES = 17.0
-"""That a multiprocessor's share of the memory brings in a cycle."""
+"""Bytes that a multiprocessor's share of the memory brings in a cycle."""
 
 
-def constants(role: Role) -> Cycles:
+def constants(pass_: Pass) -> Cycles:
     """The fit for a kernel."""
-    return FORWARD if role == "forward" else BACKWARD
+    return FORWARD_CYCLES if pass_ == FORWARD else BACKWARD_CYCLES
 
 
-def entry_cost(problem: Problem, plan: HaloPlan, role: Role) -> float:
-    """Cycles that a block takes for one entry of the inner axis."""
-    cycles = constants(role)
-    counts = along(problem, plan, role)
-    cuts = slabs(problem, plan, role)
+def batch_head_cost(problem: Problem, plan: SmallPlan, pass_: Pass) -> float:
+    """Cycles that a block takes for one batch-head."""
+    cycles = constants(pass_)
+    counts = count(problem, plan, pass_)
+    loads = stages(problem, plan, pass_)
     blocks = math.prod(count.blocks for count in counts)
     active = math.prod(count.warps for count in counts) / blocks
-    # A warp that does not begin with a slab may end in one more
-    shifted = cuts > 1 and plan.warps[0] > 1
-    visits = min(cuts, math.ceil(counts[0].sight / plan.slab[0]) + shifted)
+    # A warp whose window union does not begin with a stage may end in one more
+    shifted = loads > 1 and plan.warps[0] > 1
+    visits = min(loads, math.ceil(counts[0].widest_warp / plan.stage[0]) + shifted)
     dims = problem.head_dim + problem.value_dim
     columns = plan.columns
-    if rows_are_keys(role):  # sixteens of columns that no row of a warp meets are skipped
-        mean = min(counts[0].met / counts[0].warps, plan.list[0])
-        columns = min(columns, 16 * math.ceil(mean * math.prod(plan.list[1:]) / 16))
-    visit = ROWS * columns * (dims * cycles.product * PRODUCTS[role] + cycles.logit)
-    slab = math.prod(plan.slab) * dims / 8 * cycles.copy + cycles.slab
-    if rows_are_keys(role):
-        visits, cuts = visits * problem.group_size, cuts * problem.group_size
-    row = dims / 8 * cycles.row * (1 if role == "forward" else 2)
-    return cuts * slab + active * (visits * visit / 4 + ROWS * row)
+    if pass_.rows_are_keys:  # sixteens of columns outside of all windows of a warp are skipped
+        mean = min(counts[0].warp_columns / counts[0].warps, plan.tile[0])
+        columns = min(columns, 16 * math.ceil(mean * math.prod(plan.tile[1:]) / 16))
+    visit = ROWS * columns * (dims * cycles.product * pass_.products + cycles.logit)
+    load = math.prod(plan.stage) * dims / 8 * cycles.copy + cycles.box
+    if pass_.rows_are_keys:
+        visits, loads = visits * problem.group_size, loads * problem.group_size
+    row = dims / 8 * cycles.row * (1 if pass_ == FORWARD else 2)
+    return loads * load + active * (visits * visit / 4 + ROWS * row)
 
 
-def resident(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> int:
+def resident(problem: Problem, plan: SmallPlan, device: Device, pass_: Pass) -> int:
     """Blocks that a multiprocessor works on at a time."""
-    reserved = 1024  # of each block's shared memory, by the driver
-    taken = shared_bytes(problem, plan, role) + static_bytes(plan, role) + reserved
-    return min(plan.form.blocks, (device.shared_memory + reserved) // taken)
+    taken = shared_bytes(problem, plan, pass_) + static_bytes(plan, pass_)
+    return min(plan.form.blocks, blocks_in_shared_memory(device, taken))
 
 
-def cost(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> float:
+def cost(problem: Problem, plan: SmallPlan, device: Device, pass_: Pass) -> float:
     """Predicted cycles of all multiprocessors of `device` together."""
-    (cycles,) = costs(problem, plan, device, role, [plan.part])
+    (cycles,) = costs(problem, plan, device, pass_, [plan.batch_heads])
     return cycles
 
 
 def costs(
-    problem: Problem, plan: HaloPlan, device: Device, role: Role, parts: Sequence[int]
+    problem: Problem, plan: SmallPlan, device: Device, pass_: Pass, choices: Sequence[int]
 ) -> list[float]:
-    """The costs of the plan with each of these parts."""
-    cycles = constants(role)
-    length, outer = sizes(problem, role)
-    boxes = outer * math.prod(count.blocks for count in along(problem, plan, role))
-    entry = entry_cost(problem, plan, role)
+    """The costs of the plan with each of these numbers of batch-heads a block."""
+    cycles = constants(pass_)
+    length, outer = sizes(problem, pass_)
+    boxes = outer * math.prod(count.blocks for count in count(problem, plan, pass_))
+    of_one = batch_head_cost(problem, plan, pass_)
     tables = cycles.warp * plan.form.warps + cycles.block
     multiprocessors = max(device.sm_count, 1)
-    beside = resident(problem, plan, device, role)
-    at_least = transfers(problem, role) / BYTES / multiprocessors
+    beside = resident(problem, plan, device, pass_)
+    at_least = transfers(problem, pass_) / BYTES / multiprocessors
 
-    def of_part(part: int) -> float:
-        rounds, last = divmod(math.ceil(boxes * math.ceil(length / part) / multiprocessors), beside)
-        block = tables + part * entry
+    def cost_with(batch_heads: int) -> float:
+        blocks = math.ceil(boxes * math.ceil(length / batch_heads) / multiprocessors)
+        rounds, last = divmod(blocks, beside)
+        block = tables + batch_heads * of_one
         busy = (rounds * waiting(beside) + (waiting(last) if last else 0)) * block
         rounds += last > 0
         # The fewer rounds there are, the more do blocks begin at once in each
         start = cycles.start * (1 + 1 / (rounds - 1) if rounds > 1 else 1)
         return (max(busy, at_least) + start) * multiprocessors
 
-    return [of_part(part) for part in parts]
+    return [cost_with(batch_heads) for batch_heads in choices]
 
 
 def waiting(blocks: int) -> float:
@@ -278,30 +194,22 @@ def waiting(blocks: int) -> float:
     return blocks + 1 / blocks
 
 
-def transfers(problem: Problem, role: Role) -> int:
+def transfers(problem: Problem, pass_: Pass) -> int:
     """Bytes of all that is read and written, each once."""
-    queries, keys = {"forward": (1, 1), "query": (2, 1)}.get(role, (1, 2))
+    queries, keys = {FORWARD: (1, 1), DQ: (2, 1)}.get(pass_, (1, 2))
     vectors = queries * math.prod(problem.tokens) * problem.heads
     vectors += keys * math.prod(problem.key_tokens) * problem.kv_heads
     return 2 * problem.batch * vectors * (problem.head_dim + problem.value_dim)
 
 
-def with_part(problem: Problem, plan: HaloPlan, device: Device, role: Role) -> HaloPlan:
-    """The plan with the cheapest part.
-
-    Long parts fill tables less often; short ones leave less to do for the last blocks.
-    """
-    length, _ = sizes(problem, role)
-    parts = sorted({math.ceil(length / count) for count in range(1, min(length, 64) + 1)})
-    of_parts = costs(problem, plan, device, role, parts)
-    return replace(plan, part=parts[of_parts.index(min(of_parts))])
+# The choice of a plan
 
 
-def takes(problem: Problem, role: Role) -> bool:
+def takes(problem: Problem, pass_: Pass) -> bool:
     """Whether there is a kernel for this kind of problem."""
     return (
         problem.dtype in ("float16", "bfloat16")
-        and {problem.head_dim, problem.value_dim} <= {*dims(role)}
+        and {problem.head_dim, problem.value_dim} <= {*dims(pass_)}
         and not problem.rpb_dtype
         and not problem.additional
         and SMALLEST_SCALE < problem.scale < 1 / SMALLEST_SCALE
@@ -309,117 +217,147 @@ def takes(problem: Problem, role: Role) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def make_plan(problem: Problem, device: Device, role: Role = "forward") -> HaloPlan | None:
-    """The cheapest plan for `device`; None if there is none, or the boxes of `_fused_plan` are
-    expected to be faster."""
-    if not takes(problem, role) or device.capability < (8, 0):
+def make_plan(problem: Problem, device: Device, pass_: Pass = FORWARD) -> SmallPlan | None:
+    """The cheapest plan for `device`; None if there is none."""
+    if not takes(problem, pass_) or device.capability < (8, 0):
         return None
     fitting = (
-        with_part(problem, candidate, device, role)
-        for candidate in candidates(problem, device, role)
-        if resident(problem, candidate, device, role)
+        with_batch_heads(problem, candidate, device, pass_)
+        for candidate in candidates(problem, device, pass_)
+        if resident(problem, candidate, device, pass_)
     )
-    best = min(fitting, key=lambda candidate: cost(problem, candidate, device, role), default=None)
-    other = _fused_plan.make_plan(problem, device, role)
-    if best is not None and other is not None:
-        heads = problem.kv_heads if rows_are_keys(role) else problem.heads
-        of_all = _fused_plan.cost(problem, other, role) * problem.batch * heads
-        of_all += constants(role).start * max(device.sm_count, 1)
-        if of_all < cost(problem, best, device, role):
-            return None
-    return best
+    return min(fitting, key=lambda plan: cost(problem, plan, device, pass_), default=None)
 
 
-def candidates(problem: Problem, device: Device, role: Role = "forward") -> Iterator[HaloPlan]:
-    """All shapes that a list and a slab can have; of each the part is 1."""
-    for whole in (True, False):
-        kinds = forms(problem, device.capability, role, whole)
-        for (form, columns), box in itertools.product(kinds.items(), warp_boxes(problem, role)):
-            for warps in shapes(problem.rank, form.warps):
-                plan = HaloPlan(form, 0, box, warps, (), (), whole, 1)
-                yield from _cuts(problem, role, plan, columns)
+def with_batch_heads(problem: Problem, plan: SmallPlan, device: Device, pass_: Pass) -> SmallPlan:
+    """The plan with the cheapest number of batch-heads a block.
+
+    Blocks with many of them fill tables less often; blocks with few leave less to do for the last
+    blocks.
+    """
+    length, _ = sizes(problem, pass_)
+    choices = sorted({math.ceil(length / n) for n in range(1, min(length, 64) + 1)})
+    of_choices = costs(problem, plan, device, pass_, choices)
+    return replace(plan, batch_heads=choices[of_choices.index(min(of_choices))])
 
 
-def _cuts(
-    problem: Problem, role: Role, plan: HaloPlan, columns: tuple[int, ...]
-) -> Iterator[HaloPlan]:
-    """The lists and slabs that a plan without them can have; `columns`: the places of lists."""
-    first, *others = along(problem, plan, role)
-    across = tuple(count.sight for count in others)
-    reach = tuple(count.reach for count in others)
-    cuts = (1,) if plan.whole else range(2, MOST_SLABS + 1)
-    for height in sorted({math.ceil(first.reach / count) for count in cuts}):
-        high = min(height, first.sight)
-        if sum(across) + len(across) > SIDES:
+def candidates(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Iterator[SmallPlan]:
+    """All shapes that a tile and a stage can have, each with one batch-head a block."""
+    for one_stage in (True, False):
+        kinds = forms(problem, device.capability, pass_, one_stage)
+        for (form, slots), box in itertools.product(kinds.items(), warp_boxes(problem, pass_)):
+            for warps in powers_of_two(problem.rank, form.warps):
+                plan = SmallPlan(form, 0, box, warps, (), (), one_stage, 1)
+                yield from _with_tiles(problem, pass_, plan, slots)
+
+
+def _with_tiles(
+    problem: Problem, pass_: Pass, plan: SmallPlan, slots: tuple[int, ...]
+) -> Iterator[SmallPlan]:
+    """The plan, which has no tile and no stage, with all that it can have.
+
+    `slots` are the numbers of slots of a tile that there are kernels for.
+    """
+    first, *others = count(problem, plan, pass_)
+    tile_inner = tuple(count.widest_warp for count in others)
+    stage_inner = tuple(count.widest_block for count in others)
+    cuts = (1,) if plan.one_stage else range(2, MOST_STAGES + 1)
+    for height in sorted({math.ceil(first.widest_block / count) for count in cuts}):
+        tile = (min(height, first.widest_warp), *tile_inner)
+        stage = (height, *stage_inner)
+        if sum(tile_inner) + len(tile_inner) > TILE_EXTENTS:
             continue
-        if height * math.prod(reach) * max(height, *reach, 1) >= LARGEST_QUOTIENT:
+        if math.prod(stage) * max(*stage, 1) >= LARGEST_QUOTIENT:
             continue
-        if high * math.prod(across) < SHORTEST_LIST:
+        if math.prod(tile) < SHORTEST_TILE:
             continue
-        for places in columns:
-            if high * math.prod(across) <= places:
-                shape = (high, *across), (height, *reach)
-                yield HaloPlan(plan.form, places, plan.warp_box, plan.warps, *shape, plan.whole, 1)
+        for columns in slots:
+            if math.prod(tile) <= columns:
+                yield replace(plan, columns=columns, tile=tile, stage=stage)
                 break
 
 
-def warp_boxes(problem: Problem, role: Role) -> list[tuple[int, ...]]:
+def warp_boxes(problem: Problem, pass_: Pass) -> list[Box]:
     """Boxes that leave few of a warp's rows unused."""
-    lengths = problem.key_tokens if rows_are_keys(role) else problem.tokens
-    longest = [
-        min(ROWS, math.ceil(length / axis.dilation))
-        for length, axis in zip(lengths, problem.axes, strict=True)
-    ]
+    longest = longest_extents(pass_.row_tokens(problem), problem.axes, ROWS)
     boxes = [
         box
         for box in itertools.product(*(range(1, most + 1) for most in longest))
         if math.prod(box) <= ROWS
     ]
-    good = [box for box in boxes if math.prod(box) > ROWS * 3 // 4]
-    return good or [max(boxes, key=math.prod)]
+    return mostly_full(boxes, ROWS)
 
 
-def sides(rank: int) -> int:
-    """Entries of the table of a list's sides: one more along each axis than the list is long.
+# What is compiled into kernels
 
-    The first axis needs none of them.
+
+def forms(
+    problem: Problem, capability: tuple[int, int], pass_: Pass, one_stage: bool
+) -> dict[Form, tuple[int, ...]]:
+    """The forms that were fast, and the slots that a tile can have in each.
+
+    The compiler reports what registers allow, of which its code needs more from sm_100 on. Where
+    there is more than `one_stage`, running sums need registers.
     """
-    return 1 if rank == 1 else SIDES
+    longest = max(problem.head_dim, problem.value_dim)
+    newer = capability[0] > 9
+    if pass_ != FORWARD:
+        blocks = 4 if longest <= 32 else 3 if pass_ == DQ else 2
+        return {Form(4, 1, blocks): (64, 80, 112, 128)}
+    if longest <= 32:
+        if not one_stage:
+            return {Form(4, 2, 3): (64,)}
+        return {Form(4, 2, 4): (48, 64, 80, 112), Form(4, 1, 3): (144,)}
+    if longest <= 64:
+        if not one_stage:
+            return {Form(4, 1, 3 if newer else 4): (64,)}
+        fits = problem.head_dim == problem.value_dim and not newer
+        of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
+        return {Form(8, 1, 2): of_eight, Form(4, 1, 3): (48, 64, 80, 112, 144)}
+    if one_stage:
+        return {Form(4, 1, 3): (48, 64, 80, 112)}
+    return {Form(4, 1, 2): (64, 80)} if newer else {Form(4, 1, 3): (64,), Form(4, 1, 2): (80,)}
+
+
+def tile_extents(rank: int) -> int:
+    """Length of `prefix_mask` of `SmallTables`. The first axis needs none of it."""
+    return 1 if rank == 1 else TILE_EXTENTS
 
 
 def bit_bytes(columns: int) -> int:
-    """Bytes of `Bits`, a bit for each fourth of a list's columns."""
+    """Bytes of `LaneBits`, a bit for each fourth of a tile's columns."""
     return 4 if columns <= 128 else 8
 
 
 def table_bytes(problem: Problem, columns: int, warps: int) -> int:
-    """Bytes of `HaloTables` of cuda/fused/small/small.cuh."""
+    """Bytes of `SmallTables` of cuda/fused/small/smem.cuh."""
     rank, rows = problem.rank, ROWS * warps
-    size = bit_bytes(columns) * 4 * sides(rank) + 4 * columns
-    size += 8 * rank * (1 + warps + rows) + rows  # what block, warps and rows meet
-    size += 8 + 8 * rank + 12  # the block's rows, the size and number of slabs
-    return math.ceil(size / 8) * 8 + 3 * 24  # where the columns are found
+    size = bit_bytes(columns) * 4 * tile_extents(rank) + 4 * columns  # prefix_mask, tile_offset
+    size += 8 * rank * (1 + warps + rows) + rows  # block_union, warp_union, window, exists
+    size += 8 + 8 * rank + 12  # rows, the sizes and the number of stages
+    return math.ceil(size / 8) * 8 + 3 * 24  # qk, vo, statistics
 
 
 def column_bytes(problem: Problem) -> int:
-    """Bytes of `kColumnBytes` of cuda/fused/small/small.cuh."""
+    """Bytes of `kColumnBytes` of cuda/fused/small/smem.cuh."""
     return math.ceil((problem.head_dim + problem.value_dim) / 64) * 128
 
 
-def shared_bytes(problem: Problem, plan: HaloPlan, role: Role = "forward") -> int:
-    """Bytes of `HaloMemory` of cuda/fused/small/small.cuh, which a launch asks for."""
-    rows, places = ROWS * plan.form.warps, math.prod(plan.slab)
-    values = {"forward": 0, "query": 2}.get(role, 1)  # vectors of a row beside the first
+def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> int:
+    """Bytes of `SmallSmem` of cuda/fused/small/smem.cuh, which a launch asks for."""
+    rows, columns = ROWS * plan.form.warps, math.prod(plan.stage)
+    values = {FORWARD: 0, DQ: 2}.get(pass_, 1)  # vectors of a row beside the first
     row = problem.head_dim + values * problem.value_dim
     tables = table_bytes(problem, plan.columns, plan.form.warps)
     pitch = 2 * row if row % 64 == 0 else 2 * row + 16
     arrays = math.ceil(tables / LINE) * LINE + plan.form.buffers * rows * pitch
-    slab = plan.form.buffers * column_bytes(problem) + 16 + 8 * rows_are_keys(role)
-    lists = slabs(problem, plan, role) * plan.form.warps * (64 * bit_bytes(plan.columns) + 4)
-    return math.ceil(arrays / LINE) * LINE + places * slab + lists
+    column = plan.form.buffers * column_bytes(problem) + 16 + 8 * pass_.rows_are_keys
+    tiles = plan.form.warps * (64 * bit_bytes(plan.columns) + 4)
+    tiles *= stages(problem, plan, pass_)
+    return math.ceil(arrays / LINE) * LINE + columns * column + tiles
 
 
-def static_bytes(plan: HaloPlan, role: Role) -> int:
-    """Bytes of shared memory that a kernel has beside: where arrays and rows are found."""
+def static_bytes(plan: SmallPlan, pass_: Pass) -> int:
+    """Bytes of the static shared memory: `QueryRows` of forward.cu or `Rows` of backward.cu."""
     rows = ROWS * plan.form.warps
-    return 3 * 24 + 12 * rows if role == "forward" else 8 * 24 + 32 * rows
+    return 3 * 24 + 12 * rows if pass_ == FORWARD else 8 * 24 + 32 * rows

@@ -17,9 +17,13 @@ from hypothesis import strategies as st
 
 from cuneigh import _device, _jit
 from cuneigh._backends import fused
-from cuneigh._backends.fused import plan as _fused_plan
-from cuneigh._backends.fused.small import launch as _halo
-from cuneigh._backends.fused.small import plan as _halo_plan
+from cuneigh._backends.fused import launch
+from cuneigh._backends.fused.choice import choose_plan
+from cuneigh._backends.fused.plan import make_plan, passes
+from cuneigh._backends.fused.small import launch as small_launch
+from cuneigh._backends.fused.small import plan as small_plan
+from cuneigh._gpu.boxes import count_unions
+from cuneigh._gpu.passes import FORWARD
 from cuneigh._problem import Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
 from cuneigh._window import Axis
@@ -33,8 +37,8 @@ def small(draw, operations=("forward", "backward"), **arguments):
     problem = draw(
         problems(operations=operations, dtypes=("float16", "bfloat16"), budget=20_000, **arguments)
     )
-    role = _fused_plan.roles(problem)[0]
-    head_dim, value_dim = (draw(st.sampled_from(_halo_plan.dims(role))) for _ in range(2))
+    pass_ = passes(problem)[0]
+    head_dim, value_dim = (draw(st.sampled_from(small_plan.dims(pass_))) for _ in range(2))
     return replace(
         problem,
         head_dim=head_dim,
@@ -45,65 +49,73 @@ def small(draw, operations=("forward", "backward"), **arguments):
     )
 
 
-def plans(problem, role):
-    """Every plan that fits an H200, with every part."""
-    length, _ = _halo_plan.sizes(problem, role)
+def plans(problem, pass_):
+    """Every plan that fits an H200, with every number of batch-heads a block."""
+    length, _ = small_plan.sizes(problem, pass_)
     return [
-        replace(candidate, part=part)
-        for candidate in _halo_plan.candidates(problem, H200, role)
-        if _halo_plan.resident(problem, candidate, H200, role)
-        for part in range(1, length + 1)
+        replace(candidate, batch_heads=batch_heads)
+        for candidate in small_plan.candidates(problem, H200, pass_)
+        if small_plan.resident(problem, candidate, H200, pass_)
+        for batch_heads in range(1, length + 1)
     ]
+
+
+def takes(patch, plans):
+    """Make `fused` take these plans, by pass, where the kernels can read the arrays."""
+
+    def choose_plan(problem, device, pass_, small_windows):
+        return plans[pass_] if small_windows else make_plan(problem, device, pass_)
+
+    patch.setattr(launch, "choose_plan", choose_plan)
 
 
 # Planning
 
 
 @given(problem=small(), data=st.data())
-def test_slabs_and_lists_meet_every_visible_pair_once(problem, data):
+def test_tiles_hold_every_visible_pair_once(problem, data):
     """Along every axis, by the kernel's own rules."""
-    role = data.draw(st.sampled_from(_fused_plan.roles(problem)))
-    choices = list(_halo_plan.candidates(problem, H200, role))
+    pass_ = data.draw(st.sampled_from(passes(problem)))
+    choices = list(small_plan.candidates(problem, H200, pass_))
     assume(choices)
     plan = data.draw(st.sampled_from(choices))
-    by_keys = _fused_plan.rows_are_keys(role)
-    assert math.prod(plan.list) <= plan.columns
+    assert math.prod(plan.tile) <= plan.columns
     for r, axis in enumerate(problem.axes):
         size = plan.warp_box[r] * plan.warps[r]
+        window = pass_.window(axis)
         blocks = warps = 0
         for group in range(axis.dilation):
-            length = axis.key_group_length(group) if by_keys else axis.group_length(group)
-            meets = axis.inverse if by_keys else axis.window
+            length = pass_.group_length(axis, group)
             for first in range(0, length, size):
                 blocks += 1
                 rows = range(first, min(first + size, length))
-                reach = meets(first, group)[0], meets(rows[-1], group)[1]
+                block_union = window(first, group)[0], window(rows[-1], group)[1]
                 for start in range(first, rows.stop, plan.warp_box[r]):
                     warps += 1
                     mine = range(start, min(start + plan.warp_box[r], rows.stop))
-                    check_lists(plan, r, reach, [meets(row, group) for row in mine])
-        count = _halo_plan.count_axis(axis, plan.warp_box[r], plan.warps[r], by_keys)
+                    check_tiles(plan, r, block_union, [window(row, group) for row in mine])
+        count = count_unions(axis, plan.warp_box[r], plan.warps[r], pass_)
         assert (count.blocks, count.warps) == (blocks, warps)
 
 
-def check_lists(plan, r, reach, windows):
-    """What the rows of a warp, with these windows, find in the lists of all slabs."""
-    slab, size = plan.slab[r], plan.list[r]
-    assert r == 0 or reach[1] - reach[0] <= slab
+def check_tiles(plan, r, block_union, windows):
+    """What the rows of a warp, with these windows, find in its tiles of all stages."""
+    (first, last), stage, tile = block_union, plan.stage[r], plan.tile[r]
+    assert r == 0 or last - first <= stage
     seen = [[] for _ in windows]
-    for begin in range(reach[0], reach[1], slab):
-        base = min(begin, max(reach[1] - slab, reach[0]))
+    for begin in range(first, last, stage):
+        base = min(begin, max(last - stage, first))
         low = max(min(window[0] for window in windows), begin)
-        high = min(max(window[1] for window in windows), begin + slab)
+        high = min(max(window[1] for window in windows), begin + stage)
         if low >= high:
             continue
-        origin = base + min(max(low - base, 0), slab - size)
+        origin = base + min(max(low - base, 0), stage - tile)
         assert base <= origin
-        assert origin + size <= base + slab
+        assert origin + tile <= base + stage
         for window, columns in zip(windows, seen, strict=True):
             columns += [
                 column
-                for column in range(origin, origin + size)
+                for column in range(origin, origin + tile)
                 if max(window[0], begin) <= column < window[1]
             ]
     for window, columns in zip(windows, seen, strict=True):
@@ -113,13 +125,13 @@ def check_lists(plan, r, reach, windows):
 @given(problem=small(), device=st.sampled_from([(8, 0), (8, 6), (9, 0), (12, 0)]))
 def test_a_plan_fits_the_device(problem, device):
     device = replace(_device.of_capability(device), sm_count=100)
-    for role in _fused_plan.roles(problem):
-        plan = _halo_plan.make_plan(problem, device, role)
+    for pass_ in passes(problem):
+        plan = small_plan.make_plan(problem, device, pass_)
         if plan is not None:
-            taken = _halo_plan.shared_bytes(problem, plan, role)
-            assert taken + _halo_plan.static_bytes(plan, role) <= device.shared_memory
-            assert 1 <= plan.part <= _halo_plan.sizes(problem, role)[0]
-            assert math.prod(plan.warp_box) <= _halo_plan.ROWS
+            taken = small_plan.shared_bytes(problem, plan, pass_)
+            assert taken + small_plan.static_bytes(plan, pass_) <= device.shared_memory
+            assert 1 <= plan.batch_heads <= small_plan.sizes(problem, pass_)[0]
+            assert math.prod(plan.warp_box) <= small_plan.ROWS
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 7, 9, 13])
@@ -127,7 +139,7 @@ def test_small_windows_are_planned_so(kernel_size):
     query = Spec((8, 64, 64, 4, 32), "float16")
     window = window_arguments("test", 2, kernel_size, 1, 1, False)
     problem = attention_problem("test", "forward", query, query, query, window, None)
-    assert _halo_plan.make_plan(problem, H200) is not None
+    assert isinstance(choose_plan(problem, H200), small_plan.SmallPlan)
 
 
 @pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
@@ -136,18 +148,21 @@ def test_small_windows_are_planned_so(kernel_size):
     [((8, 0), 1, 64), ((9, 0), 2, 64), ((10, 0), 2, 128), ((12, 0), 1, 64)],
 )
 def test_kernels_do_not_spill(capability, rank, dim, tmp_path):
-    """Those with the longest lists, which take the most registers."""
+    """Those with the largest tiles, which take the most registers."""
     axes = (Axis(1, 1, 1, 1, 1, False),) * rank
     kernels = []
     for operation in ("forward", "backward"):
         problem = Problem(operation, "bfloat16", 1, 1, 1, dim, dim, axes, 1.0)
         flags = [*itertools.product((True, False), repeat=2)]
-        for role in _fused_plan.roles(problem):
-            if not _halo_plan.takes(problem, role):
+        for pass_ in passes(problem):
+            if not small_plan.takes(problem, pass_):
                 continue
-            for whole, lse in flags if role == "forward" else [(False, False)]:
-                for form, places in _halo_plan.forms(problem, capability, role, whole).items():
-                    kernels.append(_halo.kernel(problem, role, form, max(places), whole, lse))
+            for one_stage, lse in flags if pass_ == FORWARD else [(False, False)]:
+                forms = small_plan.forms(problem, capability, pass_, one_stage)
+                for form, slots in forms.items():
+                    kernels.append(
+                        small_launch.kernel(problem, pass_, form, max(slots), one_stage, lse)
+                    )
     arch = _device.of_capability(capability).arch
     for (kernel, _), compiled in _jit.precompile(kernels, [arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
@@ -159,8 +174,8 @@ def test_only_scales_that_float32_has_are_taken(scale):
     query = Spec((1, 16, 16, 1, 32), "float16")
     window = window_arguments("test", 2, 3, 1, 1, False)
     problem = attention_problem("test", "forward", query, query, query, window, scale)
-    assert not _halo_plan.takes(problem, "forward")
-    assert _halo_plan.make_plan(problem, H200) is None
+    assert not small_plan.takes(problem, FORWARD)
+    assert small_plan.make_plan(problem, H200) is None
 
 
 # Kernels
@@ -172,12 +187,12 @@ def test_only_scales_that_float32_has_are_taken(scale):
 def test_any_plan_agrees_with_the_oracle(operation, data, rng, layout):
     problem = data.draw(small(operations=(operation,)))
     chosen = {}
-    for role in _fused_plan.roles(problem):
-        choices = plans(problem, role)
+    for pass_ in passes(problem):
+        choices = plans(problem, pass_)
         assume(choices)
-        chosen[role] = data.draw(st.sampled_from(choices))
+        chosen[pass_] = data.draw(st.sampled_from(choices))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_halo_plan, "make_plan", lambda problem, device, role: chosen[role])
+        takes(patch, chosen)
         check_backend(fused, problem, inputs(problem, rng, layout), **NATIVE)
 
 
@@ -195,7 +210,7 @@ def test_two_runs_give_the_same_bits(data, rng):
 @given(data=st.data(), rng=generators(), poison=st.sampled_from([np.nan, np.inf, 1e3]))
 def test_a_key_reaches_only_the_queries_that_see_it(data, rng, poison):
     problem = data.draw(small(operations=("forward",), cross=False))
-    choices = plans(problem, "forward")
+    choices = plans(problem, FORWARD)
     assume(choices)
     chosen = data.draw(st.sampled_from(choices))
     given_inputs = inputs(problem, rng)._replace(wants_lse=True)
@@ -206,7 +221,7 @@ def test_a_key_reaches_only_the_queries_that_see_it(data, rng, poison):
         array[(slice(None), *token)] = poison
     touched_inputs = given_inputs._replace(operands=given_inputs.operands._replace(**changed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_halo_plan, "make_plan", lambda problem, device, role: chosen)
+        takes(patch, {FORWARD: chosen})
         plain = run_backend(fused, problem, given_inputs, **NATIVE)
         touched = run_backend(fused, problem, touched_inputs, **NATIVE)
     blind = ~seers(problem, token)

@@ -1,0 +1,112 @@
+// The shared memory of a block of the small-window kernels, and how columns lie in it.
+#pragma once
+
+#include "fused/mma.cuh"
+#include "fused/rows.cuh"
+#include "fused/small/units.cuh"
+#include "fused/vectors.cuh"
+
+namespace cuneigh::fused::small {
+
+// A column is whole lines of 128 bytes: its qk vector, then its vo vector. Chunk i of 16 bytes of a
+// line lies where chunk i ^ phase would. Eight columns that follow each other in a tile have
+// different phases, so that the same chunk of all of them is read from different banks, and copies
+// fill whole lines.
+template <typename Plan>
+constexpr int kColumnBytes = (Plan::kHeadDim + Plan::kValueDim + 63) / 64 * 128;
+
+// The address of a chunk of a column. `column` is the address of the column plus 16 * phase.
+__device__ inline unsigned chunk_address(unsigned column, int chunk) {
+  return (column + chunk / 8 * 128) ^ chunk % 8 * 16;
+}
+
+// A column of the stage: where it lies in the stage, as `chunk_address` takes it, and units from
+// the first column of the stage to its vectors; where columns are queries, to its statistics, too.
+struct alignas(16) ColumnOffsets {
+  unsigned in_stage, qk, vo, statistics;
+};
+
+// Bits of those columns of a tile that a lane has: 2 * (lane % 4) and the one after of every 8.
+template <bool kLong>
+struct LaneBitsOf {
+  using Type = unsigned;
+};
+template <>
+struct LaneBitsOf<true> {
+  using Type = unsigned long long;
+};
+template <typename Plan>
+using LaneBits = typename LaneBitsOf<(Plan::kColumns > 128)>::Type;
+
+// The columns that lie in the windows of a lane's rows, lane / 4 and lane / 4 + 8.
+template <typename Plan>
+struct alignas(2 * sizeof(LaneBits<Plan>)) LaneMasks {
+  LaneBits<Plan> row[2];
+};
+
+template <typename Plan>
+struct SmallTables {
+  using Element = typename Plan::Element;
+  static constexpr int kRows = Plan::kWarps * 16;
+
+  // For every axis from the second on and every i up to the tile's extent along it, one after
+  // another: the columns of a tile whose coordinate is below i, as bits for each of four lanes
+  LaneBits<Plan> prefix_mask[Plan::kTileExtents][4];
+  int tile_offset[Plan::kColumns];              // bytes in the stage from a warp's first column to
+                                                // the column in each slot
+  Range block_union[Plan::kRank];               // of the block's rows
+  Range warp_union[Plan::kWarps][Plan::kRank];  // of each warp's rows
+  Range window[kRows][Plan::kRank];             // empty where there is no row
+  bool exists[kRows];
+  RowBox<Plan::kRank> rows;
+  int stage_columns;
+  int stage_bytes;
+  int stages;                    // that the block's window union is cut into
+  Origin<const Element> qk, vo;  // of the first column of the block
+  Origin<float2> statistics;     // likewise, where columns are queries
+};
+
+// Instead of a tile: none of the warp's rows has a column of this stage in its window.
+constexpr unsigned kNoTile = ~0u;
+
+// The dynamic shared memory: tables, kBuffers times the block's rows, kBuffers times a stage, the
+// offsets of a stage's columns, their statistics where they are queries, and for every stage the
+// tiles of all warps. `kRowDim` elements of a row are kept.
+template <typename Plan, int kRowDim>
+struct SmallSmem {
+  using Element = typename Plan::Element;
+  static_assert(
+      sizeof(SmallTables<Plan>) == Plan::kTableBytes,
+      "`table_bytes` in cuneigh/_backends/fused/small/plan.py counts what SmallTables holds");
+
+  SmallTables<Plan> tables;
+  // [kRows, kRowDim]
+  alignas(
+      128) Element row[Plan::kBuffers][SmallTables<Plan>::kRows][kVectorPitch<Element, kRowDim>];
+  alignas(128) char stage[1];
+
+  __device__ unsigned stage_address(int buffer) {
+    return shared_address(stage) + (Plan::kBuffers == 1 ? 0 : buffer * tables.stage_bytes);
+  }
+  // [stage_columns]
+  __device__ ColumnOffsets* column_offsets() {
+    return reinterpret_cast<ColumnOffsets*>(stage + Plan::kBuffers * tables.stage_bytes);
+  }
+  // [stage_columns]
+  __device__ float2* statistics() {
+    return reinterpret_cast<float2*>(column_offsets() + tables.stage_columns);
+  }
+  // The tile of a warp in a stage: what is visible of it to a lane's rows [stages, kWarps, 32],
+  __device__ LaneMasks<Plan>& visible(int stage, int warp, int lane) {
+    auto* masks = reinterpret_cast<LaneMasks<Plan>*>(
+        statistics() + (Plan::kRowsAreKeys ? tables.stage_columns : 0));
+    return masks[(stage * Plan::kWarps + warp) * 32 + lane];
+  }
+  // and where its first column lies in the stage plus 16 * phase, or kNoTile [stages, kWarps].
+  __device__ unsigned& tile(int stage, int warp) {
+    auto* tiles = reinterpret_cast<unsigned*>(&visible(tables.stages, 0, 0));
+    return tiles[stage * Plan::kWarps + warp];
+  }
+};
+
+}  // namespace cuneigh::fused::small

@@ -1,0 +1,92 @@
+// The tiles of a block: which columns of each stage every warp takes, and where it reads them.
+#pragma once
+
+#include "fused/small/stages.cuh"
+#include "fused/small/tables.cuh"
+
+namespace cuneigh::fused::small {
+
+// The bits that a lane has of the first `count` columns of a tile.
+template <typename Plan>
+__device__ LaneBits<Plan> bits_below(int count, int lane) {
+  constexpr int kBits = 8 * sizeof(LaneBits<Plan>);
+  const int mine = count / 8 * 2 + smaller(larger(count % 8 - lane % 4 * 2, 0), 2);
+  return mine == 0 ? 0 : ~LaneBits<Plan>() >> (kBits - mine);
+}
+
+// Fills the tiles of every stage: where a warp's tile begins, and what is visible of it.
+template <typename Plan, int kRowDim>
+__device__ void fill_tiles(const SmallWindowProblem<Plan::kRank>& problem, int warp, int lane,
+                           SmallSmem<Plan, kRowDim>& smem) {
+  const auto& tables = smem.tables;
+  const int inner = inner_columns(problem);
+#pragma unroll 1
+  for (int stage = 0; stage < tables.stages; ++stage) {
+    bool any = true;
+    int first = 0, phase = 0, pitch = kColumnBytes<Plan>, tile_pitch = 1;
+    int starts[Plan::kRank];  // the first column of the tile, in the stage
+    LaneMasks<Plan> visible = {{~LaneBits<Plan>(), ~LaneBits<Plan>()}};
+    int table = 0;
+#pragma unroll
+    for (int r = 0; r < Plan::kRank; ++r) {
+      const int size = problem.stage[r], tile = problem.tile[r];
+      // Along the first axis columns before `new_begin` were in the stage before
+      int base = tables.block_union[r].begin, new_begin = base, new_end = tables.block_union[r].end;
+      if (r == 0) {
+        new_begin = base + stage * size;
+        new_end = new_begin + size;
+        base += stage_begin(problem, tables, stage);
+      }
+      const Range range = tables.warp_union[warp][r];
+      const int begin = larger(range.begin, new_begin);
+      any &= begin < smaller(range.end, new_end);
+      const int start = smaller(begin - base, size - tile);
+      starts[r] = start;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Range window = tables.window[warp * 16 + half * 8 + lane / 4][r];
+        const int origin = base + start;
+        const int low = smaller(larger(larger(window.begin, new_begin) - origin, 0), tile);
+        const int high = smaller(larger(window.end - origin, 0), tile);
+        visible.row[half] &=
+            r == 0 ? bits_below<Plan>(high * inner, lane) & ~bits_below<Plan>(low * inner, lane)
+                   : tables.prefix_mask[table + high][lane % 4] &
+                         ~tables.prefix_mask[table + low][lane % 4];
+      }
+      if (r > 0) table += tile + 1;
+    }
+    smem.visible(stage, warp, lane) = visible;
+#pragma unroll
+    for (int r = Plan::kRank - 1; r >= 0; --r) {
+      first += starts[r] * pitch;
+      phase += starts[r] * tile_pitch;
+      pitch *= problem.stage[r];
+      tile_pitch *= problem.tile[r];
+    }
+    first += phase % 8 * 16;
+    if (lane == 0) smem.tile(stage, warp) = Plan::kOneStage || any ? first : kNoTile;
+  }
+}
+
+// Where a lane reads a warp's tile for ldmatrix, sixteen columns at a time. `first` is what
+// SmallSmem::tile says. `chunk_address` takes these addresses and adds dimensions.
+template <typename Plan>
+struct TileAddresses {
+  unsigned nt_first, nn_first;
+  const int *nt_offset, *nn_offset;
+
+  __device__ TileAddresses(unsigned stage, unsigned first, const SmallTables<Plan>& tables,
+                           int lane)
+      : nt_offset(&tables.tile_offset[lane / 16 * 8 + lane % 8]),
+        nn_offset(&tables.tile_offset[lane % 16]) {
+    const unsigned column = stage + (first & ~127u), phase = (first / 16 + lane) % 8;
+    nt_first = column + (phase ^ lane / 8 % 2) * 16;
+    nn_first = column + (phase ^ lane / 16) * 16;
+  }
+  // From column n on, for S = Q K^T: [8 columns, 16 dimensions], twice,
+  __device__ unsigned nt(int n) const { return nt_first + nt_offset[n]; }
+  // and for O = P V: [16 columns, 8 dimensions], twice.
+  __device__ unsigned nn(int n) const { return nn_first + nn_offset[n]; }
+};
+
+}  // namespace cuneigh::fused::small

@@ -1,0 +1,236 @@
+"""The calls of the fused backend, and the launches of its kernels for windows of any size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from cuneigh import _jit
+from cuneigh._backends.fused import plan as fused_plan
+from cuneigh._backends.fused.choice import choose_plan
+from cuneigh._backends.fused.plan import Area, FusedPlan
+from cuneigh._backends.fused.small import launch as small
+from cuneigh._backends.fused.small.plan import SmallPlan
+from cuneigh._device import Device
+from cuneigh._gpu import sums
+from cuneigh._gpu.announce import announce
+from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.boxes import count_walk
+from cuneigh._gpu.passes import DKV, DV, FORWARD, Pass
+from cuneigh._gpu.program import Program
+from cuneigh._gpu.records import AXIS, axis_record
+from cuneigh._gpu.views import Views, load_width, readable
+from cuneigh._problem import DTYPES, Operands, Problem
+
+NAME = "fused"
+
+
+def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    vectors = (*operands[:3], output)
+    plan = _plan(program, problem, FORWARD, vectors)
+    if isinstance(plan, SmallPlan):
+        small.launch(
+            program,
+            problem,
+            FORWARD,
+            plan,
+            (*((array, "vectors") for array in vectors), (lse, "scalars")),
+        )
+        return
+    key_bytes = load_width((operands.query, operands.key, operands.additional_keys))
+    value_bytes = load_width((operands.value, operands.additional_values, output))
+    views = Views(problem.rank)  # `ForwardArguments` of cuda/fused/forward.cu
+    views.vectors(*operands[:3])
+    views.additional(operands.additional_keys, operands.additional_values)
+    views.bias(operands.rpb)
+    views.vectors(output)
+    views.scalars(lse)
+    _launch(program, problem, FORWARD, plan, key_bytes, value_bytes, views)
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    output: Any,
+    lse: Any,
+    grad_lse: Any,
+    gradients: Operands,
+    program: Program,
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    grad_output, output = readable(grad_output, program), readable(output, program)
+    query, key, value = operands[:3]
+    key_bytes = load_width((query, key, operands.additional_keys, gradients.query, gradients.key))
+    value_bytes = load_width(
+        (value, operands.additional_values, grad_output, output, gradients.value)
+    )
+    statistics = program.allocate((*lse.shape, 2), "float32")
+
+    # In the words of cuda/fused/backward.cu: both vectors of the rows and of the columns, and the
+    # gradients of the rows
+    of_queries, of_keys = (query, grad_output), (key, value)
+    for pass_ in fused_plan.passes(problem):
+        by_keys = pass_.rows_are_keys
+        rows, columns = (of_keys, of_queries) if by_keys else (of_queries, of_keys)
+        results = (gradients.key, gradients.value) if by_keys else (gradients.query, None)
+        vectors = (*rows, *columns, *results, None if by_keys else output)
+        plan = _plan(program, problem, pass_, vectors)
+        if isinstance(plan, SmallPlan):
+            # `BackwardArguments` of cuda/fused/small/backward.cu
+            arrays: list[tuple[Array | None, Literal["vectors", "scalars", "pairs"]]]
+            arrays = [(array, "vectors") for array in vectors]
+            arrays.insert(4, (statistics, "pairs"))
+            arrays += [(None if by_keys else array, "scalars") for array in (lse, grad_lse)]
+            small.launch(program, problem, pass_, plan, arrays)
+            continue
+        if not by_keys:  # the kernels for small windows compute the statistics themselves
+            sums.delta(problem, grad_output, output, lse, grad_lse, statistics, program)
+        views = Views(problem.rank)  # `BackwardArguments` of cuda/fused/backward.cu
+        views.vectors(*rows, *columns)
+        if by_keys:  # additional keys are rows of no box
+            views.additional(None, None)
+        else:
+            views.additional(operands.additional_keys, operands.additional_values)
+        views.bias(operands.rpb)
+        views.pairs(statistics)
+        views.vectors(*results)
+        _launch(program, problem, pass_, plan, key_bytes, value_bytes, views)
+
+    if problem.additional or operands.rpb is not None:
+        # Sums over all queries, which need no tensor cores
+        sums.attention_gradients(
+            problem, operands, grad_output, lse, statistics.component(1), gradients, program
+        )
+
+
+def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
+    """The kernels of a supported problem with contiguous arrays, whatever its windows."""
+    size = DTYPES[problem.dtype]
+    widths = [min(16, size * (dim & -dim)) for dim in (problem.head_dim, problem.value_dim)]
+    passes = fused_plan.passes(problem)
+    needed = [
+        kernel(problem, device.capability, pass_, area, many, *widths)
+        for pass_ in passes
+        for area in fused_plan.areas(problem, device, pass_)
+        for many in {fused_plan.many_batch_heads(problem, pass_, count) for count in (1, 2)}
+    ]
+    needed += [kernel for pass_ in passes for kernel in small.kernels(problem, device, pass_)]
+    if problem.operation == "backward":
+        needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
+    return needed
+
+
+def _plan(
+    program: Program, problem: Problem, pass_: Pass, vectors: Sequence[Array | None]
+) -> FusedPlan | SmallPlan:
+    """The plan of a pass over these arrays, which is announced."""
+    readable_by_small = small.can_read([array for array in vectors if array is not None])
+    plan = choose_plan(problem, program.device, pass_, readable_by_small)
+    announce(NAME, pass_.name, problem, plan)
+    return plan
+
+
+def _launch(
+    program: Program,
+    problem: Problem,
+    pass_: Pass,
+    plan: FusedPlan,
+    key_bytes: int,
+    value_bytes: int,
+    views: Views,
+) -> None:
+    many = fused_plan.many_batch_heads(problem, pass_, plan.batch_heads)
+    capability = program.device.capability
+    shares = math.ceil(problem.batch * pass_.heads(problem) / plan.batch_heads)
+    blocks = fused_plan.count(problem, plan, pass_).blocks * shares
+    program.launch(
+        kernel(problem, capability, pass_, plan.area, many, key_bytes, value_bytes),
+        (blocks, 1),
+        plan.area.warps * 32,
+        _record(problem, plan, pass_),
+        views.words,
+        shared_bytes=fused_plan.shared_bytes(problem, plan.area, pass_),
+    )
+
+
+@lru_cache(maxsize=1024)
+def kernel(
+    problem: Problem,
+    capability: tuple[int, int],
+    pass_: Pass,
+    area: Area,
+    many_batch_heads: bool,
+    key_bytes: int,
+    value_bytes: int,
+) -> _jit.Kernel:
+    """The kernel of a pass, with the plan that cuda/fused/forward.cu describes."""
+    head_dim = fused_plan.padded(problem.head_dim)
+    value_dim = fused_plan.padded(problem.value_dim)
+    constants = {
+        "kRank": problem.rank,
+        "kWarps": area.warps,
+        "kRowTiles": area.row_tiles,
+        "kBlocks": fused_plan.blocks_per_multiprocessor(problem, capability, area, pass_),
+        "kColumns": area.columns,
+        "kHeadDim": head_dim,
+        "kValueDim": value_dim,
+        "kKeyBytes": key_bytes,
+        "kValueBytes": value_bytes,
+        "kSharedBytes": fused_plan.shared_bytes(problem, area, pass_),
+    }
+    flags = {
+        "kKeyExact": head_dim == problem.head_dim,
+        "kValueExact": value_dim == problem.value_dim,
+        "kRowsAreKeys": pass_.rows_are_keys,
+        "kAdditional": fused_plan.has_additional(problem, pass_),
+    }
+    if pass_ == FORWARD:
+        flags["kManyBatchHeads"] = many_batch_heads
+    else:
+        flags |= {"kGradQk": pass_ != DV, "kGradV": pass_ in (DV, DKV)}
+    types = {"Element": problem.dtype, "Bias": problem.rpb_dtype}
+    name = "fused/forward" if pass_ == FORWARD else "fused/backward"
+    return _jit.Kernel(name, _jit.plan_source(constants, flags, types))
+
+
+@lru_cache(maxsize=1024)
+def _record(problem: Problem, plan: FusedPlan, pass_: Pass) -> np.ndarray[Any, Any]:
+    """`FusedProblem` of cuda/fused/problem.cuh."""
+    rank = problem.rank
+    record = np.zeros(
+        1,
+        np.dtype(
+            [
+                ("axes", AXIS, (rank,)),
+                *((name, "i4", (rank,)) for name in ("warp_box", "warps", "column_box", "boxes")),
+                *((name, "i4") for name in ("batch", "heads", "group_size", "batch_heads")),
+                *((name, "i4") for name in ("head_dim", "value_dim", "additional", "sign")),
+                ("scale", "f4"),
+                ("gradient_scale", "f4"),
+            ],
+            align=True,
+        ),
+    )
+    record["axes"] = [axis_record(axis) for axis in problem.axes]
+    record["warp_box"], record["warps"] = plan.warp_box, plan.warps
+    record["column_box"] = plan.column_box
+    record["boxes"] = [
+        count_walk(axis, *sizes, pass_).blocks
+        for axis, *sizes in zip(
+            problem.axes, plan.warp_box, plan.warps, plan.column_box, strict=True
+        )
+    ]
+    for name in ("batch", "heads", "group_size", "head_dim", "value_dim"):
+        record[name] = getattr(problem, name)
+    record["batch_heads"] = plan.batch_heads
+    record["additional"] = 0 if pass_.rows_are_keys else problem.additional or 0
+    record["sign"] = np.sign(problem.scale)
+    record["scale"] = (abs(problem.scale) or 1.0) * math.log2(math.e)
+    record["gradient_scale"] = problem.scale
+    return record

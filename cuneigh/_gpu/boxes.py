@@ -1,0 +1,153 @@
+"""Boxes of rows and columns: their shapes, and exact counts of what is in the windows of a box.
+
+`passes` says what rows and columns are. The window union of a box of rows holds the columns that
+lie in the window of at least one of its rows. By the contract of windows (`cuneigh._window`) it is
+one range along each axis, from the begin of the first row's window to the end of the last row's.
+
+All of that is separable: what is counted along each axis multiplies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cuneigh._gpu.passes import FORWARD, Pass
+from cuneigh._window import Axis
+
+Indices = npt.NDArray[np.int64]
+Box = tuple[int, ...]
+"""Tokens along each axis."""
+
+
+def windows_of_groups(axis: Axis, pass_: Pass) -> Iterator[tuple[int, Indices, Indices]]:
+    """Begins and ends of the windows of all rows of a dilation group.
+
+    Groups have one of two lengths, and all groups of a length are alike: each item begins with the
+    number of groups that it stands for.
+    """
+    longer = pass_.length(axis) % axis.dilation
+    for group, groups in ((0, longer), (longer, axis.dilation - longer)):
+        length = pass_.group_length(axis, group)
+        if groups and length:
+            index = np.arange(length, dtype=np.int64)
+            yield groups, *pass_.window(axis)(index, np.full_like(index, group))
+
+
+def window_unions(begin: Indices, end: Indices, size: int) -> tuple[Indices, Indices]:
+    """Begins and ends of the window unions of the boxes of `size` rows along an axis.
+
+    `begin` and `end` are those of the windows of all rows of a dilation group.
+    """
+    first = np.arange(0, len(begin), size)
+    last = np.minimum(first + size, len(begin)) - 1
+    return begin[first], end[last]
+
+
+class WalkCounts(NamedTuple):
+    """What blocks walk over, along one axis or in a whole layout.
+
+    A block takes a box of rows, one part of it a warp, and walks over boxes of columns that begin
+    where its window union begins and cover it.
+    """
+
+    blocks: int
+    """Boxes of rows."""
+    loads: int
+    """Pairs of a block and a box of columns that it loads."""
+    visits: int
+    """Pairs of a warp and a box of columns that it does not skip."""
+    full: int
+    """Visits in which every column lies in the window of every row; in others some are masked."""
+    longest: int
+    """Boxes of columns of the longest walk."""
+
+
+@lru_cache(maxsize=8192)
+def count_walk(
+    axis: Axis, warp_box: int, warps: int, column_box: int, pass_: Pass = FORWARD
+) -> WalkCounts:
+    """The counts along one axis, by the kernels' own rules."""
+    blocks = loads = visits = full = longest = 0
+    size = warp_box * warps
+    for groups, begin, end in windows_of_groups(axis, pass_):
+        length = len(begin)
+        first = np.arange(0, length, size)
+        low, high = window_unions(begin, end, size)
+        boxes = -(-(high - low) // column_box)
+        blocks += groups * len(first)
+        loads += groups * int(boxes.sum())
+        longest = max(longest, int(boxes.max()))
+        for warp in range(warps):
+            has_rows = first + warp * warp_box < length
+            first_row = first[has_rows] + warp * warp_box
+            last_row = np.minimum(first_row + warp_box, length) - 1
+            # Relative to the first column of the walk: columns in the window of any row, of all
+            origin = low[has_rows]
+            any_begin, any_end = begin[first_row] - origin, end[last_row] - origin
+            all_begin, all_end = begin[last_row] - origin, end[first_row] - origin
+            visits += groups * int((-(-any_end // column_box) - any_begin // column_box).sum())
+            whole = np.maximum(all_end // column_box - -(-all_begin // column_box), 0)
+            full += groups * int(whole.sum())
+    return WalkCounts(blocks, loads, visits, full, longest)
+
+
+class UnionCounts(NamedTuple):
+    """The window unions of blocks and of warps, along one axis."""
+
+    blocks: int
+    """Boxes of rows."""
+    warps: int
+    """Warps that have rows."""
+    warp_columns: int
+    """Columns in the window unions of all warps."""
+    widest_warp: int
+    """Columns in the widest window union of a warp."""
+    widest_block: int
+    """Columns in the widest window union of a block."""
+
+
+@lru_cache(maxsize=8192)
+def count_unions(axis: Axis, warp_box: int, warps: int, pass_: Pass = FORWARD) -> UnionCounts:
+    """The counts along one axis."""
+    blocks = active = columns = widest_warp = widest_block = 0
+    for groups, begin, end in windows_of_groups(axis, pass_):
+        of_warps, of_blocks = (
+            high - low
+            for low, high in (
+                window_unions(begin, end, size) for size in (warp_box, warp_box * warps)
+            )
+        )
+        blocks += groups * len(of_blocks)
+        active += groups * len(of_warps)
+        columns += groups * int(of_warps.sum())
+        widest_warp = max(widest_warp, int(of_warps.max()))
+        widest_block = max(widest_block, int(of_blocks.max()))
+    return UnionCounts(blocks, active, columns, widest_warp, widest_block)
+
+
+@lru_cache(maxsize=64)
+def powers_of_two(rank: int, area: int) -> tuple[Box, ...]:
+    """Boxes of exactly `area`, a power of two, with extents that are powers of two."""
+    sizes = [1 << i for i in range(area.bit_length())]
+    return tuple(box for box in itertools.product(sizes, repeat=rank) if math.prod(box) == area)
+
+
+def longest_extents(tokens: Box, axes: tuple[Axis, ...], area: int) -> list[int]:
+    """The most tokens of a box of `area` along each axis: no more than a dilation group has."""
+    return [
+        min(area, math.ceil(length / axis.dilation))
+        for length, axis in zip(tokens, axes, strict=True)
+    ]
+
+
+def mostly_full(boxes: Collection[Box], area: int) -> list[Box]:
+    """The boxes that leave less than a quarter of `area` unused, or the largest if none does."""
+    good = [box for box in boxes if math.prod(box) > area * 3 // 4]
+    return good or [max(boxes, key=math.prod)]

@@ -1,0 +1,41 @@
+"""What planners predict times of: cycles of the parts of a kernel, and blocks beside each other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cuneigh._device import Device
+
+RESERVED = 1024
+"""Bytes of each block's shared memory that the driver takes."""
+
+
+class Cycles(NamedTuple):
+    """Cycles that the parts of a kernel take on a multiprocessor of an H200.
+
+    They are non-negative least squares fits of measurements (bench/NOTES.md).
+    """
+
+    product: float
+    """A multiply-add of the tensor cores, on one of four schedulers."""
+    logit: float
+    """One logit's way through the softmax, on one of four schedulers."""
+    copy: float
+    """Bringing 16 bytes of a column to shared memory."""
+    box: float
+    """What a block does once for each box of columns that it loads."""
+    row: float
+    """Reading 16 bytes of a row, or writing as many of a result."""
+    block: float
+    """What a block does once."""
+    mask: float = 0.0
+    """Masking one logit, on one of four schedulers."""
+    warp: float = 0.0
+    """What a block does once for each of its warps."""
+    start: float = 0.0
+    """Until the first boxes have come, which nothing hides where all blocks begin at once."""
+
+
+def blocks_in_shared_memory(device: Device, bytes_of_block: int) -> int:
+    """Blocks of this much shared memory that a multiprocessor holds."""
+    return (device.shared_memory + RESERVED) // (bytes_of_block + RESERVED)

@@ -1,0 +1,60 @@
+"""The passes of attention, and what the rows and the columns of each are.
+
+A kernel works on rows and columns: a block keeps a box of rows and goes over the boxes of columns
+that lie in their windows. In the forward pass and for dQ rows are queries and columns are keys; the
+window of a row is the window of the query. For dK and dV rows are keys and columns are queries; the
+window of a row is the inverse window of the key, which holds the queries that see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cuneigh._problem import Problem
+from cuneigh._window import Axis, Index
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one kernel of an operation computes."""
+
+    name: Literal["forward", "dq", "dkv", "dk", "dv"]
+    rows_are_keys: bool
+    products: float
+    """Its matrix products, in units of those of the forward pass."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def row_tokens(self, problem: Problem) -> tuple[int, ...]:
+        """The lengths of the layout of the rows."""
+        return problem.key_tokens if self.rows_are_keys else problem.tokens
+
+    def column_tokens(self, problem: Problem) -> tuple[int, ...]:
+        """The lengths of the layout of the columns."""
+        return problem.tokens if self.rows_are_keys else problem.key_tokens
+
+    def heads(self, problem: Problem) -> int:
+        """The heads of the rows."""
+        return problem.kv_heads if self.rows_are_keys else problem.heads
+
+    def length(self, axis: Axis) -> int:
+        """The number of rows along an axis."""
+        return axis.key_length if self.rows_are_keys else axis.length
+
+    def group_length(self, axis: Axis, group: Index) -> Index:
+        """The number of rows in a dilation group."""
+        return axis.key_group_length(group) if self.rows_are_keys else axis.group_length(group)
+
+    def window(self, axis: Axis) -> Callable[[Any, Any], tuple[Any, Any]]:
+        """The function from (index, group) of a row to its window."""
+        return axis.inverse if self.rows_are_keys else axis.window
+
+
+FORWARD = Pass("forward", rows_are_keys=False, products=1.0)
+DQ = Pass("dq", rows_are_keys=False, products=1.5)
+DKV = Pass("dkv", rows_are_keys=True, products=2.0)
+DK = Pass("dk", rows_are_keys=True, products=1.5)
+DV = Pass("dv", rows_are_keys=True, products=1.0)
