@@ -114,7 +114,7 @@ def each_kernel_is_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> It
         if compiled is None:
             built = build(kernel, arch, sources)  # an error if NVRTC is missing
             compiled = kept.store(key, str(version), kernel.unit, built)
-        return _compiler.Built(compiled.cubin.read_bytes(), compiled.entry, compiled.resources)
+        return _compiler.Built(compiled.cubin.read_bytes(), compiled.symbol, compiled.resources)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_compiler, "build", build_once)

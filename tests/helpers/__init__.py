@@ -12,8 +12,13 @@ What is right:
 
 What is called:
 - `calls`: the public functions on the arrays of any framework;
+- `tensors`: PyTorch's functions and the gradients that they have;
 - `gpu_arrays`: arrays on a GPU, and backends on them;
-- `imports`: what the modules of a package import.
+- `toy_backend`, `toy_kernel`, `toy_installation`: the least that a backend and a kernel can be.
+
+What is looked at:
+- `imports`: what the modules of a package import;
+- `cubin`: what a compiled kernel says of its parameters.
 
 Programs of their own: `small_shapes` and `lifetimes` for compute-sanitizer, and `dinat_client`.
 """
