@@ -30,9 +30,14 @@ MAY_IMPORT = {
     "cuneigh._window": set(),
     "cuneigh._device": set(),
     "cuneigh._problem": {"cuneigh._window"},
+    "cuneigh._validate": {"cuneigh._window", "cuneigh._problem"},
     "cuneigh.reference": PURE,
     "cuneigh._jit": PURE,
     "cuneigh._gpu": {*PURE, "cuneigh._jit"},
+    "cuneigh._frameworks.contract": PURE,
+    "cuneigh._frameworks.numpy": {*PURE, "cuneigh._frameworks.contract"},
+    "cuneigh._frameworks.cupy": {*PURE, "cuneigh._frameworks.contract"},
+    "cuneigh._call": {*PURE, "cuneigh._gpu", "cuneigh._backends", "cuneigh._frameworks.contract"},
     **{f"cuneigh._backends.{name}": {*PURE, "cuneigh._jit", "cuneigh._gpu"} for name in NAMES},
 }
 """The modules and packages that may import nothing of cuneigh but themselves and these."""
