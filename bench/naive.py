@@ -22,7 +22,7 @@ import numpy as np
 from harness import ROOT, check, measure, provenance
 
 import cuneigh
-from cuneigh import _problem
+from cuneigh import _validate
 from cuneigh._problem import Operands, Spec
 
 FP32_TFLOPS = 67.0
@@ -81,10 +81,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         )
 
     spec = Spec(shape, dtype)
-    window = _problem.window_arguments(
+    window = _validate.window_arguments(
         "bench", len(tokens), case["kernel"], 1, case["dilation"], False
     )
-    problem = _problem.attention_problem("bench", "forward", spec, spec, spec, window, None)
+    problem = _validate.attention_problem("bench", "forward", spec, spec, spec, window, None)
     check(problem, Operands(query, key, value), call())
     times = measure(call, budget_ms=60.0)
     ours = min(times.values())

@@ -109,7 +109,7 @@ def run(case: dict[str, Any], runs: list[str], budget_ms: float, backward: bool)
     from harness import check, measure
 
     import cuneigh
-    from cuneigh import _problem
+    from cuneigh import _validate
     from cuneigh._problem import Operands, Spec
 
     tokens, dtype = case["tokens"], case["dtype"]
@@ -119,13 +119,13 @@ def run(case: dict[str, Any], runs: list[str], budget_ms: float, backward: bool)
     operands = [rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(3)]
     window = {"kernel_size": tuple(case["kernel"]), "dilation": tuple(case["dilation"])}
     spec = Spec(shape, dtype)
-    problem = _problem.attention_problem(
+    problem = _validate.attention_problem(
         "bench",
         "forward",
         spec,
         spec,
         spec,
-        _problem.window_arguments(
+        _validate.window_arguments(
             "bench", rank, window["kernel_size"], 1, window["dilation"], False
         ),
         None,
