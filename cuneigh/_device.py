@@ -1,4 +1,4 @@
-"""Where arrays live and what that place can do: a plain record, so planning needs no GPU."""
+"""Devices and what they can do: plain records, so that planning needs no GPU."""
 
 from __future__ import annotations
 

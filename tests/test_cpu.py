@@ -36,13 +36,8 @@ from cuneigh._backends.cpu import gradients as gradient_sums
 from cuneigh._backends.cpu import threads as cpu_threads
 from cuneigh._backends.cpu import tiles
 from cuneigh._device import CPU, Device
-from cuneigh._problem import (
-    Operands,
-    Spec,
-    attention_problem,
-    neighborhood_axes,
-    window_arguments,
-)
+from cuneigh._problem import Operands, Spec
+from cuneigh._validate import attention_problem, neighborhood_axes, window_arguments
 
 CUTS = {
     "usual": {},
@@ -123,12 +118,12 @@ def test_boxes_hold_every_query_of_every_head_once(problem, name):
     count = np.zeros(problem.lse.shape, int)
     with cut(name):
         for box in tiles.boxes(problem):
-            place = box.query_place
-            tokens = [
+            tokens = box.query_tokens
+            along = [
                 np.add.outer(first, offset)
-                for first, offset in zip(place.first, place.offsets, strict=True)
+                for first, offset in zip(tokens.first, tokens.offsets, strict=True)
             ]
-            count[np.ix_(place.batch, *(each.ravel() for each in tokens), place.heads)] += 1
+            count[np.ix_(tokens.batch, *(each.ravel() for each in along), tokens.heads)] += 1
     assert (count == 1).all()
 
 

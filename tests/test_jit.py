@@ -29,7 +29,7 @@ pytest_plugins = ["helpers.toy_installation"]
 def test_compile_without_gpu(tree: Path, cache: Cache, arch: str) -> None:
     compiled = _jit.compile(KERNEL, arch, cache=cache, sources=Sources(tree))
     assert compiled.cubin.read_bytes().startswith(b"\x7fELF")
-    assert compiled.entry.encode() in compiled.cubin.read_bytes()
+    assert compiled.symbol.encode() in compiled.cubin.read_bytes()
     assert (compiled.cubin.parent / "kernel.cu").read_text() == KERNEL.unit
     assert compiled.resources.registers > 0
     assert compiled.resources.spill_stores == compiled.resources.spill_loads == 0

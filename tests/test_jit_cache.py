@@ -111,7 +111,7 @@ DAMAGES = {
     "empty metadata": write_metadata(""),
     "garbage metadata": write_metadata("\xff\xfe{"),
     "other JSON": write_metadata("[1, 2]"),
-    "missing field": write_metadata('{"entry": "x"}'),
+    "missing field": write_metadata('{"symbol": "x"}'),
     "bad resources": change_metadata(resources={"registers": 1, "unknown": 2}),
     "bad checksum": change_metadata(sha256=None),
     "empty directory": empty,

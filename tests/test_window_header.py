@@ -18,6 +18,7 @@ CUDA = Path(__file__).resolve().parents[1] / "cuda"
 SOURCE = """
 #include "cuneigh/window.cuh"
 using cuneigh::Axis;
+using cuneigh::GroupIndex;
 using cuneigh::Range;
 
 extern "C" {
@@ -25,8 +26,10 @@ int group_length(Axis axis, int group) { return axis.group_length(group); }
 int key_group_length(Axis axis, int group) { return axis.key_group_length(group); }
 Range window(Axis axis, int index, int group) { return axis.window(index, group); }
 Range inverse(Axis axis, int index, int group) { return axis.inverse(index, group); }
-cuneigh::Place place(Axis axis, int position, int count) { return axis.place(position, count); }
-int token(Axis axis, cuneigh::Place place) { return axis.token(place); }
+GroupIndex group_index(Axis axis, int position, int count) {
+  return axis.group_index(position, count);
+}
+int token(Axis axis, GroupIndex at) { return axis.token(at); }
 }
 """
 
@@ -43,7 +46,7 @@ class CRange(ctypes.Structure):
     _fields_ = [("begin", ctypes.c_int), ("end", ctypes.c_int)]
 
 
-class CPlace(ctypes.Structure):
+class CGroupIndex(ctypes.Structure):
     _fields_ = [("group", ctypes.c_int), ("index", ctypes.c_int)]
 
 
@@ -60,10 +63,10 @@ def header(tmp_path_factory) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     for name in ("group_length", "key_group_length"):
         getattr(loaded, name).argtypes = [CAxis, ctypes.c_int]
-    for name, result in (("window", CRange), ("inverse", CRange), ("place", CPlace)):
+    for name, result in (("window", CRange), ("inverse", CRange), ("group_index", CGroupIndex)):
         getattr(loaded, name).argtypes = [CAxis, ctypes.c_int, ctypes.c_int]
         getattr(loaded, name).restype = result
-    loaded.token.argtypes = [CAxis, CPlace]
+    loaded.token.argtypes = [CAxis, CGroupIndex]
     return loaded
 
 
@@ -87,10 +90,10 @@ def check(header: ctypes.CDLL, axis: Axis) -> None:
 
     # Positions go through the groups one after the other, each in the order of its tokens.
     for count in {axis.length, axis.key_length}:
-        places = [header.place(twin, position, count) for position in range(count)]
+        indices = [header.group_index(twin, position, count) for position in range(count)]
         in_order = sorted(range(count), key=lambda token: (token % axis.dilation, token))
-        assert [header.token(twin, place) for place in places] == in_order, (axis, count)
-        assert [place.group for place in places] == [token % axis.dilation for token in in_order]
+        assert [header.token(twin, index) for index in indices] == in_order, (axis, count)
+        assert [index.group for index in indices] == [token % axis.dilation for token in in_order]
 
 
 def test_every_small_axis(header):

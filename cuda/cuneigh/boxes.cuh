@@ -1,4 +1,4 @@
-// Boxes of queries and keys: how the fused kernels cut a dilation group, and what a box can see.
+// Boxes of tokens: where they begin, and what the queries of a box can see.
 #pragma once
 
 #include "cuneigh/window.cuh"
@@ -7,8 +7,9 @@ namespace cuneigh {
 
 __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Along an axis of `length` tokens: the dilation group of a box and the group index it starts at.
-__device__ inline Place box_place(int dilation, int length, int box, int size) {
+// Along an axis of `length` tokens, each of whose dilation groups is cut into boxes of `size`: the
+// first token of box number `box`.
+__device__ inline GroupIndex box_begin(int dilation, int length, int box, int size) {
   if (dilation == 1) return {0, box * size};
   const int shorter = length / dilation;
   const int longer_groups = length % dilation;

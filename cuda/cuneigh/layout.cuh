@@ -1,12 +1,12 @@
-// Where the elements of a problem lie in memory, and which thread works on which token.
+// Where the elements of a problem lie in memory, and which lanes work on which token.
 #pragma once
 
 #include "cuneigh/window.cuh"
 
 namespace cuneigh {
 
-// A tensor [batch, x1..xr, heads, inner] of any strides, counted in elements. Tensors of another
-// form leave the strides they do not have at 0.
+// A tensor [batch, x1..xr, heads, inner] with any strides, in elements. Tensors of another form
+// have zeros for the strides that they lack. `Views` of cuneigh/_gpu/views.py packs them.
 template <typename Element, int kRank>
 struct View {
   Element* data;
@@ -23,8 +23,10 @@ struct View {
     return element;
   }
 };
+static_assert(sizeof(View<float, 1>) == 40 && sizeof(View<float, 3>) == 56,
+              "cuneigh/_gpu/views.py packs one word for each member");
 
-// Everything that no array says. Its twin is `_record` in cuneigh/_backends/naive/__init__.py.
+// All that no array tells. `problem_type` of cuneigh/_gpu/records.py packs it.
 template <int kRank>
 struct Problem {
   Axis axes[kRank];
@@ -39,21 +41,21 @@ struct Problem {
   double scale;
 };
 static_assert(sizeof(Problem<1>) == 64 && sizeof(Problem<2>) == 96 && sizeof(Problem<3>) == 128,
-              "the record that cuneigh/_backends/naive/__init__.py packs has these sizes");
+              "cuneigh/_gpu/records.py packs records of these sizes");
 
-// The token of one batch entry and one head that a group of lanes works on.
+// The token, of one batch and head, that a group of lanes works on.
 template <int kRank>
 struct Item {
   int batch, head;
-  Place place[kRank];
+  GroupIndex group_index[kRank];
   int token[kRank];
   bool exists;  // false past the end of an axis or of the box
 };
 
-// Block `blockIdx.x` covers a box of the tokens of one (batch, head); the member `member` of it is
-// one token. `kKeys` says whose tokens and heads are meant: the keys' or the queries'.
+// The token of group number `group` of a block. Block `blockIdx.x` covers a box of the tokens of
+// one batch and head: those of the keys if kKeys, else those of the queries.
 template <bool kKeys, int kRank>
-__device__ Item<kRank> item_of(const Problem<kRank>& problem, int member) {
+__device__ Item<kRank> item_of(const Problem<kRank>& problem, int group) {
   Item<kRank> item;
   unsigned block = blockIdx.x;
   item.exists = true;
@@ -61,12 +63,12 @@ __device__ Item<kRank> item_of(const Problem<kRank>& problem, int member) {
   for (int r = kRank - 1; r >= 0; --r) {
     const Axis& axis = problem.axes[r];
     const int count = kKeys ? axis.key_length : axis.length;
-    const int inside = r == 0 ? member : member % problem.box[r];
+    const int inside = r == 0 ? group : group % problem.box[r];
     const int position = int(block % problem.boxes[r]) * problem.box[r] + inside;
     item.exists &= position < count && (r > 0 || inside < problem.box[0]);
-    item.place[r] = axis.place(smaller(position, count - 1), count);
-    item.token[r] = axis.token(item.place[r]);
-    member /= problem.box[r];
+    item.group_index[r] = axis.group_index(smaller(position, count - 1), count);
+    item.token[r] = axis.token(item.group_index[r]);
+    group /= problem.box[r];
     block /= problem.boxes[r];
   }
   const unsigned heads = kKeys ? problem.heads / problem.group_size : problem.heads;
@@ -75,14 +77,14 @@ __device__ Item<kRank> item_of(const Problem<kRank>& problem, int member) {
   return item;
 }
 
-// Calls visit(token) for every `step`-th token of the layout from `first` on, in raster order.
+// Calls visit(token) for every `stride`-th token of the layout from `first` on, in raster order.
 template <int kRank, typename Visit>
-__device__ void for_each_token(const Problem<kRank>& problem, unsigned first, unsigned step,
+__device__ void for_each_token(const Problem<kRank>& problem, unsigned first, unsigned stride,
                                Visit visit) {
   unsigned count = 1;
 #pragma unroll
   for (int r = 0; r < kRank; ++r) count *= problem.axes[r].length;
-  for (unsigned i = first; i < count; i += step) {
+  for (unsigned i = first; i < count; i += stride) {
     int token[kRank];
     unsigned rest = i;
 #pragma unroll
@@ -95,13 +97,13 @@ __device__ void for_each_token(const Problem<kRank>& problem, unsigned first, un
   }
 }
 
-// One line of neighbors along the last axis; all that differs from neighbor to neighbor is a step.
+// A line of neighbors along the last axis: from one to the next only an address moves on.
 template <int kRank>
 struct Line {
-  int first[kRank];   // token of the first neighbor
-  int count;          // number of neighbors
-  int offset[kRank];  // group index of the first neighbor less that of the window's begin
-  int shift[kRank];   // group index of the first neighbor less that of the item
+  int first[kRank];     // token of the first neighbor
+  int count;            // number of neighbors
+  int offset[kRank];    // group index of the first neighbor less that of the window's begin
+  int relative[kRank];  // group index of the first neighbor less that of the item
 };
 
 // Calls visit(line) for every line of the box of neighbors `range`, in ascending order.
@@ -122,31 +124,49 @@ __device__ void for_each_line(const Problem<kRank>& problem, const Item<kRank>& 
         line.offset[r] = r == 0 ? rest : rest % extent;
         rest = r == 0 ? 0 : rest / extent;
       }
-      const Place neighbor = {item.place[r].group, range[r].begin + line.offset[r]};
+      const GroupIndex neighbor = {item.group_index[r].group, range[r].begin + line.offset[r]};
       line.first[r] = problem.axes[r].token(neighbor);
-      line.shift[r] = neighbor.index - item.place[r].index;
+      line.relative[r] = neighbor.index - item.group_index[r].index;
     }
     line.count = range[kRank - 1].end - range[kRank - 1].begin;
     visit(line);
   }
 }
 
-// The keys that a query sees, as one range per axis.
+// The keys that a query sees, as one range for each axis.
 template <int kRank>
 __device__ void window_of(const Problem<kRank>& problem, const Item<kRank>& query,
                           Range (&range)[kRank]) {
 #pragma unroll
   for (int r = 0; r < kRank; ++r)
-    range[r] = problem.axes[r].window(query.place[r].index, query.place[r].group);
+    range[r] = problem.axes[r].window(query.group_index[r].index, query.group_index[r].group);
 }
 
-// The queries that see a key, as one range per axis.
+// The queries that see a key, as one range for each axis.
 template <int kRank>
 __device__ void inverse_of(const Problem<kRank>& problem, const Item<kRank>& key,
                            Range (&range)[kRank]) {
 #pragma unroll
   for (int r = 0; r < kRank; ++r)
-    range[r] = problem.axes[r].inverse(key.place[r].index, key.place[r].group);
+    range[r] = problem.axes[r].inverse(key.group_index[r].index, key.group_index[r].group);
+}
+
+// The slot in a row of logits of the key at these offsets from the window's begin.
+template <int kRank>
+__device__ long long slot_of(const Problem<kRank>& problem, const int (&offset)[kRank]) {
+  long long slot = 0;
+#pragma unroll
+  for (int r = 0; r < kRank; ++r) slot = slot * problem.axes[r].kernel_size + offset[r];
+  return slot;
+}
+
+// The slots of a window; those of the additional keys follow.
+template <int kRank>
+__device__ long long window_size(const Problem<kRank>& problem) {
+  long long size = 1;
+#pragma unroll
+  for (int r = 0; r < kRank; ++r) size *= problem.axes[r].kernel_size;
+  return size;
 }
 
 }  // namespace cuneigh

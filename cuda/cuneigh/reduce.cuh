@@ -1,4 +1,4 @@
-// Sums over the groups of a block, in an order that never changes.
+// Sums over the groups of a block, in an order that is the same in every run.
 #pragma once
 
 #include "cuneigh/row.cuh"
@@ -8,8 +8,8 @@ namespace cuneigh {
 // The sum of `x` over the groups of the block, valid in thread 0. Every thread must call it.
 template <int kThreads, int kLanes, typename Number>
 __device__ Number block_sum(Number x) {
-  __shared__ Number sum_smem[kThreads / kLanes];
-  if (Group<kLanes>::lane() == 0) sum_smem[Group<kLanes>::member()] = x;
+  __shared__ Number sum_smem[kThreads / kLanes];  // [groups]
+  if (Group<kLanes>::lane() == 0) sum_smem[Group<kLanes>::index()] = x;
   __syncthreads();
   for (int half = kThreads / kLanes / 2; half > 0; half /= 2) {
     if (threadIdx.x < half) sum_smem[threadIdx.x] += sum_smem[threadIdx.x + half];
@@ -23,7 +23,7 @@ __device__ Number block_sum(Number x) {
 template <int kThreads, typename Element, int kVector, int kLanes, int kChunks, bool kExact>
 __device__ void store_block_sum(const Row<Element, kVector, kLanes, kChunks, kExact>& row,
                                 Accumulator<Element>* sum, int size) {
-  __shared__ Accumulator<Element> row_smem[kThreads];
+  __shared__ Accumulator<Element> row_smem[kThreads];  // [groups, kLanes]
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Head vectors spread over a group of lanes: the arithmetic of the naive kernels.
+// Head vectors that a group of lanes shares, and their arithmetic.
 #pragma once
 
 #include "cuneigh/types.cuh"
@@ -9,15 +9,17 @@ namespace cuneigh {
 template <int kLanes>
 struct Group {
   __device__ static int lane() { return threadIdx.x % kLanes; }
-  __device__ static int member() { return threadIdx.x / kLanes; }
+  __device__ static int index() { return threadIdx.x / kLanes; }  // of the group in the block
 
-  // Groups of a warp may take different branches, so only a group's own lanes wait for each other.
+  // The sum over the lanes. Groups of a warp may take different branches, so that only a group's
+  // own lanes wait for each other.
   template <typename Number>
   __device__ static Number sum(Number x) {
     const unsigned first = threadIdx.x % 32 / kLanes * kLanes;
     const unsigned mask = (0xffffffffu >> (32 - kLanes)) << first;
 #pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(mask, x, step);
+    for (int distance = kLanes / 2; distance > 0; distance /= 2)
+      x += __shfl_xor_sync(mask, x, distance);
     return x;
   }
 };
@@ -36,7 +38,7 @@ struct Row {
   using Number = Accumulator<Element>;
   static constexpr int kCapacity = kVector * kLanes * kChunks;
 
-  Number value[kChunks][kVector] = {};
+  Number value[kChunks][kVector] = {};  // this lane's share of [kCapacity]
 
   // The first `size` elements from `row` on; zeros stand for what lies past them.
   __device__ void load(const Element* row, int size) {
@@ -54,6 +56,7 @@ struct Row {
     }
   }
 
+  // Writes the first `size` elements.
   __device__ void store(Element* row, int size) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -77,6 +80,7 @@ struct Row {
     return sum;
   }
 
+  // This += factor * other.
   __device__ void add(Number factor, const Row& other) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
@@ -93,15 +97,16 @@ struct Row {
 };
 
 // The vector of the token that a group works on, kept in registers for its products with the
-// vectors of many neighbors. If kWide it may be longer than a Row; the rest is then read each time.
+// vectors of many neighbors. If kWide, it may be longer than a Row, and what a Row does not hold is
+// read for each product.
 template <typename Row, bool kWide>
 struct Held {
   using Element = typename Row::Element;
   using Number = typename Row::Number;
 
-  const Element* data;
+  const Element* data;  // [size]
   int size;
-  Row row;
+  Row row;  // the first kCapacity elements
 
   __device__ Held(const Element* data, int size) : data(data), size(size) { row.load(data, size); }
 
@@ -118,6 +123,7 @@ struct Held {
     }
     return sum;
   }
+  // The same where no one else needs that Row.
   __device__ Number dot(const Element* other) const {
     Row first;
     first.load(other, size);

@@ -15,8 +15,8 @@ struct Range {
   int begin, end;  // half open
 };
 
-// A token as attention sees it: index `index` of dilation group `group`.
-struct Place {
+// A token as attention sees it: number `index` of dilation group `group`.
+struct GroupIndex {
   int group, index;
 };
 
@@ -30,6 +30,7 @@ struct Axis {
   int stride;
   int dilation;
   bool is_causal;
+  char padding[3];
 
   // (A division takes a GPU longer than the question whether it is needed.)
   CUNEIGH_HOST_DEVICE int group_length(int group) const {
@@ -38,10 +39,11 @@ struct Axis {
   CUNEIGH_HOST_DEVICE int key_group_length(int group) const {
     return dilation == 1 ? key_length : (key_length - group + dilation - 1) / dilation;
   }
-  CUNEIGH_HOST_DEVICE int token(Place place) const { return place.index * dilation + place.group; }
+  CUNEIGH_HOST_DEVICE int token(GroupIndex at) const { return at.index * dilation + at.group; }
 
-  // Tokens `count` long in group-major order: neighbors in this order are neighbors in attention.
-  CUNEIGH_HOST_DEVICE Place place(int position, int count) const {
+  // The token at `position` of `count` tokens in group-major order, in which neighbors are
+  // neighbors in attention, too.
+  CUNEIGH_HOST_DEVICE GroupIndex group_index(int position, int count) const {
     if (dilation == 1) return {0, position};
     const int shorter = count / dilation;        // length of the last groups,
     const int longer_groups = count % dilation;  // the first ones having one more
@@ -79,5 +81,6 @@ struct Axis {
     return {smaller(begin, queries), smaller(end, queries)};
   }
 };
+static_assert(sizeof(Axis) == 24, "cuneigh/_gpu/records.py packs five integers and a bool");
 
 }  // namespace cuneigh

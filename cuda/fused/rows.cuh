@@ -10,20 +10,20 @@ namespace cuneigh::fused {
 template <int kRank>
 struct RowBox {
   int batch, head;
-  Place first[kRank];  // dilation group and first group index along each axis
+  GroupIndex first[kRank];  // dilation group and first group index along each axis
 };
 
 // Finds where the rows of this block begin. Returns the block's number among those that have these
 // rows; each of them has other batch-heads.
 template <typename Plan, typename Problem>
-__device__ unsigned find_rows(const Problem& problem, Place (&first)[Plan::kRank]) {
+__device__ unsigned find_rows(const Problem& problem, GroupIndex (&first)[Plan::kRank]) {
   unsigned block = blockIdx.x;
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
     const Axis& axis = problem.axes[r];
     const int length = Plan::kRowsAreKeys ? axis.key_length : axis.length;
     const int size = problem.warp_box[r] * problem.warps[r];
-    first[r] = box_place(axis.dilation, length, block % problem.boxes[r], size);
+    first[r] = box_begin(axis.dilation, length, block % problem.boxes[r], size);
     block /= problem.boxes[r];
   }
   return block;
@@ -53,7 +53,7 @@ __device__ int rows_of_group(const Axis& axis, int group) {
 
 // The window union of a block of at most `size` rows that begins at `first`.
 template <typename Plan>
-__device__ Range union_of_block(const Axis& axis, Place first, int size) {
+__device__ Range union_of_block(const Axis& axis, GroupIndex first, int size) {
   const auto [group, begin] = first;
   const int last = smaller(begin + size, rows_of_group<Plan>(axis, group)) - 1;
   return {window_of_row<Plan>(axis, begin, group).begin,

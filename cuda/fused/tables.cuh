@@ -46,7 +46,7 @@ struct Tables {
   WindowUnion warp_union[Plan::kWarps][Plan::kRank];  // of each warp's rows
   VectorOffsets vector_offset[1 + Plan::kAdditional][Plan::kColumns];  // window; additional keys
   Range block_union[Plan::kRank];                                      // of the block's rows
-  Place first[Plan::kRank];                                            // of the rows
+  GroupIndex first[Plan::kRank];                                       // of the rows
   ColumnMask prefix_mask[Plan::kRank][Plan::kColumns + 1];  // [r][i]: columns of a box whose
                                                             // coordinate along axis r is below i
   ColumnMask row_mask[kRows];                               // visible columns of the box at hand
@@ -68,7 +68,8 @@ struct Columns {
 // Fills `token`, `window` and `bias_offset`: every warp takes a box of rows of its own.
 template <typename Plan, typename Bias>
 __device__ void fill_rows(const FusedProblem<Plan::kRank>& problem, const Bias& rpb,
-                          const Place (&first)[Plan::kRank], Tables<Plan>& tables, int thread) {
+                          const GroupIndex (&first)[Plan::kRank], Tables<Plan>& tables,
+                          int thread) {
   constexpr int kRank = Plan::kRank, kThreads = Plan::kWarps * 32;
   constexpr int kWarpRows = Plan::kRowTiles * 16;
   constexpr int kSign = Plan::kRowsAreKeys ? -1 : 1;
@@ -170,7 +171,7 @@ __device__ void fill_prefix_masks(const FusedProblem<Plan::kRank>& problem, Tabl
 template <typename Plan, typename Bias>
 __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem, const Columns<Plan>& arrays,
                             const Bias& rpb, Tables<Plan>& tables, int thread) {
-  Place first[Plan::kRank];
+  GroupIndex first[Plan::kRank];
   const int share = find_rows<Plan>(problem, first);
   if (thread == 0) {
     tables.share = share;

@@ -1,19 +1,22 @@
 // Addresses of the matrices of every tile of a chunk, for products that read tokens where they are:
-// where boxes and halos are whole along all axes but the first, their tokens lie at one step.
+// where boxes and halos are whole along all axes but the first, one stride leads from token to
+// token.
 //
-// One thread a tile; blockIdx.y: the matrix. Plan: kRank, kThreads, kMost (matrices).
+// One thread for each tile; blockIdx.y: the matrix. Plan: kRank, kThreads, kMost (matrices).
 
-#include "gemm/gemm.cuh"
+#include "gemm/tiles.cuh"
 
 namespace cuneigh::gemm {
 
-// Matrices of one kind, strides in bytes.
+// The matrices of one kind: tokens where they are, or tiles one after another. Strides are in
+// bytes.
 struct Located {
   long long data;
-  long long batch, token, head;  // of tokens along the first axis; or all 0, and
-  long long step;                // from tile to tile
+  long long batch, token, head;  // of tokens; `token` along the first axis
+  long long tile;                // from tile to tile
   long long is_halo;
 };
+static_assert(sizeof(Located) == 48, "cuneigh/_backends/gemm/walk.py packs six words");
 
 template <typename Plan>
 struct AddressArguments {
@@ -32,7 +35,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const int token = tiles.problem.axes[0].token({tile.first[0].group, index});
   arguments.addresses[blockIdx.y * tiles.count + i] =
       located.data + tile.batch * located.batch + token * located.token +
-      tile.kv_head * located.head + i * located.step;
+      tile.kv_head * located.head + i * located.tile;
 }
 
 }  // namespace cuneigh::gemm

@@ -1,22 +1,22 @@
-// From the dense logits and gradients of weights of tiles to the weights and the gradients of the
-// logits, zeros for keys that a row does not see: dS = P * (dP - delta), P from lse. What is
-// written may take the place of what is read.
+// From the dense products of tiles, Q K^T and dP = dO V^T, to P = exp(S - lse) and
+// dS = P (dP - delta), with zeros for keys that a row does not see. What is written may take the
+// place of what is read.
 //
-// blockIdx.x: (tile, slice of its rows). A team of Plan::kLanes lanes takes a row. On the way it
-// leaves delta = sum(grad_output * output) - grad_lse for the gradient of rpb.
+// blockIdx.x: a tile and a slice of its rows. A team of Plan::kLanes lanes takes a row. On the way
+// it leaves delta = sum(dO * O) - grad_lse for the gradient of rpb.
 
-#include "gemm/gemm.cuh"
+#include "gemm/rows.cuh"
 
 namespace cuneigh::gemm {
 
 template <typename Plan>
 struct GradientArguments {
-  BiasView<Plan> rpb;
-  ConstView<Plan> grad_output, output;
-  ConstNumberView<Plan> lse, grad_lse;  // grad_lse may be null
-  NumberView<Plan> delta;               // may be null
-  // [tiles, rows, columns] each
-  const Accumulator<typename Plan::Element>* logits;
+  BiasView<Plan> rpb;                   // [heads, 2 K - 1, ..], or null
+  ConstView<Plan> grad_output, output;  // [batch, x1..xr, heads, value_dim]
+  ConstNumberView<Plan> lse, grad_lse;  // [batch, x1..xr, heads]; grad_lse or null
+  NumberView<Plan> delta;               // [batch, x1..xr, heads], or null
+  // [tiles, rows, columns] each: Q K^T, dP, P and dS
+  const Accumulator<typename Plan::Element>* products;
   const Accumulator<typename Plan::Element>* grad_weights;
   typename Plan::Element* weights;
   typename Plan::Element* grad_logits;
@@ -40,9 +40,10 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   for_each_row<Plan>(
       tiles, arguments.slices,
-      [&](const Tile<Plan::kRank>& tile, const TileRow<Plan::kRank>& row, long long place) {
-        Number delta = 0, shift = 0;
+      [&](const Tile<Plan::kRank>& tile, const TileRow<Plan::kRank>& row, long long start) {
+        Number delta = 0, lse = 0;
         if (row.exists) {
+          // delta = sum(dO * O) - grad_lse
           const Element* grad_output = arguments.grad_output.at(tile.batch, row.token, row.head);
           const Element* output = arguments.output.at(tile.batch, row.token, row.head);
           for (int i = Lanes::lane(); i < problem.value_dim; i += Plan::kLanes)
@@ -52,8 +53,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
             delta -= *arguments.grad_lse.at(tile.batch, row.token, row.head);
           if (arguments.delta.data && Lanes::lane() == 0)
             *arguments.delta.at(tile.batch, row.token, row.head) = delta;
-          shift = *arguments.lse.at(tile.batch, row.token, row.head);
-          if (shift == -infinity<Number>()) shift = infinity<Number>();  // all weights are 0
+          lse = *arguments.lse.at(tile.batch, row.token, row.head);
+          if (lse == -infinity<Number>()) lse = infinity<Number>();  // all weights are 0
         }
 #pragma unroll 2
         for (int column = Lanes::lane() * kVector; column < tiles.columns;
@@ -61,25 +62,26 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
           const unsigned seen = seen_keys<kVector>(tiles, halo, row, column, keys);
           Number bias[kVector];
           load_bias<Plan>(halo, row, column, keys, seen, arguments.rpb, bias);
-          Numbers logit, grad_weight;
+          Numbers product, grad_weight;
           Elements weight, grad_logit;
           if (seen) {
-            logit = *reinterpret_cast<const Numbers*>(arguments.logits + place + column);
+            product = *reinterpret_cast<const Numbers*>(arguments.products + start + column);
             grad_weight =
-                *reinterpret_cast<const Numbers*>(arguments.grad_weights + place + column);
+                *reinterpret_cast<const Numbers*>(arguments.grad_weights + start + column);
           }
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
-            Number w = 0, g = 0;
+            Number p = 0, ds = 0;
             if (seen >> i & 1) {
-              w = exponential(scale * logit.element[i] + bias[i] - shift);
-              g = w * (grad_weight.element[i] - delta);
+              // S = scale Q K^T + bias, P = exp(S - lse), dS = P (dP - delta)
+              p = exponential(scale * product.element[i] + bias[i] - lse);
+              ds = p * (grad_weight.element[i] - delta);
             }
-            weight.element[i] = convert<Element>(w * Number(weight_factor<Element>()));
-            grad_logit.element[i] = convert<Element>(g);
+            weight.element[i] = convert<Element>(p * Number(weight_factor<Element>()));
+            grad_logit.element[i] = convert<Element>(ds);
           }
-          *reinterpret_cast<Elements*>(arguments.weights + place + column) = weight;
-          *reinterpret_cast<Elements*>(arguments.grad_logits + place + column) = grad_logit;
+          *reinterpret_cast<Elements*>(arguments.weights + start + column) = weight;
+          *reinterpret_cast<Elements*>(arguments.grad_logits + start + column) = grad_logit;
         }
       });
 }

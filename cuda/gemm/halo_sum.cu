@@ -1,18 +1,19 @@
 // Sums the gradients that tiles computed for the keys of their halos: every key adds up the rows of
 // the boxes whose queries see it, in a fixed order. Additional keys add up those of all boxes.
 //
-// One thread for one packet of one key of the (batch entry, key head) pairs that the chunk touches.
-// If a pair is more than a chunk, sums go on from chunk to chunk in `partial`; without it, where
-// they will be, which is as good where the target has the precision of the sums. Plan: kVector
-// elements move together.
+// One thread for each packet of each key of the pairs (of a batch and a key head) that the chunk
+// touches. If a pair has more tiles than a chunk, sums go on from chunk to chunk in `partial`.
+// Without `partial` they go on in the target, which has the precision of the sums then. Plan:
+// kVector elements move together.
 
-#include "gemm/gemm.cuh"
+#include "gemm/tiles.cuh"
 
 namespace cuneigh::gemm {
 
 template <typename Plan>
 struct HaloSumArguments {
-  MutableView<Plan> target, additional;
+  MutableView<Plan> target;                          // [batch, x1..xr, kv_heads, dim]
+  MutableView<Plan> additional;                      // [batch, n, kv_heads, dim], or null
   const Accumulator<typename Plan::Element>* halos;  // [tiles, columns, dim]
   Accumulator<typename Plan::Element>* partial;      // [keys + additional, dim], or null
   long long dim;
@@ -20,7 +21,7 @@ struct HaloSumArguments {
   long long finish;  // whether this chunk is the last of the pair
 };
 
-// The first box of a dilation group along one axis, as box_place counts them.
+// The first box of a dilation group along one axis, as box_begin counts them.
 __device__ inline int first_box(const Axis& axis, int group, int size) {
   const int shorter = axis.length / axis.dilation;
   const int longer_groups = axis.length % axis.dilation;
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 #pragma unroll
   for (int e = 0; e < Plan::kVector; ++e) sum.element[e] = 0;
 
-  // One row of one tile, if the tile belongs to this chunk
+  // dK += one row of one tile, if the tile belongs to this chunk
   bool added = false;
   auto add = [&](long long tile, int column) {
     tile -= tiles.first;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       for (int r = 0; r < kRank; ++r) {
         const Axis& axis = problem.axes[r];
         const int in_group = first[r] + which.at[r];
-        const Place begin = {group[r], in_group * problem.box[r]};
+        const GroupIndex begin = {group[r], in_group * problem.box[r]};
         box = box * problem.boxes[r] + first_box(axis, group[r], problem.box[r]) + in_group;
         column = column * tiles.halo[r] + index[r] - halo_begin(axis, begin, tiles.halo[r]);
       }

@@ -2,16 +2,17 @@
 // after them, or queries (or gradients of outputs) of the boxes. Rows that stand for no token are
 // zeros.
 //
-// blockIdx.x: (tile, slice of its matrix). Plan: kKeys says which of the two, kVector how many
+// blockIdx.x: a tile and a slice of its matrix. Plan: kKeys says which of the two, kVector how many
 // elements move together.
 
-#include "gemm/gemm.cuh"
+#include "gemm/tiles.cuh"
 
 namespace cuneigh::gemm {
 
 template <typename Plan>
 struct PackArguments {
-  ConstView<Plan> source, additional;
+  ConstView<Plan> source;          // [batch, x1..xr, heads, dim]
+  ConstView<Plan> additional;      // [batch, n, kv_heads, dim], or null
   typename Plan::Element* target;  // [tiles, rows, dim]
   long long dim;
   long long slices;
@@ -28,11 +29,11 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const unsigned tile_index = blockIdx.x / slices;
   const Tile<kRank> tile(tiles, tiles.first + tile_index);
   const auto tokens = TileTokens<kRank>::template of<Plan::kKeys>(tiles, tile);
-  const unsigned places = Plan::kKeys ? volume(tiles.halo) : volume(problem.box);
-  const unsigned rows = Plan::kKeys ? tiles.columns : places * problem.group_size;
+  const unsigned tokens_of_box = Plan::kKeys ? volume(tiles.halo) : volume(problem.box);
+  const unsigned rows = Plan::kKeys ? tiles.columns : tokens_of_box * problem.group_size;
   const Divisor packets(unsigned(arguments.dim) / Plan::kVector);  // of a row
   const Extents<kRank> extents(Plan::kKeys ? tiles.halo : problem.box);
-  const Divisor queries(places);
+  const Divisor queries(tokens_of_box);
   Move* target =
       reinterpret_cast<Move*>(arguments.target) + (long long)tile_index * rows * packets.value;
 
@@ -41,16 +42,16 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
     unsigned row = i;
     const int element = packets.divide(row) * Plan::kVector;
     const typename Plan::Element* source = nullptr;
-    if (!Plan::kKeys || row < places) {
-      unsigned member = row;  // of the head group
-      const Coordinates<kRank> place(Plan::kKeys ? row : queries.divide(member), extents);
+    if (!Plan::kKeys || row < tokens_of_box) {
+      unsigned in_group = row;  // becomes the query head
+      const Coordinates<kRank> inside(Plan::kKeys ? row : queries.divide(in_group), extents);
       int token[kRank];
-      const bool exists = tokens.find(place.at, token);
-      const int head = Plan::kKeys ? tile.kv_head : tile.kv_head * problem.group_size + member;
+      const bool exists = tokens.find(inside.at, token);
+      const int head = Plan::kKeys ? tile.kv_head : tile.kv_head * problem.group_size + in_group;
       if (exists) source = arguments.source.at(tile.batch, token, head);
-    } else if (row < places + problem.additional) {
+    } else if (row < tokens_of_box + problem.additional) {
       source = arguments.additional.at(tile.batch, tile.kv_head) +
-               (row - places) * arguments.additional.token[0];
+               (row - tokens_of_box) * arguments.additional.token[0];
     }
     Move packet;
     if (source) {

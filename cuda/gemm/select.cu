@@ -1,16 +1,17 @@
 // Selects the slots of every query out of the dense products of tiles: logits from the products of
 // queries and keys, or gradients of weights from those of gradients of outputs and values.
 //
-// blockIdx.x: (tile, slice of its rows). A team of Plan::kLanes lanes takes a row.
-// Plan::kHiddenIsZero: what a slot past a causal end gets, 0 (gradients) or -inf (logits).
+// blockIdx.x: a tile and a slice of its rows. A team of Plan::kLanes lanes takes a row.
+// Plan::kHiddenIsZero: whether the slot of a hidden key, past a causal end, gets 0 (as gradients
+// do) or -inf (as logits do).
 
-#include "gemm/gemm.cuh"
+#include "gemm/rows.cuh"
 
 namespace cuneigh::gemm {
 
 template <typename Plan>
 struct SelectArguments {
-  BiasView<Plan> rpb;
+  BiasView<Plan> rpb;                                   // [heads, 2 K - 1, ..], or null
   MutableView<Plan> slots;                              // [batch, x1..xr, heads, slots]
   const Accumulator<typename Plan::Element>* products;  // [tiles, rows, columns]
   long long slices;
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const Extents<kRank> extents(window);
 
   for_each_row<Plan>(tiles, arguments.slices,
-                     [&](const Tile<kRank>& tile, const TileRow<kRank>& row, long long place) {
+                     [&](const Tile<kRank>& tile, const TileRow<kRank>& row, long long start) {
                        if (!row.exists) return;
                        Element* slots = arguments.slots.at(tile.batch, row.token, row.head);
                        for (int slot = Group<Plan::kLanes>::lane();
@@ -42,22 +43,23 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
                          Number bias = 0;
                          if (slot < window_size) {
                            const Coordinates<kRank> offset(slot, extents);
-                           int relative[kRank];
+                           int index[kRank];
                            column = 0;
 #pragma unroll
                            for (int r = 0; r < kRank; ++r) {
                              const int at = row.span[r].begin + offset.at[r];
                              seen &= offset.at[r] < row.span[r].count;
                              column = column * tiles.halo[r] + at;
-                             relative[r] = row.span[r].relative + at;
+                             index[r] = row.span[r].bias + at;
                            }
                            if constexpr (!kSame<typename Plan::Bias, void>)
-                             bias = convert<Number>(*arguments.rpb.at(0, relative, row.head));
+                             bias = convert<Number>(*arguments.rpb.at(0, index, row.head));
                          }
                          Number selected = Plan::kHiddenIsZero ? Number(0) : -infinity<Number>();
+                         // S = scale Q K^T + bias, or dP = dO V^T
                          if (seen)
                            selected =
-                               Number(problem.scale) * arguments.products[place + column] + bias;
+                               Number(problem.scale) * arguments.products[start + column] + bias;
                          slots[slot * arguments.slots.inner] = convert<Element>(selected);
                        }
                      });

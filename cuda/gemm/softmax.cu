@@ -1,21 +1,21 @@
-// Turns the dense logits of tiles into weights: scales them, adds the bias, takes the softmax over
-// the keys that each row sees and writes zeros for the others. Rows that stand for no query become
-// zeros. Weights may take the place of the logits.
+// From the dense products of tiles to weights: S = scale Q K^T + bias, P = softmax(S) over the keys
+// that each row sees, and zeros for the others. Rows that stand for no query become zeros. Weights
+// may take the place of the products.
 //
-// blockIdx.x: (tile, slice of its rows). A team of Plan::kLanes lanes takes a row and holds it in
-// Plan::kPackets packets a lane; if that is 0 the row is too long and is read twice.
+// blockIdx.x: a tile and a slice of its rows. A team of Plan::kLanes lanes takes a row, of which a
+// lane holds Plan::kPackets packets. If that is 0, the row is too long, and is read twice.
 
 #include "cuneigh/softmax.cuh"
-#include "gemm/gemm.cuh"
+#include "gemm/rows.cuh"
 
 namespace cuneigh::gemm {
 
 template <typename Plan>
 struct SoftmaxArguments {
-  BiasView<Plan> rpb;
-  NumberView<Plan> lse;                               // may be null
-  const Accumulator<typename Plan::Element>* logits;  // [tiles, rows, columns]
-  typename Plan::Element* weights;                    // the same
+  BiasView<Plan> rpb;                                   // [heads, 2 K - 1, ..], or null
+  NumberView<Plan> lse;                                 // [batch, x1..xr, heads], or null
+  const Accumulator<typename Plan::Element>* products;  // [tiles, rows, columns]
+  typename Plan::Element* weights;                      // [tiles, rows, columns]
   long long slices;
 };
 
@@ -26,11 +26,12 @@ __device__ Number over_team(Number x, Combine combine) {
   const unsigned first = threadIdx.x % 32 / kInWarp * kInWarp;
   const unsigned mask = (0xffffffffu >> (32 - kInWarp)) << first;
 #pragma unroll
-  for (int step = kInWarp / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(mask, x, step));
+  for (int distance = kInWarp / 2; distance > 0; distance /= 2)
+    x = combine(x, __shfl_xor_sync(mask, x, distance));
   if constexpr (kLanes > 32) {
     static_assert(kLanes == kThreads, "a team of more than a warp is the whole block");
-    __shared__ Number warp_smem[kThreads / 32];
-    __syncthreads();  // the previous use has been read
+    __shared__ Number warp_smem[kThreads / 32];  // [warps]
+    __syncthreads();                             // the previous use has been read
     if (threadIdx.x % 32 == 0) warp_smem[threadIdx.x / 32] = x;
     __syncthreads();
     x = warp_smem[0];
@@ -68,12 +69,12 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   for_each_row<Plan>(
       tiles, arguments.slices,
-      [&](const Tile<Plan::kRank>& tile, const TileRow<Plan::kRank>& row, long long place) {
+      [&](const Tile<Plan::kRank>& tile, const TileRow<Plan::kRank>& row, long long start) {
         constexpr bool kBiased = !kSame<typename Plan::Bias, void>;
-        const Number* source = arguments.logits + place;
-        Element* target = arguments.weights + place;
+        const Number* source = arguments.products + start;
+        Element* target = arguments.weights + start;
 
-        // Products to logits, -inf where the row does not see the key
+        // S = scale Q K^T + bias, -inf where the row does not see the key
         auto finish = [&](int column, unsigned seen, Number(&logit)[kVector]) {
           if constexpr (kBiased) {
             Number bias[kVector];
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
         if constexpr (Plan::kPackets > 0) {
           // All loads are in flight together; packets of which nothing is seen are not read.
-          Number held[kHeld][kVector];
+          Number held[kHeld][kVector];  // S, then P
           unsigned seen[kHeld];
 #pragma unroll
           for (int p = 0; p < kHeld; ++p) {
@@ -120,6 +121,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
             finish(first + p * kStep, seen[p], held[p]);
             softmax.row_max = softmax.max_with(held[p]);
           }
+          // P = exp(S - max(S)) / sum(P), stored times a factor
           softmax.row_max = team_maximum<Plan::kLanes, Plan::kThreads>(softmax.row_max);
 #pragma unroll
           for (int p = 0; p < kHeld; ++p) softmax.exponentiate(held[p]);

@@ -1,9 +1,9 @@
 // Spreads the slots of every query over the columns of its tile: dense weights (or gradients of
 // logits) with zeros for keys that a row does not see. Hidden slots are never read.
 //
-// blockIdx.x: (tile, slice of its rows). A team of Plan::kLanes lanes takes a row.
+// blockIdx.x: a tile and a slice of its rows. A team of Plan::kLanes lanes takes a row.
 
-#include "gemm/gemm.cuh"
+#include "gemm/rows.cuh"
 
 namespace cuneigh::gemm {
 
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   for_each_row<Plan>(
       tiles, arguments.slices,
-      [&](const Tile<kRank>& tile, const TileRow<kRank>& row, long long place) {
+      [&](const Tile<kRank>& tile, const TileRow<kRank>& row, long long start) {
         const Element* slots =
             row.exists ? arguments.slots.at(tile.batch, row.token, row.head) : nullptr;
         for (int column = Group<Plan::kLanes>::lane(); column < tiles.columns;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
             for (int r = 0; r < kRank; ++r)
               slot = slot * problem.axes[r].kernel_size + key.at[r] - row.span[r].begin;
           }
-          arguments.products[place + column] =
+          arguments.products[start + column] =
               seen ? slots[slot * arguments.slots.inner] : convert<Element>(Number(0));
         }
       });

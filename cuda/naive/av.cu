@@ -1,19 +1,21 @@
-// The sum of the values of every query's window under given weights (the neighborhood-neighborhood
-// product), additional values included. Hidden slots are never read. It also computes the gradient
-// of query, with the gradient of the logits for weights and key for value.
+// O = P V: the sum of the values of every query's window under given weights, additional values
+// included (the neighborhood-neighborhood product). Slots of hidden keys are never read. It also
+// computes dQ = scale dS K, with dS for weights and K for value.
 //
-// blockIdx.x: a box of queries of one (batch, head); blockIdx.y: a slice of the value's dimensions.
+// blockIdx.x: a box of queries of one batch and head; blockIdx.y: a slice of value_dim.
 
 #include "cuneigh/layout.cuh"
-#include "cuneigh/naive.cuh"
 #include "cuneigh/row.cuh"
+#include "cuneigh/row_plan.cuh"
 
 namespace cuneigh::naive {
 
 template <typename Plan>
 struct AvArguments {
-  ConstView<Plan> weights, value, additional_values;
-  OutputView<Plan> output;
+  ConstView<Plan> weights;            // [batch, x1..xr, heads, slots]
+  ConstView<Plan> value;              // [batch, x1..xr, kv_heads, value_dim]
+  ConstView<Plan> additional_values;  // [batch, n, kv_heads, value_dim], or null
+  OutputView<Plan> output;            // [batch, x1..xr, heads, value_dim]
 };
 
 template <typename Plan>
@@ -24,35 +26,36 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   using Lanes = Group<Plan::kLanes>;
   constexpr int kLast = Plan::kRank - 1;
 
-  const auto item = item_of<false>(problem, Lanes::member());
+  const auto item = item_of<false>(problem, Lanes::index());
   if (!item.exists) return;
   const int kv_head = item.head / problem.group_size;
   const int slice = blockIdx.y * ValueRow<Plan>::kCapacity;
   const int slice_size = problem.value_dim - slice;
   const Element* weights = arguments.weights.at(item.batch, item.token, item.head);
-  const long long slot_step = arguments.weights.inner;
-  ValueRow<Plan> output;
+  const long long slot_stride = arguments.weights.inner;
+  ValueRow<Plan> output;  // [slice_size]
 
-  auto add = [&](const Element* weight, const Element* value, long long value_step, int count) {
+  // O += P V for one line of weights [count] and values [count, value_dim]
+  auto add = [&](const Element* weight, const Element* value, long long value_stride, int count) {
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
       ValueRow<Plan> row;
-      row.load(value + i * value_step, slice_size);
-      output.add(convert<Number>(weight[i * slot_step]), row);
+      row.load(value + i * value_stride, slice_size);
+      output.add(convert<Number>(weight[i * slot_stride]), row);
     }
   };
 
   // The keys of the window, line by line
   Range window[Plan::kRank];
   window_of(problem, item, window);
-  const long long value_step = problem.axes[kLast].dilation * arguments.value.token[kLast];
+  const long long value_stride = problem.axes[kLast].dilation * arguments.value.token[kLast];
   for_each_line(problem, item, window, [&](const Line<Plan::kRank>& line) {
-    add(weights + slot_of(problem, line.offset) * slot_step,
-        arguments.value.at(item.batch, line.first, kv_head) + slice, value_step, line.count);
+    add(weights + slot_of(problem, line.offset) * slot_stride,
+        arguments.value.at(item.batch, line.first, kv_head) + slice, value_stride, line.count);
   });
 
   // The additional keys
-  add(weights + window_size(problem) * slot_step,
+  add(weights + window_size(problem) * slot_stride,
       arguments.additional_values.at(item.batch, kv_head) + slice,
       arguments.additional_values.token[0], problem.additional);
 

@@ -1,23 +1,26 @@
 // The gradient of the query: a group of lanes takes one query, walks over the keys that it sees,
-// recomputes their weights from lse, and sums dQ = scale * dS K. On the way it leaves
-// delta = sum(grad_output * output) - grad_lse for the kernels of the other gradients.
+// recomputes their weights from lse, and sums dQ = scale dS K. On the way it leaves
+// delta = sum(dO * O) - grad_lse for the kernels of the other gradients.
 //
-// blockIdx.x: a box of queries of one (batch, head); blockIdx.y: a slice of head_dim.
+// blockIdx.x: a box of queries of one batch and head; blockIdx.y: a slice of head_dim.
 
 #include "cuneigh/layout.cuh"
-#include "cuneigh/naive.cuh"
 #include "cuneigh/row.cuh"
+#include "cuneigh/row_plan.cuh"
+#include "cuneigh/softmax.cuh"
 
 namespace cuneigh::naive {
 
 template <typename Plan>
 struct BackwardQueryArguments {
-  ConstView<Plan> query, key, value, additional_keys, additional_values;
-  BiasView<Plan> rpb;
-  ConstView<Plan> grad_output, output;
-  ConstNumberView<Plan> lse, grad_lse;  // grad_lse may be null
-  NumberView<Plan> delta;
-  OutputView<Plan> grad_query;
+  ConstView<Plan> query, key;                          // [batch, x1..xr, heads, head_dim]
+  ConstView<Plan> value;                               // [batch, x1..xr, kv_heads, value_dim]
+  ConstView<Plan> additional_keys, additional_values;  // [batch, n, kv_heads, dim], or null
+  BiasView<Plan> rpb;                                  // [heads, 2 K - 1, ..], or null
+  ConstView<Plan> grad_output, output;                 // [batch, x1..xr, heads, value_dim]
+  ConstNumberView<Plan> lse, grad_lse;                 // [batch, x1..xr, heads]; grad_lse or null
+  NumberView<Plan> delta;                              // [batch, x1..xr, heads]
+  OutputView<Plan> grad_query;                         // [batch, x1..xr, heads, head_dim]
 };
 
 template <typename Plan>
@@ -27,9 +30,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   using Element = typename Plan::Element;
   using Number = Accumulator<Element>;
   using Lanes = Group<Plan::kLanes>;
-  constexpr int kBatch = 2;  // keys whose loads are in flight together
+  constexpr int kKeys = 2;  // keys whose loads are in flight together
 
-  const auto item = item_of<false>(problem, Lanes::member());
+  const auto item = item_of<false>(problem, Lanes::index());
   if (!item.exists) return;
   const int kv_head = item.head / problem.group_size;
   const int slice = blockIdx.y * KeyRow<Plan>::kCapacity;
@@ -37,38 +40,42 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const Number scale = Number(problem.scale);
 
   const Held<KeyRow<Plan>, Plan::kWide> query(arguments.query.at(item.batch, item.token, item.head),
-                                              problem.head_dim);
+                                              problem.head_dim);  // [head_dim]
   const Held<ValueRow<Plan>, Plan::kWide> grad_output(
-      arguments.grad_output.at(item.batch, item.token, item.head), problem.value_dim);
+      arguments.grad_output.at(item.batch, item.token, item.head),
+      problem.value_dim);  // [value_dim]
 
+  // delta = sum(dO * O) - grad_lse
   Number delta =
       Lanes::sum(grad_output.dot(arguments.output.at(item.batch, item.token, item.head)));
   if (arguments.grad_lse.data) delta -= *arguments.grad_lse.at(item.batch, item.token, item.head);
   if (blockIdx.y == 0 && Lanes::lane() == 0)
     *arguments.delta.at(item.batch, item.token, item.head) = delta;
 
-  const Number shift = finite_shift(*arguments.lse.at(item.batch, item.token, item.head));
-  KeyRow<Plan> grad_query;
+  const Number lse = finite_lse(*arguments.lse.at(item.batch, item.token, item.head));
+  KeyRow<Plan> grad_query;  // [slice_size]
 
-  // One line of keys: dS of a batch of them and its product with the keys
-  auto attend = [&](const Element* key, long long key_step, const Element* value,
-                    long long value_step, int count, auto bias) {
-    for (int begin = 0; begin < count; begin += kBatch) {
-      KeyRow<Plan> row[kBatch];
-      Number logit[kBatch], grad_weight[kBatch];
+  // One line of keys [count, head_dim] and values [count, value_dim]
+  auto attend = [&](const Element* key, long long key_stride, const Element* value,
+                    long long value_stride, int count, auto bias) {
+    for (int begin = 0; begin < count; begin += kKeys) {
+      KeyRow<Plan> row[kKeys];
+      Number logit[kKeys], grad_weight[kKeys];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int place = smaller(begin + i, count - 1);
-        row[i].load(key + place * key_step, problem.head_dim);
-        logit[i] = query.dot(row[i], key + place * key_step);
-        grad_weight[i] = grad_output.dot(value + place * value_step);
+      for (int i = 0; i < kKeys; ++i) {
+        const int neighbor = smaller(begin + i, count - 1);
+        row[i].load(key + neighbor * key_stride, problem.head_dim);
+        logit[i] = query.dot(row[i], key + neighbor * key_stride);
+        grad_weight[i] = grad_output.dot(value + neighbor * value_stride);
       }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int place = smaller(begin + i, count - 1);
-        logit[i] = scale * Lanes::sum(logit[i]) + bias(place);
-        const Number weight = begin + i < count ? exponential(logit[i] - shift) : Number(0);
-        if (Plan::kWide) row[i].load(key + place * key_step + slice, slice_size);
+      for (int i = 0; i < kKeys; ++i) {
+        const int neighbor = smaller(begin + i, count - 1);
+        // S = scale Q K^T + bias, P = exp(S - lse)
+        logit[i] = scale * Lanes::sum(logit[i]) + bias(neighbor);
+        const Number weight = begin + i < count ? exponential(logit[i] - lse) : Number(0);
+        if (Plan::kWide) row[i].load(key + neighbor * key_stride + slice, slice_size);
+        // dP = dO V^T, dS = P (dP - delta), dQ += dS K
         grad_query.add(weight * (Lanes::sum(grad_weight[i]) - delta), row[i]);
       }
     }

@@ -1,21 +1,23 @@
 // Neighborhood attention by its definition: a group of lanes takes one query, walks over the keys
-// that it sees and keeps a running softmax. Nothing of the size of the logits is stored.
+// that it sees, and keeps a running softmax. Nothing of the size of the logits is stored.
 //
-// blockIdx.x: a box of queries of one (batch, head); blockIdx.y: a slice of the value's dimensions.
+// blockIdx.x: a box of queries of one batch and head; blockIdx.y: a slice of value_dim.
 
 #include "cuneigh/layout.cuh"
-#include "cuneigh/naive.cuh"
 #include "cuneigh/row.cuh"
+#include "cuneigh/row_plan.cuh"
 #include "cuneigh/softmax.cuh"
 
 namespace cuneigh::naive {
 
 template <typename Plan>
 struct ForwardArguments {
-  ConstView<Plan> query, key, value, additional_keys, additional_values;
-  BiasView<Plan> rpb;
-  OutputView<Plan> output;
-  NumberView<Plan> lse;  // may be null
+  ConstView<Plan> query, key;                          // [batch, x1..xr, heads, head_dim]
+  ConstView<Plan> value;                               // [batch, x1..xr, kv_heads, value_dim]
+  ConstView<Plan> additional_keys, additional_values;  // [batch, n, kv_heads, dim], or null
+  BiasView<Plan> rpb;                                  // [heads, 2 K - 1, ..], or null
+  OutputView<Plan> output;                             // [batch, x1..xr, heads, value_dim]
+  NumberView<Plan> lse;                                // [batch, x1..xr, heads], or null
 };
 
 template <typename Plan>
@@ -24,9 +26,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   using Element = typename Plan::Element;
   using Number = Accumulator<Element>;
   using Lanes = Group<Plan::kLanes>;
-  constexpr int kBatch = 4;  // keys whose loads are in flight together
+  constexpr int kKeys = 4;  // keys whose loads are in flight together
 
-  const auto item = item_of<false>(problem, Lanes::member());
+  const auto item = item_of<false>(problem, Lanes::index());
   if (!item.exists) return;
   const int kv_head = item.head / problem.group_size;
   const int slice = blockIdx.y * ValueRow<Plan>::kCapacity;
@@ -34,30 +36,35 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const Number scale = Number(problem.scale);
 
   const Held<KeyRow<Plan>, Plan::kWide> query(arguments.query.at(item.batch, item.token, item.head),
-                                              problem.head_dim);
-  ValueRow<Plan> output;
+                                              problem.head_dim);  // [head_dim]
+  ValueRow<Plan> output;                                          // [slice_size]
   Softmax<Number> softmax;
 
-  // One line of keys: logits of a batch of them, their weights, and the weighted sum of the values
-  auto attend = [&](const Element* key, long long key_step, const Element* value,
-                    long long value_step, int count, auto bias) {
-    for (int begin = 0; begin < count; begin += kBatch) {
-      Number weight[kBatch];
-      ValueRow<Plan> row[kBatch];
+  // One line of keys [count, head_dim] and values [count, value_dim]
+  auto attend = [&](const Element* key, long long key_stride, const Element* value,
+                    long long value_stride, int count, auto bias) {
+    for (int begin = 0; begin < count; begin += kKeys) {
+      Number logit[kKeys];
+      ValueRow<Plan> row[kKeys];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int place = smaller(begin + i, count - 1);  // the last key again past the end
-        weight[i] = query.dot(key + place * key_step);
-        row[i].load(value + place * value_step, slice_size);
+      for (int i = 0; i < kKeys; ++i) {
+        const int neighbor = smaller(begin + i, count - 1);  // the last key again past the end
+        logit[i] = query.dot(key + neighbor * key_stride);
+        row[i].load(value + neighbor * value_stride, slice_size);
       }
+
+      // S = scale Q K^T + bias
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const Number logit = scale * Lanes::sum(weight[i]) + bias(smaller(begin + i, count - 1));
-        weight[i] = begin + i < count ? logit : -infinity<Number>();
+      for (int i = 0; i < kKeys; ++i) {
+        const int neighbor = smaller(begin + i, count - 1);
+        const Number sum = scale * Lanes::sum(logit[i]) + bias(neighbor);
+        logit[i] = begin + i < count ? sum : -infinity<Number>();
       }
-      output.scale(softmax.update(weight));
+
+      // P = exp(S - max), O = O rescaled + P V
+      output.scale(softmax.update(logit));
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) output.add(weight[i], row[i]);
+      for (int i = 0; i < kKeys; ++i) output.add(logit[i], row[i]);
     }
   };
 
@@ -78,6 +85,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
          arguments.additional_values.at(item.batch, kv_head) + slice,
          arguments.additional_values.token[0], problem.additional, [](int) { return Number(0); });
 
+  // O / sum(P), lse
   output.scale(softmax.normalizer());
   output.store(arguments.output.at(item.batch, item.token, item.head) + slice, slice_size);
   if (arguments.lse.data && blockIdx.y == 0 && Lanes::lane() == 0)

@@ -1,19 +1,19 @@
 // For every key the sum of the vectors of the queries that see it, under the weights that they give
-// it (the inverse-neighborhood product): the gradient of value from weights and grad_output, and
-// the gradient of key from the gradient of the logits and query.
+// it (the inverse-neighborhood product): dV = P^T dO, and dK = scale dS^T Q.
 //
-// blockIdx.x: a box of keys of one (batch, key head); blockIdx.y: a slice of the dimensions.
+// blockIdx.x: a box of keys of one batch and key head; blockIdx.y: a slice of the dimensions.
 
 #include "cuneigh/layout.cuh"
-#include "cuneigh/naive.cuh"
 #include "cuneigh/row.cuh"
+#include "cuneigh/row_plan.cuh"
 
 namespace cuneigh::naive {
 
 template <typename Plan>
 struct InverseArguments {
-  ConstView<Plan> weights, rows;
-  OutputView<Plan> output;
+  ConstView<Plan> weights;  // [batch, x1..xr, heads, slots]
+  ConstView<Plan> vectors;  // [batch, x1..xr, heads, dim]
+  OutputView<Plan> output;  // [batch, x1..xr, kv_heads, dim]
 };
 
 template <typename Plan>
@@ -23,37 +23,40 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   using Lanes = Group<Plan::kLanes>;
   constexpr int kLast = Plan::kRank - 1;
 
-  const auto item = item_of<true>(problem, Lanes::member());
+  const auto item = item_of<true>(problem, Lanes::index());
   if (!item.exists) return;
   const int slice = blockIdx.y * ValueRow<Plan>::kCapacity;
   const int slice_size = problem.value_dim - slice;
   const Axis& last = problem.axes[kLast];
-  ValueRow<Plan> output;
+  ValueRow<Plan> output;  // [slice_size]
 
-  // Offset of this key in the window of the query at `index` along axis r
+  // The offset of this key from the begin of the window of query `index` along axis r
   auto offset_in = [&](int r, int index) {
-    return item.place[r].index - problem.axes[r].window(index, item.place[r].group).begin;
+    const auto [group, own] = item.group_index[r];
+    return own - problem.axes[r].window(index, group).begin;
   };
 
   Range inverse[Plan::kRank];
   inverse_of(problem, item, inverse);
-  for (int member = 0; member < problem.group_size; ++member) {
-    const int head = item.head * problem.group_size + member;
+  for (int in_group = 0; in_group < problem.group_size; ++in_group) {
+    const int head = item.head * problem.group_size + in_group;
     for_each_line(problem, item, inverse, [&](const Line<Plan::kRank>& line) {
       int offset[Plan::kRank] = {};
 #pragma unroll
-      for (int r = 0; r < kLast; ++r) offset[r] = offset_in(r, item.place[r].index + line.shift[r]);
+      for (int r = 0; r < kLast; ++r)
+        offset[r] = offset_in(r, item.group_index[r].index + line.relative[r]);
       const auto* weights = arguments.weights.at(item.batch, line.first, head) +
                             slot_of(problem, offset) * arguments.weights.inner;
-      const auto* rows = arguments.rows.at(item.batch, line.first, head) + slice;
+      const auto* vectors = arguments.vectors.at(item.batch, line.first, head) + slice;
 #pragma unroll 2
       for (int i = 0; i < line.count; ++i) {
         const int slot = offset_in(kLast, inverse[kLast].begin + i);
         ValueRow<Plan> row;
-        row.load(rows, slice_size);
+        row.load(vectors, slice_size);
+        // dV += P^T dO
         output.add(convert<Number>(weights[slot * arguments.weights.inner]), row);
         weights += last.dilation * arguments.weights.token[kLast];
-        rows += last.dilation * arguments.rows.token[kLast];
+        vectors += last.dilation * arguments.vectors.token[kLast];
       }
     });
   }

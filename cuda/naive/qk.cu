@@ -1,23 +1,25 @@
-// Logits of every query with the keys of its window (the pointwise-neighborhood product), one slot
-// for each: scale * <query, key> + rpb, then those of the additional keys. It also computes the
-// gradient of weights, with grad_output for query and value for key.
+// S = scale Q K^T + rpb: the logits of every query with the keys of its window, one slot for each,
+// then those of the additional keys (the pointwise-neighborhood product). It also computes
+// dP = dO V^T, with dO for query and V for key.
 //
-// blockIdx.x: a box of queries of one (batch, head).
+// blockIdx.x: a box of queries of one batch and head.
 
 #include "cuneigh/layout.cuh"
-#include "cuneigh/naive.cuh"
 #include "cuneigh/row.cuh"
+#include "cuneigh/row_plan.cuh"
 
 namespace cuneigh::naive {
 
 template <typename Plan>
 struct QkArguments {
-  ConstView<Plan> query, key, additional_keys;
-  BiasView<Plan> rpb;
-  OutputView<Plan> logits;
+  ConstView<Plan> query, key;       // [batch, x1..xr, heads, head_dim]
+  ConstView<Plan> additional_keys;  // [batch, n, kv_heads, head_dim], or null
+  BiasView<Plan> rpb;               // [heads, 2 K - 1, ..], or null
+  OutputView<Plan> logits;          // [batch, x1..xr, heads, slots]
 };
 
-// Plan::kHiddenIsZero: what a slot past a causal end gets, 0 (gradients) or -inf (logits).
+// Plan::kHiddenIsZero: whether the slot of a hidden key, past a causal end, gets 0 (as gradients
+// do) or -inf (as logits do).
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kThreads, 1)
     qk(const Problem<Plan::kRank> problem, const QkArguments<Plan> arguments) {
@@ -25,25 +27,27 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   using Number = Accumulator<Element>;
   using Lanes = Group<Plan::kLanes>;
   constexpr int kLast = Plan::kRank - 1;
-  constexpr int kBatch = 4;  // keys whose loads are in flight together
+  constexpr int kKeys = 4;  // keys whose loads are in flight together
 
-  const auto item = item_of<false>(problem, Lanes::member());
+  const auto item = item_of<false>(problem, Lanes::index());
   if (!item.exists) return;
   const int kv_head = item.head / problem.group_size;
   const Number scale = Number(problem.scale);
   const Held<KeyRow<Plan>, Plan::kWide> query(arguments.query.at(item.batch, item.token, item.head),
-                                              problem.head_dim);
+                                              problem.head_dim);  // [head_dim]
   Element* logits = arguments.logits.at(item.batch, item.token, item.head);
 
-  // One line of slots, of which the first `visible` have a key; the lanes share the writing
-  auto multiply = [&](const Element* key, long long key_step, int visible, int slots, auto bias) {
-    for (int begin = 0; begin < slots; begin += kBatch) {
-      Number logit[kBatch];
+  // One line of keys [visible, head_dim] and of slots [slots], the first `visible` of which have a
+  // key. The lanes take turns in writing.
+  auto multiply = [&](const Element* key, long long key_stride, int visible, int slots, auto bias) {
+    for (int begin = 0; begin < slots; begin += kKeys) {
+      Number logit[kKeys];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        logit[i] = begin + i < visible ? query.dot(key + (begin + i) * key_step) : Number(0);
+      for (int i = 0; i < kKeys; ++i)
+        logit[i] = begin + i < visible ? query.dot(key + (begin + i) * key_stride) : Number(0);
+      // S = scale Q K^T + bias
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kKeys; ++i) {
         logit[i] = scale * Lanes::sum(logit[i]);
         if (begin + i < visible)
           logit[i] += bias(begin + i);
@@ -62,13 +66,13 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 #pragma unroll
   for (int r = 0; r < Plan::kRank; ++r)
     all[r] = {window[r].begin, window[r].begin + problem.axes[r].kernel_size};
-  const long long key_step = problem.axes[kLast].dilation * arguments.key.token[kLast];
+  const long long key_stride = problem.axes[kLast].dilation * arguments.key.token[kLast];
   for_each_line(problem, item, all, [&](const Line<Plan::kRank>& line) {
     int visible = window[kLast].end - window[kLast].begin;
 #pragma unroll
     for (int r = 0; r < kLast; ++r)
       if (line.offset[r] >= window[r].end - window[r].begin) visible = 0;
-    multiply(arguments.key.at(item.batch, line.first, kv_head), key_step, visible, line.count,
+    multiply(arguments.key.at(item.batch, line.first, kv_head), key_stride, visible, line.count,
              bias_of<Plan, false>(problem, arguments.rpb, item.head, line));
   });
 

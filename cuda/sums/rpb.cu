@@ -1,67 +1,70 @@
-// The gradient of the relative positional bias: a block takes one entry of one head and a share of
-// the (batch, query) pairs, and sums the gradient of the logit of the key at that relative place,
-// wherever the query sees it. The shares are added up by naive_sum.
+// The gradient of the relative positional bias (rpb): a block takes one element of one head and a
+// share of the queries, and sums dS of the key at that relative position, wherever the query sees
+// it. `sums/shares` adds up the shares.
 //
-// blockIdx.x: (head, entry of rpb, share).
+// blockIdx.x: head, element of rpb and share.
 
 #include "cuneigh/layout.cuh"
-#include "cuneigh/naive.cuh"
 #include "cuneigh/reduce.cuh"
 #include "cuneigh/row.cuh"
+#include "cuneigh/row_plan.cuh"
+#include "cuneigh/softmax.cuh"
 
 namespace cuneigh::sums {
 
 template <typename Plan>
-struct BackwardRpbArguments {
-  ConstView<Plan> query, key, value;
-  BiasView<Plan> rpb;
-  ConstView<Plan> grad_output;
-  ConstNumberView<Plan> lse, delta;
-  ConstView<Plan> grad_logits;  // given if Plan::kStored; all of the above are then null
-  NumberView<Plan> shares;      // [shares, heads, entries], contiguous
+struct RpbArguments {
+  ConstView<Plan> query, key;        // [batch, x1..xr, heads, head_dim]
+  ConstView<Plan> value;             // [batch, x1..xr, kv_heads, value_dim]
+  BiasView<Plan> rpb;                // [heads, 2 K - 1, ..]
+  ConstView<Plan> grad_output;       // [batch, x1..xr, heads, value_dim]
+  ConstNumberView<Plan> lse, delta;  // [batch, x1..xr, heads]
+  // [batch, x1..xr, heads, slots]; given if Plan::kStored, and all of the above are null then
+  ConstView<Plan> grad_logits;
+  NumberView<Plan> shares;  // [shares, heads, elements], contiguous
 };
 
-// Plan::kStored: the gradient of the logits is read, not recomputed.
+// Plan::kStored: whether dS is in memory. Else it is recomputed.
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kThreads, 1)
-    rpb(const Problem<Plan::kRank> problem, const BackwardRpbArguments<Plan> arguments) {
+    rpb(const Problem<Plan::kRank> problem, const RpbArguments<Plan> arguments) {
   using Number = Accumulator<typename Plan::Element>;
   using Lanes = Group<Plan::kLanes>;
   constexpr int kRank = Plan::kRank;
   constexpr unsigned kGroups = Plan::kThreads / Plan::kLanes;
 
-  // This block's head, entry and share
-  unsigned entries = 1;
+  // This block's head, element and share
+  unsigned elements = 1;
 #pragma unroll
-  for (int r = 0; r < kRank; ++r) entries *= 2 * problem.axes[r].kernel_size - 1;
-  const unsigned shares = gridDim.x / (problem.heads * entries);
+  for (int r = 0; r < kRank; ++r) elements *= 2 * problem.axes[r].kernel_size - 1;
+  const unsigned shares = gridDim.x / (problem.heads * elements);
   const unsigned share = blockIdx.x % shares;
-  const unsigned head_and_entry = blockIdx.x / shares;
-  const int head = head_and_entry / entries;
+  const unsigned head_and_element = blockIdx.x / shares;
+  const int head = head_and_element / elements;
   const int kv_head = head / problem.group_size;
-  int relative[kRank], shift[kRank];
-  unsigned rest = head_and_entry % entries;
+  int element[kRank], relative[kRank];  // key less query is `relative`
+  unsigned rest = head_and_element % elements;
 #pragma unroll
   for (int r = kRank - 1; r >= 0; --r) {
     const int extent = 2 * problem.axes[r].kernel_size - 1;
-    relative[r] = rest % extent;
-    shift[r] = relative[r] - (problem.axes[r].kernel_size - 1);
+    element[r] = rest % extent;
+    relative[r] = element[r] - (problem.axes[r].kernel_size - 1);
     rest /= extent;
   }
 
   Number sum = 0;
   for (int batch = 0; batch < problem.batch; ++batch) {
     for_each_token(
-        problem, share * kGroups + Lanes::member(), shares * kGroups,
+        problem, share * kGroups + Lanes::index(), shares * kGroups,
         [&](const int (&token)[kRank]) {
-          // The key at this relative place, if the query sees it
+          // The key at this relative position, if the query sees it
           int key_token[kRank], offset[kRank];
 #pragma unroll
           for (int r = 0; r < kRank; ++r) {
             const Axis& axis = problem.axes[r];
             const int index = token[r] / axis.dilation, group = token[r] % axis.dilation;
             const Range window = axis.window(index, group);
-            const int key_index = index + shift[r];
+            const int key_index = index + relative[r];
             if (key_index < window.begin || key_index >= window.end) return;
             key_token[r] = axis.token({group, key_index});
             offset[r] = key_index - window.begin;
@@ -75,22 +78,24 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
                                                         problem.head_dim);
             const Held<ValueRow<Plan>, Plan::kWide> grad_output(
                 arguments.grad_output.at(batch, token, head), problem.value_dim);
+            // S = scale Q K^T + bias, dP = dO V^T
             const Number product =
                 Lanes::sum(query.dot(arguments.key.at(batch, key_token, kv_head)));
             const Number grad_weight =
                 Lanes::sum(grad_output.dot(arguments.value.at(batch, key_token, kv_head)));
             const Number logit = Number(problem.scale) * product +
-                                 convert<Number>(*arguments.rpb.at(0, relative, head));
-            const Number shift = finite_shift(*arguments.lse.at(batch, token, head));
-            sum += exponential(logit - shift) *
-                   (grad_weight - *arguments.delta.at(batch, token, head));
+                                 convert<Number>(*arguments.rpb.at(0, element, head));
+            // P = exp(S - lse), dS = P (dP - delta)
+            const Number lse = finite_lse(*arguments.lse.at(batch, token, head));
+            sum +=
+                exponential(logit - lse) * (grad_weight - *arguments.delta.at(batch, token, head));
           }
         });
   }
 
   sum = block_sum<Plan::kThreads, Plan::kLanes>(sum);
   if (threadIdx.x == 0)
-    arguments.shares.data[(unsigned long long)share * problem.heads * entries + head_and_entry] =
+    arguments.shares.data[(unsigned long long)share * problem.heads * elements + head_and_element] =
         sum;
 }
 

@@ -1,6 +1,7 @@
-// Adds up the shares that several blocks computed of one gradient, in a fixed order.
+// Adds up the shares of a gradient that several blocks computed, in a fixed order.
 //
-// One thread an element. Plan: kThreads, Number (dtype of the shares), Result (of the gradient).
+// One thread for each element. Plan: kThreads, Number (dtype of the shares), Result (of the
+// gradient).
 
 #include "cuneigh/types.cuh"
 

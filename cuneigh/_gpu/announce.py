@@ -10,16 +10,16 @@ from functools import cache
 from cuneigh._problem import Problem
 
 
-def announce(backend: str, part: str, problem: Problem, plan: object) -> None:
-    """Print what `backend` does for `part` of an operation, once for each problem and plan."""
+def announce(backend: str, pass_: str, problem: Problem, plan: object) -> None:
+    """Print the plan of `backend` for one pass of an operation, once for each problem and plan."""
     if os.environ.get("CUNEIGH_PRINT_PLANS", "").strip() == "1":
-        _print_once(f"cuneigh: {backend} {part} of {describe(problem)}: {plan}")
+        _print_once(f"cuneigh: {backend} {pass_} of {describe(problem)}: {plan}")
 
 
 def describe(problem: Problem) -> str:
     """A problem in one line; what is as usual is left out."""
     axes = problem.axes
-    parts = [
+    words = [
         f"{joined(problem.tokens)} tokens",
         *([f"{joined(problem.key_tokens)} keys"] if problem.key_tokens != problem.tokens else []),
         f"kernel_size {joined(axis.kernel_size for axis in axes)}",
@@ -27,20 +27,20 @@ def describe(problem: Problem) -> str:
     for name in ("stride", "dilation"):
         values = [getattr(axis, name) for axis in axes]
         if any(value != 1 for value in values):
-            parts.append(f"{name} {joined(values)}")
+            words.append(f"{name} {joined(values)}")
     if any(axis.is_causal for axis in axes):
-        parts.append(f"causal {joined(int(axis.is_causal) for axis in axes)}")
+        words.append(f"causal {joined(int(axis.is_causal) for axis in axes)}")
     heads = f"{problem.heads} heads"
     if problem.kv_heads != problem.heads:
         heads += f" on {problem.kv_heads}"
-    parts += [f"batch {problem.batch}", heads, f"head_dim {problem.head_dim}"]
+    words += [f"batch {problem.batch}", heads, f"head_dim {problem.head_dim}"]
     if problem.value_dim != problem.head_dim:
-        parts.append(f"value_dim {problem.value_dim}")
+        words.append(f"value_dim {problem.value_dim}")
     if problem.additional:
-        parts.append(f"{problem.additional} additional keys")
+        words.append(f"{problem.additional} additional keys")
     if problem.rpb_dtype:
-        parts.append("rpb")
-    return f"{problem.dtype}, " + ", ".join(parts)
+        words.append("rpb")
+    return f"{problem.dtype}, " + ", ".join(words)
 
 
 def joined(sizes: Iterable[int]) -> str:

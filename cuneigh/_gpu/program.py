@@ -1,8 +1,8 @@
-"""What a GPU backend launches for calls whose arrays are laid out alike: all but their addresses.
+"""The launches of a call, recorded for all calls whose arrays differ in their addresses alone.
 
-A backend is asked once. It is given `Array`s, of which everything is known but where they are, and
+A backend is asked once. It is given `Array`s, of which everything is known but their addresses, and
 adds launches to a `Program`. From then on a call runs the program with the addresses of its arrays:
-whatever the backend decides and computes in Python takes the host far longer than launching does.
+what the backend decides and computes in Python takes the host far longer than launching does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from cuneigh._problem import Spec
 Step = Callable[[Sequence[int], int], None]
 """Something to launch, given the addresses of all arrays and a stream."""
 
-
 Parameter = npt.NDArray[Any] | Sequence[int | Pointer] | TensorMap
 """An argument that a kernel takes by value: a record, 64-bit words, or a tensor map."""
 
@@ -42,8 +41,8 @@ class Program:
     def run(self, addresses: Sequence[int], stream: int) -> None:
         """Launch everything on the CUDA stream `stream`; the device is current.
 
-        `addresses` are those of arguments, results and workspace in the order in which they became
-        known. All memory must stay as it is until the stream has come that far.
+        `addresses` are those of arguments, results and workspace, in the order in which these were
+        added. All memory must stay as it is until the stream has come that far.
         """
         for step in self._steps:
             step(addresses, stream)
@@ -137,6 +136,9 @@ class _Launch:
             frame[index] = start + byte
         for index, slot, offset in self._pointers:
             frame[index] = addresses[slot] + offset
+        if not self._maps:
+            self._launch(stream, start, 0)
+            return
         held = []  # until the launch, after which a map that is not kept may go
         for index, encode, slot, offset in self._maps:
             frame[index], memory = encode(addresses[slot] + offset)

@@ -26,7 +26,7 @@ DTYPE_CODES = {"float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}
 """CUtensorMapDataType."""
 
 SWIZZLE_CODES = {0: 0, 32: 1, 64: 2, 128: 3}
-"""CUtensorMapSwizzle, by the bytes within which 16-byte chunks change places."""
+"""CUtensorMapSwizzle, by the bytes within which 16-byte chunks are permuted."""
 
 NO_INTERLEAVE, L2_PROMOTION_128B, ZEROS_OUT_OF_BOUNDS = 0, 2, 0
 
@@ -50,7 +50,7 @@ class TensorMap:
     element_strides: tuple[int, ...] = ()
     """Along each axis, every how many-th element of the box is moved; every one if empty."""
     swizzle: Literal[0, 32, 64, 128] = 0
-    """The bytes within which 16-byte chunks change places in shared memory."""
+    """The bytes within which 16-byte chunks are permuted in shared memory."""
 
 
 Encoded = tuple[int, object]

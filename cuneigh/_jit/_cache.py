@@ -2,7 +2,7 @@
 
     <root>/<key>/nvrtc-<version>/kernel.cu       the translation unit
                                  kernel.cubin    what NVRTC made of it
-                                 kernel.json     its entry point, resources and checksum
+                                 kernel.json     its symbol, resources and checksum
 
 The key covers the sources, the plan, the options and the architecture. The version of NVRTC is a
 directory below it, so that a machine without NVRTC can use what any version has compiled; where
@@ -37,7 +37,7 @@ class Compiled:
     """A compiled kernel in a cache."""
 
     cubin: Path
-    entry: str
+    symbol: str
     """The mangled name of the kernel in the cubin."""
     resources: Resources
 
@@ -94,7 +94,7 @@ class Cache:
 
     def _store(self, key: str, version: str, unit: str, built: Built) -> Compiled:
         metadata = {
-            "entry": built.entry,
+            "symbol": built.symbol,
             "resources": asdict(built.resources),
             "sha256": hashlib.sha256(built.cubin).hexdigest(),
         }
@@ -140,7 +140,7 @@ def _read(entry: Path) -> Compiled | None:
             return None
         fields = metadata["resources"]
         resources = Resources(**{**fields, "advice": tuple(fields.get("advice", ()))})
-        return Compiled(entry / CUBIN, str(metadata["entry"]), resources)
+        return Compiled(entry / CUBIN, str(metadata["symbol"]), resources)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

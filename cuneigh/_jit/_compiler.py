@@ -47,7 +47,7 @@ class Built:
     """What NVRTC makes of a kernel."""
 
     cubin: bytes
-    entry: str
+    symbol: str
     """The mangled name of the kernel in the cubin."""
     resources: Resources
 
@@ -103,7 +103,7 @@ def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
             ) from None
         return Built(
             cubin=nvrtc.getCUBIN(program),
-            entry=nvrtc.getLoweredName(program, kernel.instance),
+            symbol=nvrtc.getLoweredName(program, kernel.instance),
             resources=_resources(_log(nvrtc, program)),
         )
     finally:

@@ -33,7 +33,7 @@ def _load(kernel: Kernel, device: Device) -> Any:
     compiled = choose(kernel, device)
     with current(device.index):
         try:
-            function = cupy.RawModule(path=str(compiled.cubin)).get_function(compiled.entry)
+            function = cupy.RawModule(path=str(compiled.cubin)).get_function(compiled.symbol)
             function.kernel  # noqa: B018 - loads the module, which CuPy may put off until now
         except cupy.cuda.driver.CUDADriverError as error:
             driver = cupy.cuda.runtime.driverGetVersion()

@@ -25,7 +25,7 @@ KERNEL = Kernel("toy", "using Number = number;\nstatic constexpr int kStep = 2;"
 
 
 def built(cubin: bytes = b"cubin") -> compiler.Built:
-    return compiler.Built(cubin, "entry", Resources(1, 2, 3, 4, 5))
+    return compiler.Built(cubin, "symbol", Resources(1, 2, 3, 4, 5))
 
 
 def entries(cache: Cache) -> list[Path]:

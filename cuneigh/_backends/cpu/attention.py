@@ -1,8 +1,8 @@
 """Neighborhood attention and its backward, box by box.
 
-Softmax needs no maximum as long as exponentials and sums stay in the range of the dtype, which one
-look at the sums tells. Only a box in which they do not is computed again, with the maximum of each
-row that needs it subtracted; whether a row does depends on what that row sees and on nothing else.
+Softmax needs no maximum as long as exponentials and sums stay in the range of the dtype, which the
+sums tell. Only a box in which they do not is computed again, with the maximum subtracted from each
+row that needs that. Whether a row needs it depends on what that row sees and on nothing else.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from cuneigh._backends.cpu.boxes import (
     visible,
     write_tile,
 )
-from cuneigh._backends.cpu.gradients import Parts, Sums, bias_part, halo_parts
+from cuneigh._backends.cpu.gradients import BoxGradients, Sums, bias_gradient, halo_gradients
 from cuneigh._backends.cpu.rows import Array, Rows
 from cuneigh._backends.cpu.tiles import Box
 from cuneigh._problem import Operands, Problem
 
 LOWEST_SUM, HIGHEST_SUM = 1e-10, 1e20
-"""Between these, the sum of a row's exponentials shows that it needs no maximum."""
+"""A row whose sum of exponentials is between these needs no maximum."""
 
-HIGHEST_PEAK = 47.0
-"""Magnitude of a row's maximum from which it is subtracted. A row whose sum is between the bounds
-has a smaller one, unless it has 1e10 keys, so that it gets the same bits either way."""
+HIGHEST_MAX = 47.0
+"""Magnitude of a row's maximum above which it is subtracted. A row whose sum is between the bounds
+has a smaller one, unless it has 1e10 keys, so that it gets the same bits whether or not its box is
+computed again."""
 
 
 @np.errstate(all="ignore")
@@ -56,11 +57,11 @@ def forward(
         columns = transposed(box, tile, problem.scale, space, "query columns")
         weights = space("weights", *box.lead, box.tile.keys, box.tile.width)
 
-        place = out_rows.view(box.query_place)
-        if place is None or place.dtype != space.dtype or problem.group_size > 1:
-            place = None
+        in_place = out_rows.view(box.query_tokens)
+        if in_place is None or in_place.dtype != space.dtype or problem.group_size > 1:
+            in_place = None
         shape = *box.lead, box.tile.width, problem.value_dim
-        out = space("output", *shape) if place is None else place
+        out = space("output", *shape) if in_place is None else in_place
 
         def fill() -> None:
             fill_logits(box, keys, columns, bias, weights)
@@ -71,21 +72,21 @@ def forward(
             return column_sums(weights), values.sums(box, weights, out)
 
         fill()
-        shift: Array | int = 0
-        total, sums = attend()
+        subtracted: Array | int = 0
+        row_sum, sums = attend()
         finite = finite_rows(sums)
-        if not (finite.all() and total.min() >= LOWEST_SUM and total.max() <= HIGHEST_SUM):
+        if not (finite.all() and row_sum.min() >= LOWEST_SUM and row_sum.max() <= HIGHEST_SUM):
             fill()
-            peak = weights.max(-2)
-            needed = ~finite | (np.abs(peak) > HIGHEST_PEAK)
-            shift = np.where(needed & (peak != -np.inf), peak, 0)
-            np.subtract(weights, shift[..., None, :], out=weights)
-            total, sums = attend()
-        sums *= (1 / np.where(total == 0, 1, total))[..., None]
-        if place is None:
+            row_max = weights.max(-2)
+            needed = ~finite | (np.abs(row_max) > HIGHEST_MAX)
+            subtracted = np.where(needed & (row_max != -np.inf), row_max, 0)
+            np.subtract(weights, subtracted[..., None, :], out=weights)
+            row_sum, sums = attend()
+        sums *= (1 / np.where(row_sum == 0, 1, row_sum))[..., None]
+        if in_place is None:
             write_tile(box, out_rows, sums)
         if lse_rows is not None:
-            write_tile(box, lse_rows, (np.log(total) + shift)[..., None])
+            write_tile(box, lse_rows, (np.log(row_sum) + subtracted)[..., None])
 
     for_each_box(problem, compute)
 
@@ -107,7 +108,7 @@ def backward(
     lse_rows = Rows(lse[..., None])
     grad_lse_rows = None if grad_lse is None else Rows(grad_lse[..., None])
 
-    def compute(box: Box, space: Workspace) -> Parts:
+    def compute(box: Box, space: Workspace) -> BoxGradients:
         keys = read_halo(box, inputs.key, inputs.additional_keys, space, "key", vectors=True)
         values = read_halo(
             box, inputs.value, inputs.additional_values, space, "value", vectors=False
@@ -126,21 +127,21 @@ def backward(
         weights -= row_lse[..., None, :]
         hide(box, weights)
         np.exp(weights, out=weights)
-        value, additional_values = halo_parts(box, weights, grad_out, space, "grad value")
+        value, additional_values = halo_gradients(box, weights, grad_out, space, "grad value")
 
         columns = transposed(box, grad_out, 1, space, "grad output columns")
-        slopes = values.times(columns, space("slopes", *weights.shape))
-        slopes -= delta[..., None, :]
-        slopes *= weights
-        if not np.isfinite(column_sums(slopes)).all():
-            np.copyto(slopes[..., : box.tile.halo, :], 0, where=~visible(box))  # not 0 * inf
-        grad_query = keys.sums(box, slopes, space("grad query", *query.shape))
+        grad_logits = values.times(columns, space("grad logits", *weights.shape))
+        grad_logits -= delta[..., None, :]
+        grad_logits *= weights
+        if not np.isfinite(column_sums(grad_logits)).all():
+            np.copyto(grad_logits[..., : box.tile.halo, :], 0, where=~visible(box))  # not 0 * inf
+        grad_query = keys.sums(box, grad_logits, space("grad query", *query.shape))
         grad_query *= problem.scale
         write_tile(box, query_gradient, grad_query)
         query *= problem.scale
-        key, additional_keys = halo_parts(box, slopes, query, space, "grad key")
-        rpb = None if bias is None else bias_part(box, slopes)
-        return Parts(box, key, value, additional_keys, additional_values, rpb)
+        key, additional_keys = halo_gradients(box, grad_logits, query, space, "grad key")
+        rpb = None if bias is None else bias_gradient(box, grad_logits)
+        return BoxGradients(box, key, value, additional_keys, additional_values, rpb)
 
     shared = Sums(problem, gradients, allocate)
     for_each_box(problem, compute, shared.add)

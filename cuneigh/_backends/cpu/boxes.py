@@ -26,7 +26,6 @@ Result = TypeVar("Result")
 ALIGNMENT = 64
 """Bytes of a vector register. Products of unaligned matrices take up to a third longer."""
 
-
 CACHED_ROWS = 32
 """Rows, often a power of two of bytes apart, that can be in the first-level cache together."""
 
@@ -108,18 +107,18 @@ def tables(operands: Operands) -> Operands:
 def read_tile(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
     """``[lead, width, dim]``: what the queries of `box` hold."""
     out = space(name, *tile_shape(box), rows.dim)
-    return rows.read(box.query_place, out).reshape(*box.lead, box.tile.width, rows.dim)
+    return rows.read(box.query_tokens, out).reshape(*box.lead, box.tile.width, rows.dim)
 
 
 def view_tile(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
     """``[batch, tiles.., heads, queries, dim]``: the same, without a copy where possible."""
-    view = rows.view(box.query_place)
+    view = rows.view(box.query_tokens)
     return read_tile(box, rows, space, name) if view is None else view
 
 
 def write_tile(box: Box, rows: Rows, values: Array) -> None:
     """Store ``values[lead, width, dim]`` for the queries of `box`."""
-    rows.write(box.query_place, values.reshape(*tile_shape(box), rows.dim))
+    rows.write(box.query_tokens, values.reshape(*tile_shape(box), rows.dim))
 
 
 def tile_shape(box: Box) -> tuple[int, ...]:
@@ -135,8 +134,8 @@ def transposed(box: Box, tile: Array, factor: float, space: Workspace, name: str
     out = space(name, *box.lead, dim, box.tile.width)
     target = out.reshape(columns.shape)
     for start in range(0, queries, CACHED_ROWS):
-        part = slice(start, start + CACHED_ROWS)
-        np.copyto(target[..., part], columns[..., part])
+        some = slice(start, start + CACHED_ROWS)
+        np.copyto(target[..., some], columns[..., some])
     return np.multiply(out, factor, out=out)
 
 
@@ -182,13 +181,13 @@ def read_halo(
         return Halo(tokens, None)
     batch, *tiles, kv_heads = box.lead
     out = space(f"additional {name}", batch, 1, kv_heads, box.tile.additional, rows.dim)
-    additional.read(box.additional_place, out)
+    additional.read(box.additional_tokens, out)
     return Halo(tokens, out.reshape(batch, *(1 for _ in tiles), *out.shape[2:]))
 
 
 def view_halo(box: Box, rows: Rows, space: Workspace) -> Array | None:
     """``[lead, keys of the halo, dim]``; None unless BLAS can read the array as it is."""
-    view = rows.view(box.key_place)
+    view = rows.view(box.key_tokens)
     if view is None or view.dtype != space.dtype:
         return None
     return view if view.strides[-2] >= rows.dim * view.itemsize else None
@@ -204,13 +203,13 @@ def is_aligned(array: Array) -> bool:
 def copy_halo(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
     """``[lead, keys of the halo, dim]``; what overlaps along the first axis is copied once."""
     if box.key_region is None:
-        return rows.read(box.key_place, space(name, *box.lead, box.tile.halo, rows.dim))
-    place, step = box.key_region
+        return rows.read(box.key_tokens, space(name, *box.lead, box.tile.halo, rows.dim))
+    tokens, stride = box.key_region
     batch, along, *tiles, kv_heads = box.lead
-    size = step * (along - 1) + box.tile.halo
-    region = rows.read(place, space(name, batch, 1, *tiles, kv_heads, size, rows.dim))
+    size = stride * (along - 1) + box.tile.halo
+    region = rows.read(tokens, space(name, batch, 1, *tiles, kv_heads, size, rows.dim))
     strides = list(region.strides)
-    strides[1] = step * strides[-2]
+    strides[1] = stride * strides[-2]
     return as_strided(region, (*box.lead, box.tile.halo, rows.dim), strides)
 
 
@@ -224,8 +223,8 @@ def hide(box: Box, logits: Array) -> None:
     """
     grouped = logits.reshape(*logits.shape[:-1], -1, box.tile.queries)
     for keys, bound in box.tile.bounds:
-        part = grouped[..., keys, :, :]
-        np.fmin(part, bound[:, None, :], out=part)
+        logits_of_keys = grouped[..., keys, :, :]
+        np.fmin(logits_of_keys, bound[:, None, :], out=logits_of_keys)
 
 
 def visible(box: Box) -> Booleans:

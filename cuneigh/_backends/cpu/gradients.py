@@ -1,7 +1,7 @@
 """Gradients of what many boxes share: keys, values, additional ones and rpb.
 
-A box computes its part of each; `Sums` adds the parts of all boxes in the order of the boxes, so
-that the sums do not depend on the threads that computed them.
+A box computes what its queries add to each. `Sums` adds that up in the order of the boxes, so that
+the sums do not depend on the threads that computed them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cuneigh._backends.cpu.tiles import Box
 from cuneigh._problem import Operands, Problem
 
 
-class Parts(NamedTuple):
+class BoxGradients(NamedTuple):
     """What one box adds to the gradients; None where it adds nothing."""
 
     box: Box
@@ -32,24 +32,26 @@ class Parts(NamedTuple):
     """``[heads, offsets]``"""
 
 
-def halo_parts(
+def halo_gradients(
     box: Box, weights: Array, rows: Array, space: Workspace, name: str
 ) -> tuple[Array, Array | None]:
-    """The gradients that ``weights[lead, keys, width]`` bring to the keys of the halos and to the
-    additional ones, laid out as in `Parts`, from what the queries hold, ``rows[lead, width, dim]``.
+    """``weights @ rows`` for the keys of the halos, and for the additional ones.
+
+    `weights` are ``[lead, keys, width]`` and `rows`, the vectors of the queries, are
+    ``[lead, width, dim]``. The results are laid out as in `BoxGradients`.
     """
     out = space(name, *box.lead, box.tile.halo, rows.shape[-1])
-    part = confined_product(weights[..., : box.tile.halo, :], rows, lambda: visible(box), out)
+    of_tokens = confined_product(weights[..., : box.tile.halo, :], rows, lambda: visible(box), out)
     if not box.tile.additional:
-        return part, None
+        return of_tokens, None
     tiles = tuple(range(1, 1 + len(box.tile.strips)))
-    return part, np.matmul(weights[..., box.tile.halo :, :], rows).sum(tiles).swapaxes(1, 2)
+    return of_tokens, np.matmul(weights[..., box.tile.halo :, :], rows).sum(tiles).swapaxes(1, 2)
 
 
-def bias_part(box: Box, gradients: Array) -> Array:
-    """``[heads, offsets]`` from the gradients of the logits, which are [lead, keys, width]."""
+def bias_gradient(box: Box, grad_logits: Array) -> Array:
+    """``[heads, offsets]`` from the gradients of the logits, ``[lead, keys, width]``."""
     tile = box.tile
-    summed = gradients[..., : tile.halo, :].sum(tuple(range(len(box.lead) - 1)))
+    summed = grad_logits[..., : tile.halo, :].sum(tuple(range(len(box.lead) - 1)))
     grouped = summed.reshape(-1, tile.halo, tile.group_size, tile.queries)
     by_head = grouped.swapaxes(1, 2).reshape(len(box.heads), -1)
     offsets, count = (
@@ -60,7 +62,7 @@ def bias_part(box: Box, gradients: Array) -> Array:
 
 
 class Sums:
-    """The gradients that boxes share, of which every box adds its part."""
+    """The gradients that boxes share, to which every box adds."""
 
     def __init__(self, problem: Problem, gradients: Operands, allocate: Any) -> None:
         self._gradients = gradients._replace(query=None)
@@ -80,21 +82,21 @@ class Sums:
         return gradient
 
     @np.errstate(all="ignore")
-    def add(self, parts: Parts) -> None:
-        box = parts.box
+    def add(self, of_box: BoxGradients) -> None:
+        box = of_box.box
         batch = slice(box.batch.start, box.batch.stop)
         kv_heads = slice(box.kv_heads.start, box.kv_heads.stop)
         heads = slice(box.heads.start, box.heads.stop)
-        if parts.key is not None:
-            add_halos(box, self._sums.key[batch, ..., kv_heads, :], parts.key)
-        if parts.value is not None:
-            add_halos(box, self._sums.value[batch, ..., kv_heads, :], parts.value)
-        if parts.additional_keys is not None:
-            self._sums.additional_keys[batch, :, kv_heads] += parts.additional_keys
-        if parts.additional_values is not None:
-            self._sums.additional_values[batch, :, kv_heads] += parts.additional_values
-        if parts.rpb is not None:
-            self._sums.rpb[heads] += parts.rpb.reshape(self._sums.rpb[heads].shape)
+        if of_box.key is not None:
+            add_halos(box, self._sums.key[batch, ..., kv_heads, :], of_box.key)
+        if of_box.value is not None:
+            add_halos(box, self._sums.value[batch, ..., kv_heads, :], of_box.value)
+        if of_box.additional_keys is not None:
+            self._sums.additional_keys[batch, :, kv_heads] += of_box.additional_keys
+        if of_box.additional_values is not None:
+            self._sums.additional_values[batch, :, kv_heads] += of_box.additional_values
+        if of_box.rpb is not None:
+            self._sums.rpb[heads] += of_box.rpb.reshape(self._sums.rpb[heads].shape)
 
     def store(self) -> None:
         """Bring the sums to where they belong."""
@@ -103,17 +105,17 @@ class Sums:
                 gradient[...] = total
 
 
-def add_halos(box: Box, total: Array, part: Array) -> None:
-    """Add ``part[lead, keys of the halo, dim]`` to ``total[batch, tokens.., kv_heads, dim]``."""
+def add_halos(box: Box, total: Array, halos: Array) -> None:
+    """Add ``halos[lead, keys of the halo, dim]`` to ``total[batch, tokens.., kv_heads, dim]``."""
     batch, *tiles, kv_heads = box.lead
     sizes = [strip.keys for strip in box.tile.strips]
-    part = part.reshape(batch, *tiles, kv_heads, *sizes, part.shape[-1])
-    part = np.moveaxis(part, (0, 1 + len(tiles)), (len(tiles), -2))
+    halos = halos.reshape(batch, *tiles, kv_heads, *sizes, halos.shape[-1])
+    halos = np.moveaxis(halos, (0, 1 + len(tiles)), (len(tiles), -2))
     slices = [
         [slice(first, first + strip.keys * d, d) for first in along.tolist()]
         for along, strip in zip(box.first_key, box.tile.strips, strict=True)
         for d in (strip.axis.dilation,)
     ]
     for tile, tokens in zip(np.ndindex(*tiles), itertools.product(*slices), strict=True):
-        place = total[slice(None), *tokens]
-        place += part[tile]
+        keys = total[slice(None), *tokens]
+        keys += halos[tile]

@@ -1,8 +1,8 @@
 """Neighborhood attention's two products on their own, with logits or weights in memory.
 
-The logits of a box are dense, ``[lead, keys, width]``; those in memory hold one row of slots a
-query. A table of indices leads from every slot to its dense element, from slots that hide their key
-to one element behind them all.
+The logits of a box are dense, ``[lead, keys, width]``; those in memory hold one row of slots for
+each query. A table of indices leads from every slot to its dense element. Slots of hidden keys lead
+to one element behind all others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cuneigh._backends.cpu.boxes import (
     view_tile,
     write_tile,
 )
-from cuneigh._backends.cpu.gradients import Parts, Sums, bias_part, halo_parts
+from cuneigh._backends.cpu.gradients import BoxGradients, Sums, bias_gradient, halo_gradients
 from cuneigh._backends.cpu.rows import Array, Rows
 from cuneigh._backends.cpu.tiles import Box, Integers, Tile, combined
 from cuneigh._problem import Operands, Problem
@@ -61,12 +61,12 @@ class Slots:
 
 def slot_keys(tile: Tile) -> Integers:
     """``[queries, slots]``: which key of the tile is in each slot; negative if it is hidden."""
-    parts = []
+    along = []
     for r, strip in enumerate(tile.strips):
         key = strip.start[:, None] + np.arange(strip.axis.kernel_size)
-        step = math.prod(later.keys for later in tile.strips[r + 1 :])
-        parts.append(np.where(key < strip.end[:, None], key * step, -tile.halo))
-    keys: Integers = combined(np.add, parts)
+        stride = math.prod(later.keys for later in tile.strips[r + 1 :])
+        along.append(np.where(key < strip.end[:, None], key * stride, -tile.halo))
+    keys: Integers = combined(np.add, along)
     additional = np.broadcast_to(np.arange(tile.halo, tile.keys), (tile.queries, tile.additional))
     return np.concatenate([keys, additional], 1)
 
@@ -95,18 +95,18 @@ def qk_backward(
     inputs = tables(operands)
     grad_rows, query_gradient = Rows(grad_logits), Rows(gradients.query)
 
-    def compute(box: Box, space: Workspace) -> Parts:
+    def compute(box: Box, space: Workspace) -> BoxGradients:
         keys = read_halo(box, inputs.key, inputs.additional_keys, space, "key", vectors=True)
         query = read_tile(box, inputs.query, space, "query")
         given = read_tile(box, grad_rows, space, "grad logits")
-        slopes = Slots(box, space).spread(given)
-        grad_query = keys.sums(box, slopes, space("grad query", *query.shape))
+        dense = Slots(box, space).spread(given)
+        grad_query = keys.sums(box, dense, space("grad query", *query.shape))
         grad_query *= problem.scale
         write_tile(box, query_gradient, grad_query)
         query *= problem.scale
-        key, additional_keys = halo_parts(box, slopes, query, space, "grad key")
-        rpb = None if operands.rpb is None else bias_part(box, slopes)
-        return Parts(box, key=key, additional_keys=additional_keys, rpb=rpb)
+        key, additional_keys = halo_gradients(box, dense, query, space, "grad key")
+        rpb = None if operands.rpb is None else bias_gradient(box, dense)
+        return BoxGradients(box, key=key, additional_keys=additional_keys, rpb=rpb)
 
     shared = Sums(problem, gradients, allocate)
     for_each_box(problem, compute, shared.add)
@@ -142,7 +142,7 @@ def av_backward(
     inputs = tables(operands)
     weight_rows, grad_rows, weight_gradient = map(Rows, (weights, grad_output, grad_weights))
 
-    def compute(box: Box, space: Workspace) -> Parts:
+    def compute(box: Box, space: Workspace) -> BoxGradients:
         values = read_halo(
             box, inputs.value, inputs.additional_values, space, "value", vectors=False
         )
@@ -152,8 +152,8 @@ def av_backward(
         values.times(columns, slots.dense)
         write_tile(box, weight_gradient, slots.select(0))
         dense = slots.spread(read_tile(box, weight_rows, space, "weights"))
-        value, additional_values = halo_parts(box, dense, grad_out, space, "grad value")
-        return Parts(box, value=value, additional_values=additional_values)
+        value, additional_values = halo_gradients(box, dense, grad_out, space, "grad value")
+        return BoxGradients(box, value=value, additional_values=additional_values)
 
     shared = Sums(problem, gradients, allocate)
     for_each_box(problem, compute, shared.add)

@@ -2,7 +2,7 @@
 
 Everything is separable over the token axes. A `Strip` holds tiles along one axis that are
 translations of one another, a `Tile` is what the products of some strips look like, and a `Box` is
-a block of such products for some batch entries and key heads. All tiles of a box being alike, one
+a block of such products for some batches and key heads. All tiles of a box being alike, one
 batch of matrix products computes them. Tiles at the borders, or cut short by the end of their
 dilation group, are in strips of their own: nothing is padded.
 """
@@ -80,33 +80,34 @@ def strips(axis: Axis, queries: int, biased: bool) -> tuple[Strip, ...]:
     index = first[:, None] + np.minimum(np.arange(queries), count[:, None] - 1)
     start, end = axis.window(index, group[:, None])
     first_key = start[:, 0].copy()
-    looks = [start - first_key[:, None], end - first_key[:, None], count[:, None]]
+    traits = [start - first_key[:, None], end - first_key[:, None], count[:, None]]
     if biased:
-        looks.append((first - first_key)[:, None])
-    look = np.concatenate(looks, 1)
+        traits.append((first - first_key)[:, None])
+    signature = np.concatenate(traits, 1)  # equal for tiles that are alike
 
     alike: dict[bytes, list[range]] = {}
-    changes = np.flatnonzero((look[1:] != look[:-1]).any(1)) + 1
-    for begin, stop in itertools.pairwise([0, *changes.tolist(), len(look)]):
-        alike.setdefault(look[begin].tobytes(), []).append(range(begin, stop))
+    changes = np.flatnonzero((signature[1:] != signature[:-1]).any(1)) + 1
+    for begin, stop in itertools.pairwise([0, *changes.tolist(), len(signature)]):
+        alike.setdefault(signature[begin].tobytes(), []).append(range(begin, stop))
     result = []
     for runs in alike.values():
         of, size = np.concatenate(runs), int(count[runs[0].start])
-        start_of, end_of = look[of[0]][:size], look[of[0]][queries : queries + size]
+        shared = signature[of[0]]
+        start_of, end_of = shared[:size], shared[queries : queries + size]
         first_query = first[of] * axis.dilation + group[of]
         first_keys = first_key[of] * axis.dilation + group[of]
         result.append(Strip(axis, start_of, end_of, first_query, first_keys))
     return tuple(result)
 
 
-def combined(combine: Callable[[Any, Any], Any], parts: Iterable[npt.NDArray[Any]]) -> Any:
-    """``[a_1 * .. * a_R, b_1 * .. * b_R]`` from one part ``[a_r, b_r]`` for each axis."""
+def combined(combine: Callable[[Any, Any], Any], matrices: Iterable[npt.NDArray[Any]]) -> Any:
+    """``[a_1 * .. * a_R, b_1 * .. * b_R]`` from a matrix ``[a_r, b_r]`` for each axis."""
 
     def pair(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[Any]:
         both = combine(x[:, None, :, None], y[:, None, :])
         return both.reshape(len(x) * len(y), -1)  # type: ignore[no-any-return]
 
-    return reduce(pair, parts)
+    return reduce(pair, matrices)
 
 
 Bound = npt.NDArray[np.float32]
@@ -146,7 +147,7 @@ class Tile:
 
     @property
     def count(self) -> int:
-        """Tiles of a batch entry."""
+        """Tiles of one batch."""
         return math.prod(strip.tiles for strip in self.strips)
 
     def visible(self) -> Booleans:
@@ -172,15 +173,15 @@ class Tile:
     def bias_index(self) -> Integers:
         """``[keys of the halo, queries]``: index of each pair's bias in a head's flattened rpb."""
         sizes = [2 * strip.axis.kernel_size - 1 for strip in self.strips]
-        steps = [math.prod(sizes[r + 1 :]) for r in range(len(sizes))]
-        parts = zip(self.strips, steps, strict=True)
-        index: Integers = combined(np.add, (strip.bias_index() * step for strip, step in parts))
+        strides = [math.prod(sizes[r + 1 :]) for r in range(len(sizes))]
+        pairs = zip(self.strips, strides, strict=True)
+        index: Integers = combined(np.add, (strip.bias_index() * stride for strip, stride in pairs))
         return index
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where the tokens of a box are, for `Rows` to read and write."""
+class Tokens:
+    """The tokens of a box, which `Rows` reads and writes."""
 
     batch: range
     heads: range
@@ -190,16 +191,16 @@ class Place:
     """``[m_r]`` for each axis: the tokens of a tile, from its first."""
     _indices: dict[tuple[int, ...], Integers] = field(default_factory=dict)
 
-    def index(self, origin: int, *steps: int) -> Integers:
-        """``[batch, tiles.., heads, m]``: `origin`, and a step for each entry, token and head."""
-        key = origin, *steps
+    def index(self, origin: int, *strides: int) -> Integers:
+        """``[batch, tiles.., heads, m]``: the rows of a table, given the strides of its axes."""
+        key = origin, *strides
         if key not in self._indices:
-            batch_step, *token_steps, head_step = steps
-            batch = np.arange(self.batch.start, self.batch.stop) * batch_step + origin
-            heads = np.arange(self.heads.start, self.heads.stop) * head_step
-            parts = [batch, *map(np.multiply, self.first, token_steps), heads]
-            inner = reduce(np.add.outer, map(np.multiply, self.offsets, token_steps))
-            self._indices[key] = reduce(np.add.outer, [*parts, inner.ravel()])
+            batch_stride, *token_strides, head_stride = strides
+            batch = np.arange(self.batch.start, self.batch.stop) * batch_stride + origin
+            heads = np.arange(self.heads.start, self.heads.stop) * head_stride
+            outer = [batch, *map(np.multiply, self.first, token_strides), heads]
+            inner = reduce(np.add.outer, map(np.multiply, self.offsets, token_strides))
+            self._indices[key] = reduce(np.add.outer, [*outer, inner.ravel()])
         return self._indices[key]
 
     @cached_property
@@ -235,37 +236,39 @@ class Box:
         return range(self.kv_heads.start * size, self.kv_heads.stop * size)
 
     @cached_property
-    def query_place(self) -> Place:
+    def query_tokens(self) -> Tokens:
         offsets = (np.arange(strip.queries) * strip.axis.dilation for strip in self.tile.strips)
-        return Place(self.batch, self.heads, self.first_query, tuple(offsets))
+        return Tokens(self.batch, self.heads, self.first_query, tuple(offsets))
 
     @cached_property
-    def key_place(self) -> Place:
+    def key_tokens(self) -> Tokens:
         offsets = (np.arange(strip.keys) * strip.axis.dilation for strip in self.tile.strips)
-        return Place(self.batch, self.kv_heads, self.first_key, tuple(offsets))
+        return Tokens(self.batch, self.kv_heads, self.first_key, tuple(offsets))
 
     @cached_property
-    def key_region(self) -> tuple[Place, int] | None:
+    def key_region(self) -> tuple[Tokens, int] | None:
         """The keys of all tiles along the first axis as one tile, and the rows from tile to tile.
 
         None unless halos that follow each other overlap, all by the same number of keys.
         """
-        across, strip = self.key_place.across, self.tile.strips[0]
+        across, strip = self.key_tokens.across, self.tile.strips[0]
         if not across or across % strip.axis.dilation:
             return None
-        step = across // strip.axis.dilation
-        if not 0 < step < strip.keys:
+        keys = across // strip.axis.dilation
+        if not 0 < keys < strip.keys:
             return None
-        size = step * (len(self.first_key[0]) - 1) + strip.keys
+        size = keys * (len(self.first_key[0]) - 1) + strip.keys
         first = self.first_key[0][:1], *self.first_key[1:]
-        offsets = np.arange(size) * strip.axis.dilation, *self.key_place.offsets[1:]
-        return Place(self.batch, self.kv_heads, first, offsets), step * self.tile.halo // strip.keys
+        offsets = np.arange(size) * strip.axis.dilation, *self.key_tokens.offsets[1:]
+        return Tokens(
+            self.batch, self.kv_heads, first, offsets
+        ), keys * self.tile.halo // strip.keys
 
     @cached_property
-    def additional_place(self) -> Place:
+    def additional_tokens(self) -> Tokens:
         """The additional keys, as one tile."""
         keys = np.arange(self.tile.additional)
-        return Place(self.batch, self.kv_heads, (np.zeros(1, int),), (keys,))
+        return Tokens(self.batch, self.kv_heads, (np.zeros(1, int),), (keys,))
 
 
 # The shape of the tiles
@@ -318,7 +321,7 @@ def cut(
         return logits + copied * dims * 0.5 + tiles * width * dims * 1.5 + boxes * 1e5 / repeats
 
     def sizes(axis: Axis) -> set[int]:
-        """Even parts of the axis, also in whole stride groups."""
+        """Even cuts of the axis, also of whole stride groups."""
         length = -(-axis.length // axis.dilation)
         even = {-(-length // -(-length // (1 << bit))) for bit in range(9)}
         whole = {-(-size // axis.stride) * axis.stride for size in even}
@@ -367,19 +370,19 @@ def _kept_boxes(strips: Cut, most: int, *sizes: int) -> list[Box]:
 def _boxes(
     strips: Cut, most: int, batch: int, kv_heads: int, group_size: int, additional: int
 ) -> Iterator[Box]:
-    tiles = [Tile(each, group_size, additional) for each in itertools.product(*strips)]
-    tiles.sort(key=lambda tile: -tile.count * tile.logits)  # so that threads end at the same time
-    total = sum(tile.count * tile.logits for tile in tiles) * batch * kv_heads
+    kinds = [Tile(each, group_size, additional) for each in itertools.product(*strips)]
+    kinds.sort(key=lambda tile: -tile.count * tile.logits)  # so that threads end at the same time
+    total = sum(tile.count * tile.logits for tile in kinds) * batch * kv_heads
     budget = min(max(total * 9 // (8 * BOXES), FEWEST_LOGITS), most)
-    for tile in tiles:
+    for tile in kinds:
         counts = batch, *(strip.tiles for strip in tile.strips), kv_heads
-        entries, *parts, heads = blocks(counts, budget // tile.logits)
-        for block in itertools.product(*parts):
+        batches, *along, heads = blocks(counts, budget // tile.logits)
+        for block in itertools.product(*along):
             of = list(zip(tile.strips, block, strict=True))
-            first_query = tuple(strip.first_query[part.start : part.stop] for strip, part in of)
-            first_key = tuple(strip.first_key[part.start : part.stop] for strip, part in of)
-            for some_entries, some_heads in itertools.product(entries, heads):
-                yield Box(tile, some_entries, some_heads, first_query, first_key)
+            first_query = tuple(strip.first_query[tiles.start : tiles.stop] for strip, tiles in of)
+            first_key = tuple(strip.first_key[tiles.start : tiles.stop] for strip, tiles in of)
+            for some_batches, some_heads in itertools.product(batches, heads):
+                yield Box(tile, some_batches, some_heads, first_query, first_key)
 
 
 def blocks(counts: Sequence[int], most: int) -> list[list[range]]:
@@ -390,8 +393,8 @@ def blocks(counts: Sequence[int], most: int) -> list[list[range]]:
     cuts = []
     room = max(most, 1)
     for count in reversed(counts):
-        parts = -(-count // min(room, count))
-        size = -(-count // parts)
+        cut_into = -(-count // min(room, count))
+        size = -(-count // cut_into)
         cuts.append([range(i, min(i + size, count)) for i in range(0, count, size)])
         room = max(room // size, 1)
     return cuts[::-1]

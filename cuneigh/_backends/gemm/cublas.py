@@ -36,18 +36,18 @@ class Matrices(NamedTuple):
     """A batch of matrices [rows, columns] whose rows are contiguous."""
 
     data: Pointer
-    """The first, or an array of addresses if `step` is None."""
-    row: int
+    """The first matrix, or an array of the addresses of all if `stride` is None."""
+    row_stride: int
     """Elements from row to row."""
-    step: int | None
+    stride: int | None
     """Elements from matrix to matrix."""
     dtype: str
 
     def located(self, addresses: Sequence[int]) -> tuple[int, ...]:
         """What cuBLAS takes for the batch."""
         data = addresses[self.data.slot] + self.data.offset
-        steps = () if self.step is None else (self.step,)
-        return data, CUDA_TYPES[self.dtype], self.row, *steps
+        strides = () if self.stride is None else (self.stride,)
+        return data, CUDA_TYPES[self.dtype], self.row_stride, *strides
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Product:
         rows, columns, inner = self.shape
         factors = np.array([self.factor, 0], np.float64 if self.compute == FLOAT64 else np.float32)
         alpha, beta = factors.ctypes.data, factors.ctypes.data + factors.itemsize
-        by_address = self.result.step is None
+        by_address = self.result.stride is None
         multiply = library.cublasGemmBatchedEx if by_address else library.cublasGemmStridedBatchedEx
         _check(
             multiply(
@@ -105,15 +105,15 @@ def _library() -> Any:
     library = ctypes.CDLL(found.abs_path)
     pointer: Any
     number: Any
-    step: Any
-    pointer, number, step = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
+    stride: Any
+    pointer, number, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     head = [pointer, *[number] * 5, pointer]
     library.cublasSetStream_v2.argtypes = [pointer, pointer]
     library.cublasGemmBatchedEx.argtypes = [
         *head, *[pointer, number, number] * 2, pointer, pointer, *[number] * 5
     ]  # fmt: skip
     library.cublasGemmStridedBatchedEx.argtypes = [
-        *head, *[pointer, number, number, step] * 2, pointer, pointer, number, number, step,
+        *head, *[pointer, number, number, stride] * 2, pointer, pointer, number, number, stride,
         *[number] * 3,
     ]  # fmt: skip
     return library

@@ -26,7 +26,7 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     value = walk.keys(operands.value, operands.additional_values)
     result = walk.queries(output)
     logits = walk.dense(problem.accumulator)
-    weights = _in_place_of(logits, walk)
+    weights = _overwriting(logits, walk)
     source = softmax_source(problem, walk.plan)
     views = Views(problem.rank)
     views.bias(operands.rpb)
@@ -59,7 +59,7 @@ def backward(
     grad_rows = walk.queries(grad_output)
     grad_query = walk.queries(gradients.query)
     logits, grad_weights = (walk.dense(problem.accumulator) for _ in range(2))
-    weights, grad_logits = _in_place_of(logits, walk), _in_place_of(grad_weights, walk)
+    weights, grad_logits = _overwriting(logits, walk), _overwriting(grad_weights, walk)
     halo_sums = _HaloSums(walk, gradients)
     delta = program.allocate(lse.shape, problem.accumulator) if problem.rpb_dtype else None
     source = row_source(problem, walk.plan.lanes(problem), problem.rpb_dtype)
@@ -211,8 +211,8 @@ class _HaloSums:
         )
 
 
-def _in_place_of(product: Matrix, walk: Walk) -> Matrix:
-    """Where what becomes of a product is stored: in its place if numbers have the same size."""
+def _overwriting(product: Matrix, walk: Walk) -> Matrix:
+    """The matrix of what is made of a product: the same if the numbers have the same dtype."""
     return product if product.dtype == walk.problem.dtype else walk.dense(walk.problem.dtype)
 
 

@@ -1,6 +1,6 @@
 """How the batched-GEMM backend cuts a problem into tiles and chunks: exact counts, no GPU needed.
 
-A tile is a box of queries of one dilation group, for one batch entry and the query heads that share
+A tile is a box of queries of one dilation group, for one batch and the query heads that share
 a key head, and its halo: a box of keys that holds every window of those queries. The boxes of one
 problem all have the same extents and so do their halos, so that a strided batch of matrix products
 covers many of them. A chunk is as many tiles as fit in the workspace.
@@ -59,11 +59,11 @@ class GemmPlan:
     tiles: int
     tile_bytes: int
     sum_bytes: int
-    """Workspace that the limit does not count: the gradients of half-precision keys and values of
-    one (batch entry, key head) pair in float32, where that pair is more than a chunk."""
+    """Workspace that the limit does not count: float32 sums of the gradients of half-precision keys
+    and values, of one pair of a batch and a key head, where a pair has more tiles than a chunk."""
     chunk: int
-    """Tiles that are worked on at a time. Either whole (batch entry, key head) pairs, or a part of
-    one."""
+    """Tiles that are worked on at a time: those of whole pairs of a batch and a key head, or some
+    of one pair."""
     direct: bool
     """Whether the products read and write tokens where they are: nothing is packed."""
     milliseconds: float
@@ -96,7 +96,7 @@ class GemmPlan:
 
     @property
     def pair_tiles(self) -> int:
-        """Tiles of one batch entry and key head."""
+        """Tiles of one batch and key head."""
         return math.prod(self.boxes)
 
     @property
@@ -119,7 +119,7 @@ class GemmPlan:
         return next((lanes for lanes in (4, 8, 16) if packets <= 4 * lanes), 32)
 
     def chunks(self) -> list[range]:
-        """The tiles of every chunk, in order. None holds parts of two pairs."""
+        """The tiles of every chunk, in order. No chunk holds parts of two pairs."""
         if self.chunk >= self.pair_tiles:
             spans = [range(self.tiles)]
         else:
@@ -180,7 +180,7 @@ def make_plan(
 ) -> GemmPlan:
     """The fastest plan within `limit` bytes, by the cost model; if there is none, the smallest.
 
-    `contiguous`: whether the steps between tokens and heads let products read them in place.
+    `contiguous`: whether the strides of tokens and heads let products read them in place.
     """
     best = smallest = None
     for cuts in candidates(problem):
@@ -204,7 +204,7 @@ def candidates(problem: Problem) -> list[tuple[Cut, ...]]:
     for axis in problem.axes:
         length = axis.group_length(0)
         longest = min(length, MOST_QUERIES)
-        even = {math.ceil(length / parts) for parts in range(1, 17)}
+        even = {math.ceil(length / count) for count in range(1, 17)}
         divisors = {size for size in range(8, longest + 1) if length % size == 0}
         powers = {1 << exponent for exponent in range(9)}
         few = {size for size in even | powers | divisors if size <= longest}
@@ -220,7 +220,7 @@ def make(
 ) -> GemmPlan | None:
     """The plan for given boxes; None if its matrices would be too long.
 
-    `direct` is a wish, granted where `in_place` allows it.
+    With `direct` the products read tokens in place if `in_place` finds that they can.
     """
     additional = problem.additional or 0
     if direct:
@@ -247,9 +247,10 @@ def make(
 def in_place(problem: Problem, cuts: tuple[Cut, ...]) -> tuple[Cut, ...] | None:
     """The cuts that let products read and write tokens where they are; None if these cannot be.
 
-    The rows of a matrix must lie at one step. So boxes and halos are whole along all axes but the
-    first, nothing but a single axis is dilated, and no two heads or kinds of keys share a matrix.
-    Boxes are full, halos stay inside the layout, and every matrix begins at 16 bytes.
+    One stride must lead from row to row of a matrix. So boxes and halos are whole along all axes
+    but the first, nothing but a single axis is dilated, and no two heads or kinds of keys share a
+    matrix. Boxes are full, halos stay inside the layout, and the address of every matrix is a
+    multiple of 16.
     """
     axis, *inner = problem.axes
     cut, *inner_cuts = cuts
@@ -274,9 +275,9 @@ def in_place(problem: Problem, cuts: tuple[Cut, ...]) -> tuple[Cut, ...] | None:
 
 
 def balanced(total: int, most: int, unit: int) -> int:
-    """The size of a part when `total` is cut into as few equal parts, in whole units, as can be."""
-    parts = math.ceil(total / most)
-    return round_up(math.ceil(total / parts), unit)
+    """The size of a chunk when `total` is cut into as few equal chunks of whole units as can be."""
+    chunks = math.ceil(total / most)
+    return round_up(math.ceil(total / chunks), unit)
 
 
 def round_up(n: int, unit: int) -> int:
@@ -286,7 +287,7 @@ def round_up(n: int, unit: int) -> int:
 def matrix_bytes(problem: Problem, rows: int, columns: int, direct: bool) -> int:
     """Workspace of one tile: its packed rows, its dense products, and gradients of its halo."""
     element, number = DTYPES[problem.dtype], DTYPES[problem.accumulator]
-    shared = element == number  # one matrix takes the place of the other
+    shared = element == number  # weights overwrite the products
     product, weights = rows * columns * number, rows * columns * element
     uses_key, uses_value = USES[problem.operation]
     dims = uses_key * problem.head_dim + uses_value * problem.value_dim
@@ -325,7 +326,7 @@ MOST_MATRICES = 12
 
 
 def sum_bytes(problem: Problem) -> int:
-    """Workspace for the gradients of one (batch entry, key head) pair that is more than a chunk.
+    """Workspace for the sums of one pair of a batch and a key head with more tiles than a chunk.
 
     Gradients whose dtype is the accumulator's are summed where they will be.
     """
@@ -360,7 +361,7 @@ def predicted(
     uses_key, uses_value = USES[problem.operation]
     dims = uses_key * problem.head_dim + uses_value * problem.value_dim
     gradients = problem.operation.endswith("backward")
-    # Bytes of one entry of a dense product that matrix products move, and that kernels move.
+    # Bytes of one element of a dense product that matrix products move, and that kernels move.
     in_products, in_kernels = {
         "forward": (number + element, number + element),
         "backward": (2 * number + 3 * element, 2 * number + 2 * element),
@@ -369,8 +370,8 @@ def predicted(
         "av": (element, element),
         "av_backward": (number + element, number + element),
     }[problem.operation]
-    entries = rows * columns
-    traffic: float = entries * in_products + 2 * rows * dims * element
+    elements = rows * columns
+    traffic: float = elements * in_products + 2 * rows * dims * element
     if gradients:
         traffic += columns * dims * number
     key_bytes = columns * dims * element
@@ -383,7 +384,7 @@ def predicted(
         arithmetic = 0.0
         traffic += traffic * (round_up(rows, 64) / rows - 1) / 2
     moved = traffic / H200.memory_bytes
-    kernels = entries * in_kernels / H200.memory_bytes
+    kernels = elements * in_kernels / H200.memory_bytes
     if direct:
         moved += key_bytes / H200.cache_bytes
     else:  # gathered: read mostly from the cache, written, read by the product; and scattered

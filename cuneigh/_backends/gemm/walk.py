@@ -22,22 +22,24 @@ from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import DTYPES, Problem
 
 ITEMS = 8
-"""Packets that a thread of the gathering kernels moves, rows that a team works on."""
+"""Packets that a thread of the gathering kernels moves, and rows that a team of lanes takes."""
 
 
 @dataclass(eq=False)
 class Matrix:
-    """One matrix [rows, width] of every tile: packed or computed in the workspace, or in place."""
+    """A matrix [rows, width] of every tile: in the workspace, or in place in a call's arrays."""
 
     rows: int
     width: int
     dtype: str
     buffer: Array | None
-    """Workspace for the tiles of a chunk, or None in place."""
+    """[tiles of a chunk, rows, width], or None in place."""
     tokens: Any = None
-    """The array [batch, x1..xr, heads, width] whose tokens these are."""
+    """The array [batch, x1..xr, heads, width] whose tokens are the rows, if they are tokens."""
     additional: Any = None
+    """The array [batch, n, heads, width] of the additional keys (or values), if there are any."""
     is_halo: bool = False
+    """Whether the tokens are those of the halo, not of the queries."""
 
 
 class Walk:
@@ -88,6 +90,7 @@ class Walk:
         return matrix
 
     def chunks(self) -> Iterator[Chunk]:
+        """The chunks in their order, for which launches are to be added."""
         if self.plan.direct:
             # Two words each, of a dtype that every framework has
             self.addresses = self.program.allocate(
@@ -101,7 +104,7 @@ class Walk:
 
 
 class Chunk:
-    """Some tiles of a walk. Everything is launched on the current stream."""
+    """The tiles of a walk that are in the workspace together, and what is launched for them."""
 
     def __init__(self, walk: Walk, tiles: range) -> None:
         self.walk = walk
@@ -135,24 +138,23 @@ class Chunk:
     def _batch(self, matrix: Matrix) -> cublas.Matrices:
         if not self.plan.direct:
             assert matrix.buffer is not None, "only tokens in place have none"
-            step = matrix.rows * matrix.width
-            return cublas.Matrices(matrix.buffer.pointer, matrix.width, step, matrix.dtype)
-        row = matrix.width
+            stride = matrix.rows * matrix.width
+            return cublas.Matrices(matrix.buffer.pointer, matrix.width, stride, matrix.dtype)
+        row_stride = matrix.width
         if matrix.buffer is None:
-            row = matrix.tokens.strides[-3]
-            row *= self.problem.axes[-1].dilation
-        place = self.walk.matrices.index(matrix)
+            row_stride = matrix.tokens.strides[-3] * self.problem.axes[-1].dilation
+        index = self.walk.matrices.index(matrix)
         start = self.walk.addresses.pointer
-        data = Pointer(start.slot, start.offset + 8 * place * len(self.tiles))
-        return cublas.Matrices(data, row, None, matrix.dtype)
+        data = Pointer(start.slot, start.offset + 8 * index * len(self.tiles))
+        return cublas.Matrices(data, row_stride, None, matrix.dtype)
 
     def locate(self) -> None:
-        """Write the addresses of every matrix of every tile."""
+        """Have a kernel write the addresses of every matrix of every tile."""
         words: list[int | Pointer] = []
         for matrix in self.walk.matrices:
             if matrix.buffer is not None:
-                step = matrix.rows * matrix.width * DTYPES[matrix.dtype]
-                words += matrix.buffer.pointer, 0, 0, 0, step, 0
+                stride = matrix.rows * matrix.width * DTYPES[matrix.dtype]
+                words += matrix.buffer.pointer, 0, 0, 0, stride, 0
             else:
                 batch, token, *_, head, _ = matrix.tokens.byte_strides
                 words += matrix.tokens.pointer, batch, token, head, 0, matrix.is_halo
@@ -180,7 +182,7 @@ class Chunk:
                 "gemm/pack",
                 move_source(self.problem, vector, kKeys=matrix.is_halo),
                 views,
-                slices,
+                slices * len(self.tiles),
                 matrix.width,
                 slices,
             )
@@ -199,7 +201,7 @@ class Chunk:
                 "gemm/unpack",
                 move_source(self.problem, vector),
                 views,
-                slices,
+                slices * len(self.tiles),
                 matrix.width,
                 slices,
             )
@@ -221,30 +223,19 @@ class Chunk:
             "gemm/halo_sum",
             move_source(problem, vector),
             views,
-            None,
+            math.ceil(threads / THREADS),
             halo.width,
             self.tiles.start % plan.pair_tiles != 0,
             self.tiles.stop % plan.pair_tiles == 0,
-            blocks=math.ceil(threads / THREADS),
         )
 
     def row_kernel(self, name: str, source: str, views: Views) -> None:
         """Launch a kernel that takes the rows of the tiles one by one."""
         slices = _slices(self.plan.rows, ITEMS * THREADS // self.plan.lanes(self.problem))
-        self._launch(name, source, views, slices, slices)
+        self._launch(name, source, views, slices * len(self.tiles), slices)
 
-    def _launch(
-        self,
-        name: str,
-        source: str,
-        views: Views,
-        slices: int | None,
-        *numbers: int,
-        blocks: int = 0,
-    ) -> None:
-        """Launch `slices` blocks a tile, or `blocks`; `numbers` follow the views."""
-        if slices is not None:
-            blocks = slices * len(self.tiles)
+    def _launch(self, name: str, source: str, views: Views, blocks: int, *numbers: int) -> None:
+        """Launch a kernel whose arguments are views and, after them, numbers."""
         self._run(name, source, (blocks, 1), [*views.words, *numbers])
 
     def _run(
@@ -256,6 +247,7 @@ class Chunk:
 
 
 def _slices(work: int, share: int) -> int:
+    """Blocks for the work of a tile, of which each does a share."""
     return max(1, math.ceil(work / share))
 
 

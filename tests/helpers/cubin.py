@@ -1,0 +1,37 @@
+"""What a cubin says of its kernel."""
+
+from __future__ import annotations
+
+import struct
+
+KPARAM_INFO, SIZED_VALUE = 0x17, 0x04
+"""The attribute that describes one parameter, and the format of attributes that have a size."""
+
+
+def parameter_sizes(cubin: bytes) -> list[int]:
+    """The bytes of every parameter of the only kernel in `cubin`, in their order."""
+    (sections_start,) = struct.unpack_from("<Q", cubin, 40)
+    count, names_section = struct.unpack_from("<HH", cubin, 60)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, sections_start + 64 * i) for i in range(count)]
+    names_start = sections[names_section][4]
+    sizes: dict[int, int] = {}
+    for name, _type, _flags, _address, start, size in sections:
+        first = names_start + name
+        if cubin[first : cubin.index(b"\0", first)].startswith(b".nv.info."):
+            sizes |= _parameters(cubin[start : start + size])
+    return [sizes[i] for i in range(len(sizes))]
+
+
+def _parameters(attributes: bytes) -> dict[int, int]:
+    """The sizes of parameters by their number."""
+    sizes = {}
+    at = 0
+    while at < len(attributes):
+        form, attribute, value = struct.unpack_from("<BBH", attributes, at)
+        at += 4
+        if form == SIZED_VALUE:
+            if attribute == KPARAM_INFO:
+                _index, number, _offset, described = struct.unpack_from("<IHHI", attributes, at)
+                sizes[number] = described >> 18
+            at += value
+    return sizes
