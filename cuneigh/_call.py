@@ -233,7 +233,6 @@ def program_for(
     wanted its address modulo 16. `known` is what `known_backends` returns.
     """
     where = _device.cuda(device)
-    chosen = choose(problem, where, backend)
     program = Program(where)
     given = {
         name: program.array(problem.spec(name), *layout)
@@ -244,6 +243,7 @@ def program_for(
         name: None if spec is None else program.array(spec, misalignment=next(off))
         for name, spec in zip(ARRAYS[problem.operation].results, results, strict=True)
     }
+    chosen = choose(problem, where, backend, {**given, **wanted})
     perform(chosen, problem, given, wanted, program)
     return program
 

@@ -272,7 +272,7 @@ __device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
     const int inside = row % problem.query_box[r];
     row /= problem.query_box[r];
     const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
-    const Place place = {tile.first[r].group, first + inside};
+    const GroupIndex place = {tile.first[r].group, first + inside};
     exists &= place.index < axis.group_length(place.group);
     token[r] = axis.token(place);
   }

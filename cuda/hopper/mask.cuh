@@ -103,7 +103,7 @@ __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Pl
     Coordinate& coordinate = tables.coordinate[i];
     const int r = coordinate.axis, base = tile.keys[r].begin;
     const Axis axis = axis_of<Plan>(problem, r);
-    const Place first = tile.first[r];
+    const GroupIndex first = tile.first[r];
     const int last = axis.group_length(first.group) - 1;
     const Range window = axis.window(smaller(first.index + coordinate.offset, last), first.group);
     coordinate.window = {window.begin - base, window.end - base};

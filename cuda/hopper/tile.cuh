@@ -76,7 +76,7 @@ __device__ Axis axis_of(const HopperProblem<Plan::kRank>& problem, int r) {
 template <int kRank>
 struct Tile {
   int batch, head, kv_head;  // the first query head
-  Place first[kRank];        // query
+  GroupIndex first[kRank];        // query
   Range keys[kRank];         // that any query of the tile sees
   int boxes;                 // of keys to visit, the additional keys' included; or kNoTile
 };
@@ -94,7 +94,7 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
     const unsigned outer = problem.tiles[r].quotient(rest);
     const int box = rest - outer * problem.tiles[r].divisor;
     rest = outer;
-    const Place first = box_place(axis.dilation, axis.length, box, problem.tile_box[r]);
+    const GroupIndex first = box_begin(axis.dilation, axis.length, box, problem.tile_box[r]);
     const int end = smaller(first.index + problem.tile_box[r], axis.group_length(first.group));
     tile.first[r] = first;
     const Range keys = {axis.window(first.index, first.group).begin,

@@ -13,11 +13,14 @@ framework gives it.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, Protocol, cast
 
 from cuneigh._backends import cpu, fused, gemm, hopper, naive
 from cuneigh._device import Device
+from cuneigh._gpu.announce import announce
+from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program
 from cuneigh._jit import Kernel
 from cuneigh._problem import Operands, Problem
@@ -29,6 +32,9 @@ class Allocate(Protocol):
 
     def __call__(self, shape: tuple[int, ...], dtype: str) -> Any: ...
 
+
+Arrays = Mapping[str, Array | None]
+"""Arguments and results by name, None where not wanted, without their addresses."""
 
 Space = Program | Allocate
 """Where a backend takes workspace: on a GPU the program to which it adds launches."""
@@ -48,8 +54,14 @@ class Backend(Protocol):
     def RELIES_ON(self) -> Promise:  # noqa: N802 - a module constant
         """What the backend takes for granted of windows, out of the contract of `_window`."""
 
-    def unsupported(self, problem: Problem, device: Device) -> str | None:
-        """Why this backend cannot run `problem` on `device`; None when it can."""
+    def unsupported(
+        self, problem: Problem, device: Device, arrays: Arrays | None = None
+    ) -> str | None:
+        """Why this backend cannot run `problem` on `device`; None when it can.
+
+        `arrays` are the arguments and results, by name, of a call on a GPU. Without them the answer
+        is that for contiguous arrays at aligned addresses.
+        """
 
     def predicted_ms(self, problem: Problem, device: Device) -> float:
         """How long a call is expected to take, in milliseconds."""
@@ -133,13 +145,16 @@ def _setting_keys(backends: tuple[Backend, ...]) -> list[object]:
     return [os.environ.encodekey(name) for backend in backends for name in backend.SETTINGS]
 
 
-def choose(problem: Problem, device: Device, name: str | None) -> Backend:
+def choose(
+    problem: Problem, device: Device, name: str | None, arrays: Arrays | None = None
+) -> Backend:
     """The backend called `name`, or of those that support `problem` the one expected to be fastest.
 
-    Raises ValueError for an unknown name and RuntimeError, with the reason of every backend that
-    was asked, when none can run the problem.
+    `arrays` as in `Backend.unsupported`. Raises ValueError for an unknown name and RuntimeError,
+    with the reason of every backend that was asked, when none can run the problem.
     """
-    return _choose(BACKENDS, settings(), problem, device, name)
+    described = None if arrays is None else tuple(arrays.items())
+    return _choose(BACKENDS, settings(), problem, device, name, described)
 
 
 @lru_cache(maxsize=4096)
@@ -149,16 +164,22 @@ def _choose(
     problem: Problem,
     device: Device,
     name: str | None,
+    arrays: tuple[tuple[str, Array | None], ...] | None,
 ) -> Backend:
     candidates = [backend for backend in backends if name in (None, backend.NAME)]
     if not candidates:
         known = ", ".join(repr(backend.NAME) for backend in backends)
         raise ValueError(f"backend={name!r} is not one of {known}")
-    reasons = {backend: backend.unsupported(problem, device) for backend in candidates}
+    given = None if arrays is None else dict(arrays)
+    reasons = {backend: backend.unsupported(problem, device, given) for backend in candidates}
     supporting = [backend for backend, reason in reasons.items() if reason is None]
     if not supporting:
         told = "; ".join(f"{backend.NAME}: {reason}" for backend, reason in reasons.items())
         raise RuntimeError(f"no backend can run this problem; {told}")
+    if given is not None:  # say so where the layout of arrays is all that keeps a backend away
+        for backend, reason in reasons.items():
+            if reason and backend.unsupported(problem, device) is None:
+                announce(backend.NAME, problem.operation, problem, reason)
     if len(supporting) == 1 or problem.is_empty:  # nothing to compare, or a problem without a time
         return supporting[0]
     return min(supporting, key=lambda backend: backend.predicted_ms(problem, device))

@@ -43,7 +43,7 @@ FLOPS_PER_MS = 1e8
 """Useful operations of two cores, roughly: no other backend computes on the CPU."""
 
 
-def unsupported(problem: Problem, device: Device) -> str | None:
+def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
     if device.kind != "cpu":
         return "its arrays are on a CUDA device"

@@ -40,7 +40,7 @@ LONGEST = 256
 """Head dimensions that the kernels take."""
 
 
-def unsupported(problem: Problem, device: Device) -> str | None:
+def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
     if reason := no_gpu(device):
         return reason

@@ -147,7 +147,7 @@ def cheapest_shapes(problem: Problem, area: Area, pass_: Pass) -> FusedPlan:
     """The first of the cheapest of `candidates`; all of them are counted at once."""
     rows, boxes = row_boxes(problem, area), column_boxes(problem, area.columns, pass_)
     counts = count_walks(problem.axes, rows, boxes, pass_)
-    full = counts.full * np.array([math.prod(box) == area.columns for box in boxes])
+    full: Any = counts.full * np.array([math.prod(box) == area.columns for box in boxes])
     costs = cost_of(problem, area, counts._replace(full=full), pass_)
     row_index, box_index = np.unravel_index(costs.argmin(), costs.shape)
     return FusedPlan(area, *rows[row_index], boxes[box_index])

@@ -52,7 +52,7 @@ SETTINGS = ("CUNEIGH_WORKSPACE_BYTES", "CUNEIGH_ALLOW_TF32")
 RELIES_ON = CONTRACT
 
 
-def unsupported(problem: Problem, device: Device) -> str | None:
+def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
     reason = no_gpu(device)
     if reason is not None or problem.is_empty:

@@ -20,10 +20,12 @@ from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
+from cuneigh._window import CONTRACT
 
-__all__ = ["NAME", "SETTINGS", "forward", "kernels", "predicted_ms", "unsupported"]
+__all__ = ["NAME", "RELIES_ON", "SETTINGS", "forward", "kernels", "predicted_ms", "unsupported"]
 
 SETTINGS = ()
+RELIES_ON = CONTRACT
 CAPABILITY = (9, 0)
 DTYPES = ("float16", "bfloat16")
 LONGEST = 256

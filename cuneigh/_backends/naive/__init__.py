@@ -42,7 +42,7 @@ SETTINGS = ()
 RELIES_ON = Promise.ONE_RANGE | Promise.INSIDE
 
 
-def unsupported(problem: Problem, device: Device) -> str | None:
+def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
     return no_gpu(device)
 

@@ -14,7 +14,7 @@ SETTINGS = ("TOY_SETTING",)
 RELIES_ON = Promise.ONE_RANGE
 
 
-def unsupported(problem: Problem, device: Device) -> str | None:
+def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     if problem.dtype != "float32":
         return f"computes in float32, not in {problem.dtype}"
     if problem.operation not in ("forward", "backward"):
