@@ -9,6 +9,18 @@
    query itself and may be cut short by the left border.
 4. A query sees a key when all of that holds on every axis.
 
+The contract: what `Axis.window(i, group)` and `Axis.inverse(j, group)` promise of their (begin,
+end), for every group and every i and j in it. `Promise` names its parts. Backends say in
+`RELIES_ON` which of them they rely on, and refer to this place; a kind of window that breaks one of
+them must be refused by the backends that rely on it.
+
+- `ONE_RANGE`: what is seen is the one range begin <= index < end; it may be empty.
+- `INSIDE`: the range lies inside the group: 0 <= begin <= end <= length of the group.
+- `INCREASING`: neither begin nor end ever decreases from one index to the next. So the union of the
+  ranges of consecutive indices i .. j reaches from begin(i) to end(j), and what is common to all of
+  them is begin(j) .. end(i), if that is not empty. (An empty range, of a key that no query sees, is
+  placed so that this holds.)
+
 The arithmetic works alike on ints and on NumPy integer arrays. Its twin in C++ is
 `cuda/cuneigh/window.cuh`.
 """
@@ -16,12 +28,25 @@ The arithmetic works alike on ints and on NumPy integer arrays. Its twin in C++ 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Flag, auto
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Index = TypeVar("Index", int, npt.NDArray[np.int64])
+
+
+class Promise(Flag):
+    """The parts of the contract that the docstring of this module states."""
+
+    ONE_RANGE = auto()
+    INSIDE = auto()
+    INCREASING = auto()
+
+
+CONTRACT = Promise.ONE_RANGE | Promise.INSIDE | Promise.INCREASING
+"""What every window keeps today."""
 
 
 @dataclass(frozen=True, slots=True)

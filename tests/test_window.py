@@ -9,7 +9,8 @@ from helpers.strategies import windows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuneigh._window import Axis
+from cuneigh._backends import BACKENDS
+from cuneigh._window import CONTRACT, Axis
 
 
 def legal_axes(longest: int):
@@ -49,10 +50,37 @@ def check_inverse(axis: Axis) -> None:
         assert queries == [x for x in range(axis.length) if sees(axis, x, y)], (axis, y)
 
 
+def check_contract(axis: Axis) -> None:
+    """What the docstring of `_window` promises; that it is one range, the checks above show."""
+    for function, of_tokens, of_seen in (
+        (axis.window, axis.group_length, axis.key_group_length),
+        (axis.inverse, axis.key_group_length, axis.group_length),
+    ):
+        for group in range(axis.dilation):
+            index = np.arange(of_tokens(group))
+            begin, end = function(index, np.full_like(index, group))
+            assert (begin >= 0).all(), axis
+            assert (begin <= end).all(), axis
+            assert (end <= of_seen(group)).all(), axis
+            assert (np.diff(begin) >= 0).all(), axis
+            assert (np.diff(end) >= 0).all(), axis
+
+
 def test_every_small_axis():
     for axis in legal_axes(longest=16):
         check_window(axis)
         check_inverse(axis)
+        check_contract(axis)
+
+
+@given(axes())
+def test_the_contract(axis):
+    check_contract(axis)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)
+def test_backends_rely_on_what_windows_promise(backend):
+    assert backend.RELIES_ON in CONTRACT
 
 
 @given(axes())

@@ -21,6 +21,7 @@ from cuneigh._device import Device
 from cuneigh._gpu.program import Program
 from cuneigh._jit import Kernel
 from cuneigh._problem import Operands, Problem
+from cuneigh._window import Promise
 
 
 class Allocate(Protocol):
@@ -42,6 +43,10 @@ class Backend(Protocol):
     @property
     def SETTINGS(self) -> tuple[str, ...]:  # noqa: N802 - a module constant
         """The environment variables on which the functions below depend, beside their arguments."""
+
+    @property
+    def RELIES_ON(self) -> Promise:  # noqa: N802 - a module constant
+        """What the backend takes for granted of windows, out of the contract of `_window`."""
 
     def unsupported(self, problem: Problem, device: Device) -> str | None:
         """Why this backend cannot run `problem` on `device`; None when it can."""

@@ -15,10 +15,9 @@ struct TileSoftmax {
   float row_sum[4] = {};
   float row_max[2] = {-kLargest, -kLargest};  // m
 
-  // Step 1, row maximum and rescale: S = -inf outside of windows. Then `row_max` follows the
-  // maximum of scale * S, where there are several stages only when that has grown by more than
-  // kRescaleThreshold, and
-  //   row_sum *= 2^(old row_max - row_max),  O *= 2^(old row_max - row_max)
+  // Row maximum and rescale: S becomes -inf outside of windows. Then m rises to the maximum of S
+  // times `scale`. Where there are several stages it rises only if it is exceeded too far, and then
+  // the sum and O are multiplied by 2^(old m - new m).
   template <int kColumnTiles, int kDimTiles>
   __device__ void rescale(float (&logit)[kColumnTiles][4], LaneMasks<Plan> visible, float scale,
                           float (&output)[kDimTiles][4]) {
@@ -58,8 +57,7 @@ struct TileSoftmax {
     }
   }
 
-  // Step 2: P = 2^(scale * S - row_max) of sixteen columns as a left operand, and row_sum +=
-  // sum(P).
+  // Weights: P = 2^(S * scale - m) of sixteen columns, as a left operand, is added to the sum.
   __device__ void exponentiate(const float (*logit)[4], float scale, unsigned (&weight)[4]) {
     using Element = typename Plan::Element;
 #pragma unroll

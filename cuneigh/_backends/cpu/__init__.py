@@ -19,9 +19,11 @@ from cuneigh._backends.cpu.products import av, av_backward, qk, qk_backward
 from cuneigh._device import Device
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
+from cuneigh._window import CONTRACT
 
 __all__ = [
     "NAME",
+    "RELIES_ON",
     "SETTINGS",
     "av",
     "av_backward",
@@ -36,6 +38,7 @@ __all__ = [
 
 NAME = "cpu"
 SETTINGS = ()
+RELIES_ON = CONTRACT
 FLOPS_PER_MS = 1e8
 """Useful operations of two cores, roughly: no other backend computes on the CPU."""
 

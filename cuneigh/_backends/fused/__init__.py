@@ -20,9 +20,11 @@ from cuneigh._device import Device
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
+from cuneigh._window import CONTRACT
 
 __all__ = [
     "NAME",
+    "RELIES_ON",
     "SETTINGS",
     "backward",
     "forward",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 SETTINGS = ()
+RELIES_ON = CONTRACT
 DTYPES = ("float16", "bfloat16", "float32")
 LONGEST = 256
 """Head dimensions that the kernels take."""

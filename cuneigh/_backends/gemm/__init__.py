@@ -31,9 +31,11 @@ from cuneigh._backends.gemm.sources import kernels
 from cuneigh._device import Device
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._problem import Problem
+from cuneigh._window import CONTRACT
 
 __all__ = [
     "NAME",
+    "RELIES_ON",
     "SETTINGS",
     "av",
     "av_backward",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 SETTINGS = ("CUNEIGH_WORKSPACE_BYTES", "CUNEIGH_ALLOW_TF32")
+RELIES_ON = CONTRACT
 
 
 def unsupported(problem: Problem, device: Device) -> str | None:

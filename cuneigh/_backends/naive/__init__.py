@@ -20,9 +20,11 @@ from cuneigh._backends.naive.launch import (
 from cuneigh._device import Device
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._problem import Problem
+from cuneigh._window import Promise
 
 __all__ = [
     "NAME",
+    "RELIES_ON",
     "SETTINGS",
     "av",
     "av_backward",
@@ -37,6 +39,7 @@ __all__ = [
 
 NAME = "naive"
 SETTINGS = ()
+RELIES_ON = Promise.ONE_RANGE | Promise.INSIDE
 
 
 def unsupported(problem: Problem, device: Device) -> str | None:

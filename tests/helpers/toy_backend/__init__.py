@@ -7,9 +7,11 @@ from typing import Any
 from cuneigh import _jit, reference
 from cuneigh._device import Device
 from cuneigh._problem import Operands, Problem
+from cuneigh._window import Promise
 
 NAME = "toy"
 SETTINGS = ("TOY_SETTING",)
+RELIES_ON = Promise.ONE_RANGE
 
 
 def unsupported(problem: Problem, device: Device) -> str | None:
