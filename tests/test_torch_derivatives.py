@@ -180,7 +180,8 @@ def test_only_what_needs_a_gradient_gets_one():
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_step_leaves_nothing_to_the_garbage_collector(device):
     step(*tensors(device=device, dtype=torch.float32))  # what is kept is kept now
-    gc.collect()
+    while gc.collect():  # what torch.compile left has finalizers, which leave more
+        pass
     gc.disable()
     try:
         given = tensors(device=device, dtype=torch.float32)

@@ -27,8 +27,12 @@ Memory = tuple[list[int], tuple[Layout, ...], list[Any]]
 class Adapter:
     """How cuneigh reads and makes the arrays of one framework.
 
-    The *own device* of an array is the framework's own name for the device that it lies on, which
-    can be compared and printed.
+    Every adapter has the first group of methods. One whose arrays may be on the CPU has the second,
+    one whose arrays may be on a GPU the third; one whose framework launches by itself has the
+    fourth in place of both. The last group may be left as it is.
+
+    The *own device* of an array is the framework's name for the device that it lies on, which can
+    be compared and printed.
     """
 
     # Every framework
@@ -46,7 +50,7 @@ class Adapter:
         raise NotImplementedError
 
     def own_device(self, array: Any) -> Any:
-        """Where `array` is; None, for an array that is not borrowed only, if not on one device."""
+        """The own device of `array`; None if it is not on one device, or traced."""
         raise NotImplementedError
 
     def device(self, own: Any) -> Device | None:
@@ -65,7 +69,7 @@ class Adapter:
         """`array` converted by the framework's own, differentiable operation."""
         raise NotImplementedError
 
-    # One with arrays on the CPU, whose memory NumPy is lent
+    # Arrays on the CPU: memory for NumPy
 
     def empty(self, own: Any, shape: tuple[int, ...], dtype: str) -> Any:
         """An uninitialized contiguous array, from the framework's allocator."""
@@ -75,7 +79,7 @@ class Adapter:
         """A NumPy array on the memory of `array`, which may be a result of `empty`."""
         raise NotImplementedError
 
-    # One with arrays on a GPU, which is the current one whenever these are called
+    # Arrays on a GPU, which is the current one whenever these are called
 
     def memory(self, arrays: Sequence[Any]) -> Memory:
         """Where the numbers of `arrays` are."""
@@ -92,16 +96,16 @@ class Adapter:
         """The caller's current CUDA stream."""
         raise NotImplementedError
 
-    # One that launches by itself, now or when a program that it traces runs, in place of all that
+    # A framework that launches by itself, now or when a program that it traces runs
 
     launches = False
-    """Whether this is such a framework."""
+    """Whether it does."""
 
     def launch(self, call: Any, arrays: Sequence[Any]) -> list[Any]:
         """What `Call.run` of `cuneigh._call` returns, for a problem that is not empty."""
         raise NotImplementedError
 
-    # One that may have to see a call, to differentiate or to trace it
+    # A framework that converts arguments, or that must see a call to differentiate or trace it
 
     def cast_automatically(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
         """The arguments as the framework's own operations would take them now."""

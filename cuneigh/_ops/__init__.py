@@ -1,1 +1,1 @@
-"""The public functions: validation, choice of a backend, allocation, launch, in that order."""
+"""The public functions; `compute` is behind all of them but `merge_attentions`."""
