@@ -455,7 +455,8 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
             const __grid_constant__ TensorMap additional_values) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& smem = *reinterpret_cast<ForwardSmem<Plan>*>(memory);
-  static_assert(sizeof(ForwardSmem<Plan>) <= Plan::kSharedBytes, "");
+  static_assert(sizeof(ForwardSmem<Plan>) == Plan::kSharedBytes,
+                "'shared_bytes' in cuneigh/_backends/hopper/plan.py counts what ForwardSmem holds");
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {

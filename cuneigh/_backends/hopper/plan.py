@@ -125,7 +125,7 @@ def most_coordinates(rank: int) -> int:
 # Costs
 
 
-LONG = Cycles(1 / 3700, logit=0.0, copy=0.0, box=300, row=0.0, block=3500, mask=0.12)
+LONG = Cycles(1 / 1850, logit=0.0, copy=0.0, box=300, row=0.0, block=3500, mask=0.12)
 """Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md)."""
 
 
