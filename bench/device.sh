@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call. Results are written to $OUT (default: bench/results).
 #
-#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host memory naive grid h200;
-#                                default: all
+#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host memory naive grid h200
+#                                    (the default: all of these), alternate
+#
+# `alternate` compares this checkout with an older one, whose folder is $OLD, by turns on this GPU:
+#
+#     mkdir old && git archive COMMIT | tar -x -C old && OLD=old bench/device.sh alternate
 #
 # A step that fails does not stop the others; the exit status says whether all of them passed.
 set -u
@@ -48,18 +52,22 @@ grid() {
   python3 bench/paper_grid.py --backward-dim 64 --output "$OUT/paper-grid.json" | tail -n 20
   return "${PIPESTATUS[0]}"
 }
-# What a result file says of places is relative to the checkout and to the home directory.
-places() { sed -e "s|$PWD/||g" -e "s|$PWD||g" -e "s|$HOME|~|g"; }
-doctor() { python3 -m cuneigh doctor | places | tee "$OUT/doctor.txt"; return "${PIPESTATUS[0]}"; }
+alternate() {
+  python3 bench/alternate.py --old "${OLD:?the folder of an older checkout}" \
+    --output "$OUT/alternate.json" | tee "$OUT/alternate.txt"
+  return "${PIPESTATUS[0]}"
+}
+# What a result file says of paths is relative to the checkout and to the home directory.
+relative() { sed -e "s|$PWD/||g" -e "s|$PWD||g" -e "s|$HOME|~|g"; }
+doctor() { python3 -m cuneigh doctor | relative | tee "$OUT/doctor.txt"; return "${PIPESTATUS[0]}"; }
 demo() {
-  { time (cd "$OUT" && python3 -m cuneigh demo); } 2>&1 | places | tee "$OUT/demo.txt"
+  { time (cd "$OUT" && python3 -m cuneigh demo); } 2>&1 | relative | tee "$OUT/demo.txt"
   return "${PIPESTATUS[0]}"
 }
 
-for step in "${@:-tests sanitizer doctor demo host memory naive grid h200}"; do
-  for name in $step; do
-    echo "== $name"
-    "$name" || { echo "== $name FAILED"; failed=1; }
-  done
+[ $# -gt 0 ] || set -- tests sanitizer doctor demo host memory naive grid h200
+for step in "$@"; do
+  echo "== $step"
+  "$step" || { echo "== $step FAILED"; failed=1; }
 done
 exit $failed

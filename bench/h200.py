@@ -20,7 +20,7 @@ import numpy as np
 from harness import ROOT, ceilings, check, measure, provenance
 
 import cuneigh
-from cuneigh import _problem
+from cuneigh import _validate
 from cuneigh._backends.fused.choice import choose_plan
 from cuneigh._device import cuda
 from cuneigh._problem import Operands, Problem, Spec
@@ -99,7 +99,7 @@ def run(case: dict[str, Any], longest: float) -> dict[str, dict[str, Any]]:
 
 def problem_of(case: dict[str, Any], shape: tuple[int, ...]) -> Problem:
     spec = Spec(shape, "bfloat16")
-    window = _problem.window_arguments(
+    window = _validate.window_arguments(
         "bench",
         len(case["tokens"]),
         case["kernel"],
@@ -107,7 +107,7 @@ def problem_of(case: dict[str, Any], shape: tuple[int, ...]) -> Problem:
         case["dilation"],
         case["causal"],
     )
-    return _problem.attention_problem("bench", "forward", spec, spec, spec, window, None)
+    return _validate.attention_problem("bench", "forward", spec, spec, spec, window, None)
 
 
 def plan_of(problem: Problem) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from harness import ROOT, check, measure, provenance
 
 import cuneigh
-from cuneigh import _problem
+from cuneigh import _validate
 from cuneigh._problem import Operands, Spec
 
 FP32_TFLOPS = 67.0
@@ -38,17 +38,17 @@ def main() -> None:
     problems = json.loads((ROOT / "paper-kernels-h200.json").read_text())["problems"]
     seen: dict[Any, int] = defaultdict(int)
     results = []
-    for entry in problems:
-        kind = f"{len(entry['tokens'])}d {entry['dtype']}"
+    for case in problems:
+        kind = f"{len(case['tokens'])}d {case['dtype']}"
         seen[kind] += 1
         if arguments.limit and seen[kind] > arguments.limit:
             continue
-        result = run(entry)
+        result = run(case)
         results.append(result)
         print(
-            f"{kind} {entry['tokens']} k={entry['kernel']} d={entry['dilation']} "
-            f"D={entry['dim']}: {result['ours_ms']:.4f} ms, paper's naive "
-            f"{entry['naive_softmax_ms']:.4f} ms, {result['ratio']:.2f} times as fast, "
+            f"{kind} {case['tokens']} k={case['kernel']} d={case['dilation']} "
+            f"D={case['dim']}: {result['ours_ms']:.4f} ms, paper's naive "
+            f"{case['naive_softmax_ms']:.4f} ms, {result['ratio']:.2f} times as fast, "
             f"{result['tflops']:.1f} TFLOP/s",
             flush=True,
         )
@@ -60,11 +60,11 @@ def main() -> None:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def run(entry: dict[str, Any]) -> dict[str, Any]:
+def run(case: dict[str, Any]) -> dict[str, Any]:
     """Check and time one problem."""
-    tokens, dim, dtype = entry["tokens"], entry["dim"], entry["dtype"]
+    tokens, dim, dtype = case["tokens"], case["dim"], case["dtype"]
     rng = cupy.random.default_rng(1)
-    shape = (entry["batch"], *tokens, entry["heads"], dim)
+    shape = (case["batch"], *tokens, case["heads"], dim)
     query, key, value = (
         rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(3)
     )
@@ -75,24 +75,24 @@ def run(entry: dict[str, Any]) -> dict[str, Any]:
             query,
             key,
             value,
-            kernel_size=tuple(entry["kernel"]),
-            dilation=tuple(entry["dilation"]),
+            kernel_size=tuple(case["kernel"]),
+            dilation=tuple(case["dilation"]),
             backend="naive",
         )
 
     spec = Spec(shape, dtype)
-    window = _problem.window_arguments(
-        "bench", len(tokens), entry["kernel"], 1, entry["dilation"], False
+    window = _validate.window_arguments(
+        "bench", len(tokens), case["kernel"], 1, case["dilation"], False
     )
-    problem = _problem.attention_problem("bench", "forward", spec, spec, spec, window, None)
+    problem = _validate.attention_problem("bench", "forward", spec, spec, spec, window, None)
     check(problem, Operands(query, key, value), call())
     times = measure(call, budget_ms=60.0)
     ours = min(times.values())
     return {
-        **entry,
+        **case,
         **times,
         "ours_ms": ours,
-        "ratio": entry["naive_softmax_ms"] / ours,
+        "ratio": case["naive_softmax_ms"] / ours,
         "tflops": problem.flops() / ours / 1e9,
         "bound_ms": problem.flops() / FP32_TFLOPS / 1e9,
     }

@@ -53,23 +53,23 @@ def main() -> None:
         plot(arguments.plot)
         return
 
-    entries = json.loads((ROOT / "paper-kernels-h200.json").read_text())["problems"]
+    cases = json.loads((ROOT / "paper-kernels-h200.json").read_text())["problems"]
     results = []
-    for entry in entries + volumes():
-        if arguments.dim not in (None, entry["dim"]):
+    for case in cases + volumes():
+        if arguments.dim not in (None, case["dim"]):
             continue
-        if arguments.dilation not in (None, entry["dilation"][0]):
+        if arguments.dilation not in (None, case["dilation"][0]):
             continue
-        backward = entry["dim"] == arguments.backward_dim
-        result = run(entry, arguments.runs, arguments.budget_ms, backward)
+        backward = case["dim"] == arguments.backward_dim
+        result = run(case, arguments.runs, arguments.budget_ms, backward)
         results.append(result)
         times = [
             f"{name} {result[f'{name}_ms']}" for name in arguments.runs if f"{name}_ms" in result
         ]
         paper = [f"{name.removesuffix('_ms')} {ms}" for name, ms in result["paper"].items()]
         print(
-            f"{entry['tokens']} k={entry['kernel'][0]} d={entry['dilation'][0]} D={entry['dim']} "
-            f"{entry['dtype']}: {', '.join(times)} ms; the paper's {', '.join(paper)}",
+            f"{case['tokens']} k={case['kernel'][0]} d={case['dilation'][0]} D={case['dim']} "
+            f"{case['dtype']}: {', '.join(times)} ms; the paper's {', '.join(paper)}",
             flush=True,
         )
     summary = summarize(results)
@@ -102,38 +102,38 @@ def volumes() -> list[dict[str, Any]]:
     ]
 
 
-def run(entry: dict[str, Any], runs: list[str], budget_ms: float, backward: bool) -> dict[str, Any]:
+def run(case: dict[str, Any], runs: list[str], budget_ms: float, backward: bool) -> dict[str, Any]:
     """Check and time one problem; a time is the smaller of the plain call's and its graph's."""
     import cupy
     import numpy as np
     from harness import check, measure
 
     import cuneigh
-    from cuneigh import _problem
+    from cuneigh import _validate
     from cuneigh._problem import Operands, Spec
 
-    tokens, dtype = entry["tokens"], entry["dtype"]
+    tokens, dtype = case["tokens"], case["dtype"]
     rank = len(tokens)
-    shape = (entry["batch"], *tokens, entry["heads"], entry["dim"])
+    shape = (case["batch"], *tokens, case["heads"], case["dim"])
     rng = cupy.random.default_rng(1)
     operands = [rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(3)]
-    window = {"kernel_size": tuple(entry["kernel"]), "dilation": tuple(entry["dilation"])}
+    window = {"kernel_size": tuple(case["kernel"]), "dilation": tuple(case["dilation"])}
     spec = Spec(shape, dtype)
-    problem = _problem.attention_problem(
+    problem = _validate.attention_problem(
         "bench",
         "forward",
         spec,
         spec,
         spec,
-        _problem.window_arguments(
+        _validate.window_arguments(
             "bench", rank, window["kernel_size"], 1, window["dilation"], False
         ),
         None,
     )
     function = (cuneigh.na1d, cuneigh.na2d, cuneigh.na3d)[rank - 1]
     gradient = (cuneigh.na1d_backward, cuneigh.na2d_backward, cuneigh.na3d_backward)[rank - 1]
-    result = {name: value for name, value in entry.items() if not name.endswith("_ms")}
-    result["paper"] = {name: value for name, value in entry.items() if name.endswith("_ms")}
+    result = {name: value for name, value in case.items() if not name.endswith("_ms")}
+    result["paper"] = {name: value for name, value in case.items() if name.endswith("_ms")}
     for name in runs:
         backend, dtypes = RUNS[name]
         if dtype not in dtypes or not supported(problem, backend):

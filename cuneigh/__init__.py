@@ -10,6 +10,15 @@ Arrays are heads-last, ``[batch, tokens.., heads, dim]``. Results are of the arr
 live on their device. ``python -m cuneigh doctor`` tells what works here.
 """
 
+from cuneigh._ops.av import (
+    AVGradients,
+    na1d_av,
+    na1d_av_backward,
+    na2d_av,
+    na2d_av_backward,
+    na3d_av,
+    na3d_av_backward,
+)
 from cuneigh._ops.dense import attention, merge_attentions
 from cuneigh._ops.neighborhood import (
     Gradients,
@@ -20,19 +29,12 @@ from cuneigh._ops.neighborhood import (
     na3d,
     na3d_backward,
 )
-from cuneigh._ops.unfused import (
-    AVGradients,
+from cuneigh._ops.qk import (
     QKGradients,
-    na1d_av,
-    na1d_av_backward,
     na1d_qk,
     na1d_qk_backward,
-    na2d_av,
-    na2d_av_backward,
     na2d_qk,
     na2d_qk_backward,
-    na3d_av,
-    na3d_av_backward,
     na3d_qk,
     na3d_qk_backward,
 )

@@ -1,4 +1,5 @@
-"""How the tests run: hypothesis profiles, GPU tests where there is a GPU, the count of examples.
+"""How the tests run: hypothesis profiles, GPU tests where there is a GPU, the count of examples,
+and kernels that are compiled once.
 
 A plain run draws the same examples every time, so that a failure is the change's and not the day's.
 ``--examples N`` draws N fresh ones in every property test. The summary states how many examples
@@ -8,10 +9,15 @@ passed, since the number of tests says little about property tests.
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
+
+from cuneigh import _jit
+from cuneigh._jit import _build, _compiler
 
 # Building problems and arrays is slow beside hypothesis's own examples, on busy machines above all.
 slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -85,3 +91,31 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
     examples["passed"] += getattr(node, "workeroutput", {}).get("examples passed", 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_kernel_is_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """NVRTC makes a kernel of the package once for all tests, and for all workers of pytest-xdist.
+
+    What it made is kept on disk and returned to whoever compiles the same kernel again. Whatever
+    lies above the compiler, such as the cache of compiled kernels, runs as it always does.
+    """
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent  # which the workers share
+    kept = _jit.Cache(directory / "kernels")
+    build, packaged = _compiler.build, _jit.packaged()
+
+    def build_once(kernel: _jit.Kernel, arch: str, sources: _jit.Sources) -> _compiler.Built:
+        if sources is not packaged:
+            return build(kernel, arch, sources)
+        key, version = _build.key_of(kernel, arch, sources), _compiler.version()
+        compiled = kept.find(key, version) if version else None
+        if compiled is None:
+            built = build(kernel, arch, sources)  # an error if NVRTC is missing
+            compiled = kept.store(key, str(version), kernel.unit, built)
+        return _compiler.Built(compiled.cubin.read_bytes(), compiled.symbol, compiled.resources)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_compiler, "build", build_once)
+        yield

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from helpers.accuracy import assert_close, check_backend, expect, ulp
+from helpers.accuracy import assert_close, check_backend, ulp
+from helpers.expected import expect
 from helpers.strategies import generators, inputs, layouts, problems
 from hypothesis import given
 

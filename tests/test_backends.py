@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +17,8 @@ from cuneigh import _backends, _jit
 from cuneigh._backends import BACKENDS, Backend, BackendName
 from cuneigh._device import CPU, of_capability
 from cuneigh._jit import _build
-from cuneigh._problem import Spec, attention_problem, window_arguments
+from cuneigh._problem import Spec
+from cuneigh._validate import attention_problem, window_arguments
 from cuneigh.cli import main
 
 TOY_SOURCES = Path(toy_backend.__file__).parent / "cuda"
@@ -85,14 +87,23 @@ def test_doctor_shows_and_tests_a_new_backend(capsys):
 
 
 @needs_nvrtc
-def test_compile_compiles_the_kernels_of_a_new_backend(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("arch_specific", [False, True])
+def test_compile_compiles_the_kernels_of_a_new_backend(
+    arch_specific, monkeypatch, tmp_path, capsys
+):
+    """For the architecture that was asked for, or the variant of it that the kernels need."""
     monkeypatch.setattr(_backends, "BACKENDS", (toy_backend,))
     sources = _jit.Sources(TOY_SOURCES)
     monkeypatch.setattr(_build, "packaged", lambda: sources)
+    kernels = [
+        replace(kernel, arch_specific=arch_specific)
+        for kernel in toy_backend.kernels(attention("float32"), CPU)
+    ]
+    monkeypatch.setattr(toy_backend, "kernels", lambda problem, device: kernels)
     options = "--arch sm_90 --rank 1 --dtype float32 float16 --head-dim 16"
     assert main(["compile", *options.split(), "--cache-dir", str(tmp_path)]) == 0
     kernel, last = capsys.readouterr().out.splitlines()
-    assert kernel.split()[:2] == ["sm_90", "toy/fill"]
+    assert kernel.split()[:2] == ["sm_90a" if arch_specific else "sm_90", "toy/fill"]
     assert last.startswith("1 kernels in")
 
 

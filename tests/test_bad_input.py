@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cuneigh
-from cuneigh._arrays import NumPyFace
-from cuneigh._ops import call as call_module
+from cuneigh import _call
+from cuneigh._frameworks.numpy import NumPyAdapter
 from cuneigh._problem import Spec
 
 
@@ -25,10 +25,10 @@ from cuneigh._problem import Spec
 def nothing_allocated() -> Iterator[None]:
     """Fails the test when a backend is asked for or an array is made."""
     with (
-        mock.patch.object(call_module, "choose", side_effect=AssertionError("chose a backend")),
-        mock.patch.object(NumPyFace, "empty", side_effect=AssertionError("allocated")),
-        mock.patch.object(NumPyFace, "full", side_effect=AssertionError("allocated")),
-        mock.patch.object(NumPyFace, "cast", side_effect=AssertionError("allocated")),
+        mock.patch.object(_call, "choose", side_effect=AssertionError("chose a backend")),
+        mock.patch.object(NumPyAdapter, "empty", side_effect=AssertionError("allocated")),
+        mock.patch.object(NumPyAdapter, "full", side_effect=AssertionError("allocated")),
+        mock.patch.object(NumPyAdapter, "cast", side_effect=AssertionError("allocated")),
     ):
         yield
 

@@ -36,13 +36,8 @@ from cuneigh._backends.cpu import gradients as gradient_sums
 from cuneigh._backends.cpu import threads as cpu_threads
 from cuneigh._backends.cpu import tiles
 from cuneigh._device import CPU, Device
-from cuneigh._problem import (
-    Operands,
-    Spec,
-    attention_problem,
-    neighborhood_axes,
-    window_arguments,
-)
+from cuneigh._problem import Operands, Spec
+from cuneigh._validate import attention_problem, neighborhood_axes, window_arguments
 
 CUTS = {
     "usual": {},

@@ -1,4 +1,4 @@
-"""What may import what, what an import costs, and what the package offers."""
+"""What may import what, what may name what, what an import costs, and what the package offers."""
 
 from __future__ import annotations
 
@@ -6,83 +6,157 @@ import ast
 import inspect
 import os
 import pickle
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.imports import Package, is_within, strings_of
 
 import cuneigh
+from cuneigh._backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "cuneigh"
-FILES = sorted(PACKAGE.rglob("*.py"))
+PACKAGE = Package(ROOT / "cuneigh")
+CUDA = ROOT / "cuda"
+SOURCES = sorted(path.relative_to(CUDA).as_posix() for path in CUDA.rglob("*.cu*"))
+NAMES = [backend.NAME for backend in BACKENDS]
 
-LAYERS = (
-    {"_window"},
-    {"_problem"},
-    {"_device", "reference"},
-    {"_fused_plan", "_gemm_plan", "_plan"},
-    {"_halo_plan"},
-    {"_jit"},
-    {"_arrays", "_backends"},
-    {"_ops"},
-    {"cuneigh"},
-    {"torch", "jax"},
-    {"compat"},
-    {"cli"},
-    {"__main__"},
+PURE = {"cuneigh._window", "cuneigh._problem", "cuneigh._device"}
+"""What is to be computed and on what: modules that load no array library and no kernel."""
+
+MAY_IMPORT = {
+    "cuneigh._window": set(),
+    "cuneigh._device": set(),
+    "cuneigh._problem": {"cuneigh._window"},
+    "cuneigh._validate": {"cuneigh._window", "cuneigh._problem"},
+    "cuneigh.reference": PURE,
+    "cuneigh._jit": PURE,
+    "cuneigh._gpu": {*PURE, "cuneigh._jit"},
+    "cuneigh._frameworks.contract": PURE,
+    "cuneigh._frameworks.numpy": {*PURE, "cuneigh._frameworks.contract"},
+    "cuneigh._frameworks.cupy": {*PURE, "cuneigh._frameworks.contract"},
+    "cuneigh._call": {*PURE, "cuneigh._gpu", "cuneigh._backends", "cuneigh._frameworks.contract"},
+    **{f"cuneigh._backends.{name}": {*PURE, "cuneigh._jit", "cuneigh._gpu"} for name in NAMES},
+}
+"""The modules and packages that may import nothing of cuneigh but themselves and these."""
+
+IMPORTED_BY = {
+    "cuneigh.torch": {"cuneigh.compat"},
+    "cuneigh.jax": set(),
+    "cuneigh.compat": set(),
+    "cuneigh.cli": {"cuneigh.__main__"},
+}
+"""What users import or run, and the only others that may import it."""
+
+
+# Imports
+
+
+def test_no_module_imports_itself_through_others():
+    circle = PACKAGE.circle()
+    assert circle is None, " -> ".join(circle)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_of_the_lower_layers(package):
+    allowed = {package, *MAY_IMPORT[package]}
+    for module in PACKAGE.files:
+        if is_within(module, package):
+            for imported in PACKAGE.imports[module]:
+                assert any(is_within(imported, each) for each in allowed), (
+                    f"{module} imports {imported}"
+                )
+
+
+@pytest.mark.parametrize("package", IMPORTED_BY)
+def test_what_users_import_is_not_imported_from_below(package):
+    allowed = {package, *IMPORTED_BY[package]}
+    for module, imports in PACKAGE.imports.items():
+        if not any(is_within(module, each) for each in allowed):
+            for imported in imports:
+                assert not is_within(imported, package), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize(
+    ("a", "others"),
+    [
+        ("from package import b", {"b": "import package.a"}),
+        ("import package.b.c", {"b/__init__": "", "b/c": "def f():\n from package.a import g"}),
+        ("if TYPE_CHECKING: from package.b import B", {"b": "from package import a"}),
+        ("from package import b", {"b": "TABLE = {'a': 'package.a'}"}),
+        (
+            "import package.b",
+            {"b": "import_module(f'package.c.{x}')", "c/d": "import package.a", "c/__init__": ""},
+        ),
+    ],
 )
-"""The parts of the package, lowest first. A part imports only from lower layers and from itself."""
-
-FACES = {("_arrays", "torch"), ("_arrays", "jax")}
-"""The one exception: for an array whose framework has no face yet, it is imported by name."""
-
-
-def part_of(name: str) -> str:
-    """The part that the module called `name` belongs to."""
-    return name.split(".")[1] if "." in name else name
-
-
-def name_of(file: Path) -> str:
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def test_every_kind_of_circle_is_found(a, others, tmp_path):
+    for name, text in {"__init__": "", "a": a, **others}.items():
+        file = tmp_path / "package" / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    circle = Package(tmp_path / "package").circle()
+    assert circle is not None
+    assert circle[0] == circle[-1]
+    assert "package.a" in circle
+    (tmp_path / "package" / "a.py").write_text("import package")
+    assert Package(tmp_path / "package").circle() is None
 
 
-def imports_of(file: Path) -> Iterator[str]:
-    """The modules of the package that a file imports anywhere, and those it imports by name."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            modules = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if is_module(name) else str(node.module) for name in modules]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names = [node.value] if is_module(node.value) else []
-        yield from (name for name in names if name.split(".")[0] == "cuneigh")
+# Names of backends
 
 
-def is_module(name: str) -> bool:
-    path = ROOT.joinpath(*name.split("."))
-    return name.startswith("cuneigh.") and (path.with_suffix(".py").is_file() or path.is_dir())
+@pytest.mark.parametrize("module", PACKAGE.files)
+def test_only_the_table_of_backends_names_them(module):
+    """No module imports a backend or has its name in a string, apart from docstrings and types.
+
+    The table is `cuneigh._backends`, and a backend may name itself. "cpu" is a kind of device, too.
+    """
+    if module == "cuneigh._backends":
+        return
+    foreign = [name for name in NAMES if not is_within(module, f"cuneigh._backends.{name}")]
+    for name in foreign:
+        for imported in PACKAGE.imports[module]:
+            assert not is_within(imported, f"cuneigh._backends.{name}"), f"imports {imported}"
+    words = re.compile(rf"\b({'|'.join(name for name in foreign if name != 'cpu')})\b")
+    for constant in strings_of(PACKAGE.trees[module]):
+        assert not words.search(constant.value), f"line {constant.lineno}: {constant.value!r}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports_point_downwards(file):
-    height = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
-    own = part_of(name_of(file))
-    for imported in map(part_of, imports_of(file)):
-        if imported != own and (own, imported) not in FACES:
-            assert height[imported] < height[own], f"{own} imports {imported}"
+def test_strings_are_told_from_docstrings_and_types():
+    tree = ast.parse(
+        '"""fused"""\n'
+        'Name = Literal["fused", "naive"]\n'
+        'other: typing.Literal["fused"] = "one"\n'
+        '"""What fused is."""\n'
+        'def f(name="two"):\n    "fused"\n    return f"three {name}"\n'
+    )
+    assert [constant.value for constant in strings_of(tree)] == ["one", "two", "three "]
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_include_what_is_shared_and_what_lies_in_their_folder_or_above(source):
+    """A file of ``fused/small/`` may include those of ``fused/``, but not the other way round."""
+    folders = [f"{folder.as_posix()}/" for folder in Path(source).parents if folder.name]
+    text = (CUDA / source).read_text(encoding="utf-8")
+    for included in re.findall(r'^\s*#\s*include\s*"(.*)"', text, re.MULTILINE):
+        assert included in SOURCES, f"{source} includes {included}, which is not there"
+        folder = f"{Path(included).parent.as_posix()}/"
+        assert folder in ("cuneigh/", *folders), f"{source} includes {included}"
 
 
 def test_the_folder_of_kernels_is_no_python_package():
     # `cuda` is a namespace package of NVIDIA's; a package of that name here would hide it.
-    assert (ROOT / "cuda").is_dir()
-    assert not list((ROOT / "cuda").rglob("*.py"))
+    assert CUDA.is_dir()
+    assert not list(CUDA.rglob("*.py"))
+
+
+# What an import costs
 
 
 def run(code: str, **environment: str) -> str:
@@ -128,6 +202,9 @@ print(time.process_time() - start)
     assert min(float(run(code, **bytecode)) for _ in range(5)) < 0.150
 
 
+# What is public
+
+
 def test_all_names_what_is_public():
     public = {
         name
@@ -144,21 +221,25 @@ def test_everything_public_is_documented_and_found_by_its_name(name):
     assert pickle.loads(pickle.dumps(value)) is value
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_every_module_says_what_it_is(file):
-    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+@pytest.mark.parametrize("module", PACKAGE.files)
+def test_every_module_says_what_it_is(module):
+    assert ast.get_docstring(PACKAGE.trees[module])
 
 
 def test_kernels_of_bfloat16_are_named_without_ml_dtypes():
     """NumPy has no such dtype of its own."""
-    statement = (
-        "import sys; from cuneigh._backends import fused, gemm, naive; "
-        "from cuneigh._problem import *; from cuneigh._device import of_capability; "
-        "spec = Spec((1, 8, 1, 64), 'bfloat16'); "
-        "window = window_arguments('test', 1, 3, 1, 1, False); "
-        "problem = attention_problem('test', 'forward', spec, spec, spec, window, None); "
-        "device = of_capability((9, 0)); "
-        "assert all(backend.kernels(problem, device) for backend in (fused, gemm, naive)); "
-        "assert 'ml_dtypes' not in sys.modules"
+    run(
+        """
+import sys
+from cuneigh._backends import BACKENDS
+from cuneigh._device import of_capability
+from cuneigh._problem import Problem
+from cuneigh._window import Axis
+
+device = of_capability((9, 0))
+problem = Problem("forward", "bfloat16", 1, 1, 1, 64, 64, (Axis(8, 8, 3, 1, 1, False),), 1.0)
+for backend in BACKENDS:
+    assert backend.unsupported(problem, device) or backend.kernels(problem, device)
+assert "ml_dtypes" not in sys.modules
+"""
     )
-    subprocess.run([sys.executable, "-c", statement], check=True)

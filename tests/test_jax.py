@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 import cuneigh
 from cuneigh import _backends
 from cuneigh._gpu.program import cupy_stream
-from cuneigh._problem import RESULTS, Operands, Problem, Spec
+from cuneigh._problem import ARRAYS, Operands, Problem, Spec
 
 jax = pytest.importorskip("jax")
 
-from cuneigh.jax._calls import Call  # noqa: E402 - needs JAX
+from cuneigh._frameworks.jax.calls import CustomCall  # noqa: E402 - needs JAX
 
 DEVICES = ["jax", pytest.param("jax-cuda", marks=pytest.mark.gpu)]
 SHAPE = (2, 6, 7, 2, 4)
@@ -180,11 +180,11 @@ def test_mapped_calls_agree_with_the_oracle(name, problem, rng, shared, count):
 
 @given(problem=problems(), data=st.data())
 def test_the_attribute_of_a_call_says_everything(problem, data):
-    names = RESULTS[problem.operation]
+    names = ARRAYS[problem.operation].results
     wanted = tuple(data.draw(st.lists(st.sampled_from(names), unique=True)))
     backend = data.draw(st.sampled_from([None, "cpu", "naive"]))
-    call = Call(problem, backend, ("query", "rpb"), wanted)
-    assert Call.decoded(call.encoded().encode()) == call
+    call = CustomCall(problem, backend, ("query", "rpb"), wanted)
+    assert CustomCall.decoded(call.encoded().encode()) == call
     assert all(isinstance(key, str) for key in json.loads(call.encoded()))
 
 
@@ -349,7 +349,7 @@ def test_two_threads_at_once(own):
 
 @contextmanager
 def backend_that(forward: Callable[..., None]) -> Iterator[None]:
-    backend = mock.Mock(NAME="mock", forward=forward, unsupported=lambda *given: None)
+    backend = mock.Mock(NAME="mock", SETTINGS=(), forward=forward, unsupported=lambda *given: None)
     with mock.patch.object(_backends, "BACKENDS", (backend,)):
         yield
 
@@ -464,7 +464,7 @@ from cuneigh import _backends
 local, calls = threading.local(), []
 
 class Backend:
-    NAME = "counting"
+    NAME, SETTINGS = "counting", ()
     unsupported = staticmethod(lambda *given: None)
     @staticmethod
     def forward(problem, operands, output, lse, space):

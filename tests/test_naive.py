@@ -27,7 +27,8 @@ from cuneigh import _jit
 from cuneigh._backends import naive
 from cuneigh._device import cuda
 from cuneigh._gpu import rows
-from cuneigh._problem import Operands, Problem, Spec, attention_problem, window_arguments
+from cuneigh._problem import Operands, Problem, Spec
+from cuneigh._validate import attention_problem, window_arguments
 
 
 def attention(tokens, dims, dtype="float32", kernel_size=3, operation="forward", heads=2, batch=1):
@@ -193,7 +194,7 @@ def test_head_dims_of_any_length(operation, dims, dtype):
             "test", operation, query, query, value, window, 0.05, *extra, None
         )
     else:
-        from cuneigh._problem import av_problem, qk_problem
+        from cuneigh._validate import av_problem, qk_problem
 
         if operation[:2] == "qk":
             problem = qk_problem("test", operation, query, query, window, 0.05, None, extra[0])

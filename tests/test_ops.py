@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import inspect
 import math
+import re
+from typing import get_args
 from unittest import mock
 
 import numpy as np
@@ -25,11 +27,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cuneigh
-from cuneigh._ops import call as call_module
-from cuneigh._problem import DTYPES, Operands, Problem, Spec, dense_problem
+from cuneigh import _call
+from cuneigh._backends import BACKENDS, BackendName
+from cuneigh._problem import DTYPES, Operands, Problem, Spec
+from cuneigh._validate import dense_problem
 
 FUNCTIONS = [name for name in cuneigh.__all__ if not name.endswith("Gradients")]
-NO_BACKEND = mock.patch.object(call_module, "choose", return_value=mock.Mock(spec=[]))
+NO_BACKEND = mock.patch.object(_call, "choose", return_value=mock.Mock(spec=[]))
 """Any launch within it raises AttributeError."""
 
 
@@ -303,14 +307,36 @@ def test_the_examples_in_the_documentation_run(name):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_the_documentation_is_worded_for_the_rank(rank):
-    function = getattr(cuneigh, f"na{rank}d_qk")
+@pytest.mark.parametrize("suffix", ["", "_backward", "_qk", "_qk_backward", "_av", "_av_backward"])
+def test_the_documentation_is_that_of_the_rank(rank, suffix):
+    name = f"na{rank}d{suffix}"
+    documentation = inspect.getdoc(getattr(cuneigh, name))
     axes = range(1, rank + 1)
-    assert f"[B, {', '.join(f'X{axis}' for axis in axes)}, H, D]" in function.__doc__
-    assert f"[H, {', '.join(f'2 * K{axis} - 1' for axis in axes)}]" in function.__doc__
-    assert f"{' * '.join(f'K{axis}' for axis in axes)} (+ n)]" in function.__doc__
-    assert f"{rank}-D" in function.__doc__
-    assert not any(f"na{other}d" in function.__doc__ for other in {1, 2, 3} - {rank})
+    tokens = ", ".join(f"X{axis}" for axis in axes)
+    shapes = re.findall(r"\[B, (X[^\]]*)\]", documentation)
+    assert all(re.match(rf"{tokens}, H", shape) for shape in shapes)
+    assert shapes
+    for slots in re.findall(r"\[[^\]]*, ([K\d* ]+) \(\+ n\)\]", documentation):
+        assert slots == " * ".join(f"K{axis}" for axis in axes)
+    for bias in re.findall(r"rpb : array \[H, (.*)\]", documentation):
+        assert bias == ", ".join(f"2 * K{axis} - 1" for axis in axes)
+    assert f"cuneigh.{name}(" in documentation
+    assert (f"`na2d{suffix}` for arrays with" in documentation) == (rank != 2)
+
+
+def test_every_backend_has_its_name_in_types_and_documentation():
+    names = sorted(get_args(BackendName))
+    assert names == sorted(backend.NAME for backend in BACKENDS)
+    for name in set(FUNCTIONS) - {"merge_attentions"}:
+        function = getattr(cuneigh, name)
+        backend = inspect.signature(function, eval_str=True).parameters["backend"]
+        assert backend.annotation == BackendName | None
+        _, paragraph = inspect.getdoc(function).split("backend : str, optional\n    ")
+        paragraph = paragraph.partition("\n\n")[0]
+        if name == "na2d":
+            assert sorted(re.findall(r'"(\w+)"', paragraph)) == names
+        else:
+            assert paragraph.startswith("As in `na2d`"), name
 
 
 WINDOW = ("kernel_size", "stride", "dilation", "is_causal")
@@ -336,5 +362,4 @@ SIGNATURES = {
 def test_signatures_are_those_of_the_specification(rank, suffix):
     function = getattr(cuneigh, f"na{rank}d{suffix}")
     assert function.__name__ == function.__qualname__ == f"na{rank}d{suffix}"
-    assert function.__module__ == "cuneigh"
     assert tuple(inspect.signature(function).parameters) == SIGNATURES[suffix]

@@ -125,10 +125,11 @@ def test_an_installed_wheel_compiles_its_kernels(
 ) -> None:
     (wheel,) = distributions.glob("*.whl")
     python = install(wheel)
-    problem = ("--rank=2", "--dtype=float16", "--head-dim=32", "--operation=forward")
+    # The operation with the fewest kernels: which files a wheel has is a test of its own.
+    problem = ("--rank=1", "--dtype=float16", "--head-dim=32", "--operation=av")
     target = ("--arch=sm_90", f"--cache-dir={tmp_path / 'cache'}")
     printed = run(python, "-m", "cuneigh", "compile", *problem, *target, directory=tmp_path)
-    assert "naive/forward" in printed
+    assert "naive/av" in printed
     assert list((tmp_path / "cache").rglob("*.cubin"))
 
 

@@ -13,16 +13,12 @@ from helpers.strategies import array, empty_problems, generators, numpy_dtype, p
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cuneigh._problem import (
-    Operands,
-    Problem,
-    Spec,
+from cuneigh._problem import SUPPORTED, Dtype, Operands, Problem, Spec
+from cuneigh._validate import (
     attention_problem,
-    av_problem,
     dense_problem,
     finite_scale,
-    qk_problem,
-    require,
+    problem_of,
     window_arguments,
 )
 
@@ -44,47 +40,9 @@ def build(call: Call) -> Problem:
         given["is_causal"],
     )
     operation = name[5:] or "forward"
-    get = given.get
-    if operation[:2] == "av":
-        problem = av_problem(
-            name, operation, given["weights"], given["value"], window, get("additional_values")
-        )
-    elif operation[:2] == "qk":
-        scale = finite_scale(name, given["scale"])
-        problem = qk_problem(
-            name,
-            operation,
-            given["query"],
-            given["key"],
-            window,
-            scale,
-            get("rpb"),
-            get("additional_keys"),
-        )
-    else:
-        scale = finite_scale(name, given["scale"])
-        problem = attention_problem(
-            name,
-            operation,
-            given["query"],
-            given["key"],
-            given["value"],
-            window,
-            scale,
-            get("additional_keys"),
-            get("additional_values"),
-            get("rpb"),
-        )
-    results = {
-        "output": problem.output,
-        "grad_output": problem.output,
-        "lse": problem.lse,
-        "grad_lse": problem.lse,
-        "grad_logits": problem.logits,
-    }
-    for result in results.keys() & given.keys():
-        require(name, result, given[result], results[result])
-    return problem
+    scale = finite_scale(name, given.get("scale", 1.0))
+    specs = {name: spec for name, spec in given.items() if isinstance(spec, Spec)}
+    return problem_of(name, operation, specs, window, scale)
 
 
 @given(problems())
@@ -158,6 +116,19 @@ def test_problems_are_cached_and_hashable():
     )
     assert first is second
     assert {first: 1}[dataclasses.replace(first)] == 1
+
+
+def test_a_dtype_may_have_a_forward_pass_only(monkeypatch):
+    monkeypatch.setitem(SUPPORTED, "float16", Dtype(2, has_gradients=False))
+    window = window_arguments("na1d", 1, 3, 1, 1, False)
+    names = ("query", "key", "value", "output", "grad_output")
+    specs = dict.fromkeys(names, Spec((1, 5, 2, 16), "float16"))
+    specs["lse"] = Spec((1, 5, 2), "float32")
+    problem = problem_of("na1d", "forward", specs, window, None)
+    with pytest.raises(TypeError, match="dtype float16 has no gradients"):
+        problem.gradient  # noqa: B018 - a property that raises
+    with pytest.raises(TypeError, match="na1d_backward: dtype float16 has no gradients"):
+        problem_of("na1d_backward", "backward", specs, window, None)
 
 
 tiny = problems(most_tokens=16, budget=2_000)

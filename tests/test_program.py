@@ -19,14 +19,14 @@ from helpers.toy_kernel import needs_nvrtc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuneigh import _device, _jit
+from cuneigh import _call, _device, _jit
 from cuneigh._backends import BACKENDS, fused, gemm, naive
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.tensor_map import TensorMap
 from cuneigh._gpu.views import Views, load_width
-from cuneigh._ops import launch
-from cuneigh._problem import RESULTS, Operands, Problem, Spec, attention_problem, window_arguments
+from cuneigh._problem import ARRAYS, Problem, Spec
+from cuneigh._validate import attention_problem, window_arguments
 
 driver = pytest.importorskip("cupy").cuda.driver
 
@@ -132,32 +132,18 @@ def test_views_hold_pointers_until_a_program_runs():
 
 
 def arguments_of(problem: Problem) -> tuple[str, ...]:
-    """The names of what the operation takes."""
-    given = [name for name, spec in problem.specs._asdict().items() if spec is not None]
-    given += {
-        "backward": ["grad_output", "output", "lse"],
-        "qk_backward": ["grad_logits"],
-        "av": ["weights"],
-        "av_backward": ["weights", "grad_output"],
-    }.get(problem.operation, [])
-    return tuple(given)
-
-
-def results_of(problem: Problem) -> tuple[Spec | None, ...]:
-    absent = [name for name in Operands._fields if getattr(problem.specs, name) is None]
-    if not problem.operation.endswith("backward"):
-        absent = []
-    return tuple(
-        None if name in absent else problem.spec(name) for name in RESULTS[problem.operation]
-    )
+    """The names of what the operation takes, but for a gradient of lse."""
+    absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
+    names = ARRAYS[problem.operation].arguments
+    return tuple(name for name in names if name not in (*absent, "grad_lse"))
 
 
 def program_of(
     problem: Problem, backend: str | None, names: Any, results: Any, layouts: Any, *off: Any
 ) -> Program:
     """The program of calls on device 0."""
-    known = launch.known_backends()
-    return launch.routine_for(known, problem, 0, backend, names, results).program(layouts, *off)
+    known = _call.known_backends()
+    return _call.program_for(known, problem, 0, backend, names, results, layouts, *off)
 
 
 @pytest.mark.parametrize("backend", [naive, gemm, fused])
@@ -177,8 +163,8 @@ def test_a_contiguous_call_loads_what_kernels_names(backend, data):
         patch.setattr(_jit, "load", recording)
         patch.setattr(_device, "cuda", lambda index: H200)
         patch.setattr(driver, "launchKernel", lambda *_: None)
-        launch.routine_for.cache_clear()
-        made = program_of(problem, backend.NAME, names, results_of(problem), layouts)
+        _call.program_for.cache_clear()
+        made = program_of(problem, backend.NAME, names, problem.results, layouts)
     expected = set(backend.kernels(problem, H200))
     assert seen <= expected
     assert seen == expected or backend is fused, "fused names those of other windows too"
@@ -198,7 +184,7 @@ OPERATION_PROBLEMS = {
         additional=2 if operation != "forward" else None,
         rpb_dtype="float32" if operation in ("backward", "qk", "qk_backward") else None,
     )
-    for operation in RESULTS
+    for operation in ARRAYS
 }
 
 
@@ -218,17 +204,17 @@ def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, t
 
     monkeypatch.setattr(Program, "launch", record)
     monkeypatch.setattr(_device, "cuda", lambda index: H200)
-    launch.routine_for.cache_clear()
+    _call.program_for.cache_clear()
     for problem in OPERATION_PROBLEMS.values():
         if backend.unsupported(problem, H200) is None:
             names = arguments_of(problem)
             layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
-            program_of(problem, backend.NAME, names, results_of(problem), layouts)
+            program_of(problem, backend.NAME, names, problem.results, layouts)
     assert packed
     compiled = _jit.precompile(packed, ["sm_90a"], tmp_path)
     for (kernel, _), result in compiled.items():
         assert parameter_sizes(result.cubin.read_bytes()) == packed[kernel], kernel.name
-    launch.routine_for.cache_clear()
+    _call.program_for.cache_clear()
 
 
 def forward_of(
@@ -252,7 +238,7 @@ def forward_of(
 
 
 def test_a_program_is_kept_for_calls_that_are_laid_out_alike(launched, monkeypatch):
-    launch.routine_for.cache_clear()
+    _call.program_for.cache_clear()
     first = forward_of()
     assert forward_of() is first
     plain = contiguous((1, 14, 14, 4, 32)), 0
@@ -278,7 +264,7 @@ def test_a_result_off_its_alignment_is_stored_in_narrower_pieces(monkeypatch, la
     monkeypatch.setattr(
         _jit, "load", lambda kernel, device: seen.append(kernel.plan) or loaded(kernel, device)
     )
-    launch.routine_for.cache_clear()
+    _call.program_for.cache_clear()
     for misalignments in ((), (8, 0), (2, 4)):
         forward_of(backend="naive", misalignments=misalignments)
     widths = [re.search(r"kValueVector = (\d+)", plan)[1] for plan in seen]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.imports import Package, strings_of
 
 import cuneigh
 from cuneigh import cli
@@ -51,9 +52,19 @@ def test_backends_are_those_of_the_code() -> None:
 
 
 def test_environment_variables_are_those_of_the_code() -> None:
-    code = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("cuneigh/**/*.py"))
-    variables = set(re.findall(r'environ.*?"(CUNEIGH_\w+)"', code))
+    """Wherever a module has the name of one as a string, whatever it reads it with."""
+    package = Package(ROOT / "cuneigh")
+    strings = {constant.value for tree in package.trees.values() for constant in strings_of(tree)}
+    variables = {text for text in strings if re.fullmatch(r"CUNEIGH_[A-Z0-9_]+", text)}
     assert variables == set(re.findall(r"^\| `(CUNEIGH_\w+)`", README, re.MULTILINE))
+
+
+@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", "bench/NOTES.md"])
+def test_files_that_documents_name_are_there(document: str) -> None:
+    """Folders, files, and modules without their suffix."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for path in re.findall(r"\b(?:cuneigh|cuda|bench|tests)/[\w./-]*\w", text):
+        assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
 
 
 def test_the_error_message_is_the_real_one() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import brute_force
-from helpers.accuracy import assert_close, expect, named
+from helpers.accuracy import assert_close, named
+from helpers.expected import expect
 from helpers.strategies import (
     Inputs,
     empty_problems,

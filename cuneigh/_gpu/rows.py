@@ -39,7 +39,7 @@ PACKET_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What is compiled into a kernel; `struct Plan` of cuda/cuneigh/rows.cuh."""
+    """What is compiled into a kernel; `struct Plan` of cuda/cuneigh/row_plan.cuh."""
 
     rank: int
     element: str

@@ -31,29 +31,26 @@ def kernels(problem: Problem) -> list[_jit.Kernel]:
     """The kernels of the sums of `problem` when its arrays are contiguous."""
     rank, dtype = problem.rank, problem.dtype
     key, value = problem.head_dim, problem.value_dim
+    plans = {
+        "backward": row_plan(rank, dtype, problem.rpb_dtype, key, value),
+        "qk_backward": row_plan(rank, dtype, None, 0, key),
+        "av_backward": row_plan(rank, dtype, None, 0, value),
+    }
+    plan = plans.get(problem.operation)
+    if plan is None:
+        return []
+    stored = problem.operation != "backward"
     found: list[_jit.Kernel] = []
-    summed: set[str] = set()  # dtypes of the gradients
-    if problem.additional and problem.operation.endswith("backward"):
-        summed.add(dtype)
-        name, plan = {
-            "backward": (
-                "attention_additional",
-                row_plan(rank, dtype, problem.rpb_dtype, key, value),
-            ),
-            "qk_backward": ("additional", row_plan(rank, dtype, None, 0, key)),
-            "av_backward": ("additional", row_plan(rank, dtype, None, 0, value)),
-        }[problem.operation]
-        found.append(_jit.Kernel(f"sums/{name}", plan.source()))
-    if problem.rpb_dtype and problem.operation in ("backward", "qk_backward"):
-        summed.add(problem.rpb_dtype)
-        stored = problem.operation == "qk_backward"
-        plan = (
-            _stored_plan(problem)
-            if stored
-            else row_plan(rank, dtype, problem.rpb_dtype, key, value)
-        )
-        found.append(_jit.Kernel("sums/rpb", plan.source(kStored=stored)))
-    return found + [_shares_kernel(problem.accumulator, dtype) for dtype in sorted(summed)]
+    dtypes: list[str] = []  # of the gradients
+    if problem.additional:
+        name = "sums/additional" if stored else "sums/attention_additional"
+        found.append(_jit.Kernel(name, plan.source()))
+        dtypes.append(dtype)
+    if problem.rpb_dtype:
+        rpb_plan = _stored_plan(problem) if stored else plan
+        found.append(_jit.Kernel("sums/rpb", rpb_plan.source(kStored=stored)))
+        dtypes.append(problem.rpb_dtype)
+    return found + [_shares_kernel(problem.accumulator, each) for each in dict.fromkeys(dtypes)]
 
 
 def delta_kernel(problem: Problem) -> _jit.Kernel:

@@ -7,12 +7,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cuneigh._arrays import examine, type_name
-from cuneigh._ops.call import compute, public, scale_or_default
-from cuneigh._problem import DTYPES, Spec, boolean, dense_problem, require
+from cuneigh._backends import BackendName
+from cuneigh._call import opaque
+from cuneigh._frameworks import adapter_of, load_adapter
+from cuneigh._frameworks.arguments import examine
+from cuneigh._frameworks.contract import type_name
+from cuneigh._ops.compute import compute
+from cuneigh._problem import DTYPES, SUPPORTED, Spec
+from cuneigh._validate import require
 
 
-@public
 def attention(
     query: Any,
     key: Any,
@@ -20,7 +24,7 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Any:
     """Attention of every query to every key: self attention, cross attention, causal attention.
 
@@ -37,7 +41,9 @@ def attention(
     scale : float, optional
         Factor of the logits; ``D ** -0.5`` if not given.
     return_lse : bool
+        Whether to return the logarithm of the sum of the exponentials of all logits as well.
     backend : str, optional
+        As in `na2d`.
 
     Returns
     -------
@@ -59,30 +65,19 @@ def attention(
     >>> cuneigh.attention(image, text, text).shape
     (1, 64, 2, 16)
     """
-    call = "attention"
-    arguments = examine(call, {"query": query, "key": key, "value": value})
-    specs = arguments.specs
-    problem = dense_problem(
-        call,
-        "forward",
-        specs["query"],
-        specs["key"],
-        specs["value"],
-        boolean(call, "is_causal", is_causal),
-        scale_or_default(call, scale),
-    )
-    with_lse = boolean(call, "return_lse", return_lse)
+    load_adapter(query)
     output, lse = compute(
-        call,
-        arguments,
-        problem,
-        backend,
-        (problem.output, problem.lse if with_lse else None),
+        ("forward", 0, None, None, None, is_causal, scale, return_lse, backend),
+        query,
+        key,
+        value,
+        None,
+        None,
+        None,
     )
-    return (output, lse) if with_lse else output
+    return output if lse is None else (output, lse)
 
 
-@public
 def merge_attentions(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
     """The attention over all keys, from the attentions of the same queries to parts of them.
 
@@ -119,6 +114,12 @@ def merge_attentions(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, 
     >>> numpy.allclose(output, cuneigh.attention(query, key, value))
     True
     """
+    load_adapter(outputs)
+    return _merge(outputs, lses)
+
+
+@opaque
+def _merge(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
     call = "merge_attentions"
     for name, given in (("outputs", outputs), ("lses", lses)):
         if not isinstance(given, (tuple, list)):
@@ -130,19 +131,16 @@ def merge_attentions(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, 
             f"{call}: there are {len(outputs)} outputs and {len(lses)} lses; at least one of "
             f"each, and as many of either, are needed"
         )
-    arguments = examine(
-        call,
-        {f"outputs[{i}]": output for i, output in enumerate(outputs)}
-        | {f"lses[{i}]": lse for i, lse in enumerate(lses)},
-        borrowed=False,
-    )
-    face, specs = arguments.face, arguments.specs
+    arrays = {f"outputs[{i}]": output for i, output in enumerate(outputs)}
+    arrays |= {f"lses[{i}]": lse for i, lse in enumerate(lses)}
+    adapter, device = examine(call, arrays, adapter_of, borrowed=False)
+    specs = {name: adapter.spec(array) for name, array in arrays.items()}
     first = specs["outputs[0]"]
     accumulator = _check_merge(call, len(outputs), specs)
 
-    with face.operations(arguments.place) as xp:
-        # Where every lse is -inf, so is their maximum: 0 takes its place, that of the total is
-        # taken by 1, and neither a value nor a derivative becomes NaN.
+    with adapter.operations(device) as xp:
+        # Where every lse is -inf, so is their maximum. There 0 stands for the maximum and 1 for the
+        # total, so that neither a value nor a derivative becomes NaN.
         highest = functools.reduce(xp.maximum, lses)
         highest = xp.where(highest == -math.inf, 0.0, highest)
         terms = [xp.exp(lse - highest) for lse in lses]
@@ -152,10 +150,10 @@ def merge_attentions(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, 
         merged_lse = xp.where(nothing, -math.inf, highest + xp.log(total))
         merged = sum(
             (term / total)[..., None]
-            * xp.where((lse == -math.inf)[..., None], 0.0, face.cast(output, accumulator))
+            * xp.where((lse == -math.inf)[..., None], 0.0, adapter.cast(output, accumulator))
             for term, lse, output in zip(terms, lses, outputs, strict=True)
         )
-        return face.cast(merged, first.dtype), face.cast(merged_lse, accumulator)
+        return adapter.cast(merged, first.dtype), adapter.cast(merged_lse, accumulator)
 
 
 def _check_merge(call: str, count: int, specs: dict[str, Spec]) -> str:
@@ -167,7 +165,7 @@ def _check_merge(call: str, count: int, specs: dict[str, Spec]) -> str:
         )
     if not first.shape:
         raise ValueError(f"{call}: outputs[0] has 0 axes, but at least 1 is needed")
-    accumulator = "float64" if first.dtype == "float64" else "float32"
+    accumulator = SUPPORTED[first.dtype].accumulator
     lse = Spec(first.shape[:-1], accumulator)
     for i in range(count):
         require(call, f"outputs[{i}]", specs[f"outputs[{i}]"], first)

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from cuneigh._arrays import examine
-from cuneigh._ops.call import (
-    Call,
-    Flags,
-    Sizes,
-    call_of,
-    compute,
-    for_each_rank,
-    scale_or_default,
-)
-from cuneigh._ops.recognize import recognized
-from cuneigh._problem import (
-    Problem,
-    Spec,
-    Window,
-    attention_problem,
-    boolean,
-    require,
-    window_arguments,
-)
+from cuneigh._backends import BackendName
+from cuneigh._frameworks import load_adapter
+from cuneigh._ops.compute import Flags, Sizes, compute
 
 
 class Gradients(NamedTuple):
-    """Gradients with respect to the arrays that were given; None for the others."""
+    """Gradients of `na2d` and its kin with respect to the arrays given; None for the others."""
 
     query: Any
     key: Any
@@ -38,8 +20,7 @@ class Gradients(NamedTuple):
     rpb: Any
 
 
-def na(
-    rank: int,
+def na1d(
     query: Any,
     key: Any,
     value: Any,
@@ -52,7 +33,72 @@ def na(
     additional_values: Any = None,
     rpb: Any = None,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
+) -> Any:
+    """1-D neighborhood attention: every query attends to the keys of a window around it.
+
+    `na2d` for arrays with one token axis: see there for what the parameters mean.
+
+    Parameters
+    ----------
+    query : array [B, X1, H, D]
+    key : array [B, X1, H_kv, D]
+    value : array [B, X1, H_kv, D_v]
+    kernel_size, stride, dilation : int
+    is_causal : bool
+    scale : float, optional
+        Factor of the logits; ``D ** -0.5`` if not given.
+    additional_keys, additional_values : arrays [B, n, H_kv, D] and [B, n, H_kv, D_v], optional
+    rpb : array [H, 2 * K1 - 1], optional
+    return_lse : bool
+    backend : str, optional
+        As in `na2d`.
+
+    Returns
+    -------
+    output : array [B, X1, H, D_v]
+    lse : array [B, X1, H]
+        With `return_lse` only.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `na2d` does.
+
+    Examples
+    --------
+    >>> import cuneigh, numpy
+    >>> query, key, value = numpy.random.default_rng(0).standard_normal((3, 1, 64, 2, 16))
+    >>> cuneigh.na1d(query, key, value, kernel_size=5).shape
+    (1, 64, 2, 16)
+    """
+    load_adapter(query)
+    output, lse = compute(
+        ("forward", 1, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        rpb,
+    )
+    return output if lse is None else (output, lse)
+
+
+def na2d(
+    query: Any,
+    key: Any,
+    value: Any,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    rpb: Any = None,
+    return_lse: bool = False,
+    backend: BackendName | None = None,
 ) -> Any:
     """2-D neighborhood attention: every query attends to the keys of a window around it.
 
@@ -83,14 +129,14 @@ def na(
     additional_keys, additional_values : arrays [B, n, H_kv, D] and [B, n, H_kv, D_v], optional
         Keys that every query sees besides its window.
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1], optional
-        Relative positional bias, where K is the kernel_size of an axis: entry
+        Relative positional bias, where K is the kernel_size of an axis: the element at
         ``key - query + K - 1``, counted in steps of dilation, is added to the scaled logit. Its
         dtype is the query's or float32. It needs stride 1 and no causal axis.
     return_lse : bool
         Whether to return the logarithm of the sum of the exponentials of all logits as well.
     backend : str, optional
-        Name of the backend to use: "fused", "naive" or "cpu". The best one for the problem if not
-        given.
+        Name of the backend to use: "fused", "gemm", "naive" or "cpu". Of those that can run the
+        problem the one that is expected to be fastest if not given.
 
     Returns
     -------
@@ -129,34 +175,85 @@ def na(
     >>> lse.shape
     (1, 8, 8, 2)
     """
-    call, arrays = _forward(
-        (query, key, value, additional_keys, additional_values, rpb),
-        (rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+    load_adapter(query)
+    output, lse = compute(
+        ("forward", 2, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        rpb,
     )
-    output, lse = call.compute(arrays)
     return output if lse is None else (output, lse)
 
 
-@recognized
-def _forward(operands: Sequence[Any], parameters: tuple[Any, ...]) -> tuple[Call, Sequence[Any]]:
-    """The call of `na` with these arguments, and the arrays among them."""
-    query, key, value, additional_keys, additional_values, rpb = operands
-    rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend = parameters
-    name = f"na{rank}d"
-    arguments = examine(
-        name,
-        {"query": query, "key": key, "value": value},
-        {"additional_keys": additional_keys, "additional_values": additional_values, "rpb": rpb},
+def na3d(
+    query: Any,
+    key: Any,
+    value: Any,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    rpb: Any = None,
+    return_lse: bool = False,
+    backend: BackendName | None = None,
+) -> Any:
+    """3-D neighborhood attention: every query attends to the keys of a window around it.
+
+    `na2d` for arrays with three token axes: see there for what the parameters mean.
+
+    Parameters
+    ----------
+    query : array [B, X1, X2, X3, H, D]
+    key : array [B, X1, X2, X3, H_kv, D]
+    value : array [B, X1, X2, X3, H_kv, D_v]
+    kernel_size, stride, dilation : int, or one per token axis
+    is_causal : bool, or one per token axis
+    scale : float, optional
+        Factor of the logits; ``D ** -0.5`` if not given.
+    additional_keys, additional_values : arrays [B, n, H_kv, D] and [B, n, H_kv, D_v], optional
+    rpb : array [H, 2 * K1 - 1, 2 * K2 - 1, 2 * K3 - 1], optional
+    return_lse : bool
+    backend : str, optional
+        As in `na2d`.
+
+    Returns
+    -------
+    output : array [B, X1, X2, X3, H, D_v]
+    lse : array [B, X1, X2, X3, H]
+        With `return_lse` only.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `na2d` does.
+
+    Examples
+    --------
+    >>> import cuneigh, numpy
+    >>> query, key, value = numpy.random.default_rng(0).standard_normal((3, 1, 4, 4, 4, 2, 16))
+    >>> cuneigh.na3d(query, key, value, kernel_size=3).shape
+    (1, 4, 4, 4, 2, 16)
+    """
+    load_adapter(query)
+    output, lse = compute(
+        ("forward", 3, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        rpb,
     )
-    window = window_arguments(name, rank, kernel_size, stride, dilation, is_causal)
-    problem = _problem(name, "forward", arguments.specs, window, scale)
-    lse = problem.lse if boolean(name, "return_lse", return_lse) else None
-    call = call_of(name, arguments, problem, backend, (problem.output, lse))
-    return call, tuple(arguments.arrays.values())
+    return output if lse is None else (output, lse)
 
 
-def na_backward(
-    rank: int,
+def na1d_backward(
     grad_output: Any,
     query: Any,
     key: Any,
@@ -172,7 +269,79 @@ def na_backward(
     additional_values: Any = None,
     rpb: Any = None,
     grad_lse: Any = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
+) -> Gradients:
+    """Gradients of `na1d` with respect to every array that it was given.
+
+    `na2d_backward` for arrays with one token axis: see there for what the parameters mean.
+
+    Parameters
+    ----------
+    grad_output : array [B, X1, H, D_v]
+    query, key, value, additional_keys, additional_values, rpb : arrays
+        What `na1d` was given.
+    output, lse : arrays [B, X1, H, D_v] and [B, X1, H]
+        What `na1d` returned with ``return_lse=True``.
+    kernel_size, stride, dilation, is_causal, scale
+        What `na1d` was given.
+    grad_lse : array [B, X1, H], optional
+    backend : str, optional
+        As in `na2d`.
+
+    Returns
+    -------
+    Gradients
+        As of `na2d_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `na2d` does.
+
+    Examples
+    --------
+    >>> import cuneigh, numpy
+    >>> random = numpy.random.default_rng(0)
+    >>> query, key, value, grad_output = random.standard_normal((4, 1, 64, 2, 16))
+    >>> output, lse = cuneigh.na1d(query, key, value, 5, return_lse=True)
+    >>> gradients = cuneigh.na1d_backward(grad_output, query, key, value, output, lse, 5)
+    >>> gradients.key.shape
+    (1, 64, 2, 16)
+    """
+    load_adapter(query)
+    gradients = compute(
+        ("backward", 1, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        rpb,
+        grad_output,
+        output,
+        lse,
+        grad_lse,
+    )
+    return Gradients(*gradients)
+
+
+def na2d_backward(
+    grad_output: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    output: Any,
+    lse: Any,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    rpb: Any = None,
+    grad_lse: Any = None,
+    backend: BackendName | None = None,
 ) -> Gradients:
     """Gradients of `na2d` with respect to every array that it was given.
 
@@ -212,61 +381,90 @@ def na_backward(
     >>> gradients.key.shape
     (1, 8, 8, 2, 16)
     """
-    call = f"na{rank}d_backward"
-    arguments = examine(
-        call,
-        {
-            "grad_output": grad_output,
-            "query": query,
-            "key": key,
-            "value": value,
-            "output": output,
-            "lse": lse,
-        },
-        {
-            "additional_keys": additional_keys,
-            "additional_values": additional_values,
-            "rpb": rpb,
-            "grad_lse": grad_lse,
-        },
-    )
-    specs = arguments.specs
-    window = window_arguments(call, rank, kernel_size, stride, dilation, is_causal)
-    problem = _problem(call, "backward", specs, window, scale)
-    require(call, "grad_output", specs["grad_output"], problem.output)
-    require(call, "output", specs["output"], problem.output)
-    require(call, "lse", specs["lse"], problem.lse)
-    require(call, "grad_lse", specs.get("grad_lse", problem.lse), problem.lse)
+    load_adapter(query)
     gradients = compute(
-        call,
-        arguments,
-        problem,
-        backend,
-        problem.specs,
+        ("backward", 2, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        rpb,
+        grad_output,
+        output,
+        lse,
+        grad_lse,
     )
     return Gradients(*gradients)
 
 
-def _problem(
-    call: str,
-    operation: Literal["forward", "backward"],
-    specs: dict[str, Spec],
-    window: Window,
-    scale: object,
-) -> Problem:
-    return attention_problem(
-        call,
-        operation,
-        specs["query"],
-        specs["key"],
-        specs["value"],
-        window,
-        scale_or_default(call, scale),
-        specs.get("additional_keys"),
-        specs.get("additional_values"),
-        specs.get("rpb"),
+def na3d_backward(
+    grad_output: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    output: Any,
+    lse: Any,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    rpb: Any = None,
+    grad_lse: Any = None,
+    backend: BackendName | None = None,
+) -> Gradients:
+    """Gradients of `na3d` with respect to every array that it was given.
+
+    `na2d_backward` for arrays with three token axes: see there for what the parameters mean.
+
+    Parameters
+    ----------
+    grad_output : array [B, X1, X2, X3, H, D_v]
+    query, key, value, additional_keys, additional_values, rpb : arrays
+        What `na3d` was given.
+    output, lse : arrays [B, X1, X2, X3, H, D_v] and [B, X1, X2, X3, H]
+        What `na3d` returned with ``return_lse=True``.
+    kernel_size, stride, dilation, is_causal, scale
+        What `na3d` was given.
+    grad_lse : array [B, X1, X2, X3, H], optional
+    backend : str, optional
+        As in `na2d`.
+
+    Returns
+    -------
+    Gradients
+        As of `na2d_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `na2d` does.
+
+    Examples
+    --------
+    >>> import cuneigh, numpy
+    >>> random = numpy.random.default_rng(0)
+    >>> query, key, value, grad_output = random.standard_normal((4, 1, 4, 4, 4, 2, 16))
+    >>> output, lse = cuneigh.na3d(query, key, value, 3, return_lse=True)
+    >>> gradients = cuneigh.na3d_backward(grad_output, query, key, value, output, lse, 3)
+    >>> gradients.key.shape
+    (1, 4, 4, 4, 2, 16)
+    """
+    load_adapter(query)
+    gradients = compute(
+        ("backward", 3, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        rpb,
+        grad_output,
+        output,
+        lse,
+        grad_lse,
     )
-
-
-na1d, na2d, na3d = for_each_rank(na)
-na1d_backward, na2d_backward, na3d_backward = for_each_rank(na_backward)
+    return Gradients(*gradients)

@@ -16,15 +16,16 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
 import cuneigh
-from cuneigh._backends import choose
+from cuneigh._backends import BackendName, choose
 from cuneigh._device import CPU, Device, cuda
-from cuneigh._problem import Problem, Spec, attention_problem, window_arguments
+from cuneigh._problem import Problem, Spec
+from cuneigh._validate import attention_problem, window_arguments
 
 Image = npt.NDArray[np.float32]
 """Rows, columns and channels; white is 1."""
@@ -64,7 +65,9 @@ def tensors_of(image: Any, patch: int, xp: Any) -> Tensors:
     return Tensors(*(tensor[None, :, :, None] for tensor in (query, key, image)))
 
 
-def denoise(tensors: Tensors, window: int, strength: float, backend: str | None = None) -> Any:
+def denoise(
+    tensors: Tensors, window: int, strength: float, backend: BackendName | None = None
+) -> Any:
     """The denoised image; `strength` is the h of the weights."""
     scale = 2 / strength**2
     return cuneigh.na2d(*tensors, kernel_size=window, scale=scale, backend=backend)[0, :, :, 0]
@@ -230,7 +233,7 @@ def _run(options: argparse.Namespace) -> None:
     xp, device = array_library(options.backend)
     tensors = tensors_of(xp.asarray(noisy), options.patch, xp)
     problem = _problem(tensors, options.window)
-    backend = choose(problem, device, options.backend).NAME
+    backend = cast(BackendName, choose(problem, device, options.backend).NAME)
     print(f"image    {options.image or 'chelsea.png'}, {' x '.join(map(str, original.shape))}")
     for name, tensor in tensors._asdict().items():
         print(f"{name:8} {list(tensor.shape)} {tensor.dtype}")

@@ -26,7 +26,8 @@ from cuneigh import _backends, _jit, reference
 from cuneigh._backends import Backend
 from cuneigh._device import CPU, Device, cuda, driver_library
 from cuneigh._jit import _compiler
-from cuneigh._problem import DTYPES, Operands, Problem, Spec, Window, attention_problem
+from cuneigh._problem import DTYPES, Operands, Problem, Spec
+from cuneigh._validate import Window, attention_problem
 
 
 def add_parser(subparsers: Any) -> None:

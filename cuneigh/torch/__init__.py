@@ -1,17 +1,12 @@
-"""PyTorch: the functions of `cuneigh` on tensors, and modules that hold the weights around them.
+"""PyTorch: modules that hold the weights around neighborhood attention.
 
 ``cuneigh.na2d`` and its kin need nothing from here: they are differentiable on tensors, they go
 through ``torch.compile``, ``torch.func.vmap``, autocast and CUDA graphs, and kernels run on
-PyTorch's current stream. This module is imported when the first tensor arrives.
+PyTorch's current stream. A program that was exported with calls of them needs the operators of
+``torch.ops.cuneigh``, which are there once this module is imported.
 """
 
-from numbers import Real
-
-import torch
-
-from cuneigh._arrays import register
-from cuneigh._ops.call import CORES
-from cuneigh.torch._face import TorchFace
+import cuneigh._frameworks.torch  # noqa: F401 - defines the operators
 from cuneigh.torch._modules import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
@@ -19,12 +14,3 @@ from cuneigh.torch._modules import (
 )
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
-
-register(TorchFace(), "torch")
-
-# A number that torch.compile traces as a symbol may be the scale of a call.
-Real.register(torch.SymFloat)
-
-# torch.compile calls these with the tensors of its trace, and sees the operators that they call.
-for _core in CORES:
-    torch.compiler.allow_in_graph(_core)

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cuneigh._ops.call import Flags, Sizes
+from cuneigh._ops.av import na1d_av, na2d_av, na3d_av
+from cuneigh._ops.compute import Flags, Sizes
 from cuneigh._ops.neighborhood import na1d, na2d, na3d
-from cuneigh._ops.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
-from cuneigh._problem import window_arguments
+from cuneigh._ops.qk import na1d_qk, na2d_qk, na3d_qk
+from cuneigh._validate import window_arguments
 
 
 class _NeighborhoodAttention(nn.Module):  # type: ignore[misc]

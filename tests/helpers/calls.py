@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import gpu_arrays
-from helpers.accuracy import assert_close, expect, forward_results
-from helpers.illegal import call_of
-from helpers.strategies import Inputs, numpy_dtype
 
 import cuneigh
 from cuneigh._problem import Problem, Spec
+from helpers import gpu_arrays
+from helpers.accuracy import assert_close
+from helpers.expected import expect, forward_results
+from helpers.illegal import call_of
+from helpers.strategies import Inputs, array, numpy_dtype
 
 # JAX shares the GPU with the other frameworks.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -73,6 +74,15 @@ def framework(name: str) -> Framework:
         case ["jax", *cuda]:
             return jax_framework(name, "gpu" if cuda else "cpu")
     raise ValueError(name)
+
+
+SHAPE = (2, 6, 7, 3, 8)
+
+
+def arrays(name: str, count: int, dtype: str = "float32", shape: tuple[int, ...] = SHAPE) -> Any:
+    """Arrays of a framework with different, normally distributed numbers."""
+    rng = np.random.default_rng(0)
+    return [framework(name).of(array(Spec(shape, dtype), rng)) for _ in range(count)]
 
 
 def cupy_framework(name: str) -> Framework:

@@ -14,17 +14,8 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from cuneigh._problem import (
-    DTYPES,
-    Operands,
-    Problem,
-    Spec,
-    Window,
-    attention_problem,
-    av_problem,
-    dense_problem,
-    qk_problem,
-)
+from cuneigh._problem import DTYPES, Operands, Problem, Spec
+from cuneigh._validate import Window, attention_problem, av_problem, dense_problem, qk_problem
 
 OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
 LAYOUTS = ("contiguous", "packed", "heads_first", "reversed", "broadcast", "padded", "mixed")

@@ -182,7 +182,7 @@ class Chunk:
                 "gemm/pack",
                 move_source(self.problem, vector, kKeys=matrix.is_halo),
                 views,
-                slices,
+                slices * len(self.tiles),
                 matrix.width,
                 slices,
             )
@@ -201,7 +201,7 @@ class Chunk:
                 "gemm/unpack",
                 move_source(self.problem, vector),
                 views,
-                slices,
+                slices * len(self.tiles),
                 matrix.width,
                 slices,
             )
@@ -223,30 +223,19 @@ class Chunk:
             "gemm/halo_sum",
             move_source(problem, vector),
             views,
-            None,
+            math.ceil(threads / THREADS),
             halo.width,
             self.tiles.start % plan.pair_tiles != 0,
             self.tiles.stop % plan.pair_tiles == 0,
-            blocks=math.ceil(threads / THREADS),
         )
 
     def row_kernel(self, name: str, source: str, views: Views) -> None:
         """Launch a kernel that takes the rows of the tiles one by one."""
         slices = _slices(self.plan.rows, ITEMS * THREADS // self.plan.lanes(self.problem))
-        self._launch(name, source, views, slices, slices)
+        self._launch(name, source, views, slices * len(self.tiles), slices)
 
-    def _launch(
-        self,
-        name: str,
-        source: str,
-        views: Views,
-        slices: int | None,
-        *numbers: int,
-        blocks: int = 0,
-    ) -> None:
-        """Launch `slices` blocks a tile, or `blocks`; `numbers` follow the views."""
-        if slices is not None:
-            blocks = slices * len(self.tiles)
+    def _launch(self, name: str, source: str, views: Views, blocks: int, *numbers: int) -> None:
+        """Launch a kernel whose arguments are views and, after them, numbers."""
         self._run(name, source, (blocks, 1), [*views.words, *numbers])
 
     def _run(
@@ -258,6 +247,7 @@ class Chunk:
 
 
 def _slices(work: int, share: int) -> int:
+    """Blocks for the work of a tile, of which each does a share."""
     return max(1, math.ceil(work / share))
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cuneigh
-from cuneigh._ops.call import Flags, Sizes
+from cuneigh._ops.compute import Flags, Sizes
 
 __all__ = [
     *("attention", "merge_attentions", "neighborhood_attention_generic"),
@@ -76,42 +76,109 @@ def neighborhood_attention_generic(
     )
 
 
-def _whole(rank: int) -> Callable[..., Any]:
-    core = getattr(cuneigh, f"na{rank}d")
+def na1d(
+    query: Any,
+    key: Any,
+    value: Any,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags | None = False,
+    scale: float | None = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    *,
+    rpb: Any = None,
+    return_lse: bool = False,
+    **tuning: Any,
+) -> Any:
+    """`cuneigh.na1d` with the arguments of NATTEN 0.20."""
+    _ignore_tuning("na1d", tuning)
+    return cuneigh.na1d(
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal or False,
+        scale or None,  # 0 stands for the default
+        additional_keys,
+        additional_values,
+        rpb,
+        return_lse,
+    )
 
-    def function(
-        query: Any,
-        key: Any,
-        value: Any,
-        kernel_size: Sizes,
-        stride: Sizes = 1,
-        dilation: Sizes = 1,
-        is_causal: Flags | None = False,
-        scale: float | None = None,
-        additional_keys: Any = None,
-        additional_values: Any = None,
-        *,
-        rpb: Any = None,
-        return_lse: bool = False,
-        **tuning: Any,
-    ) -> Any:
-        _ignore_tuning(f"na{rank}d", tuning)
-        return core(
-            query,
-            key,
-            value,
-            kernel_size,
-            stride,
-            dilation,
-            is_causal or False,
-            scale or None,  # 0 stands for the default
-            additional_keys,
-            additional_values,
-            rpb,
-            return_lse,
-        )
 
-    return _named(function, f"na{rank}d", f"`cuneigh.na{rank}d` with the arguments of NATTEN 0.20.")
+def na2d(
+    query: Any,
+    key: Any,
+    value: Any,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags | None = False,
+    scale: float | None = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    *,
+    rpb: Any = None,
+    return_lse: bool = False,
+    **tuning: Any,
+) -> Any:
+    """`cuneigh.na2d` with the arguments of NATTEN 0.20."""
+    _ignore_tuning("na2d", tuning)
+    return cuneigh.na2d(
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal or False,
+        scale or None,  # 0 stands for the default
+        additional_keys,
+        additional_values,
+        rpb,
+        return_lse,
+    )
+
+
+def na3d(
+    query: Any,
+    key: Any,
+    value: Any,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags | None = False,
+    scale: float | None = None,
+    additional_keys: Any = None,
+    additional_values: Any = None,
+    *,
+    rpb: Any = None,
+    return_lse: bool = False,
+    **tuning: Any,
+) -> Any:
+    """`cuneigh.na3d` with the arguments of NATTEN 0.20."""
+    _ignore_tuning("na3d", tuning)
+    return cuneigh.na3d(
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal or False,
+        scale or None,  # 0 stands for the default
+        additional_keys,
+        additional_values,
+        rpb,
+        return_lse,
+    )
+
+
+_WHOLE = {1: na1d, 2: na2d, 3: na3d}
 
 
 def attention(
@@ -152,72 +219,130 @@ def _heads_first(array: Any) -> Any:
     return array.movedim(-2, 1)
 
 
-def _qk(rank: int) -> Callable[..., Any]:
-    core = getattr(cuneigh, f"na{rank}d_qk")
-
-    def function(
-        query: Any,
-        key: Any,
-        kernel_size: Sizes,
-        dilation: Sizes = 1,
-        additional_keys: Any = None,
-        is_causal: Flags | None = False,
-        rpb: Any = None,
-    ) -> Any:
-        return _heads_first(
-            core(
-                _heads_last(query),
-                _heads_last(key),
-                kernel_size,
-                dilation=dilation,
-                is_causal=is_causal or False,
-                rpb=rpb,
-                additional_keys=_heads_last(additional_keys),
-            )
-        )
-
-    return _named(
-        function, f"na{rank}d_qk", f"`cuneigh.na{rank}d_qk` with heads first, as in NATTEN 0.17."
+def na1d_qk(
+    query: Any,
+    key: Any,
+    kernel_size: Sizes,
+    dilation: Sizes = 1,
+    additional_keys: Any = None,
+    is_causal: Flags | None = False,
+    rpb: Any = None,
+) -> Any:
+    """`cuneigh.na1d_qk` with heads first, as in NATTEN 0.17."""
+    logits = cuneigh.na1d_qk(
+        _heads_last(query),
+        _heads_last(key),
+        kernel_size,
+        dilation=dilation,
+        is_causal=is_causal or False,
+        rpb=rpb,
+        additional_keys=_heads_last(additional_keys),
     )
+    return _heads_first(logits)
 
 
-def _av(rank: int) -> Callable[..., Any]:
-    core = getattr(cuneigh, f"na{rank}d_av")
-
-    def function(
-        attn: Any,
-        value: Any,
-        kernel_size: Sizes,
-        dilation: Sizes = 1,
-        additional_values: Any = None,
-        is_causal: Flags | None = False,
-    ) -> Any:
-        return _heads_first(
-            core(
-                _heads_last(attn),
-                _heads_last(value),
-                kernel_size,
-                dilation=dilation,
-                is_causal=is_causal or False,
-                additional_values=_heads_last(additional_values),
-            )
-        )
-
-    return _named(
-        function, f"na{rank}d_av", f"`cuneigh.na{rank}d_av` with heads first, as in NATTEN 0.17."
+def na2d_qk(
+    query: Any,
+    key: Any,
+    kernel_size: Sizes,
+    dilation: Sizes = 1,
+    additional_keys: Any = None,
+    is_causal: Flags | None = False,
+    rpb: Any = None,
+) -> Any:
+    """`cuneigh.na2d_qk` with heads first, as in NATTEN 0.17."""
+    logits = cuneigh.na2d_qk(
+        _heads_last(query),
+        _heads_last(key),
+        kernel_size,
+        dilation=dilation,
+        is_causal=is_causal or False,
+        rpb=rpb,
+        additional_keys=_heads_last(additional_keys),
     )
+    return _heads_first(logits)
 
 
-def _named(function: Callable[..., Any], name: str, documentation: str) -> Callable[..., Any]:
-    function.__name__ = function.__qualname__ = name
-    function.__doc__ = documentation
-    return function
+def na3d_qk(
+    query: Any,
+    key: Any,
+    kernel_size: Sizes,
+    dilation: Sizes = 1,
+    additional_keys: Any = None,
+    is_causal: Flags | None = False,
+    rpb: Any = None,
+) -> Any:
+    """`cuneigh.na3d_qk` with heads first, as in NATTEN 0.17."""
+    logits = cuneigh.na3d_qk(
+        _heads_last(query),
+        _heads_last(key),
+        kernel_size,
+        dilation=dilation,
+        is_causal=is_causal or False,
+        rpb=rpb,
+        additional_keys=_heads_last(additional_keys),
+    )
+    return _heads_first(logits)
 
 
-na1d, na2d, na3d = map(_whole, (1, 2, 3))
-_WHOLE = {1: na1d, 2: na2d, 3: na3d}
-na1d_qk, na2d_qk, na3d_qk = map(_qk, (1, 2, 3))
-na1d_av, na2d_av, na3d_av = map(_av, (1, 2, 3))
+def na1d_av(
+    attn: Any,
+    value: Any,
+    kernel_size: Sizes,
+    dilation: Sizes = 1,
+    additional_values: Any = None,
+    is_causal: Flags | None = False,
+) -> Any:
+    """`cuneigh.na1d_av` with heads first, as in NATTEN 0.17."""
+    output = cuneigh.na1d_av(
+        _heads_last(attn),
+        _heads_last(value),
+        kernel_size,
+        dilation=dilation,
+        is_causal=is_causal or False,
+        additional_values=_heads_last(additional_values),
+    )
+    return _heads_first(output)
+
+
+def na2d_av(
+    attn: Any,
+    value: Any,
+    kernel_size: Sizes,
+    dilation: Sizes = 1,
+    additional_values: Any = None,
+    is_causal: Flags | None = False,
+) -> Any:
+    """`cuneigh.na2d_av` with heads first, as in NATTEN 0.17."""
+    output = cuneigh.na2d_av(
+        _heads_last(attn),
+        _heads_last(value),
+        kernel_size,
+        dilation=dilation,
+        is_causal=is_causal or False,
+        additional_values=_heads_last(additional_values),
+    )
+    return _heads_first(output)
+
+
+def na3d_av(
+    attn: Any,
+    value: Any,
+    kernel_size: Sizes,
+    dilation: Sizes = 1,
+    additional_values: Any = None,
+    is_causal: Flags | None = False,
+) -> Any:
+    """`cuneigh.na3d_av` with heads first, as in NATTEN 0.17."""
+    output = cuneigh.na3d_av(
+        _heads_last(attn),
+        _heads_last(value),
+        kernel_size,
+        dilation=dilation,
+        is_causal=is_causal or False,
+        additional_values=_heads_last(additional_values),
+    )
+    return _heads_first(output)
 
 
 # 0.14. In 3-D the first axis has a window of its own.

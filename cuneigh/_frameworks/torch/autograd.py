@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from cuneigh._ops.call import Call
-from cuneigh._problem import GRADIENT
-from cuneigh.torch._operators import SECOND
+from cuneigh._call import Call
+from cuneigh._frameworks.torch.operators import SECOND
+from cuneigh._problem import ARRAYS
 
 
 def differentiable(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -46,14 +46,14 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
         given = tuple([gradient is not None for gradient in gradients])
         if True not in given:
             return (None, *[None] * len(call.arguments))
-        if operation not in GRADIENT:
+        if ARRAYS[operation].gradient is None:
             raise RuntimeError(f"cuneigh: {operation} {SECOND}")
         arrays = ctx.saved_tensors
         if operation == "forward" and not given[0]:  # of lse alone
             gradients, given = (torch.zeros_like(arrays[-2]), *gradients[1:]), (True, True)
         gradient = call.gradient(given)
         arrays += tuple(compress(gradients, given))
-        # Somebody who wants to differentiate the gradient must meet the error above.
+        # Somebody who wants to differentiate the gradient must get the error above.
         compute = differentiable if torch.is_grad_enabled() else Call.run
         made = compute(gradient, arrays)  # in the order of the arguments
         return (None, *[array for array in made if array is not None])

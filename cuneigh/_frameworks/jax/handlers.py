@@ -11,39 +11,33 @@ import numpy as np
 import numpy.typing as npt
 
 from cuneigh import _device
-from cuneigh._arrays import numpy_dtype
 from cuneigh._backends import choose
+from cuneigh._call import known_backends, perform, program_for
+from cuneigh._frameworks.contract import numpy_dtype
+from cuneigh._frameworks.jax import arithmetic, xla
+from cuneigh._frameworks.jax.calls import TARGET, CustomCall
 from cuneigh._gpu.arrays import contiguous
-from cuneigh._ops.launch import known_backends, perform, routine_for
-from cuneigh._problem import RESULTS, Spec, size_of
-from cuneigh.jax import _arithmetic, _xla
-from cuneigh.jax._calls import TARGET, Call
+from cuneigh._problem import ARRAYS, Spec, size_of
 
 
 class Request(NamedTuple):
     """A call, and what is the same whenever it is served. XLA's arrays are contiguous."""
 
-    call: Call
+    call: CustomCall
     arguments: tuple[Spec, ...]
     results: tuple[Spec, ...]
     wanted: tuple[Spec | None, ...]
-    """Those of all results that the operation has, None where not wanted."""
-    steps: tuple[tuple[int, ...], ...]
-    """Of every argument, the elements from entry to entry along each axis."""
-
-    def native(self, arguments: list[Any], results: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-        """What `perform` takes, from the native arrays in XLA's order."""
-        made = dict(zip(self.call.results, results, strict=True))
-        given = dict(zip(self.call.arguments, arguments, strict=True))
-        return given, [made.get(name) for name in RESULTS[self.call.problem.operation]]
+    """Of every result that the operation has; None where not wanted."""
+    strides: tuple[tuple[int, ...], ...]
+    """Of every argument, in elements."""
 
 
 @lru_cache(maxsize=4096)
 def _request(text: bytes) -> Request:
-    call = Call.decoded(text)
+    call = CustomCall.decoded(text)
     spec = call.problem.spec
     arguments = tuple(map(spec, call.arguments))
-    names = RESULTS[call.problem.operation]
+    names = ARRAYS[call.problem.operation].results
     return Request(
         call,
         arguments,
@@ -53,19 +47,22 @@ def _request(text: bytes) -> Request:
     )
 
 
-def serve_cpu(asked: _xla.Call) -> None:
+def serve_cpu(asked: xla.Call) -> None:
     """Run a call on arrays in host memory."""
     request = _request(asked.text)
     problem, backend = request.call.problem, request.call.backend
     if problem.is_empty:  # as only a map over nothing is
         return
-    arguments = [_host(*pair) for pair in zip(asked.arguments, request.arguments, strict=True)]
-    for argument in arguments:
+    arguments = map(_host, asked.arguments, request.arguments)
+    given = dict(zip(request.call.arguments, arguments, strict=True))
+    for argument in given.values():
         argument.flags.writeable = False
-    results = [_host(*pair) for pair in zip(asked.results, request.results, strict=True)]
+    results = dict(
+        zip(request.call.results, map(_host, asked.results, request.results), strict=True)
+    )
     chosen = choose(problem, _device.CPU, backend)
-    with _arithmetic.usual():
-        perform(chosen, problem, *request.native(arguments, results), _allocate_on_host)
+    with arithmetic.usual():
+        perform(chosen, problem, given, results, _allocate_on_host)
 
 
 def _host(address: int, spec: Spec) -> npt.NDArray[Any]:
@@ -82,7 +79,7 @@ def _allocate_on_host(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     return np.empty(shape, numpy_dtype(dtype))
 
 
-def serve_cuda(asked: _xla.Call) -> None:
+def serve_cuda(asked: xla.Call) -> None:
     """Launch a call on arrays on a GPU; XLA's stream orders it and nothing waits for it here."""
     request = _request(asked.text)
     call = request.call
@@ -90,19 +87,27 @@ def serve_cuda(asked: _xla.Call) -> None:
         return
     index = asked.device()
     layouts = tuple(
-        (steps, address % 16) for steps, address in zip(request.steps, asked.arguments, strict=True)
+        (strides, address % 16)
+        for strides, address in zip(request.strides, asked.arguments, strict=True)
     )
     # XLA may have a call write a slice of a larger array.
     off = tuple(address % 16 for address in asked.results)
     with _device.current(index):
-        known = known_backends()
-        asked_for = call.problem, index, call.backend, call.arguments, request.wanted
-        launches = routine_for(known, *asked_for).program(layouts, off if any(off) else ())
-        workspace = [asked.allocate(size_of(spec)) for spec in launches.workspace]
-        launches.run([*asked.arguments, *asked.results, *workspace], asked.stream())
+        program = program_for(
+            known_backends(),
+            call.problem,
+            index,
+            call.backend,
+            call.arguments,
+            request.wanted,
+            layouts,
+            off if any(off) else (),
+        )
+        workspace = [asked.allocate(size_of(spec)) for spec in program.workspace]
+        program.run([*asked.arguments, *asked.results, *workspace], asked.stream())
 
 
 def register() -> None:
     """Make the handlers known to XLA."""
-    _xla.register(TARGET, "cpu", serve_cpu)
-    _xla.register(TARGET, "CUDA", serve_cuda)
+    xla.register(TARGET, "cpu", serve_cpu)
+    xla.register(TARGET, "CUDA", serve_cuda)

@@ -1,8 +1,8 @@
 """Calls as JAX sees them: functions of arrays that it can compile, differentiate and batch.
 
-`compute` is what everything else in JAX builds on: ``jax.jit`` finds one custom call in it, whose
-attribute describes the whole `Call` so that a compiled program means the same in another process;
-``jax.grad`` the operation's own gradient; and ``jax.vmap`` one larger operation.
+`compute` is what everything else builds on. ``jax.jit`` makes one custom call of it, which has the
+whole `CustomCall` as an attribute, so that a compiled program means the same in another process.
+``jax.grad`` makes of it the gradient of its operation, and ``jax.vmap`` one larger operation.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from cuneigh._arrays import numpy_dtype
-from cuneigh._problem import GRADIENT, RESULTS, Problem
+from cuneigh._frameworks.contract import numpy_dtype
+from cuneigh._problem import ARRAYS, Problem
 from cuneigh._window import Axis
 
 TARGET = "cuneigh"
@@ -25,24 +25,24 @@ TARGET = "cuneigh"
 
 
 @dataclass(frozen=True)
-class Call:
+class CustomCall:
     """One call of a public function, apart from the numbers in its arrays."""
 
     problem: Problem
     backend: str | None
     arguments: tuple[str, ...]
     results: tuple[str, ...]
-    """Those that are wanted, in the order of `RESULTS`."""
+    """Those that are wanted, in the order of `ARRAYS`."""
 
     def encoded(self) -> str:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def decoded(text: bytes | str) -> Call:
+    def decoded(text: bytes | str) -> CustomCall:
         fields = json.loads(text)
         problem = fields["problem"]
         axes = tuple(Axis(**axis) for axis in problem["axes"])
-        return Call(
+        return CustomCall(
             Problem(**{**problem, "axes": axes}),
             fields["backend"],
             tuple(fields["arguments"]),
@@ -51,35 +51,34 @@ class Call:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def compute(call: Call, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def compute(call: CustomCall, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The results of `call` for its arguments."""
     results: tuple[jax.Array, ...] = _batchable(call)(*arrays)
     return results
 
 
-def _compute_forward(call: Call, *arrays: jax.Array) -> tuple[Any, Any]:
+def _compute_forward(call: CustomCall, *arrays: jax.Array) -> tuple[Any, Any]:
     operation = call.problem.operation
-    if operation not in GRADIENT:
+    if ARRAYS[operation].gradient is None:
         raise NotImplementedError(
             "cuneigh: second derivatives of neighborhood attention are not supported"
         )
-    # Through `compute`, so that a second derivative meets the error above and no other.
-    results = compute(replace(call, results=RESULTS[operation]), *arrays)
+    # Through `compute`, so that a second derivative raises the error above and no other.
+    results = compute(replace(call, results=ARRAYS[operation].results), *arrays)
     kept = results if operation == "forward" else ()
     return results[: len(call.results)], (arrays, kept)
 
 
-def _compute_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[jax.Array, ...]:
+def _compute_backward(call: CustomCall, residuals: Any, cotangents: Any) -> tuple[jax.Array, ...]:
     arrays, kept = residuals
     operation, gradient = call.problem.operation, call.problem.gradient
     given = dict(zip(call.arguments, arrays, strict=True))
-    given |= zip(RESULTS[operation], kept, strict=False)
-    given |= zip(GRADIENT[operation][1], cotangents, strict=False)
-    # Gradients come in an order of their own, and are returned in that of the arguments.
-    wanted = tuple(name for name in RESULTS[gradient.operation] if name in call.arguments)
-    backward = Call(gradient, call.backend, tuple(given), wanted)
-    gradients = dict(zip(wanted, compute(backward, *given.values()), strict=True))
-    return tuple(gradients[name] for name in call.arguments)
+    given |= zip(ARRAYS[operation].results, kept, strict=False)
+    given |= zip(ARRAYS[operation].incoming, cotangents, strict=False)
+    # The gradients are those of all arguments, in their order.
+    backward = CustomCall(gradient, call.backend, tuple(given), call.arguments)
+    gradients: tuple[jax.Array, ...] = compute(backward, *given.values())
+    return gradients
 
 
 compute.defvjp(_compute_forward, _compute_backward)
@@ -89,7 +88,7 @@ eager = partial(jax.jit, static_argnums=0, inline=True)(compute)
 
 
 @lru_cache(maxsize=4096)
-def _batchable(call: Call) -> Any:
+def _batchable(call: CustomCall) -> Any:
     """The custom call of `call`, which ``jax.vmap`` makes a larger one of the same kind."""
     arguments, results = (
         [
@@ -151,10 +150,11 @@ Fold = Literal["batch", "heads"]
 """The axis that takes up the one that is mapped over."""
 
 
-def _folded_axis(call: Call, batched: Any) -> Fold:
-    """The batch takes it up without moving anything, unless each entry needs a bias of its own.
+def _folded_axis(call: CustomCall, batched: Any) -> Fold:
+    """Where the mapped axis goes: to the batch, which takes it up without moving anything.
 
-    So does the gradient of the bias, which is a sum over the batch.
+    But a bias is shared by the whole batch, and its gradient is a sum over the batch: where each of
+    the mapped calls has its own, the axis goes to the heads.
     """
     if "rpb" not in call.arguments:
         return "batch"
@@ -162,7 +162,8 @@ def _folded_axis(call: Call, batched: Any) -> Fold:
     return "heads" if own_bias else "batch"
 
 
-def _enlarged(call: Call, into: Fold, size: int) -> Call:
+def _enlarged(call: CustomCall, into: Fold, size: int) -> CustomCall:
+    """`size` calls like `call` as one."""
     problem = call.problem
     if into == "batch":
         larger = replace(problem, batch=problem.batch * size)

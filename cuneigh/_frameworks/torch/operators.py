@@ -13,39 +13,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from cuneigh._arrays import examine
-from cuneigh._ops.call import Call, call_of
-from cuneigh._problem import (
-    DTYPES,
-    GRADIENT,
-    RESULTS,
-    Operands,
-    Operation,
-    Problem,
-    Spec,
-    Window,
-    attention_problem,
-    av_problem,
-    dense_problem,
-    qk_problem,
-    require,
-)
-
-Tensors = Sequence[torch.Tensor | None]
-
-ARGUMENTS: dict[Operation, tuple[str, ...]] = {
-    "forward": Operands._fields,
-    "backward": (*Operands._fields, "grad_output", "output", "lse", "grad_lse"),
-    "qk": ("query", "key", "additional_keys", "rpb"),
-    "qk_backward": ("query", "key", "additional_keys", "rpb", "grad_logits"),
-    "av": ("weights", "value", "additional_values"),
-    "av_backward": ("weights", "value", "additional_values", "grad_output"),
-}
-"""The arrays that each operation takes."""
+from cuneigh._call import Call
+from cuneigh._frameworks.arguments import examine
+from cuneigh._frameworks.torch.tensors import TENSORS
+from cuneigh._problem import ARRAYS, OPTIONAL, Operation, Problem
+from cuneigh._validate import Window, problem_of
 
 SECOND = "is a gradient already, and second derivatives of neighborhood attention are not supported"
-
-OPTIONAL = ("additional_keys", "additional_values", "rpb", "grad_lse")
 
 
 class Parameters(NamedTuple):
@@ -60,16 +34,8 @@ class Parameters(NamedTuple):
     backend: str | None
 
 
-def spec_of(tensor: torch.Tensor) -> Spec:
-    dtype = tensor.dtype
-    return Spec(tuple(tensor.shape), _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch."))
-
-
-_DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
-
-
 def call(public: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """The results of a call of a public function, in its order, by an operator."""
+    """The results of the call `public`, None where the operation has none, by an operator."""
     problem = public.problem
     axes = problem.axes
     parameters = Parameters(
@@ -89,11 +55,11 @@ def apply(
     """The results of `operation`, None for the gradient of what was not given."""
     transformed = torch._C._are_functorch_transforms_active()
     perform = (_FUNCTIONS if transformed else _OPERATORS)[operation]
-    made = perform(*map(arrays.get, ARGUMENTS[operation]), *parameters)
+    made = perform(*map(arrays.get, ARRAYS[operation].arguments), *parameters)
     if isinstance(made, torch.Tensor):
         return [made]
     named = dict(zip(_given_results(operation, arrays), made, strict=True))
-    return [named.get(name) for name in RESULTS[operation]]
+    return [named.get(name) for name in ARRAYS[operation].results]
 
 
 def add_gradients(
@@ -101,8 +67,11 @@ def add_gradients(
     arrays: dict[str, torch.Tensor],
     gradients: Sequence[torch.Tensor | None],
 ) -> None:
-    """Make of what `operation` took and returned what its gradient takes, given what came back."""
-    for name, gradient in zip(GRADIENT[operation][1], gradients, strict=True):
+    """Add to `arrays`, what `operation` took and returned, the gradients of its results.
+
+    After that they are the arguments of the gradient of `operation`.
+    """
+    for name, gradient in zip(ARRAYS[operation].incoming, gradients, strict=True):
         if gradient is not None:
             arrays[name] = gradient
     if operation == "forward" and gradients[0] is None:
@@ -111,52 +80,30 @@ def add_gradients(
 
 def _given_results(operation: Operation, arrays: dict[str, Any]) -> list[str]:
     """The names of the tensors that the operator of `operation` returns."""
-    results = RESULTS[operation]
-    return [name for name in results if operation in GRADIENT or arrays.get(name) is not None]
+    results = ARRAYS[operation].results
+    if not _is_gradient(operation):
+        return list(results)
+    return [name for name in results if arrays.get(name) is not None]
+
+
+def _is_gradient(operation: Operation) -> bool:
+    return ARRAYS[operation].gradient is None
 
 
 def _problem(operation: Operation, arrays: dict[str, Any], parameters: Parameters) -> Problem:
     """The problem of an operator's arguments, all of them checked."""
-    specs = {name: spec_of(array) for name, array in arrays.items()}
     kernel_size, stride, dilation, is_causal, scale, _ = parameters
     window = Window(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
-    name = f"na{len(window.stride)}d"
-    given: Any = Operands(*map(specs.get, Operands._fields))
-    query, key, value, extra_keys, extra_values, rpb = given
-    match operation:
-        case "forward" | "backward" if not window.kernel_size:
-            problem = dense_problem(
-                "attention", operation, query, key, value, window.is_causal[0], scale
-            )
-        case "forward" | "backward":
-            problem = attention_problem(
-                name, operation, query, key, value, window, scale, extra_keys, extra_values, rpb
-            )
-        case "qk" | "qk_backward":
-            problem = qk_problem(
-                f"{name}_qk", operation, query, key, window, scale, rpb, extra_keys
-            )
-        case "av" | "av_backward":
-            problem = av_problem(
-                f"{name}_av", operation, specs["weights"], value, window, extra_values
-            )
-    for argument, expected in (
-        ("grad_output", problem.output),
-        ("output", problem.output),
-        ("lse", problem.lse),
-        ("grad_lse", problem.lse),
-        ("grad_logits", problem.logits),
-    ):
-        if argument in specs:
-            require(f"{name}_{operation}", argument, specs[argument], expected)
-    return problem
+    specs = {name: TENSORS.spec(array) for name, array in arrays.items()}
+    return problem_of(f"cuneigh::{operation}", operation, specs, window, scale)
 
 
 # The rules of one operator
 
 
 def _split(operation: Operation, args: Sequence[Any]) -> tuple[dict[str, Any], Parameters]:
-    names = ARGUMENTS[operation]
+    """The arguments of an operator: the arrays that are given, by name, and the parameters."""
+    names = ARRAYS[operation].arguments
     arrays = {name: array for name, array in zip(names, args, strict=False) if array is not None}
     return arrays, Parameters(*args[len(names) :])
 
@@ -165,44 +112,45 @@ def _joined(operation: Operation, results: list[Any]) -> Any:
     """What the operator of `operation` returns: one tensor, a pair, or a list of gradients."""
     if operation == "forward":
         return tuple(results)
-    return results[0] if operation in GRADIENT else results
+    return results if _is_gradient(operation) else results[0]
 
 
 def _kernel(operation: Operation) -> Callable[..., Any]:
+    """What the operator does with tensors that have numbers."""
+
     def kernel(*args: Any) -> Any:
         arrays, parameters = _split(operation, args)
         problem = _problem(operation, arrays, parameters)
         name = f"cuneigh::{operation}"
-        arguments = examine(name, arrays)
-        given = _given_results(operation, arrays)
-        results = [problem.spec(name) if name in given else None for name in RESULTS[operation]]
-        call = call_of(name, arguments, problem, parameters.backend, results)
+        _, device = examine(name, arrays, lambda *_: TENSORS)
+        backend, results = parameters.backend, problem.results
+        call = Call(name, TENSORS, device, tuple(arrays), problem, backend, results)
         with torch.no_grad():
-            made = call.run(tuple(arguments.arrays.values()))
+            made = call.run(tuple(arrays.values()))
         return _joined(operation, [array for array in made if array is not None])
 
     return kernel
 
 
 def _fake_kernel(operation: Operation) -> Callable[..., Any]:
+    """What the operator does with tensors that have only shapes and dtypes."""
+
     def kernel(*args: Any) -> Any:
         arrays, parameters = _split(operation, args)
         problem = _problem(operation, arrays, parameters)
         device = next(iter(arrays.values())).device
-        results = []
-        for name in _given_results(operation, arrays):
-            spec = problem.spec(name)
-            dtype = getattr(torch, spec.dtype)
-            results.append(torch.empty(spec.shape, dtype=dtype, device=device))
+        results = [TENSORS.empty(device, *spec) for spec in problem.results if spec is not None]
         return _joined(operation, results)
 
     return kernel
 
 
 def _derivative(operation: Operation) -> tuple[Callable[..., None], Callable[..., Any]]:
-    gradient = GRADIENT[operation][0]
-    kept = RESULTS[operation] if operation == "forward" else ()
-    names = ARGUMENTS[operation]
+    """What the operator keeps for its derivative, and its derivative."""
+    gradient = ARRAYS[operation].gradient
+    assert gradient is not None, "only what has a gradient has a derivative"
+    kept = ARRAYS[operation].results if operation == "forward" else ()
+    names = ARRAYS[operation].arguments
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[: len(names)], *(output if kept else ()))
@@ -216,7 +164,9 @@ def _derivative(operation: Operation) -> tuple[Callable[..., None], Callable[...
         saved = zip((*names, *kept), ctx.saved_tensors, strict=True)
         arrays = {name: array for name, array in saved if array is not None}
         add_gradients(operation, arrays, gradients)
-        of = dict(zip(RESULTS[gradient], apply(gradient, arrays, ctx.parameters), strict=True))
+        of = dict(
+            zip(ARRAYS[gradient].results, apply(gradient, arrays, ctx.parameters), strict=True)
+        )
         return (*map(of.get, names), *nothing[len(names) :])
 
     return setup, backward
@@ -227,13 +177,16 @@ Fold = Literal["batch", "heads"]
 
 
 def _batched(operation: Operation) -> Callable[..., Any]:
+    """The rule for ``torch.func.vmap``: many calls are one with a larger batch, or more heads."""
+
     def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         arrays, parameters = _split(operation, args)
-        names = ARGUMENTS[operation]
+        names = ARRAYS[operation].arguments
         dims = dict(zip(names, in_dims, strict=False))
-        # The batch takes up the axis without moving anything, unless each entry needs a bias of its
-        # own. So does the gradient of the bias, which is a sum over the batch.
-        own_bias = "rpb" in arrays and (dims["rpb"] is not None or operation not in GRADIENT)
+        # The batch takes up the mapped axis without moving anything. But a bias is shared by the
+        # whole batch, and its gradient is a sum over the batch: where each call has its own, the
+        # heads take up the axis.
+        own_bias = "rpb" in arrays and (dims["rpb"] is not None or _is_gradient(operation))
         into: Fold = "heads" if own_bias else "batch"
         folded = {
             name: _fold(array, _axis(name, array, dims[name], into), dims[name], info.batch_size)
@@ -242,7 +195,7 @@ def _batched(operation: Operation) -> Callable[..., Any]:
         made = apply(operation, folded, parameters)
         results = [
             _unfold(array, _axis(name, array, None, into), info.batch_size)
-            for name, array in zip(RESULTS[operation], made, strict=True)
+            for name, array in zip(ARRAYS[operation].results, made, strict=True)
             if array is not None
         ]
         return _joined(operation, results), _joined(operation, [0] * len(results))
@@ -261,6 +214,7 @@ def _axis(name: str, array: torch.Tensor, dim: int | None, into: Fold) -> int | 
 
 
 def _fold(array: torch.Tensor, axis: int | None, dim: int | None, size: int) -> torch.Tensor:
+    """`array` with its mapped axis `dim`, of length `size`, merged into `axis`."""
     if axis is None:
         return array
     array = array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
@@ -268,11 +222,14 @@ def _fold(array: torch.Tensor, axis: int | None, dim: int | None, size: int) -> 
 
 
 def _unfold(array: torch.Tensor, axis: int | None, size: int) -> torch.Tensor:
+    """The opposite of `_fold`; the mapped axis becomes the first."""
     assert axis is not None, "a bias that stays as it is has no gradient among the results"
     return array.unflatten(axis, (size, array.shape[axis] // size)).movedim(axis, 0)
 
 
 def _flops(operation: Operation) -> Callable[..., int]:
+    """The count of floating point operations, for PyTorch's counter."""
+
     def flops(*args: Any, out_val: Any = None, **_: Any) -> int:
         arrays, parameters = _split(operation, args)
         return _problem(operation, arrays, parameters).flops()
@@ -292,7 +249,7 @@ def _function(operation: Operation) -> Callable[..., Any]:
         results, dims = batched(*args)
         return (tuple(results), tuple(dims)) if isinstance(results, list) else (results, dims)
 
-    if operation in GRADIENT:
+    if not _is_gradient(operation):
         setup, backward = _derivative(operation)
     else:
 
@@ -311,7 +268,7 @@ def _function(operation: Operation) -> Callable[..., Any]:
 
 def _define(operation: Operation) -> Any:
     """Register the operator of `operation`, with all of its rules."""
-    arrays = [f"Tensor{'?' * (name in OPTIONAL)} {name}" for name in ARGUMENTS[operation]]
+    arrays = [f"Tensor{'?' * (name in OPTIONAL)} {name}" for name in ARRAYS[operation].arguments]
     parameters = [
         *("int[] kernel_size", "int[] stride", "int[] dilation", "bool[] is_causal"),
         *("float scale", "str? backend"),
@@ -325,7 +282,7 @@ def _define(operation: Operation) -> Any:
     )
     operator.register_fake(_fake_kernel(operation))
     operator.register_vmap(_batched(operation))
-    if operation in GRADIENT:
+    if not _is_gradient(operation):
         setup, backward = _derivative(operation)
         operator.register_autograd(backward, setup_context=setup)
     packet = getattr(torch.ops.cuneigh, operation)
@@ -333,5 +290,5 @@ def _define(operation: Operation) -> Any:
     return packet
 
 
-_OPERATORS = {operation: _define(operation) for operation in ARGUMENTS}
-_FUNCTIONS = {operation: _function(operation) for operation in ARGUMENTS}
+_OPERATORS = {operation: _define(operation) for operation in ARRAYS}
+_FUNCTIONS = {operation: _function(operation) for operation in ARRAYS}

@@ -1,0 +1,307 @@
+"""The path of a call, from the arrays of a framework to what a backend launches, in order.
+
+1. `results_of` makes a signature of the arguments and finds the `Call` of an earlier call like it.
+   Only where there is none are the arguments examined.
+2. `Call.compute` gives the call to the framework if that must see it, to differentiate or to trace.
+3. `Call.run` has a backend compute on the CPU. On a GPU it asks the framework's adapter where the
+   arrays lie, finds the `Program` for arrays that are laid out so, has the adapter allocate results
+   and workspace, and runs the program, which launches the kernels.
+4. `program_for` makes such a program once: it chooses the backend and records what that launches.
+
+Adapters are known here by their contract only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from itertools import compress, repeat
+from typing import Any, TypeVar
+
+from cuneigh import _backends, _device
+from cuneigh._backends import Backend, Space, choose
+from cuneigh._device import current
+from cuneigh._frameworks.contract import SEEN, Adapter, Layout
+from cuneigh._gpu.program import Program
+from cuneigh._problem import ARRAYS, Operands, Problem, Spec
+
+KEPT = 4096
+"""Calls that are kept, and programs."""
+
+Examine = Callable[[tuple[Any, ...], Sequence[Any]], tuple["Call", Sequence[Any]]]
+"""From the parameters and the array arguments of a public function, None for those not given, to
+its call and the arrays that this takes."""
+
+
+_calls: dict[Any, Call] = {}
+"""By their signatures."""
+
+
+def results_of(parameters: tuple[Any, ...], arrays: Sequence[Any], examine: Examine) -> list[Any]:
+    """The results of a call of a public function, None for those that are not wanted.
+
+    `examine` is asked about the call unless there was one like it.
+    """
+    signature = _signature(parameters, arrays)
+    call = None if signature is None else _calls.get(signature)
+    if call is not None:
+        return call.compute([array for array in arrays if array is not None])
+    call, given = examine(parameters, arrays)
+    if signature is not None:
+        if len(_calls) == KEPT:
+            _calls.clear()
+        _calls[signature] = call
+    return call.compute(given)
+
+
+def _signature(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What tells a call from all that are not served alike; None if only examining it can."""
+    adapter = SEEN.get(type(arrays[0]))
+    if adapter is None:
+        return None
+    of_arrays = adapter.signature(arrays)
+    if of_arrays is None:
+        return None
+    # An int is equal to a float and to a bool, which are not legal in its place.
+    types = tuple(map(type, parameters))
+    if tuple in types:
+        types += tuple([type(one) for many in parameters if type(many) is tuple for one in many])
+    if not _EXACT.issuperset(types):
+        return None
+    return of_arrays, parameters, types, known_backends()
+
+
+_EXACT = frozenset([bool, int, float, str, tuple, type(None)])
+"""Types of parameters that are equal for ever if they are equal now."""
+
+
+def known_backends() -> object:
+    """What the choice of a backend and its programs depend on, apart from the problem."""
+    return _backends.BACKENDS, _backends.settings()
+
+
+class Call:
+    """A call of a public function apart from its arrays: it serves every call like it."""
+
+    def __init__(
+        self,
+        name: str,
+        adapter: Adapter,
+        own_device: Any,
+        arguments: tuple[str, ...],
+        problem: Problem,
+        backend: str | None,
+        results: Sequence[Spec | None],
+    ) -> None:
+        if backend is not None and not isinstance(backend, str):
+            raise TypeError(f"{name}: backend={backend!r} is {type(backend).__name__}, not a str")
+        self.name = name
+        """Of the public function."""
+        self.adapter, self.own_device = adapter, own_device
+        self.arguments = arguments
+        """The names of the arrays that it takes, in their order."""
+        self.problem, self.backend = problem, backend
+        self.results = tuple(results)
+        """Of every result that the operation has; None where not wanted."""
+        self._programs: dict[tuple[Layout, ...], Program] = {}
+        self._gradients: dict[tuple[bool, ...], Call] = {}
+
+    def compute(self, arrays: Sequence[Any]) -> list[Any]:
+        """Arrays of the caller's framework for the results, None where not wanted.
+
+        A framework that watches the arguments, to differentiate or to trace the call, comes first.
+        """
+        if self.adapter.watches(arrays):
+            return self.adapter.record(self, arrays)
+        return self.run(arrays)
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        """`compute` without the framework watching: the chosen backend fills the results.
+
+        A problem that is empty launches nothing: its results are those of no keys at all.
+        """
+        adapter, problem, device = self.adapter, self.problem, self._device
+        if device is not None and (problem.is_empty or adapter.launches):
+            choose(problem, device, self.backend)  # raises what any other problem would
+        if problem.is_empty:
+            values = (0.0, -math.inf) if problem.operation == "forward" else repeat(0.0)
+            return [
+                None if spec is None else adapter.full(self.own_device, *spec, value)
+                for spec, value in zip(self.results, values, strict=False)
+            ]
+        if adapter.launches:
+            return adapter.launch(self, arrays)
+        assert device is not None, "an adapter that does not launch knows where its arrays are"
+        if device.kind == "cpu":
+            return self._on_host(device, arrays)
+        return self._on_gpu(device.index, arrays)
+
+    def _on_gpu(self, device: int, arrays: Sequence[Any]) -> list[Any]:
+        adapter, own_device = self.adapter, self.own_device
+        with current(device):
+            addresses, layouts, owners = adapter.memory(arrays)
+            program = self._programs.get(layouts) or self._program(device, layouts)
+            made = adapter.allocate(own_device, (*self.results, *program.workspace), addresses)
+            program.run(addresses, adapter.stream(own_device))
+        del owners  # whose memory goes only to what comes after these launches
+        return made[: len(self.results)]
+
+    def _program(self, device: int, layouts: tuple[Layout, ...]) -> Program:
+        program = program_for(
+            known_backends(),
+            self.problem,
+            device,
+            self.backend,
+            self.arguments,
+            self.results,
+            layouts,
+        )
+        if len(self._programs) == KEPT:
+            self._programs.clear()
+        self._programs[layouts] = program
+        return program
+
+    def _on_host(self, device: _device.Device, arrays: Sequence[Any]) -> list[Any]:
+        adapter, own_device = self.adapter, self.own_device
+
+        def allocate(shape: tuple[int, ...], dtype: str) -> Any:
+            return adapter.borrow(adapter.empty(own_device, shape, dtype))
+
+        chosen = choose(self.problem, device, self.backend)
+        arguments = dict(zip(self.arguments, map(adapter.borrow, arrays), strict=True))
+        made = [None if spec is None else adapter.empty(own_device, *spec) for spec in self.results]
+        native = [None if array is None else adapter.borrow(array) for array in made]
+        results = dict(zip(ARRAYS[self.problem.operation].results, native, strict=True))
+        perform(chosen, self.problem, arguments, results, allocate)
+        return made
+
+    @cached_property
+    def _device(self) -> _device.Device | None:
+        return self.adapter.device(self.own_device)
+
+    # For adapters that differentiate
+
+    @cached_property
+    def with_lse(self) -> Call:
+        """The same call with all results of the operation, which is ``forward``."""
+        return self._with_all_results(self.arguments, self.problem)
+
+    def gradient(self, given: tuple[bool, ...]) -> Call:
+        """The call for the gradients of the arguments, in the order of the arguments.
+
+        Its own arguments are those of this one, its results if the operation is ``forward``, and
+        then the gradients of its results, as far as they are `given`.
+        """
+        call = self._gradients.get(given)
+        if call is None:
+            arrays = ARRAYS[self.problem.operation]
+            results = arrays.results if self.problem.operation == "forward" else ()
+            names = (*self.arguments, *results, *compress(arrays.incoming, given))
+            call = self._gradients[given] = self._with_all_results(names, self.problem.gradient)
+        return call
+
+    def _with_all_results(self, arguments: tuple[str, ...], problem: Problem) -> Call:
+        return Call(
+            self.name,
+            self.adapter,
+            self.own_device,
+            arguments,
+            problem,
+            self.backend,
+            problem.results,
+        )
+
+
+@lru_cache(maxsize=KEPT)
+def program_for(
+    known: object,
+    problem: Problem,
+    device: int,
+    backend: str | None,
+    arguments: tuple[str, ...],
+    results: tuple[Spec | None, ...],
+    layouts: tuple[Layout, ...],
+    misalignments: tuple[int, ...] = (),
+) -> Program:
+    """What the backend called `backend`, or the best one, launches for `problem` on a CUDA device.
+
+    The arguments have the names `arguments` and the layouts `layouts`; `results` are those of the
+    operation, None where not wanted. The program is run, with the device current, with the
+    addresses of the arguments, in their order, and then those of the results that are wanted.
+    Results are contiguous, and at multiples of 16 unless `misalignments` has for each that is
+    wanted its address modulo 16. `known` is what `known_backends` returns.
+    """
+    where = _device.cuda(device)
+    chosen = choose(problem, where, backend)
+    program = Program(where)
+    given = {
+        name: program.array(problem.spec(name), *layout)
+        for name, layout in zip(arguments, layouts, strict=True)
+    }
+    off = iter(misalignments or repeat(0))
+    wanted = {
+        name: None if spec is None else program.array(spec, misalignment=next(off))
+        for name, spec in zip(ARRAYS[problem.operation].results, results, strict=True)
+    }
+    perform(chosen, problem, given, wanted, program)
+    return program
+
+
+def perform(
+    backend: Backend,
+    problem: Problem,
+    given: Mapping[str, Any],
+    results: Mapping[str, Any],
+    space: Space,
+) -> None:
+    """Have `backend` fill `results` from the arguments `given`, both by name.
+
+    What is absent from either, or None, was not given or is not wanted.
+    """
+    operands = Operands(*map(given.get, Operands._fields))
+    gradients = Operands(*map(results.get, Operands._fields))
+    match problem.operation:
+        case "forward":
+            backend.forward(problem, operands, results["output"], results.get("lse"), space)
+        case "backward":
+            backend.backward(
+                problem,
+                operands,
+                given["grad_output"],
+                given["output"],
+                given["lse"],
+                given.get("grad_lse"),
+                gradients,
+                space,
+            )
+        case "qk":
+            backend.qk(problem, operands, results["logits"], space)
+        case "qk_backward":
+            backend.qk_backward(problem, operands, given["grad_logits"], gradients, space)
+        case "av":
+            backend.av(problem, given["weights"], operands, results["output"], space)
+        case "av_backward":
+            backend.av_backward(
+                problem,
+                given["weights"],
+                operands,
+                given["grad_output"],
+                results["weights"],
+                gradients,
+                space,
+            )
+
+
+# For torch.compile
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPAQUE: list[Callable[..., Any]] = []
+"""Functions that torch.compile is to call with the tensors of its trace, and not to look into."""
+
+
+def opaque(function: F) -> F:
+    """`function`, which becomes one of `OPAQUE`."""
+    OPAQUE.append(function)
+    return function

@@ -1,0 +1,173 @@
+"""What an adapter must offer, so that the rest of cuneigh can take the arrays of its framework.
+
+A backend knows NumPy's arrays on the CPU, and addresses on a GPU. An `Adapter` stands between that
+and one framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from cuneigh._device import Device
+from cuneigh._problem import Spec
+
+Layout = tuple[tuple[int, ...], int]
+"""How an array lies in memory: its strides, in elements, and its address modulo 16."""
+
+Memory = tuple[list[int], tuple[Layout, ...], list[Any]]
+"""Of several arrays on a GPU, the addresses, the layouts, and what keeps the memory."""
+
+
+class Adapter:
+    """How cuneigh reads and makes the arrays of one framework.
+
+    The *own device* of an array is the framework's own name for the device that it lies on, which
+    can be compared and printed.
+    """
+
+    # Every framework
+
+    def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
+        """Raise unless `array` is a plain array of the framework.
+
+        When it is to be `borrowed`, its memory must also lie on one device that cuneigh knows, and
+        no automatic differentiation or tracing that a call cannot serve may be watching it.
+        """
+        raise NotImplementedError
+
+    def spec(self, array: Any) -> Spec:
+        """Shape and dtype."""
+        raise NotImplementedError
+
+    def own_device(self, array: Any) -> Any:
+        """Where `array` is; None, for an array that is not borrowed only, if not on one device."""
+        raise NotImplementedError
+
+    def device(self, own: Any) -> Device | None:
+        """What cuneigh knows of an own device; None where that is None."""
+        raise NotImplementedError
+
+    def full(self, own: Any, shape: tuple[int, ...], dtype: str, value: float) -> Any:
+        """A contiguous array of the framework that holds `value` everywhere."""
+        raise NotImplementedError
+
+    def operations(self, own: Any) -> AbstractContextManager[Any]:
+        """Gives the module with the framework's ``exp``, ``log``, ``maximum`` and ``where``."""
+        raise NotImplementedError
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        """`array` converted by the framework's own, differentiable operation."""
+        raise NotImplementedError
+
+    # One with arrays on the CPU, whose memory NumPy is lent
+
+    def empty(self, own: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        """An uninitialized contiguous array, from the framework's allocator."""
+        raise NotImplementedError
+
+    def borrow(self, array: Any) -> npt.NDArray[Any]:
+        """A NumPy array on the memory of `array`, which may be a result of `empty`."""
+        raise NotImplementedError
+
+    # One with arrays on a GPU, which is the current one whenever these are called
+
+    def memory(self, arrays: Sequence[Any]) -> Memory:
+        """Where the numbers of `arrays` are."""
+        raise NotImplementedError
+
+    def allocate(self, own: Any, specs: Sequence[Spec | None], addresses: list[int]) -> list[Any]:
+        """Uninitialized contiguous arrays at multiples of 16 bytes, from the framework's allocator.
+
+        Their addresses are appended to `addresses`. Where a spec is None, so is the array.
+        """
+        raise NotImplementedError
+
+    def stream(self, own: Any) -> int:
+        """The caller's current CUDA stream."""
+        raise NotImplementedError
+
+    # One that launches by itself, now or when a program that it traces runs, in place of all that
+
+    launches = False
+    """Whether this is such a framework."""
+
+    def launch(self, call: Any, arrays: Sequence[Any]) -> list[Any]:
+        """What `Call.run` of `cuneigh._call` returns, for a problem that is not empty."""
+        raise NotImplementedError
+
+    # One that may have to see a call, to differentiate or to trace it
+
+    def cast_automatically(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
+        """The arguments as the framework's own operations would take them now."""
+        return arrays
+
+    def signature(self, arrays: Sequence[Any]) -> tuple[Any, ...] | None:
+        """All that the checks of a call find out about its arguments, of which some may be None.
+
+        Calls with equal signatures are checked once. None if the checks may come to another result
+        the next time, or are as quick as this would be.
+        """
+        return None
+
+    def watches(self, arrays: Sequence[Any]) -> bool:
+        """Whether a derivative of a call with these arguments is asked for, or the call traced."""
+        return False
+
+    def record(self, call: Any, arrays: Sequence[Any]) -> list[Any]:
+        """What `Call.compute` of `cuneigh._call` returns, by an operation of the framework."""
+        raise NotImplementedError
+
+
+SEEN: dict[type, Adapter] = {}
+"""The adapter for every type of array that has been an argument of a call."""
+
+
+# What adapters share
+
+
+def refuse(call: str, name: str, array: object, instead: str = "") -> NoReturn:
+    """Raise for something that is not an array cuneigh can use; `instead` says what would be."""
+    instead = instead or "a NumPy, CuPy, PyTorch or JAX array is needed"
+    raise TypeError(f"{call}: {name} is of type {type_name(array)}; {instead}")
+
+
+def type_name(value: object) -> str:
+    """The full name of the type of `value`, as in ``numpy.ndarray`` or ``list``."""
+    kind = type(value)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return module + kind.__qualname__
+
+
+@cache
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype called `name`, that of ml_dtypes for one that NumPy lacks."""
+    if hasattr(np, name):
+        return np.dtype(name)
+    import ml_dtypes  # which takes a seventh of the time to import all this
+
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return dtype
+
+
+@cache
+def dtype_name(dtype: Any) -> str:
+    """The name of a NumPy dtype; of one that is not supported, byte order and all."""
+    return str(dtype)
+
+
+@cache
+def import_cupy() -> None:
+    """Import CuPy, by which arrays of every framework are computed with on a GPU."""
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "cuneigh works on CUDA arrays through CuPy, which is not installed: "
+            "pip install 'cuneigh[cuda13]', or 'cuneigh[cuda12]' for a CUDA 12 driver"
+        ) from error

@@ -1,0 +1,8 @@
+"""The adapter of JAX: its arrays, the custom call that JAX compiles, and what XLA runs for it."""
+
+from cuneigh._frameworks.jax import handlers
+from cuneigh._frameworks.jax.adapter import ADAPTER
+
+__all__ = ["ADAPTER"]
+
+handlers.register()

@@ -1,0 +1,50 @@
+"""The adapter of NumPy, whose arrays are what the CPU backend computes on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cuneigh._device import CPU, Device
+from cuneigh._frameworks.contract import Adapter, dtype_name, numpy_dtype, refuse
+from cuneigh._problem import Spec
+
+Array = npt.NDArray[Any]
+
+
+class NumPyAdapter(Adapter):
+    """NumPy arrays, memory maps among them. The own device is always ``"cpu"``."""
+
+    def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
+        if type(array) not in (np.ndarray, np.memmap):
+            refuse(call, name, array, "a plain numpy.ndarray is needed")
+
+    def spec(self, array: Array) -> Spec:
+        return Spec(array.shape, dtype_name(array.dtype))
+
+    def own_device(self, array: Array) -> str:
+        return "cpu"
+
+    def device(self, own: str) -> Device:
+        return CPU
+
+    def full(self, own: str, shape: tuple[int, ...], dtype: str, value: float) -> Array:
+        return np.full(shape, value, numpy_dtype(dtype))
+
+    def operations(self, own: str) -> AbstractContextManager[Any]:
+        return nullcontext(np)
+
+    def cast(self, array: Array, dtype: str) -> Array:
+        return array.astype(numpy_dtype(dtype), copy=False)
+
+    def empty(self, own: str, shape: tuple[int, ...], dtype: str) -> Array:
+        return np.empty(shape, numpy_dtype(dtype))
+
+    def borrow(self, array: Array) -> Array:
+        return array
+
+
+ADAPTER = NumPyAdapter()

@@ -1,0 +1,64 @@
+"""From the arguments of a public function to its results: all of them but `merge_attentions`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cuneigh._call import Call, opaque, results_of
+from cuneigh._frameworks import adapter_of
+from cuneigh._frameworks.arguments import examine
+from cuneigh._problem import ARRAYS, OPTIONAL
+from cuneigh._validate import (
+    Window,
+    boolean,
+    finite_scale,
+    problem_of,
+    scale_or_default,
+    window_arguments,
+)
+
+Sizes = int | Sequence[int]
+"""An integer for each token axis, or one for all of them."""
+
+Flags = bool | Sequence[bool]
+"""A bool for each token axis, or one for all of them."""
+
+
+@opaque
+def compute(parameters: tuple[Any, ...], *arrays: Any) -> list[Any]:
+    """The results of a call of a public function, None for those that are not wanted.
+
+    `arrays` has an element for each argument of the operation in the order of `ARRAYS`, None where
+    it is not given. `parameters` are
+
+        operation, rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend
+
+    where a rank of 0 stands for `attention`.
+    """
+    return results_of(parameters, arrays, _examine)
+
+
+def _examine(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
+    """The call of a public function, all of whose arguments are checked here, and its arrays."""
+    operation, rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend = (
+        parameters
+    )
+    suffix = {"forward": ""}.get(operation, f"_{operation}")
+    name = f"na{rank}d{suffix}" if rank else "attention"
+    named = zip(ARRAYS[operation].arguments, arrays, strict=True)
+    needed = {n: array for n, array in named if array is not None or n not in OPTIONAL}
+    adapter, device = examine(name, needed, adapter_of)
+    given = adapter.cast_automatically(name, needed)
+    specs = {n: adapter.spec(array) for n, array in given.items()}
+    if rank:
+        window = window_arguments(name, rank, kernel_size, stride, dilation, is_causal)
+    else:
+        window = Window((), (1,), (1,), (boolean(name, "is_causal", is_causal),))
+    check_scale = finite_scale if operation in ("qk", "qk_backward") else scale_or_default
+    problem = problem_of(name, operation, specs, window, check_scale(name, scale))
+    results = problem.results
+    if operation == "forward" and not boolean(name, "return_lse", return_lse):
+        results = problem.output, None
+    call = Call(name, adapter, device, tuple(given), problem, backend, results)
+    return call, tuple(given.values())

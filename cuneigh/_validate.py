@@ -1,0 +1,414 @@
+"""The arguments of a call, checked: legal ones make a `Problem`, illegal ones raise.
+
+The error is a ValueError, or a TypeError for a wrong type, and names the call, the argument, the
+axis and the value. Nothing here touches an array.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, wraps
+from numbers import Real
+from typing import Any, Literal, NamedTuple
+
+from cuneigh._problem import ARRAYS, DTYPES, SUPPORTED, Operands, Operation, Problem, Spec
+from cuneigh._window import Axis
+
+
+class Window(NamedTuple):
+    """The window arguments of a call, one entry per token axis."""
+
+    kernel_size: tuple[int, ...]
+    """Empty for `attention`, which has one token axis and sees every key."""
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+
+
+def problem_of(
+    call: str,
+    operation: Operation,
+    specs: Mapping[str, Spec],
+    window: Window,
+    scale: float | None,
+) -> Problem:
+    """The problem of `operation` on arrays of these shapes and dtypes, all of which are checked.
+
+    `specs` has the arguments of the operation by name, without the optional ones that are not
+    given. A `scale` of None stands for ``head_dim ** -0.5``.
+    """
+    query, key, value, additional_keys, additional_values, rpb = map(specs.get, Operands._fields)
+    problem: Problem
+    match operation:
+        case "forward" | "backward" if not window.kernel_size:
+            (is_causal,) = window.is_causal
+            problem = dense_problem(call, operation, query, key, value, is_causal, scale)
+        case "forward" | "backward":
+            extra = additional_keys, additional_values
+            problem = attention_problem(
+                call, operation, query, key, value, window, scale, *extra, rpb
+            )
+        case "qk" | "qk_backward":
+            problem = qk_problem(call, operation, query, key, window, scale, rpb, additional_keys)
+        case "av" | "av_backward":
+            problem = av_problem(
+                call, operation, specs["weights"], value, window, additional_values
+            )
+    if ARRAYS[operation].gradient is None and not SUPPORTED[problem.dtype].has_gradients:
+        raise TypeError(f"{call}: dtype {problem.dtype} has no gradients")
+    for name in ARRAYS[operation].arguments:
+        if name in specs and name not in _CHECKED:
+            require(call, name, specs[name], problem.spec(name))
+    return problem
+
+
+_CHECKED = frozenset([*Operands._fields, "weights"])
+"""The arguments that the functions below have checked already."""
+
+
+def window_arguments(
+    call: str, rank: int, kernel_size: object, stride: object, dilation: object, is_causal: object
+) -> Window:
+    """The window arguments repeated over the token axes, their types checked."""
+    return Window(
+        _per_axis(call, "kernel_size", kernel_size, rank, _integer),
+        _per_axis(call, "stride", stride, rank, _integer),
+        _per_axis(call, "dilation", dilation, rank, _integer),
+        _per_axis(call, "is_causal", is_causal, rank, boolean),
+    )
+
+
+def _per_axis(call: str, name: str, value: Any, rank: int, convert: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        return (convert(call, name, value),) * rank
+    if len(value) != rank:
+        raise ValueError(
+            f"{call}: {name}={value!r} has {len(value)} entries, but there are {rank} token axes"
+        )
+    return tuple(convert(call, f"{name}[{axis}]", entry) for axis, entry in enumerate(value))
+
+
+def _integer(call: str, name: str, value: Any) -> int:
+    if type(value) is int:
+        return value
+    if not _boolean_like(value):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{call}: {name}={value!r} is {_type_name(value)}, not an int")
+
+
+def boolean(call: str, name: str, value: Any) -> bool:
+    """`value` as a bool; TypeError unless it is one, of Python or of an array library."""
+    if _boolean_like(value):
+        return bool(value)
+    raise TypeError(f"{call}: {name}={value!r} is {_type_name(value)}, not a bool")
+
+
+def _boolean_like(value: object) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")
+
+
+def _type_name(value: object) -> str:
+    return type(value).__name__
+
+
+def scale_or_default(call: str, scale: object) -> float | None:
+    """`scale`, checked; None, which stands for ``head_dim ** -0.5``, stays None."""
+    return None if scale is None else finite_scale(call, scale)
+
+
+def finite_scale(call: str, scale: object) -> float:
+    """`scale` as a float; TypeError unless it is a real number, ValueError unless finite."""
+    if not isinstance(scale, Real) or _boolean_like(scale):
+        raise TypeError(f"{call}: scale={scale!r} is {_type_name(scale)}, not a real number")
+    try:
+        result = float(scale)
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
+        raise ValueError(f"{call}: scale={scale!r} is not finite")
+    return result
+
+
+def neighborhood_axes(call: str, tokens: Sequence[int], window: Window) -> tuple[Axis, ...]:
+    """One `Axis` per token axis, every rule of the window checked."""
+    axes = []
+    for axis, (length, k, s, d, causal) in enumerate(zip(tokens, *window, strict=True)):
+        for name, size in (("kernel_size", k), ("dilation", d), ("stride", s)):
+            if size < 1:
+                raise ValueError(f"{call}: {name}={size} on axis {axis} must be at least 1")
+        if s > k:
+            raise ValueError(f"{call}: stride={s} on axis {axis} must not exceed kernel_size={k}")
+        if length and k * d > length:
+            raise ValueError(
+                f"{call}: kernel_size={k} times dilation={d} on axis {axis} is {k * d}, "
+                f"which exceeds that axis's length {length}"
+            )
+        axes.append(Axis(length, length, k, s, d, causal))
+    return tuple(axes)
+
+
+def kept(build: Callable[..., Problem]) -> Callable[..., Problem]:
+    """`build` with its problems kept, but for those of sizes that have no hash.
+
+    Such are the symbolic sizes of a framework that is tracing. Every comparison of one becomes a
+    condition under which the trace holds.
+    """
+    cached = lru_cache(maxsize=4096)(build)
+
+    @wraps(build)
+    def find(*args: Any) -> Problem:
+        try:
+            return cached(*args)
+        except TypeError:
+            pass  # There is no hash; or it is an error of the arguments, which comes again.
+        return build(*args)
+
+    return find
+
+
+@kept
+def attention_problem(
+    call: str,
+    operation: Literal["forward", "backward"],
+    query: Spec,
+    key: Spec,
+    value: Spec,
+    window: Window,
+    scale: float | None,
+    additional_keys: Spec | None = None,
+    additional_values: Spec | None = None,
+    rpb: Spec | None = None,
+) -> Problem:
+    """The problem of `na{r}d` or its backward."""
+    rank = len(window.kernel_size)
+    _check_query_and_key(call, rank, query, key, additional_keys)
+    _check_value(call, rank, value)
+    if (additional_keys is None) != (additional_values is None):
+        given, missing = "additional_keys", "additional_values"
+        if additional_keys is None:
+            given, missing = missing, given
+        raise ValueError(f"{call}: {given} was given without {missing}")
+    axes = neighborhood_axes(call, query.shape[1:-2], window)
+    problem = Problem(
+        operation=operation,
+        dtype=query.dtype,
+        batch=query.shape[0],
+        heads=query.shape[-2],
+        kv_heads=key.shape[-2],
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        axes=axes,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        additional=_additional_count(call, "additional_keys", additional_keys),
+        rpb_dtype=_rpb_dtype(call, rpb, query, axes),
+    )
+    _check_all(
+        call,
+        problem,
+        Operands(query, key, value, additional_keys, additional_values, rpb),
+    )
+    return problem
+
+
+@kept
+def qk_problem(
+    call: str,
+    operation: Literal["qk", "qk_backward"],
+    query: Spec,
+    key: Spec,
+    window: Window,
+    scale: float,
+    rpb: Spec | None = None,
+    additional_keys: Spec | None = None,
+) -> Problem:
+    """The problem of `na{r}d_qk` or its backward."""
+    rank = len(window.kernel_size)
+    _check_query_and_key(call, rank, query, key, additional_keys)
+    axes = neighborhood_axes(call, query.shape[1:-2], window)
+    problem = Problem(
+        operation=operation,
+        dtype=query.dtype,
+        batch=query.shape[0],
+        heads=query.shape[-2],
+        kv_heads=key.shape[-2],
+        head_dim=query.shape[-1],
+        value_dim=1,
+        axes=axes,
+        scale=scale,
+        additional=_additional_count(call, "additional_keys", additional_keys),
+        rpb_dtype=_rpb_dtype(call, rpb, query, axes),
+    )
+    _check_all(call, problem, Operands(query, key, None, additional_keys, None, rpb))
+    return problem
+
+
+@kept
+def av_problem(
+    call: str,
+    operation: Literal["av", "av_backward"],
+    weights: Spec,
+    value: Spec,
+    window: Window,
+    additional_values: Spec | None = None,
+) -> Problem:
+    """The problem of `na{r}d_av` or its backward."""
+    rank = len(window.kernel_size)
+    _check_rank(call, "weights", weights, rank)
+    _check_dtype(call, "weights", weights)
+    _check_value(call, rank, value)
+    _check_heads(call, "weights", weights.shape[-2], "value", value.shape[-2])
+    problem = Problem(
+        operation=operation,
+        dtype=weights.dtype,
+        batch=weights.shape[0],
+        heads=weights.shape[-2],
+        kv_heads=value.shape[-2],
+        head_dim=1,
+        value_dim=value.shape[-1],
+        axes=neighborhood_axes(call, weights.shape[1:-2], window),
+        scale=1.0,
+        additional=_additional_count(call, "additional_values", additional_values),
+    )
+    _check_all(call, problem, Operands(None, None, value, None, additional_values, None))
+    require(call, "weights", weights, problem.logits)
+    return problem
+
+
+@kept
+def dense_problem(
+    call: str,
+    operation: Literal["forward", "backward"],
+    query: Spec,
+    key: Spec,
+    value: Spec,
+    is_causal: bool,
+    scale: float | None,
+) -> Problem:
+    """The problem of `attention` or its backward: one token axis, all of whose keys are seen."""
+    _check_query_and_key(call, 1, query, key, None)
+    _check_value(call, 1, value)
+    length, key_length = query.shape[1], key.shape[1]
+    if is_causal and length != key_length:
+        raise ValueError(
+            f"{call}: is_causal=True needs as many queries as keys, but query has {length} on "
+            f"axis 1 and key has {key_length}"
+        )
+    problem = Problem(
+        operation=operation,
+        dtype=query.dtype,
+        batch=query.shape[0],
+        heads=query.shape[-2],
+        kv_heads=key.shape[-2],
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        axes=(Axis(length, key_length, max(key_length, 1), 1, 1, is_causal),),
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    )
+    _check_all(call, problem, Operands(query, key, value))
+    return problem
+
+
+def require(call: str, name: str, given: Spec, expected: Spec) -> None:
+    """Raise unless an argument has the dtype and shape that the others imply."""
+    if given.dtype != expected.dtype:
+        raise TypeError(f"{call}: {name} has dtype {given.dtype}, but {expected.dtype} is needed")
+    if len(given.shape) != len(expected.shape):
+        raise ValueError(
+            f"{call}: {name} has {len(given.shape)} axes, but {len(expected.shape)} are needed: "
+            f"{name}.shape is {given.shape} and should be {expected.shape}"
+        )
+    for axis, (size, needed) in enumerate(zip(given.shape, expected.shape, strict=True)):
+        if size != needed:
+            raise ValueError(
+                f"{call}: {name} has size {size} on axis {axis}, but {needed} is needed: "
+                f"{name}.shape is {given.shape} and should be {expected.shape}"
+            )
+
+
+def _check_all(call: str, problem: Problem, given: Operands) -> None:
+    for name, spec, expected in zip(Operands._fields, given, problem.specs, strict=True):
+        if spec is not None:
+            require(call, name, spec, expected)
+
+
+def _check_query_and_key(
+    call: str, rank: int, query: Spec, key: Spec, additional_keys: Spec | None
+) -> None:
+    _check_rank(call, "query", query, rank)
+    _check_dtype(call, "query", query)
+    _check_rank(call, "key", key, rank)
+    _check_positive(call, "query", query, "head_dim")
+    _check_heads(call, "query", query.shape[-2], "key", key.shape[-2])
+    # Cross attention aside, which `dense_problem` allows, the token axes must agree; the dtype,
+    # batch and head_dim of key are compared with query's by `_check_all`.
+
+
+def _check_value(call: str, rank: int, value: Spec) -> None:
+    _check_rank(call, "value", value, rank)
+    _check_positive(call, "value", value, "value_dim")
+
+
+def _check_rank(call: str, name: str, spec: Spec, rank: int) -> None:
+    if len(spec.shape) != rank + 3:
+        tokens = ", ".join(f"X{axis + 1}" for axis in range(rank))
+        raise ValueError(
+            f"{call}: {name} has {len(spec.shape)} axes, but {rank + 3} are needed: "
+            f"{name}.shape is {spec.shape} and should be [batch, {tokens}, heads, dim]"
+        )
+
+
+def _check_dtype(call: str, name: str, spec: Spec) -> None:
+    if spec.dtype not in DTYPES:
+        raise TypeError(
+            f"{call}: {name} has dtype {spec.dtype}, which is not one of {', '.join(DTYPES)}"
+        )
+
+
+def _check_positive(call: str, name: str, spec: Spec, meaning: str) -> None:
+    if spec.shape[-1] < 1:
+        raise ValueError(
+            f"{call}: {name} has size 0 on axis {len(spec.shape) - 1}: {meaning} must be at least 1"
+        )
+
+
+def _check_heads(call: str, name: str, heads: int, kv_name: str, kv_heads: int) -> None:
+    if heads % kv_heads if kv_heads else heads:
+        raise ValueError(
+            f"{call}: {name} has {heads} heads, which is not a multiple of the {kv_heads} heads "
+            f"of {kv_name}"
+        )
+
+
+def _additional_count(call: str, name: str, spec: Spec | None) -> int | None:
+    if spec is None:
+        return None
+    if len(spec.shape) != 4:
+        raise ValueError(
+            f"{call}: {name} has {len(spec.shape)} axes, but 4 are needed: {name}.shape is "
+            f"{spec.shape} and should be [batch, n, kv_heads, dim]"
+        )
+    return spec.shape[1]
+
+
+def _rpb_dtype(call: str, rpb: Spec | None, query: Spec, axes: tuple[Axis, ...]) -> str | None:
+    if rpb is None:
+        return None
+    if rpb.dtype not in (query.dtype, "float32"):
+        raise TypeError(
+            f"{call}: rpb has dtype {rpb.dtype}, but query's {query.dtype} or float32 is needed"
+        )
+    for axis, window in enumerate(axes):
+        if window.stride != 1 or window.is_causal:
+            argument = (
+                f"stride={window.stride}" if window.stride != 1 else f"is_causal={window.is_causal}"
+            )
+            raise ValueError(
+                f"{call}: rpb cannot be combined with {argument} on axis {axis}: a relative "
+                f"positional bias needs stride=1 and is_causal=False on every axis"
+            )
+    return rpb.dtype
