@@ -130,6 +130,9 @@ class _Launch:
             frame[index] = start + byte
         for index, slot, offset in self._pointers:
             frame[index] = addresses[slot] + offset
+        if not self._maps:
+            self._launch(stream, start, 0)
+            return
         held = []  # until the launch, after which a map that is not kept may go
         for index, encode, slot, offset in self._maps:
             frame[index], memory = encode(addresses[slot] + offset)
