@@ -196,7 +196,7 @@ __device__ void begin_tiles(const TensorMap& map, unsigned* taken, ForwardSmem<P
   for (int number = blockIdx.x, next;; number = next, tiles.advance()) {
     smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
     Tile<kRank>& tile = smem.tile[tiles.slot()];
-    const bool end = number >= problem.tile_count;
+    const bool end = number >= problem.block_tiles;
     if (end) {
       tile.boxes = kNoTile;
     } else {
@@ -260,12 +260,12 @@ __device__ void make_masks(ForwardSmem<Plan>& smem, int lane) {
   });
 }
 
-// The token of a row of warpgroup `w`; false if it lies past the end of an axis.
+// The token of a row of warpgroup `w`; false if the tile leaves it out, or an axis ends before.
 template <typename Plan>
 __device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
                              const Tile<Plan::kRank>& tile, int w, int row,
                              int (&token)[Plan::kRank]) {
-  bool exists = true;
+  bool exists = tile.active >> w & 1;
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
     const Axis axis = axis_of<Plan>(problem, r);

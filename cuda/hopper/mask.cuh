@@ -115,7 +115,7 @@ __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Pl
     const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
     const int end = axis.group_length(group);
     WindowUnion windows = {{0, 0}, {0, 0}};
-    if (first < end) {  // else it begins past the end of the axis
+    if (first < end && tile.active >> w & 1) {  // else it has no queries
       const Range low = axis.window(first, group);
       const Range high = axis.window(smaller(first + problem.query_box[r], end) - 1, group);
       windows = {{low.begin - base, high.end - base}, {high.begin - base, low.end - base}};

@@ -43,14 +43,23 @@ constexpr int kMostWarpgroups = 3;
 template <int kRank>
 struct HopperProblem {
   Axis axes[kRank];
+  // Boxes, along each axis
   int query_box[kRank];  // of a warpgroup, 64 queries
   int tile_box[kRank];   // of all warpgroups together
   int key_box[kRank];
-  Divisor tiles[kRank];                       // along each axis, in group-major order
-  Divisor head_groups;                        // of heads that are in one tile
-  Divisor group_size;                         // query heads that share a key head
+  Divisor tiles[kRank];  // along each axis, in group-major order
+  Divisor head_groups;   // of heads that are in one tile
+  Divisor group_size;    // query heads that share a key head
+
   int warpgroup[kMostWarpgroups][1 + kRank];  // head and index where each begins in its tile
-  int tile_count;                             // over all heads and batch entries
+
+  // Blocks take whole tiles, then parts of the others, which have some of the warpgroups
+  int tile_count;  // over all heads and batch entries
+  int whole_tiles;
+  Divisor parts;                // of a divided tile
+  int block_tiles;              // whole tiles and parts
+  int active[kMostWarpgroups];  // bit w of a part is set if it has warpgroup w
+
   int heads_per_tile;
   int coordinates;  // of a warpgroup's box of queries: the sum of query_box
   Pieces query_pieces, key_pieces;
@@ -61,8 +70,8 @@ struct HopperProblem {
   float scale;  // of logits, times log2(e)
   float sign;   // what logits are multiplied by before that
 };
-static_assert(sizeof(HopperProblem<1>) == 60 + 128 && sizeof(HopperProblem<2>) == 2 * 60 + 128 &&
-                  sizeof(HopperProblem<3>) == 3 * 60 + 128,
+static_assert(sizeof(HopperProblem<1>) == 60 + 160 && sizeof(HopperProblem<2>) == 2 * 60 + 160 &&
+                  sizeof(HopperProblem<3>) == 3 * 60 + 160,
               "the record that launch.py packs has these sizes");
 
 // An axis, of which the compiler knows it if no axis is dilated.
@@ -76,7 +85,8 @@ __device__ Axis axis_of(const HopperProblem<Plan::kRank>& problem, int r) {
 template <int kRank>
 struct Tile {
   int batch, head, kv_head;  // the first query head
-  GroupIndex first[kRank];        // query
+  int active;                // bit w is set if warpgroup w takes part
+  GroupIndex first[kRank];   // query
   Range keys[kRank];         // that any query of the tile sees
   int boxes;                 // of keys to visit, the additional keys' included; or kNoTile
 };
@@ -86,6 +96,12 @@ constexpr int kNoTile = -1;  // after the last one
 template <typename Plan>
 __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
                           Tile<Plan::kRank>& tile) {
+  tile.active = -1;
+  if (number >= problem.whole_tiles) {
+    const unsigned divided = problem.parts.quotient(number - problem.whole_tiles);
+    tile.active = problem.active[number - problem.whole_tiles - divided * problem.parts.divisor];
+    number = problem.whole_tiles + divided;
+  }
   int boxes = 1;
   unsigned rest = problem.longest_last ? problem.tile_count - 1 - number : number;
 #pragma unroll

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from cuneigh import _jit
 from cuneigh._backends.hopper.plan import (
     ROWS,
+    Division,
     Form,
     HopperPlan,
-    count,
+    division,
     form_of,
     is_dilated,
     make_plan,
@@ -52,12 +53,12 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     views.vectors(output)
     views.scalars(lse)
     views.addresses(program.zeros((1,), "float32"))
-    tiles = count(problem, plan).blocks * problem.batch * problem.heads // plan.heads
+    work = division(problem, plan, program.device)
     program.launch(
         kernel(problem, form),
-        (min(tiles, program.device.sm_count), 1),
+        (min(work.blocks, program.device.sm_count), 1),
         128 * (form.warpgroups + 1),
-        _record(problem, plan, tiles, (of_query, of_key, of_value)),
+        _record(problem, plan, work, (of_query, of_key, of_value)),
         views.words,
         query,
         key,
@@ -100,6 +101,7 @@ def _piece(problem: Problem, box: Box) -> Box:
     return (box[0] // pieces(problem, box), *box[1:])
 
 
+MOST_WARPGROUPS = 3
 DIVISOR = np.dtype([("divisor", "u4"), ("multiplier", "u4"), ("shift", "u4")])
 PIECES = np.dtype([("count", "i4"), ("rows", "i4"), ("tokens", "i4")])
 FOLDING = np.dtype([(name, "i4") for name in Folding._fields])
@@ -117,7 +119,7 @@ def divisor(value: int) -> tuple[int, int, int]:
 
 
 def _record(
-    problem: Problem, plan: HopperPlan, tiles: int, foldings: tuple[Folding, Folding, Folding]
+    problem: Problem, plan: HopperPlan, work: Division, foldings: tuple[Folding, Folding, Folding]
 ) -> npt.NDArray[Any]:
     """`HopperProblem` of cuda/hopper/tile.cuh."""
     rank, axes = problem.rank, problem.axes
@@ -131,8 +133,14 @@ def _record(
                 ("tiles", DIVISOR, (rank,)),
                 ("head_groups", DIVISOR),
                 ("group_size", DIVISOR),
-                ("warpgroup", "i4", (3, 1 + rank)),
-                *((name, "i4") for name in ("tile_count", "heads_per_tile", "coordinates")),
+                ("warpgroup", "i4", (MOST_WARPGROUPS, 1 + rank)),
+                ("tile_count", "i4"),
+                ("whole_tiles", "i4"),
+                ("parts", DIVISOR),
+                ("block_tiles", "i4"),
+                ("active", "i4", (MOST_WARPGROUPS,)),
+                ("heads_per_tile", "i4"),
+                ("coordinates", "i4"),
                 ("query_pieces", PIECES),
                 ("key_pieces", PIECES),
                 *((name, "i4") for name in ("additional", "value_dim", "longest_last")),
@@ -156,7 +164,12 @@ def _record(
         head, *place = np.unravel_index(w, (plan.heads, *plan.warpgroups))
         starts = (int(n) * extent for n, extent in zip(place, plan.query_box, strict=True))
         record["warpgroup"][0, w] = (int(head), *starts)
-    record["tile_count"], record["heads_per_tile"] = tiles, plan.heads
+    record["tile_count"], record["whole_tiles"] = work.tiles, work.whole
+    record["parts"], record["block_tiles"] = divisor(work.parts), work.blocks
+    for part in range(work.parts):  # the first part has more, if they are not equal
+        last = plan.form.warpgroups - work.parts + part
+        record["active"][0, part] = 1 << last if part else (2 << last) - 1
+    record["heads_per_tile"] = plan.heads
     record["coordinates"] = sum(plan.query_box)
     for name, box, rows in (
         ("query_pieces", plan.query_box, ROWS),

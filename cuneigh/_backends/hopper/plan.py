@@ -110,9 +110,9 @@ def shared_bytes(problem: Problem, form: Form) -> int:
     # MaskTables: prefixes, their bases, numbers, coordinates, window unions
     tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
     size += math.ceil(tables / 16) * 16
-    size += 2 * (16 + 16 * rank)  # tiles
+    size += 2 * (20 + 16 * rank)  # tiles
     size += 4 * form.stages * form.warpgroups  # visibility
-    size += 60 * rank + 128 + 4 * rank + 12  # the problem, and the last box of keys
+    size += 60 * rank + 160 + 4 * rank + 12  # the problem, and the last box of keys
     barriers = 4 + 2 * form.query_slots + 4 * form.stages
     return math.ceil((math.ceil(size / 8) * 8 + 8 * barriers) / 16) * 16
 
@@ -165,10 +165,49 @@ def cost(problem: Problem, plan: HopperPlan, device: Device) -> float:
     """Predicted cycles of all multiprocessors together, those that wait for the last included."""
     counts = count(problem, plan)
     cycles: float = cost_of(problem, plan.form, counts, plan.heads)
-    tiles = counts.blocks * problem.batch * problem.heads // plan.heads
+    work, multiprocessors = division(problem, plan, device), max(device.sm_count, 1)
+    rounds: float = work.whole // multiprocessors
+    if work.tiles > rounds * multiprocessors:
+        rounds += PART_OF_ROUND[work.parts]
+    cycles *= rounds * multiprocessors / work.tiles
+    return cycles + constants(problem).start * multiprocessors
+
+
+PART_OF_ROUND = {1: 1.0, 2: 0.7, 3: 0.45}
+"""How long a round takes in which blocks work on parts of tiles, by the number of parts.
+
+A warpgroup alone leaves much of the tensor cores' time unused, hence more than its share.
+"""
+
+
+class Division(NamedTuple):
+    """How tiles are divided among blocks.
+
+    Where the last round has so few tiles that most multiprocessors would be idle, those tiles are
+    divided: each block takes some of the warpgroups.
+    """
+
+    tiles: int
+    whole: int
+    """Tiles that are not divided; blocks begin with them."""
+    parts: int
+    """Of each of the others."""
+
+    @property
+    def blocks(self) -> int:
+        """What blocks take, one after another: whole tiles and parts."""
+        return self.whole + (self.tiles - self.whole) * self.parts
+
+
+def division(problem: Problem, plan: HopperPlan, device: Device) -> Division:
+    """The division of all tiles."""
+    tiles = count(problem, plan).blocks * problem.batch * problem.heads // plan.heads
     multiprocessors = max(device.sm_count, 1)
-    rounds = math.ceil(tiles / multiprocessors) * multiprocessors / tiles
-    return cycles * rounds + constants(problem).start * multiprocessors
+    last = tiles % multiprocessors
+    parts = 1
+    while last and parts < plan.form.warpgroups and last * (parts + 1) <= multiprocessors:
+        parts += 1
+    return Division(tiles, tiles - last if parts > 1 else tiles, parts)
 
 
 def count(problem: Problem, plan: HopperPlan) -> WalkCounts:
