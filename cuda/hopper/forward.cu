@@ -200,7 +200,7 @@ __device__ void begin_tiles(const TensorMap& map, unsigned* taken, ForwardSmem<P
     if (end) {
       tile.boxes = kNoTile;
     } else {
-      next = gridDim.x + atomicAdd(taken, 1u);
+      next = taken ? gridDim.x + atomicAdd(taken, 1u) : number + gridDim.x;
       find_tile<Plan>(problem, number, tile);
     }
     smem.tile_full[tiles.slot()].arrive();

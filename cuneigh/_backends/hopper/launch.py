@@ -44,7 +44,7 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     key_piece = _piece(problem, plan.key_box)
     key, of_key = map_of_tokens(problem, operands.key, key_piece)
     value, of_value = map_of_tokens(problem, operands.value, key_piece)
-    additional_keys, additional_values = key, value  # which the kernel does not touch
+    additional_keys = additional_values = value  # which the kernel does not touch
     if problem.additional:
         additional_keys = map_of_additional(operands.additional_keys, form.keys)
         additional_values = map_of_additional(operands.additional_values, form.keys)
@@ -52,8 +52,10 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     views = Views(problem.rank)  # `ForwardArguments` of cuda/hopper/forward.cu
     views.vectors(output)
     views.scalars(lse)
-    views.addresses(program.zeros((1,), "float32"))
     work = division(problem, plan, program.device)
+    # Where no block gets a second tile there is nothing to count.
+    one_round = work.blocks <= program.device.sm_count
+    views.addresses(None if one_round else program.zeros((1,), "float32"))
     program.launch(
         kernel(problem, form),
         (min(work.blocks, program.device.sm_count), 1),
