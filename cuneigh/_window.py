@@ -10,9 +10,8 @@
 4. A query sees a key when all of that holds on every axis.
 
 The contract: what `Axis.window(i, group)` and `Axis.inverse(j, group)` promise of their (begin,
-end), for every group and every i and j in it. `Promise` names its parts. Backends say in
-`RELIES_ON` which of them they rely on, and refer to this place; a kind of window that breaks one of
-them must be refused by the backends that rely on it.
+end), for every group and every i and j in it. `Promise` names its parts. A backend says in its
+`RELIES_ON` which of them it relies on, and must refuse windows that break one of those.
 
 - `ONE_RANGE`: what is seen is the one range begin <= index < end; it may be empty.
 - `INSIDE`: the range lies inside the group: 0 <= begin <= end <= length of the group.

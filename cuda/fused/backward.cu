@@ -43,18 +43,20 @@ template <typename Plan>
 struct BackwardSmem {
   using Element = typename Plan::Element;
   static constexpr int kRows = Tables<Plan>::kRows;
-  Element row_qk[kRows][kVectorPitch<Element, Plan::kHeadDim>];   // [kRows, kHeadDim]; in the end
-  Element row_vo[kRows][kVectorPitch<Element, Plan::kValueDim>];  // the gradients
-  Element column_qk[2][Plan::kColumns][kVectorPitch<Element, Plan::kHeadDim>];
-  Element column_vo[2][Plan::kColumns][kVectorPitch<Element, Plan::kValueDim>];
-  // Of the queries: of two boxes of columns, or of the rows
+  static constexpr int kQkPitch = kVectorPitch<Element, Plan::kHeadDim>;
+  static constexpr int kVoPitch = kVectorPitch<Element, Plan::kValueDim>;
+  Element row_qk[kRows][kQkPitch];                 // [kRows, kHeadDim]; grad_qk in the end
+  Element row_vo[kRows][kVoPitch];                 // [kRows, kValueDim]; grad_v in the end
+  Element column_qk[2][Plan::kColumns][kQkPitch];  // of two boxes: [kColumns, kHeadDim]
+  Element column_vo[2][Plan::kColumns][kVoPitch];  // of two boxes: [kColumns, kValueDim]
+  // Of the queries, which are the columns of two boxes, or the rows
   float2 statistics[Plan::kRowsAreKeys ? 2 : 1][Plan::kRowsAreKeys ? Plan::kColumns : kRows];
   Tables<Plan> tables;
 };
 
 // Rounds a warp's sums [kRowTiles * 16, kDim] times a factor to shared memory, on their way out.
 template <int kDim, int kRowTiles, typename Element>
-__device__ void stage_rows(const float (&sum)[kRowTiles][kDim / 8][4], float factor, int lane,
+__device__ void round_rows(const float (&sum)[kRowTiles][kDim / 8][4], float factor, int lane,
                            Element (*rows_smem)[kVectorPitch<Element, kDim>]) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
@@ -225,9 +227,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       forgotten(thread) % 32;  // or what the first copies knew of it would be kept
   __syncwarp();
   if constexpr (Plan::kGradQk)
-    stage_rows<Plan::kHeadDim>(grad_qk, problem.gradient_scale, last_lane, &smem.row_qk[warp_row]);
+    round_rows<Plan::kHeadDim>(grad_qk, problem.gradient_scale, last_lane, &smem.row_qk[warp_row]);
   if constexpr (Plan::kGradV)
-    stage_rows<Plan::kValueDim>(grad_v, 1.0f, last_lane, &smem.row_vo[warp_row]);
+    round_rows<Plan::kValueDim>(grad_v, 1.0f, last_lane, &smem.row_vo[warp_row]);
   __syncwarp();
   constexpr int kRows = kRowTiles * 16;
   const BatchHead rows = rows_of_block();

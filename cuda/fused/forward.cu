@@ -53,9 +53,11 @@ template <typename Plan>
 struct ForwardSmem {
   using Element = typename Plan::Element;
   static constexpr int kRows = Tables<Plan>::kRows;
-  Element query[kRows][kVectorPitch<Element, Plan::kHeadDim>];               // [kRows, kHeadDim]
-  Element key[2][Plan::kColumns][kVectorPitch<Element, Plan::kHeadDim>];     // [kColumns, kHeadDim]
-  Element value[2][Plan::kColumns][kVectorPitch<Element, Plan::kValueDim>];  // [.., kValueDim]
+  static constexpr int kQkPitch = kVectorPitch<Element, Plan::kHeadDim>;
+  static constexpr int kVoPitch = kVectorPitch<Element, Plan::kValueDim>;
+  Element query[kRows][kQkPitch];              // [kRows, kHeadDim]
+  Element key[2][Plan::kColumns][kQkPitch];    // of two boxes: [kColumns, kHeadDim]
+  Element value[2][Plan::kColumns][kVoPitch];  // of two boxes: [kColumns, kValueDim]
   Tables<Plan> tables;
 };
 
@@ -191,9 +193,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     }
 
     // O /= sum(P). A few rows of each warp at a time go out through the memory of the last values
-    constexpr int kStaged = Plan::kColumns < 8 * Plan::kWarps ? Plan::kColumns / Plan::kWarps : 8;
+    constexpr int kRowsAtOnce =
+        Plan::kColumns < 8 * Plan::kWarps ? Plan::kColumns / Plan::kWarps : 8;
     const int thread = forgotten(given_thread), lane = thread % 32, warp = thread / 32;
-    auto* staged_smem = &smem.value[buffer ^ 1][warp * kStaged];  // [kStaged, kValueDim]
+    auto* rows_smem = &smem.value[buffer ^ 1][warp * kRowsAtOnce];  // [kRowsAtOnce, kValueDim]
     const BatchHead rows = {number / problem.heads, number % problem.heads};
     __syncthreads();
 #pragma unroll
@@ -204,17 +207,17 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         const float sum = softmax.sum(m, half);
         const float normalizer = softmax.normalizer(sum);
 #pragma unroll
-        for (int i = 0; i < 8; i += kStaged) {
-          if (lane / 4 / kStaged * kStaged == i) {
+        for (int i = 0; i < 8; i += kRowsAtOnce) {
+          if (lane / 4 / kRowsAtOnce * kRowsAtOnce == i) {
 #pragma unroll
             for (int d = 0; d < Plan::kValueDim / 8; ++d)
-              store_pair(element_of(staged_smem, lane / 4 % kStaged, d * 8 + lane % 4 * 2),
+              store_pair(element_of(rows_smem, lane / 4 % kRowsAtOnce, d * 8 + lane % 4 * 2),
                          output_rmem[m][d][2 * half] * normalizer,
                          output_rmem[m][d][2 * half + 1] * normalizer);
           }
           __syncwarp();
-          store_rows<Plan::kValueDim, Plan::kValueBytes, kStaged>(
-              arguments.output, rows, problem.value_dim, tables, first_row + i, staged_smem, lane);
+          store_rows<Plan::kValueDim, Plan::kValueBytes, kRowsAtOnce>(
+              arguments.output, rows, problem.value_dim, tables, first_row + i, rows_smem, lane);
           __syncwarp();
         }
         const auto& token = tables.token[row];

@@ -11,9 +11,9 @@ constexpr int kAtOnce = kSteps % Terms<Element>::kMost ? kSteps % 2 ? 1 : 2 : Te
 
 // product += rows columns^T
 //
-//   rows     [kRowTiles * 16, kDim]            in shared memory
-//   columns  [kColumnTiles * 8, kDim]          in shared memory
-//   product  [kRowTiles * 16, kColumnTiles * 8] in registers
+//   rows     [kRowTiles * 16, kDim]              in shared memory
+//   columns  [kColumnTiles * 8, kDim]            in shared memory
+//   product  [kRowTiles * 16, kColumnTiles * 8]  in registers
 template <int kDim, int kRowTiles, int kColumnTiles, int kRowPitch, int kColumnPitch,
           typename Element>
 __device__ void gemm_nt(const Element (*rows_smem)[kRowPitch],
@@ -52,9 +52,9 @@ __device__ void gemm_nt(const Element (*rows_smem)[kRowPitch],
 
 // sum += weights columns
 //
-//   weights  [kRowTiles * 16, kColumnTiles * 8] in registers
-//   columns  [kColumnTiles * 8, kDim]          in shared memory
-//   sum      [kRowTiles * 16, kDim]            in registers
+//   weights  [kRowTiles * 16, kColumnTiles * 8]  in registers
+//   columns  [kColumnTiles * 8, kDim]            in shared memory
+//   sum      [kRowTiles * 16, kDim]              in registers
 template <int kDim, int kRowTiles, int kColumnTiles, int kPitch, typename Element>
 __device__ void gemm_nn(const float (&weight)[kRowTiles][kColumnTiles][4],
                         const Element (*columns_smem)[kPitch], int lane,

@@ -51,7 +51,8 @@ __device__ int rows_of_group(const Axis& axis, int group) {
   return Plan::kRowsAreKeys ? axis.key_group_length(group) : axis.group_length(group);
 }
 
-// The window union of a block of at most `size` rows that begins at `first`.
+// The window union of a block of at most `size` rows that begins at `first`. Windows are INCREASING
+// (the contract in cuneigh/_window.py), so that the first and the last row tell it.
 template <typename Plan>
 __device__ Range union_of_block(const Axis& axis, GroupIndex first, int size) {
   const auto [group, begin] = first;

@@ -12,11 +12,13 @@ namespace cuneigh::fused {
 // Columns of a box as bits: bit i stands for the column in slot i.
 using ColumnMask = unsigned long long;
 
-// From the first column of a box to one of the others: bytes in the arrays of the two vectors,
+// Bytes from the vectors of the first column of a box to those of another column.
 struct alignas(16) VectorOffsets {
   long long qk, vo;
 };
-// and elements in the arrays of statistics and rpb.
+
+// Elements from the statistics and from rpb of the first column of a box to those of another
+// column.
 struct ScalarOffsets {
   int statistics, bias;
 };
@@ -30,13 +32,14 @@ struct alignas(16) ColumnBox {
   const typename Plan::Element *qk, *vo;  // of the first column
   const float2* statistics;               // of the first column, where columns are queries
   ColumnMask present;                     // slots whose columns are in the block's window union
-  int begin[Plan::kRank];  // group indices; of additional keys the first one's number
-  int batch, head;         // of the queries
+  int begin[Plan::kRank];                 // group indices; the number of the first additional key
+  int batch, head;                        // of the queries
   bool additional;
   bool past_end;          // there is no such box: the walk is over
   Visibility visibility;  // to the rows of a warp
 };
 
+// In the fields of rows and warps the first index says which one of the block it is.
 template <typename Plan>
 struct Tables {
   static constexpr int kRows = Plan::kWarps * Plan::kRowTiles * 16;
@@ -47,9 +50,9 @@ struct Tables {
   VectorOffsets vector_offset[1 + Plan::kAdditional][Plan::kColumns];  // window; additional keys
   Range block_union[Plan::kRank];                                      // of the block's rows
   GroupIndex first[Plan::kRank];                                       // of the rows
-  ColumnMask prefix_mask[Plan::kRank][Plan::kColumns + 1];  // [r][i]: columns of a box whose
-                                                            // coordinate along axis r is below i
-  ColumnMask row_mask[kRows];                               // visible columns of the box at hand
+  // prefix_mask[r][i]: the columns of a box whose coordinate along axis r is below i
+  ColumnMask prefix_mask[Plan::kRank][Plan::kColumns + 1];
+  ColumnMask row_mask[kRows];  // visible columns of the box at hand
   ScalarOffsets scalar_offset[Plan::kColumns];
   Range window[kRows][Plan::kRank];  // empty where there is no row
   int token[kRows][Plan::kRank];     // -1 where there is no row

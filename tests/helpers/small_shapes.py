@@ -46,7 +46,7 @@ WINDOWS = {
 
 
 def problem_of(operation: str, dtype: str, rank: int, dims: tuple[int, int], rpb: bool) -> Problem:
-    """Two batch entries, four query heads on two key heads, three additional keys."""
+    """Two elements of the batch, four query heads on two key heads, three additional keys."""
     tokens, plain, unit_stride = WINDOWS[rank]
     window = unit_stride if rpb else plain
     query = Spec((2, *tokens, 4, dims[0]), dtype)

@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   auto load = [&](const StageOf& stage) {
     load_stage(problem, stage, smem, 0);
     if constexpr (Plan::kRowsAreKeys) {
-      const float2* source = first_column_in(problem, tables.statistics, stage, tables);
+      const float2* source = first_column_of(problem, tables.statistics, stage, tables);
       for (int i = threadIdx.x; i < tables.stage_columns; i += Plan::kWarps * 32) {
         copy_8_bytes(&smem.statistics()[i], offset_by(source, smem.column_offsets()[i].statistics),
                      true);

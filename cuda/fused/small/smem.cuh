@@ -79,30 +79,32 @@ struct SmallSmem {
       sizeof(SmallTables<Plan>) == Plan::kTableBytes,
       "`table_bytes` in cuneigh/_backends/fused/small/plan.py counts what SmallTables holds");
 
+  static constexpr int kRows = SmallTables<Plan>::kRows;
+  static constexpr int kPitch = kVectorPitch<Element, kRowDim>;
+
   SmallTables<Plan> tables;
-  // [kRows, kRowDim]
-  alignas(
-      128) Element row[Plan::kBuffers][SmallTables<Plan>::kRows][kVectorPitch<Element, kRowDim>];
-  alignas(128) char stage[1];
+  alignas(128) Element row[Plan::kBuffers][kRows][kPitch];  // [kRows, kRowDim] in each buffer
+  alignas(128) char stage[1];                               // [stage_bytes] in each buffer
 
   __device__ unsigned stage_address(int buffer) {
     return shared_address(stage) + (Plan::kBuffers == 1 ? 0 : buffer * tables.stage_bytes);
   }
-  // [stage_columns]
+  // Of the columns of a stage: [stage_columns].
   __device__ ColumnOffsets* column_offsets() {
     return reinterpret_cast<ColumnOffsets*>(stage + Plan::kBuffers * tables.stage_bytes);
   }
-  // [stage_columns]
+  // Of the columns of the stage at hand, where they are queries: [stage_columns].
   __device__ float2* statistics() {
     return reinterpret_cast<float2*>(column_offsets() + tables.stage_columns);
   }
-  // The tile of a warp in a stage: what is visible of it to a lane's rows [stages, kWarps, 32],
+  // What is visible to a lane's rows of the warp's tile in a stage: [stages, kWarps, 32].
   __device__ LaneMasks<Plan>& visible(int stage, int warp, int lane) {
     auto* masks = reinterpret_cast<LaneMasks<Plan>*>(
         statistics() + (Plan::kRowsAreKeys ? tables.stage_columns : 0));
     return masks[(stage * Plan::kWarps + warp) * 32 + lane];
   }
-  // and where its first column lies in the stage plus 16 * phase, or kNoTile [stages, kWarps].
+  // Where the first column of a warp's tile lies in a stage, plus 16 times its phase, or kNoTile:
+  // [stages, kWarps].
   __device__ unsigned& tile(int stage, int warp) {
     auto* tiles = reinterpret_cast<unsigned*>(&visible(tables.stages, 0, 0));
     return tiles[stage * Plan::kWarps + warp];

@@ -42,7 +42,7 @@ __device__ int stage_begin(const SmallWindowProblem<Plan::kRank>& problem,
 
 // The element of an array that belongs to the first column of a stage.
 template <typename Plan, typename Element>
-__device__ Element* first_column_in(const SmallWindowProblem<Plan::kRank>& problem,
+__device__ Element* first_column_of(const SmallWindowProblem<Plan::kRank>& problem,
                                     const Origin<Element>& origin, const StageOf& stage,
                                     const SmallTables<Plan>& tables) {
   unsigned units = stage.batch * origin.batch;
@@ -64,8 +64,8 @@ __device__ void load_stage(const SmallWindowProblem<Plan::kRank>& problem, const
   const int chunk = threadIdx.x % kLanes, begin = threadIdx.x / kLanes;
   const bool of_qk = chunk < kQkChunks;
   const auto& tables = smem.tables;
-  const Element* qk = first_column_in(problem, tables.qk, stage, tables) + chunk * 8;
-  const Element* vo = first_column_in(problem, tables.vo, stage, tables) + chunk * 8;
+  const Element* qk = first_column_of(problem, tables.qk, stage, tables) + chunk * 8;
+  const Element* vo = first_column_of(problem, tables.vo, stage, tables) + chunk * 8;
   const Element* either = of_qk ? qk : vo - kQkChunks * 8;
   const unsigned target = smem.stage_address(buffer);
   const ColumnOffsets* offsets = smem.column_offsets() + begin;

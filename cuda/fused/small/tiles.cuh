@@ -83,9 +83,9 @@ struct TileAddresses {
     nt_first = column + (phase ^ lane / 8 % 2) * 16;
     nn_first = column + (phase ^ lane / 16) * 16;
   }
-  // From column n on, for S = Q K^T: [8 columns, 16 dimensions], twice,
+  // From column n on two matrices [8 columns, 16 dimensions]: right operands of S = Q K^T.
   __device__ unsigned nt(int n) const { return nt_first + nt_offset[n]; }
-  // and for O = P V: [16 columns, 8 dimensions], twice.
+  // From column n on two matrices [16 columns, 8 dimensions]: right operands of O += P V.
   __device__ unsigned nn(int n) const { return nn_first + nn_offset[n]; }
 };
 

@@ -125,8 +125,24 @@ def most_coordinates(rank: int) -> int:
 # Costs
 
 
-LONG = Cycles(1 / 1850, logit=0.0, copy=0.0, box=300, row=0.0, block=3500, mask=0.12)
-"""Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md)."""
+# Cycles of a multiprocessor, fitted to measurements on an H200 (bench/NOTES.md)
+SHORT = Cycles(
+    1 / 3410, logit=0.064, copy=0.0, box=354, row=0.0, block=2690, mask=0.0191, start=17_700
+)
+"""Of vectors of at most 64 elements."""
+MIDDLE = Cycles(
+    1 / 2910, logit=0.0, copy=0.0, box=1770, row=0.0, block=4100, mask=0.0072, start=9_650
+)
+LONG = Cycles(
+    1 / 2520, logit=0.043, copy=0.0, box=553, row=0.0, block=2720, mask=0.0201, start=13_200
+)
+"""Of vectors of more than 128 elements."""
+
+
+def constants(problem: Problem) -> Cycles:
+    """The fit for a kernel."""
+    longest = max(problem.head_dim, problem.value_dim)
+    return SHORT if longest <= 64 else MIDDLE if longest <= 128 else LONG
 
 
 def cost_of(problem: Problem, form: Form, counts: WalkCounts, heads: int) -> Any:
@@ -134,7 +150,7 @@ def cost_of(problem: Problem, form: Form, counts: WalkCounts, heads: int) -> Any
 
     The counts may be arrays, of those of many plans; `heads` are those of a tile.
     """
-    cycles = LONG
+    cycles = constants(problem)
     logits = ROWS * form.keys
     dims = problem.head_dim + problem.value_dim
     additional = counts.blocks * form.warpgroups * math.ceil((problem.additional or 0) / form.keys)
@@ -151,7 +167,8 @@ def cost(problem: Problem, plan: HopperPlan, device: Device) -> float:
     cycles: float = cost_of(problem, plan.form, counts, plan.heads)
     tiles = counts.blocks * problem.batch * problem.heads // plan.heads
     multiprocessors = max(device.sm_count, 1)
-    return cycles * math.ceil(tiles / multiprocessors) * multiprocessors / tiles
+    rounds = math.ceil(tiles / multiprocessors) * multiprocessors / tiles
+    return cycles * rounds + constants(problem).start * multiprocessors
 
 
 def count(problem: Problem, plan: HopperPlan) -> WalkCounts:
