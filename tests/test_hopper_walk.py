@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from helpers.brute_force import visible_mask
-from helpers.hopper import H200, plans, supported
+from helpers.hopper import ALL_DIMS, H200, plans, supported
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,7 +163,7 @@ def token_numbers(axes, lengths, groups, first, box):
     return np.where(exists, np.ravel_multi_index(tuple(clamped), lengths), -1)
 
 
-@given(problem=supported(most_tokens=300), data=st.data())
+@given(problem=supported(most_tokens=300, dims=ALL_DIMS), data=st.data())
 def test_every_visible_pair_is_met_once(problem, data):
     plan = data.draw(st.sampled_from(plans(problem)))
     counts = count(problem, plan)
@@ -229,7 +229,7 @@ def test_the_last_additional_keys_are_shown(keys):
             assert [word >> bit & 1 for bit in range(keys // 4)] == (held < left).tolist()
 
 
-@given(problem=supported(most_tokens=1000))
+@given(problem=supported(most_tokens=1000, dims=ALL_DIMS))
 def test_a_plan_fits_the_kernel(problem):
     form = form_of(problem, H200)
     assert make_plan(problem, H200) in plans(problem)
