@@ -92,9 +92,11 @@ def laid_out(draw, shape):
     """An array whose axes lie in any order in memory, most of them further apart than need be."""
     order = draw(
         st.sampled_from(["heads last", "heads first"]).map(
-            lambda name: [*range(len(shape))]
-            if name == "heads last"
-            else [0, len(shape) - 2, *range(1, len(shape) - 2), len(shape) - 1]
+            lambda name: (
+                [*range(len(shape))]
+                if name == "heads last"
+                else [0, len(shape) - 2, *range(1, len(shape) - 2), len(shape) - 1]
+            )
         )
         | st.permutations(range(len(shape) - 1)).map(lambda order: [*order, len(shape) - 1])
     )
@@ -168,7 +170,8 @@ def with_stride(axis, stride):
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
-        *((replace(PLAIN, misalignment=n), "at an address that is a multiple of 16") for n in (2, 8)),
+        (replace(PLAIN, misalignment=2), "at an address that is a multiple of 16"),
+        (replace(PLAIN, misalignment=8), "at an address that is a multiple of 16"),
         (with_stride(-1, 2), "head vectors of value to be contiguous"),
         (with_stride(-1, -1), "head vectors of value to be contiguous"),
         (with_stride(-1, 0), "head vectors of value to be contiguous"),

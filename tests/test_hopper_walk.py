@@ -81,8 +81,7 @@ def find_tile(problem, record, number):
 def boxes_of(tile, key_box):
     """Where boxes of keys begin, counted from the first key of the tile on."""
     lengths = [
-        -(-(end - begin) // size)
-        for (begin, end), size in zip(tile.keys, key_box, strict=True)
+        -(-(end - begin) // size) for (begin, end), size in zip(tile.keys, key_box, strict=True)
     ]
     return np.array(list(np.ndindex(*lengths))).reshape(-1, len(key_box)) * key_box
 

@@ -75,7 +75,7 @@ def unsupported(
 def _contiguous(problem: Problem) -> dict[str, Array]:
     """The arguments of a call that says nothing of their layout."""
     return {
-        name: Array(Pointer(0), *spec, contiguous(spec.shape), 0)
+        name: Array(Pointer(0), spec.shape, spec.dtype, contiguous(spec.shape), 0)
         for name, spec in problem.specs._asdict().items()
         if spec is not None
     }
