@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.cubin import parameter_sizes
+from helpers.hopper import supported
 from helpers.strategies import problems
 from helpers.toy_kernel import needs_nvrtc
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cuneigh import _call, _device, _jit
-from cuneigh._backends import BACKENDS, fused, gemm, naive
+from cuneigh._backends import BACKENDS, fused, gemm, hopper, naive
+from cuneigh._gpu import tensor_map
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.tensor_map import TensorMap
@@ -146,11 +148,12 @@ def program_of(
     return _call.program_for(known, problem, 0, backend, names, results, layouts, *off)
 
 
-@pytest.mark.parametrize("backend", [naive, gemm, fused])
+@pytest.mark.parametrize("backend", [naive, gemm, fused, hopper])
 @given(data=st.data())
 def test_a_contiguous_call_loads_what_kernels_names(backend, data):
     """What `cuneigh compile` compiles ahead, no GPU needed."""
-    problem = data.draw(problems().filter(lambda p: backend.unsupported(p, H200) is None))
+    drawn = supported() if backend is hopper else problems()
+    problem = data.draw(drawn.filter(lambda p: backend.unsupported(p, H200) is None))
     names = arguments_of(problem)
     layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
     seen = set()
@@ -163,6 +166,7 @@ def test_a_contiguous_call_loads_what_kernels_names(backend, data):
         patch.setattr(_jit, "load", recording)
         patch.setattr(_device, "cuda", lambda index: H200)
         patch.setattr(driver, "launchKernel", lambda *_: None)
+        patch.setattr(tensor_map, "driver_functions", lambda: None)
         _call.program_for.cache_clear()
         made = program_of(problem, backend.NAME, names, problem.results, layouts)
     expected = set(backend.kernels(problem, H200))
@@ -189,7 +193,7 @@ OPERATION_PROBLEMS = {
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("backend", [naive, gemm, fused], ids=lambda backend: backend.NAME)
+@pytest.mark.parametrize("backend", [naive, gemm, fused, hopper], ids=lambda backend: backend.NAME)
 def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, tmp_path):
     """No struct of a kernel has more or fewer members than what is packed for it."""
     packed: dict[_jit.Kernel, list[int]] = {}

@@ -135,8 +135,8 @@ def na2d(
     return_lse : bool
         Whether to return the logarithm of the sum of the exponentials of all logits as well.
     backend : str, optional
-        Name of the backend to use: "fused", "gemm", "naive" or "cpu". Of those that can run the
-        problem the one that is expected to be fastest if not given.
+        Name of the backend to use: "hopper", "fused", "gemm", "naive" or "cpu". Of those that can
+        run the problem the one that is expected to be fastest if not given.
 
     Returns
     -------

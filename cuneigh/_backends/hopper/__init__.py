@@ -16,7 +16,7 @@ from cuneigh._backends.hopper.launch import NAME, forward
 from cuneigh._backends.hopper.plan import predicted_ms
 from cuneigh._backends.hopper.tensor_maps import unreadable
 from cuneigh._device import Device
-from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
@@ -60,8 +60,8 @@ def unsupported(
             return f"takes dilations up to {MOST_DILATION}, not {along.dilation} on axis {axis}"
     if problem.scale and not SMALLEST_SCALE < abs(problem.scale) < LARGEST_SCALE:
         return f"takes scales from {SMALLEST_SCALE} to {LARGEST_SCALE}, not {problem.scale}"
-    for name, array in (arrays or {}).items():
-        if array is None:
+    for name, array in (_contiguous(problem) if arrays is None else arrays).items():
+        if array is None or not array.size:
             continue
         if name in READ:
             rank = 1 if name.startswith("additional") else problem.rank
@@ -70,6 +70,15 @@ def unsupported(
         elif name == "output" and array.misalignment:
             return "needs an output at a multiple of 16"
     return None
+
+
+def _contiguous(problem: Problem) -> dict[str, Array]:
+    """The arguments of a call that says nothing of their layout."""
+    return {
+        name: Array(Pointer(0), spec.shape, spec.dtype, contiguous(spec.shape), 0)
+        for name, spec in problem.specs._asdict().items()
+        if spec is not None
+    }
 
 
 def kernels(problem: Problem, device: Device) -> list[Kernel]:

@@ -1,0 +1,227 @@
+"""The Hopper backend, no GPU needed: what it refuses, when it is chosen, what its kernels take."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.hopper import ALL_DIMS, H200, supported
+from helpers.toy_kernel import needs_nvrtc
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cuneigh import _device, _jit
+from cuneigh._backends import choose, fused, hopper
+from cuneigh._backends.hopper import launch
+from cuneigh._backends.hopper.plan import VALUE_DIMS
+from cuneigh._gpu.arrays import Array, Pointer, contiguous
+from cuneigh._problem import Problem, Spec
+from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._window import Axis
+
+H100 = replace(H200, name="NVIDIA H100")
+B200 = replace(H200, name="NVIDIA B200", capability=(10, 0))
+
+
+def long_windows(tokens=(4096,), kernel_size=1024, dim=128, batch=1, **changes) -> Problem:
+    """A problem for which the backend is there."""
+    query = Spec((batch, *tokens, 8, dim), "bfloat16")
+    window = window_arguments("test", len(tokens), kernel_size, 1, 1, False)
+    problem = attention_problem("test", "forward", query, query, query, window, None)
+    return replace(problem, **changes)
+
+
+def arrays_of(problem: Problem, **changes) -> dict[str, Array | None]:
+    """The arrays of a contiguous call, but for those that `changes` names."""
+    specs = {**problem.specs._asdict(), "output": problem.output, "lse": problem.lse}
+    arrays = {
+        name: Array(Pointer(slot), *spec, contiguous(spec.shape), 0)
+        for slot, (name, spec) in enumerate(specs.items())
+        if spec is not None
+    }
+    return {**arrays, **{name: replace(arrays[name], **made) for name, made in changes.items()}}
+
+
+# What it refuses
+
+
+def dilated(dilation: int) -> Problem:
+    axis = Axis(4096, 4096, 128, 1, dilation, False)
+    return long_windows(axes=(axis,))
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "reason"),
+    [
+        (long_windows(), _device.CPU, "needs arrays on a CUDA device"),
+        (long_windows(operation="backward"), H200, "the forward of attention, not backward"),
+        (long_windows(), B200, "needs compute capability 9.0, but NVIDIA B200 has sm_100"),
+        (long_windows(dtype="float32"), H200, "in float16, bfloat16, not in float32"),
+        (long_windows(head_dim=264), H200, "up to 256 in steps of 8, not head_dim=264"),
+        (long_windows(value_dim=68), H200, "up to 256 in steps of 8, not value_dim=68"),
+        (long_windows(rpb_dtype="float32"), H200, "does not take rpb"),
+        (dilated(9), H200, "takes dilations up to 8, not 9 on axis 0"),
+        (long_windows(scale=1e-30), H200, "takes scales from 1e-30 to 1e+30, not 1e-30"),
+        (long_windows(scale=-1e31), H200, "takes scales from 1e-30 to 1e+30, not -1e+31"),
+        (
+            long_windows((16, 16, 16), 8, dim=72, batch=2),
+            H200,
+            "needs query with heads that are neighbors in memory and of a multiple of 16",
+        ),
+    ],
+)
+def test_what_is_refused(problem, device, reason):
+    told = hopper.unsupported(problem, device)
+    assert told is not None
+    assert reason in told
+    assert hopper.kernels(problem, device) == []
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        long_windows(),
+        dilated(8),
+        long_windows(scale=0.0),
+        long_windows(scale=-2.0),
+        long_windows(additional=0, batch=2),
+        long_windows((16, 16, 16), 8, dim=72),
+        long_windows((16, 16, 16), 8, dim=80, batch=2),
+    ],
+)
+def test_what_is_taken(problem):
+    for device in (H200, H100):
+        assert hopper.unsupported(problem, device) is None
+        assert hopper.unsupported(problem, device, arrays_of(problem)) is None
+
+
+@given(problem=supported(dims=ALL_DIMS))
+def test_contiguous_arrays_are_told_as_none_at_all(problem):
+    assert hopper.unsupported(problem, H200, arrays_of(problem)) is None
+
+
+# When it is chosen
+
+LONG, TOKENS = long_windows(), (8, 4096 * 8 * 128, 8 * 128, 128, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("query", {"misalignment": 8}, "needs query at an address that is a multiple of 16"),
+        ("output", {"misalignment": 8}, "needs an output at a multiple of 16"),
+        (
+            "key",
+            {"strides": (4096 * 8 * 132, 8 * 132, 132, 1)},
+            "needs strides of key that are positive multiples of 16 bytes, not 264 along axis 2",
+        ),
+        ("value", {"strides": (0, 8 * 128, 128, -1)}, "needs head vectors of value to be contig"),
+    ],
+)
+def test_arrays_that_it_cannot_read_go_to_fused(name, change, reason, monkeypatch, capsys):
+    monkeypatch.setenv("CUNEIGH_PRINT_PLANS", "1")
+    # A problem that no other test asks for: reasons are printed once
+    problem = replace(LONG, scale=0.25)
+    assert choose(problem, H200, None) is hopper
+    assert choose(problem, H200, None, arrays_of(problem)) is hopper
+    assert capsys.readouterr().err == ""
+    arrays = arrays_of(problem, **{name: change})
+    for _ in range(2):
+        assert choose(problem, H200, None, arrays) is fused
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cuneigh: hopper forward of bfloat16, 4096 tokens, kernel_size 1024")
+    assert reason in line
+    with pytest.raises(RuntimeError, match=re.escape(f"hopper: {reason}")):
+        choose(problem, H200, "hopper", arrays)
+
+
+def test_views_with_heads_first_are_served():
+    """[batch, heads, tokens, dim] in memory, as most PyTorch code has it."""
+    for problem in (LONG, long_windows((16, 16, 16), 8, batch=2)):
+        tokens, dim = problem.specs.query.shape[1:-2], problem.head_dim
+        strides = contiguous((problem.batch, 8, *tokens, dim))
+        views = {"strides": (strides[0], *strides[2:-1], strides[1], 1)}
+        arrays = arrays_of(problem, query=views, key=views, value=views)
+        assert hopper.unsupported(problem, H200, arrays) is None
+
+
+CASES = json.loads((Path(__file__).parents[1] / "bench" / "cases.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_long_windows_are_its_and_small_ones_are_not(case):
+    """It has 128 keys for 192 queries at a time, of which a small window leaves most unseen."""
+    spec = Spec((case["batch"], *case["tokens"], case["heads"], case["dim"]), "bfloat16")
+    sizes = (tuple(case[name]) for name in ("kernel", "stride", "dilation", "causal"))
+    window = window_arguments("test", len(case["tokens"]), *sizes)
+    problem = attention_problem("test", "forward", spec, spec, spec, window, None)
+    names = ("seq32k", "flux4k", "hunyuan", "video")
+    wanted = hopper if case["name"].startswith(names) else fused
+    assert choose(problem, H200, None) is wanted
+    backward = replace(problem, operation="backward")
+    assert choose(backward, H200, None) is not hopper
+
+
+# Its kernels
+
+# Consumers differ by the dimensions, the dtype and the sign of the scale, producers by the number
+# of axes and by the flags; how many registers either has follows from the dimensions, but for three
+# dilated axes. So every dimension is compiled with every number of axes, with all flags or none in
+# turn: each flag is there, and is not, for each number of axes, each dimension and each dtype.
+# Dimensions that differ are the others; the first of them has the producers with the fewest
+# registers do all that they can have to do.
+DILATED, ADDITIONAL, SIGNED = FLAGS = ("kDilated", "kAdditional", "kSigned")
+COMPILED = [
+    *(
+        (rank, "float16" if (rank + i) % 4 < 2 else "bfloat16", dim, dim, FLAGS * ((rank + i) % 2))
+        for rank in (1, 2, 3)
+        for i, dim in enumerate(VALUE_DIMS)
+    ),
+    (3, "bfloat16", 64, 128, (ADDITIONAL, SIGNED)),
+    (3, "float16", 128, 64, FLAGS),
+]
+
+
+def kernel_of(
+    rank: int, dtype: str, head_dim: int, value_dim: int, flags: tuple[str, ...]
+) -> _jit.Kernel:
+    axes = (Axis(8, 8, 2, 1, 2 if DILATED in flags else 1, False),) * rank
+    scale, additional = -1.0 if SIGNED in flags else 1.0, 3 if ADDITIONAL in flags else None
+    dims = head_dim, value_dim
+    problem = Problem("forward", dtype, 1, 1, 1, *dims, axes, scale, additional)
+    (kernel,) = hopper.kernels(problem, H200)
+    assert [flag for flag in FLAGS if f"{flag} = true" in kernel.plan] == list(flags)
+    return kernel
+
+
+def test_the_kernels_below_have_every_flag_with_everything():
+    for which in (0, 1, 2):  # number of axes, dtype, dimension
+        for value in {case[which] for case in COMPILED}:
+            assert {(), FLAGS} <= {case[4] for case in COMPILED if case[which] == value}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("rank", "dtype", "head_dim", "value_dim", "flags"),
+    COMPILED,
+    ids=lambda value: str(value) if not isinstance(value, tuple) else f"{len(value)}flags",
+)
+def test_kernels_do_not_spill(rank, dtype, head_dim, value_dim, flags, tmp_path):
+    kernel = kernel_of(rank, dtype, head_dim, value_dim, flags)
+    (compiled,) = _jit.precompile([kernel], ["sm_90a"], tmp_path).values()
+    resources = compiled.resources
+    assert resources.registers > 0, "the log of NVRTC was not understood"
+    assert resources.spill_stores + resources.spill_loads == 0
+    assert resources.advice == ()
+
+
+@given(problem=supported(dims=ALL_DIMS), data=st.data())
+def test_one_kernel_serves_all_windows_and_lengths(problem, data):
+    other = data.draw(supported(dims=ALL_DIMS, ranks=(problem.rank,), cross=False))
+    names = ("dtype", "head_dim", "value_dim", "scale", "additional")
+    alike = replace(problem, batch=1, **{name: getattr(other, name) for name in names})
+    if launch.is_dilated(alike) == launch.is_dilated(other):
+        assert hopper.kernels(alike, H200) == hopper.kernels(replace(other, batch=1), H200)
