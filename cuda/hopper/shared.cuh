@@ -77,11 +77,9 @@ struct SharedMemory {
 // Prepares the memory of the block. Every thread must call it.
 template <typename Plan>
 __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& problem) {
-#ifndef NOCHECK
   static_assert(
       sizeof(SharedMemory<Plan>) == Plan::kSharedBytes,
       "'shared_bytes' in cuneigh/_backends/hopper/plan.py counts what SharedMemory holds");
-#endif
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& smem = *reinterpret_cast<SharedMemory<Plan>*>(memory);
   if (threadIdx.x == 0) {

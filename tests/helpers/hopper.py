@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from helpers.strategies import Inputs, numpy_dtype, problems
 from hypothesis import strategies as st
 
 from cuneigh._backends import hopper
@@ -23,7 +24,6 @@ from cuneigh._backends.hopper.plan import (
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer
 from cuneigh._problem import Problem
-from helpers.strategies import Inputs, numpy_dtype, problems
 
 H200 = Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)
 ALL_DIMS = tuple(itertools.product((8, 16, 24, 32, 40, 64, 72, 96, 104, 128, 200, 256), repeat=2))
