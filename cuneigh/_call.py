@@ -243,7 +243,8 @@ def program_for(
         name: None if spec is None else program.array(spec, misalignment=next(off))
         for name, spec in zip(ARRAYS[problem.operation].results, results, strict=True)
     }
-    chosen = choose(problem, where, backend, {**given, **wanted})
+    results_too = {f"result_{name}": array for name, array in wanted.items()}
+    chosen = choose(problem, where, backend, {**given, **results_too})
     perform(chosen, problem, given, wanted, program)
     return program
 

@@ -1,10 +1,14 @@
-// How the Hopper kernel cuts a problem: tiles of queries, and the boxes of keys that a tile visits.
+// How the Hopper kernels cut a problem: tiles of rows, and the boxes of columns that a tile visits.
 //
-// Each consumer warpgroup of a block takes a box of 64 queries. The boxes of a block's
-// warpgroups lie side by side, along the axes and over query heads that share a key head, and make
-// a tile. The keys that any query of the tile sees are, along each axis, one range; boxes of keys
-// cover it from its begin on. After them come the additional keys. All in indices of one dilation
-// group.
+// In the forward pass and for dQ rows are queries and columns are keys; the window of a row is the
+// window of the query. For dK and dV rows are keys and columns are queries; the window of a row is
+// the inverse window of the key (Plan::kRowsAreKeys).
+//
+// Each consumer warpgroup of a block takes a box of 64 rows. The boxes of a block's warpgroups lie
+// side by side, along the axes or over query heads that share a key head, and make a tile. The
+// window union of a tile, of the columns in the window of any of its rows, is one range along each
+// axis; boxes of columns cover it from its begin on. After them come the additional keys. All in
+// indices of one dilation group.
 #pragma once
 
 #include "cuneigh/boxes.cuh"
@@ -43,26 +47,38 @@ constexpr int kMostWarpgroups = 3;
 template <int kRank>
 struct HopperProblem {
   Axis axes[kRank];
-  int query_box[kRank];  // of a warpgroup, 64 queries
-  int tile_box[kRank];   // of all warpgroups together
-  int key_box[kRank];
-  Divisor tiles[kRank];                       // along each axis, in group-major order
-  Divisor head_groups;                        // of heads that are in one tile
-  Divisor group_size;                         // query heads that share a key head
+  // Boxes, along each axis
+  int row_box[kRank];   // of a warpgroup, 64 rows
+  int tile_box[kRank];  // of all warpgroups together
+  int column_box[kRank];
+  Divisor tiles[kRank];  // along each axis, in group-major order
+  Divisor head_groups;   // row heads, divided by those of a tile
+  Divisor group_size;    // query heads that share a key head
+
   int warpgroup[kMostWarpgroups][1 + kRank];  // head and index where each begins in its tile
-  int tile_count;                             // over all heads and batch entries
+
+  // Blocks take whole tiles, then parts of the others, which have some of the warpgroups
+  int tile_count;  // over all heads and batch entries
+  int whole_tiles;
+  Divisor parts;                // of a divided tile
+  int block_tiles;              // whole tiles and parts
+  int active[kMostWarpgroups];  // bit w of a part is set if it has warpgroup w
+
   int heads_per_tile;
-  int coordinates;  // of a warpgroup's box of queries: the sum of query_box
-  Pieces query_pieces, key_pieces;
+  int coordinates;  // of a warpgroup's box of rows: the sum of row_box
+  Pieces row_pieces, column_pieces;
   int additional;  // number of additional keys
+  int head_dim;
   int value_dim;
   int longest_last;  // whether later tiles see more: the last ones come first
-  Folding query, key, value;
-  float scale;  // of logits, times log2(e)
-  float sign;   // what logits are multiplied by before that
+  // Of query or key (qk) and of value or dO (vo)
+  Folding row_qk, row_vo, column_qk, column_vo;
+  float scale;           // of logits, times log2(e)
+  float sign;            // what logits are multiplied by before that
+  float gradient_scale;  // of dQ and dK
 };
-static_assert(sizeof(HopperProblem<1>) == 60 + 128 && sizeof(HopperProblem<2>) == 2 * 60 + 128 &&
-                  sizeof(HopperProblem<3>) == 3 * 60 + 128,
+static_assert(sizeof(HopperProblem<1>) == 60 + 180 && sizeof(HopperProblem<2>) == 2 * 60 + 180 &&
+                  sizeof(HopperProblem<3>) == 3 * 60 + 180,
               "the record that launch.py packs has these sizes");
 
 // An axis, of which the compiler knows it if no axis is dilated.
@@ -73,12 +89,24 @@ __device__ Axis axis_of(const HopperProblem<Plan::kRank>& problem, int r) {
   return axis;
 }
 
+// What a row of an axis sees, and how many rows a dilation group has.
+template <typename Plan>
+__device__ Range window_of(const Axis& axis, int index, int group) {
+  return Plan::kRowsAreKeys ? axis.inverse(index, group) : axis.window(index, group);
+}
+template <typename Plan>
+__device__ int rows_of_group(const Axis& axis, int group) {
+  return Plan::kRowsAreKeys ? axis.key_group_length(group) : axis.group_length(group);
+}
+
 template <int kRank>
 struct Tile {
-  int batch, head, kv_head;  // the first query head
-  GroupIndex first[kRank];        // query
-  Range keys[kRank];         // that any query of the tile sees
-  int boxes;                 // of keys to visit, the additional keys' included; or kNoTile
+  int batch, head;          // the first row head
+  int column_head;          // the first, of several if rows are keys
+  int active;               // bit w is set if warpgroup w takes part
+  GroupIndex first[kRank];  // row
+  Range columns[kRank];     // the window union
+  int boxes;                // of columns to visit, the additional keys' included; or kNoTile
 };
 constexpr int kNoTile = -1;  // after the last one
 
@@ -86,6 +114,12 @@ constexpr int kNoTile = -1;  // after the last one
 template <typename Plan>
 __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
                           Tile<Plan::kRank>& tile) {
+  tile.active = -1;
+  if (number >= problem.whole_tiles) {
+    const unsigned divided = problem.parts.quotient(number - problem.whole_tiles);
+    tile.active = problem.active[number - problem.whole_tiles - divided * problem.parts.divisor];
+    number = problem.whole_tiles + divided;
+  }
   int boxes = 1;
   unsigned rest = problem.longest_last ? problem.tile_count - 1 - number : number;
 #pragma unroll
@@ -94,36 +128,53 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
     const unsigned outer = problem.tiles[r].quotient(rest);
     const int box = rest - outer * problem.tiles[r].divisor;
     rest = outer;
-    const GroupIndex first = box_begin(axis.dilation, axis.length, box, problem.tile_box[r]);
-    const int end = smaller(first.index + problem.tile_box[r], axis.group_length(first.group));
+    const int length = Plan::kRowsAreKeys ? axis.key_length : axis.length;
+    const GroupIndex first = box_begin(axis.dilation, length, box, problem.tile_box[r]);
+    const int end =
+        smaller(first.index + problem.tile_box[r], rows_of_group<Plan>(axis, first.group));
     tile.first[r] = first;
-    const Range keys = {axis.window(first.index, first.group).begin,
-                        axis.window(end - 1, first.group).end};
-    tile.keys[r] = keys;
-    boxes *= ceil_div(keys.end - keys.begin, problem.key_box[r]);
+    const Range columns = {window_of<Plan>(axis, first.index, first.group).begin,
+                           window_of<Plan>(axis, end - 1, first.group).end};
+    tile.columns[r] = columns;
+    boxes *= ceil_div(columns.end - columns.begin, problem.column_box[r]);
   }
-  if (Plan::kAdditional) boxes += ceil_div(problem.additional, Plan::kKeys);
+  if (Plan::kRowsAreKeys) boxes *= problem.group_size.divisor;
+  if (Plan::kAdditional) boxes += ceil_div(problem.additional, Plan::kColumns);
   const int batch = problem.head_groups.quotient(rest);
   const int head = (rest - batch * problem.head_groups.divisor) * problem.heads_per_tile;
   tile.boxes = boxes;
   tile.batch = batch;
   tile.head = head;
-  tile.kv_head = problem.group_size.quotient(head);
+  tile.column_head =
+      Plan::kRowsAreKeys ? head * problem.group_size.divisor : problem.group_size.quotient(head);
 }
 
-// Calls visit(first) for every box of the window's keys in raster order; `first` counts keys from
-// the first of the tile on.
 template <int kAxis = 0, int kRank, typename Visit>
-__device__ void for_each_box(const HopperProblem<kRank>& problem, const Tile<kRank>& tile,
-                             int (&first)[kRank], Visit&& visit) {
+__device__ void for_each_first(const HopperProblem<kRank>& problem, const Tile<kRank>& tile,
+                               int (&first)[kRank], Visit&& visit) {
   if constexpr (kAxis == kRank) {
-    visit(first);
+    visit();
   } else {
-    const Range& keys = tile.keys[kAxis];  // read again each time: registers are few
+    const Range& columns = tile.columns[kAxis];  // read again each time: registers are few
 #pragma unroll 1
-    for (first[kAxis] = 0; first[kAxis] < keys.end - keys.begin;
-         first[kAxis] += problem.key_box[kAxis])
-      for_each_box<kAxis + 1>(problem, tile, first, visit);
+    for (first[kAxis] = 0; first[kAxis] < columns.end - columns.begin;
+         first[kAxis] += problem.column_box[kAxis])
+      for_each_first<kAxis + 1>(problem, tile, first, visit);
+  }
+}
+
+// Calls visit(head, first) for every box of the columns of a tile: for each column head, in raster
+// order. `first` counts columns from the first of the tile on.
+template <typename Plan, typename Visit>
+__device__ void for_each_box(const HopperProblem<Plan::kRank>& problem,
+                             const Tile<Plan::kRank>& tile, Visit&& visit) {
+  int first[Plan::kRank];
+  if constexpr (Plan::kRowsAreKeys) {
+#pragma unroll 1
+    for (int h = 0; h < problem.group_size.divisor; ++h)
+      for_each_first(problem, tile, first, [&] { visit(tile.column_head + h, first); });
+  } else {
+    for_each_first(problem, tile, first, [&] { visit(tile.column_head, first); });
   }
 }
 

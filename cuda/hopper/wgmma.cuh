@@ -50,6 +50,13 @@ __device__ inline unsigned pack(float low, float high, float16) {
   return word;
 }
 
+__device__ inline float2 unpack(unsigned word, bfloat16) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+__device__ inline float2 unpack(unsigned word, float16) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+
 // Where an operand is in shared memory, as wgmma takes it. Adding n moves it by 16 n bytes.
 using Descriptor = unsigned long long;
 

@@ -34,7 +34,7 @@ class Allocate(Protocol):
 
 
 Arrays = Mapping[str, Array | None]
-"""Arguments and results by name, None where not wanted, without their addresses."""
+"""Arguments by name, and results by ``result_`` and their name; None where not given or wanted."""
 
 Space = Program | Allocate
 """Where a backend takes workspace: on a GPU the program to which it adds launches."""
@@ -59,7 +59,7 @@ class Backend(Protocol):
     ) -> str | None:
         """Why this backend cannot run `problem` on `device`; None when it can.
 
-        `arrays` are the arguments and results, by name, of a call on a GPU. Without them the answer
+        `arrays` are the arguments and results of a call on a GPU. Without them the answer
         is that for contiguous arrays at aligned addresses.
         """
 

@@ -113,11 +113,10 @@ class _Launch:
         """(Index of a parameter, byte of the frame where it begins)."""
         self._pointers: list[tuple[int, int, int]] = []
         """(Index of a word of the frame, slot, offset)."""
-        self._maps: list[tuple[int, Callable[[int], Encoded], int, int]] = []
-        """(Index of a parameter, what encodes it, slot, offset)."""
+        maps: dict[TensorMap, list[int]] = {}
         for index, parameter in enumerate(parameters):
             if isinstance(parameter, TensorMap):
-                self._maps.append((index, Encoder(parameter).encode, *parameter.pointer))
+                maps.setdefault(parameter, []).append(index)
                 continue
             first = len(self._frame)
             self._starts.append((index, 8 * first))
@@ -128,6 +127,11 @@ class _Launch:
                 if isinstance(word, Pointer):
                     self._pointers.append((i, *word))
                 self._frame.append(0 if isinstance(word, Pointer) else word)
+        self._maps: list[tuple[list[int], Callable[[int], Encoded], int, int]] = [
+            (indices, Encoder(tensor_map).encode, *tensor_map.pointer)
+            for tensor_map, indices in maps.items()
+        ]
+        """(Indices of equal parameters, what encodes them, slot, offset)."""
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
         frame = self._frame[:]  # other threads may be launching this
@@ -140,8 +144,10 @@ class _Launch:
             self._launch(stream, start, 0)
             return
         held = []  # until the launch, after which a map that is not kept may go
-        for index, encode, slot, offset in self._maps:
-            frame[index], memory = encode(addresses[slot] + offset)
+        for indices, encode, slot, offset in self._maps:
+            where, memory = encode(addresses[slot] + offset)
+            for index in indices:
+                frame[index] = where
             held.append(memory)
         self._launch(stream, start, 0)
 

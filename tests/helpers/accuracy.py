@@ -22,10 +22,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-
-from cuneigh._problem import Operands, Problem, Spec
 from helpers.expected import expect, forward_results
 from helpers.strategies import Inputs, numpy_dtype
+
+from cuneigh._problem import Operands, Problem, Spec
 
 
 def assert_close(

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import cuneigh
-from cuneigh._problem import Problem, Spec
 from helpers import gpu_arrays
 from helpers.accuracy import assert_close
 from helpers.expected import expect, forward_results
 from helpers.illegal import call_of
 from helpers.strategies import Inputs, array, numpy_dtype
+
+import cuneigh
+from cuneigh._problem import Problem, Spec
 
 # JAX shares the GPU with the other frameworks.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

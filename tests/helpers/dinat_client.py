@@ -1,6 +1,6 @@
-"""``python dinat_client.py KIND DEVICE``: transformers' DiNAT on cuneigh against dense attention.
+"""``python dinat_client.py DEVICE``: transformers' DiNAT on cuneigh against dense attention.
 
-A process of its own, since `install` must come before the import of transformers. The model runs
+A process of its own, since `install` must come before the import of transformers. Each model runs
 twice, with random weights: as it is, and with its two calls replaced by a dense masked computation
 in PyTorch, which receives what the model hands over, and returns results heads-first. Outputs and
 the gradients of all parameters must agree.
@@ -85,17 +85,19 @@ def is_width_first() -> bool:
     return shapes == [(1, 7, 5, 2, 4)]
 
 
+KINDS = ("DinatModel", "DinatForImageClassification", "DinatBackbone")
 MODELS = {
     "two stages": {"depths": [2, 1], "num_heads": [2, 4], "dilations": [[1, 3], [1]]},
     "as many heads as columns": {"depths": [2], "num_heads": [8], "dilations": [[1, 2]]},
 }
 
 
-def main(kind: str, device: str) -> None:
+def main(device: str) -> None:
     assert modeling_dinat.natten2dav.__module__ == "cuneigh.compat.natten.functional"
-    torch.manual_seed(0)
-    for shape in MODELS.values():
-        check(kind, device, shape)
+    for kind in KINDS:
+        torch.manual_seed(0)
+        for shape in MODELS.values():
+            check(kind, device, shape)
 
 
 def check(kind: str, device: str, shape: dict) -> None:

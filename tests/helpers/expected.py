@@ -9,9 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
-from cuneigh import reference
-from cuneigh._problem import Operands, Problem
 from helpers.obvious import (
     gather,
     gradients_of,
@@ -24,6 +21,9 @@ from helpers.obvious import (
     worst,
 )
 from helpers.strategies import Inputs, numpy_dtype
+
+from cuneigh import reference
+from cuneigh._problem import Operands, Problem
 
 
 @dataclass(frozen=True)

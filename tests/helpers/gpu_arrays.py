@@ -38,7 +38,6 @@ def to_numpy(array: Any) -> np.ndarray:
 def allocate(shape: tuple[int, ...], dtype: str) -> Any:
     """An array on the current device, every byte of which is 0xff: NaN in all dtypes."""
     import cupy
-
     from helpers.strategies import numpy_dtype
 
     array = cupy.empty(shape, numpy_dtype(dtype))
@@ -109,7 +108,6 @@ def at_launch(forward: Callable[..., None]) -> Callable[..., None]:
 def located(array: Array, addresses: Sequence[int]) -> Any:
     """The CuPy array that an array of a program is in one run."""
     import cupy
-
     from helpers.strategies import numpy_dtype
 
     address = addresses[array.pointer.slot] + array.pointer.offset

@@ -16,6 +16,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from helpers.accuracy import check_backend
+from helpers.gpu_arrays import NATIVE
+from helpers.strategies import OPERATIONS, inputs
+
 from cuneigh import _device
 from cuneigh._backends import fused, gemm, hopper, naive
 from cuneigh._backends.fused import launch
@@ -26,9 +30,6 @@ from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._problem import DTYPES, Problem, Spec
 from cuneigh._validate import Window, attention_problem, av_problem, qk_problem
-from helpers.accuracy import check_backend
-from helpers.gpu_arrays import NATIVE
-from helpers.strategies import OPERATIONS, inputs
 
 BACKENDS = hopper, naive, gemm, fused
 WINDOWS = {

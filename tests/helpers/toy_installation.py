@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.toy_kernel import TOY
 
 from cuneigh._jit import Cache, CompilationError, Sources
 from cuneigh._jit import _build as build
 from cuneigh._jit import _compiler as compiler
-from helpers.toy_kernel import TOY
 
 
 @pytest.fixture

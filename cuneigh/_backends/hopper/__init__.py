@@ -1,10 +1,13 @@
-"""Online softmax on Hopper's tensor cores, fed by TMA: the forward of long windows on sm_90.
+"""Online softmax and its gradients on Hopper's tensor cores, fed by TMA: long windows on sm_90.
 
 Blocks of warpgroups with different roles: producers load boxes of tokens straight from the arrays'
-own layout and make masks, consumers multiply by `wgmma` (cuda/hopper/forward.cu). The kernel
-multiplies dense boxes of queries and keys, so that a non-finite *value* may reach queries whose box
-of keys held it though their window did not (0 * NaN is NaN). A non-finite key reaches only the
-queries whose window holds it.
+own layout and make masks, consumers multiply by `wgmma` (cuda/hopper/forward.cu). The
+kernels multiply dense boxes of queries and keys, so that a non-finite *value* may reach queries
+whose box of keys held it though their window did not (0 * NaN is NaN). In a forward a non-finite
+key reaches only the queries whose window holds it.
+
+The backward takes two kernels, one for dQ and one for dK and dV: no sum depends on the order of
+blocks, and nothing is kept in memory between them but lse and delta.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.launch import NAME, forward
+from cuneigh._backends.hopper.launch import NAME, backward, forward
 from cuneigh._backends.hopper.plan import predicted_ms
 from cuneigh._backends.hopper.tensor_maps import unreadable
 from cuneigh._device import Device
@@ -22,19 +25,29 @@ from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
 from cuneigh._window import CONTRACT
 
-__all__ = ["NAME", "RELIES_ON", "SETTINGS", "forward", "kernels", "predicted_ms", "unsupported"]
+__all__ = [
+    "NAME",
+    "RELIES_ON",
+    "SETTINGS",
+    "backward",
+    "forward",
+    "kernels",
+    "predicted_ms",
+    "unsupported",
+]
 
 SETTINGS = ()
 RELIES_ON = CONTRACT
 CAPABILITY = (9, 0)
 DTYPES = ("float16", "bfloat16")
-LONGEST = 256
-"""Head dimensions that the kernels take."""
+LONGEST = {"forward": 256, "backward": 128}
+"""Head dimensions that the kernels of an operation take."""
 MOST_DILATION = 8
 """Element strides that TMA has."""
 SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
 """Between them what is hidden stays so in float32."""
-READ = ("query", "key", "value", "additional_keys", "additional_values")
+READ = ("query", "key", "value", "grad_output", "additional_keys", "additional_values")
+"""What TMA reads."""
 
 
 def unsupported(
@@ -43,16 +56,17 @@ def unsupported(
     """Why this backend cannot run `problem` on `device`; None when it can."""
     if reason := no_gpu(device):
         return reason
-    if problem.operation != "forward":
-        return f"computes the forward of attention, not {problem.operation}"
+    longest = LONGEST.get(problem.operation)
+    if longest is None:
+        return f"computes attention and its gradients, not {problem.operation} alone"
     if device.capability != CAPABILITY:
         return f"needs compute capability 9.0, but {device.name} has {device.arch}"
     if problem.dtype not in DTYPES:
         return f"computes in {', '.join(DTYPES)}, not in {problem.dtype}"
     for name in ("head_dim", "value_dim"):
         dim = getattr(problem, name)
-        if dim > LONGEST or dim % 8:
-            return f"takes head dimensions up to {LONGEST} in steps of 8, not {name}={dim}"
+        if dim > longest or dim % 8:
+            return f"takes head dimensions up to {longest} in steps of 8, not {name}={dim}"
     if problem.rpb_dtype:
         return "does not take rpb"
     for axis, along in enumerate(problem.axes):
@@ -67,16 +81,19 @@ def unsupported(
             rank = 1 if name.startswith("additional") else problem.rank
             if reason := unreadable(name, array, rank):
                 return reason
-        elif name == "output" and array.misalignment:
-            return "needs an output at a multiple of 16"
+        elif name.startswith("result_") and name != "result_lse" and array.misalignment:
+            return f"needs {name.removeprefix('result_')} of the results at a multiple of 16 bytes"
     return None
 
 
 def _contiguous(problem: Problem) -> dict[str, Array]:
     """The arguments of a call that says nothing of their layout."""
+    specs = problem.specs._asdict()
+    if problem.operation == "backward":
+        specs["grad_output"] = problem.output
     return {
         name: Array(Pointer(0), spec.shape, spec.dtype, contiguous(spec.shape), 0)
-        for name, spec in problem.specs._asdict().items()
+        for name, spec in specs.items()
         if spec is not None
     }
 

@@ -1,4 +1,4 @@
-"""The launches of the Hopper kernel."""
+"""The calls of the Hopper backend, and the launches of its kernels."""
 
 from __future__ import annotations
 
@@ -12,87 +12,148 @@ import numpy.typing as npt
 from cuneigh import _jit
 from cuneigh._backends.hopper.plan import (
     ROWS,
+    Division,
     Form,
     HopperPlan,
-    count,
+    division,
     form_of,
     is_dilated,
     make_plan,
-    padded_head_dim,
-    padded_value_dim,
+    padded,
+    passes,
     pieces,
     shared_bytes,
+    width,
 )
 from cuneigh._backends.hopper.tensor_maps import Folding, map_of_additional, map_of_tokens
 from cuneigh._device import Device
+from cuneigh._gpu import sums
 from cuneigh._gpu.announce import announce
 from cuneigh._gpu.boxes import Box, count_walk
+from cuneigh._gpu.passes import DKV, DQ, FORWARD, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import AXIS, axis_record
-from cuneigh._gpu.views import Views
+from cuneigh._gpu.views import Views, readable
 from cuneigh._problem import Operands, Problem
 
 NAME = "hopper"
 
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
-    plan = make_plan(problem, program.device)
-    form = plan.form
-    announce(NAME, "forward", problem, plan)
-    query, of_query = map_of_tokens(problem, operands.query, _piece(problem, plan.query_box))
-    key_piece = _piece(problem, plan.key_box)
-    key, of_key = map_of_tokens(problem, operands.key, key_piece)
-    value, of_value = map_of_tokens(problem, operands.value, key_piece)
-    additional_keys, additional_values = key, value  # which the kernel does not touch
-    if problem.additional:
-        additional_keys = map_of_additional(operands.additional_keys, form.keys)
-        additional_values = map_of_additional(operands.additional_values, form.keys)
-
     views = Views(problem.rank)  # `ForwardArguments` of cuda/hopper/forward.cu
     views.vectors(output)
     views.scalars(lse)
-    views.addresses(program.zeros((1,), "float32"))
-    tiles = count(problem, plan).blocks * problem.batch * problem.heads // plan.heads
-    program.launch(
-        kernel(problem, form),
-        (min(tiles, program.device.sm_count), 1),
-        128 * (form.warpgroups + 1),
-        _record(problem, plan, tiles, (of_query, of_key, of_value)),
-        views.words,
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        shared_bytes=shared_bytes(problem, form),
-    )
+    rows, columns = (operands.query,), (operands.key, operands.value)
+    _launch(program, problem, FORWARD, rows, columns, _additional(problem, operands), views)
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    output: Any,
+    lse: Any,
+    grad_lse: Any,
+    gradients: Operands,
+    program: Program,
+) -> None:
+    of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
+    statistics = program.allocate((*lse.shape, 2), "float32")
+    sums.delta(problem, grad_output, readable(output, program), lse, grad_lse, statistics, program)
+    views = Views(problem.rank)  # `DqArguments` of cuda/hopper/dq.cu
+    views.pairs(statistics)
+    views.vectors(gradients.query)
+    _launch(program, problem, DQ, of_queries, of_keys, _additional(problem, operands), views)
+    views = Views(problem.rank)  # `DkvArguments` of cuda/hopper/dkv.cu
+    views.pairs(statistics)
+    views.vectors(gradients.key, gradients.value)
+    _launch(program, problem, DKV, of_keys, of_queries, None, views)
+    if problem.additional:
+        sums.attention_gradients(
+            problem, operands, grad_output, lse, statistics.component(1), gradients, program
+        )
 
 
 def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     """The kernels of a supported problem."""
-    return [kernel(problem, form_of(problem, device))]
+    needed = [kernel(problem, form_of(problem, device, pass_), pass_) for pass_ in passes(problem)]
+    if problem.operation == "backward":
+        needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
+    return needed
+
+
+def _additional(problem: Problem, operands: Operands) -> tuple[Any, Any] | None:
+    """The additional keys and values, if there are any."""
+    if not problem.additional:
+        return None
+    return operands.additional_keys, operands.additional_values
+
+
+def _launch(
+    program: Program,
+    problem: Problem,
+    pass_: Pass,
+    rows: tuple[Any, ...],
+    columns: tuple[Any, Any],
+    additional: tuple[Any, Any] | None,
+    views: Views,
+) -> None:
+    """Launch the kernel of a pass over `rows` and `columns`; `views`: its results."""
+    plan = make_plan(problem, program.device, pass_)
+    form = plan.form
+    announce(NAME, pass_.name, problem, plan)
+    described = [
+        *(map_of_tokens(problem, array, _piece(problem, plan.row_box)) for array in rows),
+        *(map_of_tokens(problem, array, _piece(problem, plan.column_box)) for array in columns),
+    ]
+    maps = [tensor_map for tensor_map, _ in described]
+    foldings = [folding for _, folding in described]
+    if len(rows) == 1:  # there are no second ones in the forward pass
+        foldings.insert(1, foldings[0])
+    if additional is not None:
+        maps += [map_of_additional(array, form.columns) for array in additional]
+    elif not pass_.rows_are_keys:
+        maps += maps[-1:] * 2  # which the kernel does not touch
+
+    work = division(problem, plan, program.device, pass_)
+    # Where no block gets a second tile there is nothing to count.
+    one_round = work.blocks <= program.device.sm_count
+    views.addresses(None if one_round else program.zeros((1,), "float32"))
+    program.launch(
+        kernel(problem, form, pass_),
+        (min(work.blocks, program.device.sm_count), 1),
+        128 * (form.warpgroups + 1),
+        _record(problem, plan, pass_, work, foldings),
+        views.words,
+        *maps,
+        shared_bytes=shared_bytes(problem, form, pass_),
+    )
 
 
 @lru_cache(maxsize=1024)
-def kernel(problem: Problem, form: Form) -> _jit.Kernel:
-    """The kernel with the plan that cuda/hopper/forward.cu describes."""
+def kernel(problem: Problem, form: Form, pass_: Pass) -> _jit.Kernel:
+    """The kernel of a pass, with the plan that cuda/hopper/shared.cuh describes."""
     constants = {
         "kRank": problem.rank,
         "kWarpgroups": form.warpgroups,
-        "kKeys": form.keys,
+        "kColumns": form.columns,
         "kStages": form.stages,
-        "kQuerySlots": form.query_slots,
-        "kHeadDim": padded_head_dim(problem),
-        "kValueDim": padded_value_dim(problem),
-        "kSharedBytes": shared_bytes(problem, form),
+        "kRowSlots": form.row_slots,
+        "kHeadDim": padded(problem.head_dim),
+        "kValueDim": padded(problem.value_dim),
+        "kHeadColumns": width(problem.head_dim),
+        "kValueColumns": width(problem.value_dim),
+        "kSharedBytes": shared_bytes(problem, form, pass_),
     }
     flags = {
+        "kBackward": pass_ != FORWARD,
+        "kRowsAreKeys": pass_.rows_are_keys,
         "kDilated": is_dilated(problem),
-        "kAdditional": bool(problem.additional),
+        "kAdditional": bool(problem.additional) and not pass_.rows_are_keys,
         "kSigned": problem.scale <= 0,
     }
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
-    return _jit.Kernel("hopper/forward", source, arch_specific=True)
+    return _jit.Kernel(f"hopper/{pass_}", source, arch_specific=True)
 
 
 def _piece(problem: Problem, box: Box) -> Box:
@@ -100,6 +161,7 @@ def _piece(problem: Problem, box: Box) -> Box:
     return (box[0] // pieces(problem, box), *box[1:])
 
 
+MOST_WARPGROUPS = 3
 DIVISOR = np.dtype([("divisor", "u4"), ("multiplier", "u4"), ("shift", "u4")])
 PIECES = np.dtype([("count", "i4"), ("rows", "i4"), ("tokens", "i4")])
 FOLDING = np.dtype([(name, "i4") for name in Folding._fields])
@@ -117,11 +179,11 @@ def divisor(value: int) -> tuple[int, int, int]:
 
 
 def _record(
-    problem: Problem, plan: HopperPlan, tiles: int, foldings: tuple[Folding, Folding, Folding]
+    problem: Problem, plan: HopperPlan, pass_: Pass, work: Division, foldings: list[Folding]
 ) -> npt.NDArray[Any]:
     """`HopperProblem` of cuda/hopper/tile.cuh."""
     rank, axes = problem.rank, problem.axes
-    boxes = ("query_box", "tile_box", "key_box")
+    boxes = ("row_box", "tile_box", "column_box")
     record = np.zeros(
         1,
         np.dtype(
@@ -131,14 +193,19 @@ def _record(
                 ("tiles", DIVISOR, (rank,)),
                 ("head_groups", DIVISOR),
                 ("group_size", DIVISOR),
-                ("warpgroup", "i4", (3, 1 + rank)),
-                *((name, "i4") for name in ("tile_count", "heads_per_tile", "coordinates")),
-                ("query_pieces", PIECES),
-                ("key_pieces", PIECES),
-                *((name, "i4") for name in ("additional", "value_dim", "longest_last")),
-                *((name, FOLDING) for name in ("query", "key", "value")),
-                ("scale", "f4"),
-                ("sign", "f4"),
+                ("warpgroup", "i4", (MOST_WARPGROUPS, 1 + rank)),
+                ("tile_count", "i4"),
+                ("whole_tiles", "i4"),
+                ("parts", DIVISOR),
+                ("block_tiles", "i4"),
+                ("active", "i4", (MOST_WARPGROUPS,)),
+                ("heads_per_tile", "i4"),
+                ("coordinates", "i4"),
+                ("row_pieces", PIECES),
+                ("column_pieces", PIECES),
+                *((name, "i4") for name in ("additional", "head_dim", "value_dim", "longest_last")),
+                ("foldings", FOLDING, (4,)),  # of rows and of columns, qk and vo of either
+                *((name, "f4") for name in ("scale", "sign", "gradient_scale")),
             ],
             align=True,
         ),
@@ -147,26 +214,34 @@ def _record(
     for name in boxes:
         record[name] = getattr(plan, name)
     record["tiles"] = [
-        divisor(count_walk(axis, *sizes).blocks)
-        for axis, *sizes in zip(axes, plan.query_box, plan.warpgroups, plan.key_box, strict=True)
+        divisor(count_walk(axis, *sizes, pass_).blocks)
+        for axis, *sizes in zip(axes, plan.row_box, plan.warpgroups, plan.column_box, strict=True)
     ]
-    record["head_groups"] = divisor(problem.heads // plan.heads)
+    record["head_groups"] = divisor(pass_.heads(problem) // plan.heads)
     record["group_size"] = divisor(problem.group_size)
     for w in range(plan.form.warpgroups):
         head, *place = np.unravel_index(w, (plan.heads, *plan.warpgroups))
-        starts = (int(n) * extent for n, extent in zip(place, plan.query_box, strict=True))
+        starts = (int(n) * extent for n, extent in zip(place, plan.row_box, strict=True))
         record["warpgroup"][0, w] = (int(head), *starts)
-    record["tile_count"], record["heads_per_tile"] = tiles, plan.heads
-    record["coordinates"] = sum(plan.query_box)
+    record["tile_count"], record["whole_tiles"] = work.tiles, work.whole
+    record["parts"], record["block_tiles"] = divisor(work.parts), work.blocks
+    for part in range(work.parts):  # the first part has more, if they are not equal
+        last = plan.form.warpgroups - work.parts + part
+        record["active"][0, part] = 1 << last if part else (2 << last) - 1
+    record["heads_per_tile"] = plan.heads
+    record["coordinates"] = sum(plan.row_box)
     for name, box, rows in (
-        ("query_pieces", plan.query_box, ROWS),
-        ("key_pieces", plan.key_box, plan.form.keys),
+        ("row_pieces", plan.row_box, ROWS),
+        ("column_pieces", plan.column_box, plan.form.columns),
     ):
         number = pieces(problem, box)
         record[name] = (number, rows // number, box[0] // number * axes[0].dilation)
-    record["additional"], record["value_dim"] = problem.additional or 0, problem.value_dim
-    record["longest_last"] = any(axis.is_causal for axis in axes)
-    record["query"], record["key"], record["value"] = foldings
+    record["additional"] = problem.additional or 0
+    record["head_dim"], record["value_dim"] = problem.head_dim, problem.value_dim
+    # Late queries see many keys, early keys are seen by many queries.
+    record["longest_last"] = any(axis.is_causal for axis in axes) and not pass_.rows_are_keys
+    record["foldings"] = foldings
+    record["gradient_scale"] = problem.scale
     record["scale"] = (abs(problem.scale) or 1.0) * math.log2(math.e)
     record["sign"] = np.sign(problem.scale)
     return record

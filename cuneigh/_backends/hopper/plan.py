@@ -1,9 +1,10 @@
-"""How the Hopper kernel cuts a problem, by exact counts and a cost model; no GPU needed.
+"""How the Hopper kernels cut a problem, by exact counts and a cost model; no GPU needed.
 
-A tile of queries is what a block works on: a box of 64 queries for each of its warpgroups, side by
-side along one axis, or in query heads that share a key head. It visits boxes of keys from the begin
-of its window union on. A warpgroup passes over a box of which none of its queries sees any key, and
-masks one that some of its queries do not see whole. (cuda/hopper/tile.cuh)
+A tile of rows is what a block works on: a box of 64 rows for each of its warpgroups, side by side
+along one axis, or in query heads that share a key head. It visits boxes of columns from the begin
+of its window union on. A warpgroup passes over a box of which none of its rows sees any column, and
+masks one that some of its rows do not see whole. (cuda/hopper/tile.cuh; `_gpu.passes` says what
+rows and columns are.)
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ import numpy as np
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import Box, WalkCounts, count_walk, count_walks, powers_of_two
 from cuneigh._gpu.costs import Cycles
+from cuneigh._gpu.passes import DKV, DQ, FORWARD, Pass
 from cuneigh._gpu.rates import H200
-from cuneigh._problem import Problem
+from cuneigh._problem import Problem, size_of
 
 ROWS = 64
-"""Queries of a warpgroup: the rows of one wgmma instruction."""
+"""Of a warpgroup: those of one wgmma instruction."""
 LINE = 64
 """Elements of a line of shared memory, the widest that TMA swizzles."""
-VALUE_DIMS = (32, 64, 96, 128, 192, 256)
-"""Columns that the products with the values have."""
+WIDTHS = (32, 64, 96, 128, 192, 256)
+"""Columns that products into sums have."""
 LONGEST_SPAN = 256
 """Tokens from the first to the last of a box that TMA loads at once."""
 
@@ -36,12 +38,12 @@ class Form(NamedTuple):
 
     warpgroups: int
     """Of consumers."""
-    keys: int
+    columns: int
     """Of a box."""
     stages: int
-    """Boxes of keys, and of values, in shared memory."""
-    query_slots: int
-    """Boxes of queries in shared memory."""
+    """Boxes of columns in shared memory."""
+    row_slots: int
+    """Boxes of rows in shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,33 +51,38 @@ class HopperPlan:
     """The boxes of one problem. Shapes are run-time arguments."""
 
     form: Form
-    query_box: Box
+    row_box: Box
     warpgroups: Box
-    """Boxes of queries of a tile along each axis."""
+    """Boxes of rows of a tile along each axis."""
     heads: int
-    """Query heads of a tile."""
-    key_box: Box
+    """Row heads of a tile."""
+    column_box: Box
 
     @property
     def tile_box(self) -> Box:
-        """Queries of a tile along each axis, in each of its heads."""
-        return tuple(n * box for n, box in zip(self.warpgroups, self.query_box, strict=True))
+        """Rows of a tile along each axis, in each of its heads."""
+        return tuple(n * box for n, box in zip(self.warpgroups, self.row_box, strict=True))
 
     def __str__(self) -> str:
-        boxes = self.warpgroups, self.query_box, self.key_box
-        warpgroups, queries, keys = ("x".join(map(str, box)) for box in boxes)
+        boxes = self.warpgroups, self.row_box, self.column_box
+        warpgroups, rows, columns = ("x".join(map(str, box)) for box in boxes)
         heads = f" of {self.heads} heads" if self.heads > 1 else ""
-        return f"{warpgroups} warpgroups{heads} of {queries} queries, boxes of {keys} keys"
+        return f"{warpgroups} warpgroups{heads} of {rows} rows, boxes of {columns} columns"
 
 
-def padded_head_dim(problem: Problem) -> int:
-    """The dimension that logits are summed over."""
-    return math.ceil(problem.head_dim / 16) * 16
+def passes(problem: Problem) -> tuple[Pass, ...]:
+    """The passes of an operation, in their order."""
+    return (FORWARD,) if problem.operation == "forward" else (DQ, DKV)
 
 
-def padded_value_dim(problem: Problem) -> int:
-    """The columns of the output."""
-    return next(dim for dim in VALUE_DIMS if dim >= problem.value_dim)
+def padded(dim: int) -> int:
+    """A dimension that products sum over."""
+    return math.ceil(dim / 16) * 16
+
+
+def width(dim: int) -> int:
+    """The columns of products into sums of this dimension."""
+    return next(width for width in WIDTHS if width >= dim)
 
 
 def is_dilated(problem: Problem) -> bool:
@@ -83,42 +90,41 @@ def is_dilated(problem: Problem) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def form_of(problem: Problem, device: Device) -> Form:
+def form_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Form:
     """The form for these dimensions: as much of shared memory as there is holds boxes."""
-    longest = max(padded_head_dim(problem), padded_value_dim(problem))
-    # Where three warpgroups of consumers leave the producers 32 registers each, the geometry of
-    # three dilated axes does not fit.
-    crowded = problem.rank == 3 and is_dilated(problem) and padded_value_dim(problem) > 64
-    warpgroups = 3 if longest <= 128 and not crowded else 2
-    form = Form(warpgroups, 128 if longest <= 128 else 64, stages=2, query_slots=warpgroups)
-    for bigger in ("query_slots",) * warpgroups + ("stages",) * 2:
+    longest = max(problem.head_dim, problem.value_dim)
+    # Two sums fill the registers that one does with vectors twice as long.
+    warpgroups = 3 if longest <= (64 if pass_ == DKV else 128) else 2
+    columns = 128 if longest <= 128 and pass_ == FORWARD else 64
+    form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
+    for bigger in ("row_slots",) * warpgroups + ("stages",) * 2:
         candidate = form._replace(**{bigger: getattr(form, bigger) + 1})
-        if shared_bytes(problem, candidate) <= device.shared_memory:
+        if shared_bytes(problem, candidate, pass_) <= device.shared_memory:
             form = candidate
     return form
 
 
-def shared_bytes(problem: Problem, form: Form) -> int:
-    """Bytes of `ForwardSmem` of cuda/hopper/forward.cu."""
+def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
+    """Bytes of `SharedMemory` of cuda/hopper/shared.cuh."""
     rank = problem.rank
-    query_lines = math.ceil(padded_head_dim(problem) / LINE)
-    value_lines = math.ceil(padded_value_dim(problem) / LINE)
+    qk_lines, vo_lines = (math.ceil(dim / LINE) for dim in (problem.head_dim, problem.value_dim))
     coordinates = form.warpgroups * most_coordinates(rank)
-    lines = form.query_slots * ROWS * query_lines
-    lines += form.stages * form.keys * (query_lines + value_lines)
+    lines = form.row_slots * ROWS * (qk_lines if pass_ == FORWARD else qk_lines + vo_lines)
+    lines += form.stages * form.columns * (qk_lines + vo_lines)
     size = 128 * lines + 16 * form.stages * coordinates
+    size += 8 * form.stages * (form.columns if pass_.rows_are_keys else 2)  # statistics
     # MaskTables: prefixes, their bases, numbers, coordinates, window unions
     tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
     size += math.ceil(tables / 16) * 16
-    size += 2 * (16 + 16 * rank)  # tiles
+    size += 2 * (20 + 16 * rank)  # tiles
     size += 4 * form.stages * form.warpgroups  # visibility
-    size += 60 * rank + 128 + 4 * rank + 12  # the problem, and the last box of keys
-    barriers = 4 + 2 * form.query_slots + 4 * form.stages
+    size += 60 * rank + 180 + 4 * rank + 12  # the problem, and the last box of columns
+    barriers = 4 + 2 * form.row_slots + 4 * form.stages
     return math.ceil((math.ceil(size / 8) * 8 + 8 * barriers) / 16) * 16
 
 
 def most_coordinates(rank: int) -> int:
-    """`kMostCoordinates` of cuda/hopper/mask.cuh: the most that a box of queries may have."""
+    """`kMostCoordinates` of cuda/hopper/mask.cuh: the most that a box of rows may have."""
     return ROWS if rank == 1 else 36
 
 
@@ -139,98 +145,154 @@ LONG = Cycles(
 """Of vectors of more than 128 elements."""
 
 
-def constants(problem: Problem) -> Cycles:
+BACKWARD = Cycles(
+    1 / 1700, logit=0.05, copy=0.0, box=600, row=0.0, block=5_000, mask=0.0200, start=15_000
+)
+
+
+def constants(problem: Problem, pass_: Pass) -> Cycles:
     """The fit for a kernel."""
+    if pass_ != FORWARD:
+        return BACKWARD
     longest = max(problem.head_dim, problem.value_dim)
     return SHORT if longest <= 64 else MIDDLE if longest <= 128 else LONG
 
 
-def cost_of(problem: Problem, form: Form, counts: WalkCounts, heads: int) -> Any:
+def cost_of(problem: Problem, form: Form, counts: WalkCounts, heads: int, pass_: Pass) -> Any:
     """Predicted cycles of all multiprocessors together for these counts of one head.
 
     The counts may be arrays, of those of many plans; `heads` are those of a tile.
     """
-    cycles = constants(problem)
-    logits = ROWS * form.keys
+    cycles = constants(problem, pass_)
+    logits = ROWS * form.columns
     dims = problem.head_dim + problem.value_dim
-    additional = counts.blocks * form.warpgroups * math.ceil((problem.additional or 0) / form.keys)
-    visit = logits * (dims * cycles.product + cycles.logit)
-    of_warpgroups = (counts.visits + additional) * visit
-    of_warpgroups += (counts.visits - counts.full) * logits * cycles.mask
-    of_blocks = counts.loads * cycles.box + counts.blocks * cycles.block
-    return (of_warpgroups * heads + of_blocks) * problem.batch * (problem.heads / heads)
+    walks = problem.group_size if pass_.rows_are_keys else 1  # one for each column head
+    visits, full, loads = (walks * n for n in (counts.visits, counts.full, counts.loads))
+    if not pass_.rows_are_keys:
+        boxes = math.ceil((problem.additional or 0) / form.columns)
+        visits = visits + counts.blocks * form.warpgroups * boxes
+        full = full + counts.blocks * form.warpgroups * boxes
+    visit = logits * (dims * pass_.products * cycles.product + cycles.logit)
+    of_warpgroups = visits * visit + (visits - full) * logits * cycles.mask
+    of_blocks = loads * cycles.box + counts.blocks * cycles.block
+    return (of_warpgroups * heads + of_blocks) * problem.batch * (pass_.heads(problem) / heads)
 
 
-def cost(problem: Problem, plan: HopperPlan, device: Device) -> float:
+def cost(problem: Problem, plan: HopperPlan, device: Device, pass_: Pass = FORWARD) -> float:
     """Predicted cycles of all multiprocessors together, those that wait for the last included."""
-    counts = count(problem, plan)
-    cycles: float = cost_of(problem, plan.form, counts, plan.heads)
-    tiles = counts.blocks * problem.batch * problem.heads // plan.heads
+    counts = count(problem, plan, pass_)
+    cycles: float = cost_of(problem, plan.form, counts, plan.heads, pass_)
+    work, multiprocessors = division(problem, plan, device, pass_), max(device.sm_count, 1)
+    rounds: float = work.whole // multiprocessors
+    if work.tiles > rounds * multiprocessors:
+        rounds += PART_OF_ROUND[work.parts]
+    cycles *= rounds * multiprocessors / work.tiles
+    return cycles + constants(problem, pass_).start * multiprocessors
+
+
+PART_OF_ROUND = {1: 1.0, 2: 0.7, 3: 0.45}
+"""How long a round takes in which blocks work on parts of tiles, by the number of parts.
+
+A warpgroup alone leaves much of the tensor cores' time unused, hence more than its share.
+"""
+
+
+class Division(NamedTuple):
+    """How tiles are divided among blocks.
+
+    Where the last round has so few tiles that most multiprocessors would be idle, those tiles are
+    divided: each block takes some of the warpgroups.
+    """
+
+    tiles: int
+    whole: int
+    """Tiles that are not divided; blocks begin with them."""
+    parts: int
+    """Of each of the others."""
+
+    @property
+    def blocks(self) -> int:
+        """What blocks take, one after another: whole tiles and parts."""
+        return self.whole + (self.tiles - self.whole) * self.parts
+
+
+def division(problem: Problem, plan: HopperPlan, device: Device, pass_: Pass = FORWARD) -> Division:
+    """The division of all tiles."""
+    heads = problem.batch * pass_.heads(problem) // plan.heads
+    tiles = count(problem, plan, pass_).blocks * heads
     multiprocessors = max(device.sm_count, 1)
-    rounds = math.ceil(tiles / multiprocessors) * multiprocessors / tiles
-    return cycles * rounds + constants(problem).start * multiprocessors
+    last = tiles % multiprocessors
+    parts = 1
+    while last and parts < plan.form.warpgroups and last * (parts + 1) <= multiprocessors:
+        parts += 1
+    return Division(tiles, tiles - last if parts > 1 else tiles, parts)
 
 
-def count(problem: Problem, plan: HopperPlan) -> WalkCounts:
-    """The counts of one head, the additional keys left out."""
+def count(problem: Problem, plan: HopperPlan, pass_: Pass = FORWARD) -> WalkCounts:
+    """The counts of one row head and one column head, the additional keys left out."""
     along = [
-        count_walk(axis, *sizes)
+        count_walk(axis, *sizes, pass_)
         for axis, *sizes in zip(
-            problem.axes, plan.query_box, plan.warpgroups, plan.key_box, strict=True
+            problem.axes, plan.row_box, plan.warpgroups, plan.column_box, strict=True
         )
     ]
     return WalkCounts(*(math.prod(values) for values in zip(*along, strict=True)))
 
 
 def predicted_ms(problem: Problem, device: Device) -> float:
-    """How long a call with the plan for `device` is expected to take on an H200."""
-    cycles = cost(problem, make_plan(problem, device), device)
-    return 2 * H200.launch_ms + cycles / H200.cycles
+    """How long a call with the plans for `device` is expected to take on an H200."""
+    milliseconds = 0.0
+    if problem.operation == "backward":  # delta reads output and its gradient
+        milliseconds += H200.launch_ms + 2 * size_of(problem.output) / H200.memory_bytes
+    for pass_ in passes(problem):
+        cycles = cost(problem, make_plan(problem, device, pass_), device, pass_)
+        milliseconds += 2 * H200.launch_ms + cycles / H200.cycles
+    return milliseconds
 
 
 # The choice of a plan
 
 
 @lru_cache(maxsize=1024)
-def make_plan(problem: Problem, device: Device) -> HopperPlan:
+def make_plan(problem: Problem, device: Device, pass_: Pass = FORWARD) -> HopperPlan:
     """The cheapest plan for `device`."""
-    form = form_of(problem, device)
+    form = form_of(problem, device, pass_)
     best: tuple[float, HopperPlan] | None = None
-    keys = key_boxes(problem, form)
-    for warpgroups, heads in arrangements(problem, form):
-        rows = [(box, warpgroups) for box in query_boxes(problem)]
-        counts = count_walks(problem.axes, rows, keys)
-        costs = cost_of(problem, form, counts, heads)
-        row, key = np.unravel_index(costs.argmin(), costs.shape)
-        plan = HopperPlan(form, rows[row][0], warpgroups, heads, keys[key])
-        total = cost(problem, plan, device)
+    columns = column_boxes(problem, form)
+    for warpgroups, heads in arrangements(problem, form, pass_):
+        rows = [(box, warpgroups) for box in row_boxes(problem)]
+        counts = count_walks(problem.axes, rows, columns, pass_)
+        costs = cost_of(problem, form, counts, heads, pass_)
+        row, column = np.unravel_index(costs.argmin(), costs.shape)
+        plan = HopperPlan(form, rows[row][0], warpgroups, heads, columns[column])
+        total = cost(problem, plan, device, pass_)
         if best is None or total < best[0]:
             best = total, plan
     assert best is not None, "every problem has an arrangement along its last axis"
     return best[1]
 
 
-def arrangements(problem: Problem, form: Form) -> list[tuple[Box, int]]:
-    """Boxes of queries of a tile along each axis, and its query heads."""
+def arrangements(problem: Problem, form: Form, pass_: Pass) -> list[tuple[Box, int]]:
+    """Boxes of rows of a tile along each axis, and its row heads."""
     rank, warpgroups = problem.rank, form.warpgroups
     found = [
         (tuple(warpgroups if r == axis else 1 for r in range(rank)), 1) for axis in range(rank)
     ]
-    if problem.group_size % warpgroups == 0:
+    if not pass_.rows_are_keys and problem.group_size % warpgroups == 0:
         found.append(((1,) * rank, warpgroups))
     return found
 
 
-def query_boxes(problem: Problem) -> list[Box]:
-    """Boxes of a warpgroup's queries that can be loaded, and whose masks can be made."""
+def row_boxes(problem: Problem) -> list[Box]:
+    """Boxes of a warpgroup's rows that can be loaded, and whose masks can be made."""
     most = most_coordinates(problem.rank)
     boxes = powers_of_two(problem.rank, ROWS)
     return [box for box in boxes if sum(box) <= most and loadable(problem, box)]
 
 
-def key_boxes(problem: Problem, form: Form) -> list[Box]:
-    """Boxes of keys that can be loaded."""
-    boxes = powers_of_two(problem.rank, form.keys)
+def column_boxes(problem: Problem, form: Form) -> list[Box]:
+    """Boxes of columns that can be loaded."""
+    boxes = powers_of_two(problem.rank, form.columns)
     return [box for box in boxes if loadable(problem, box)]
 
 

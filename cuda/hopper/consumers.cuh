@@ -1,0 +1,92 @@
+// What consumers of all kernels do: wait for tiles and boxes, and hide what is not visible.
+#pragma once
+
+#include "hopper/products.cuh"
+#include "hopper/results.cuh"
+#include "hopper/shared.cuh"
+
+namespace cuneigh::hopper {
+
+// A consumer: one thread of warpgroup `w`, which holds the rows `row` and `row + 8` of its box.
+template <typename Plan>
+struct Consumer {
+  SharedMemory<Plan>& smem;
+  const int w;
+  const int lane = threadIdx.x % 32, quad = threadIdx.x % 4;
+  const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  Ring<2> tiles;
+  Ring<Plan::kRowSlots> rows;
+  Ring<Plan::kStages> boxes;
+  int left = 0;  // boxes of the tile, from the current one on
+
+  __device__ Consumer(SharedMemory<Plan>& smem, int w) : smem(smem), w(w) { rows.advance(w); }
+
+  __device__ const Tile<Plan::kRank>& tile() const { return smem.tile[tiles.slot()]; }
+  __device__ void release(Barrier& empty) const {
+    if (lane == 0) empty.arrive();
+  }
+
+  // Waits for the rows of the next tile; false if there is none.
+  __device__ bool begin_tile() {
+    smem.tile_full[tiles.slot()].wait(tiles.parity());
+    left = tile().boxes;
+    if (left == kNoTile) return false;
+    smem.row_full[rows.slot()].wait(rows.parity());
+    return true;
+  }
+  __device__ void release_rows() {
+    release(smem.row_empty[rows.slot()]);
+    rows.advance(Plan::kWarpgroups);
+  }
+  __device__ void end_tile() {
+    __syncwarp();  // all lanes have read what the tile is
+    release(smem.tile_empty[tiles.slot()]);
+    tiles.advance();
+  }
+
+  // Waits for the next box of columns of which this warpgroup sees any, its vo not included; false
+  // if there is none. (In the caller's loop, with a `continue` for a box that is passed over, the
+  // compiler would have two versions of the sums, and serialize the products.)
+  __device__ bool begin_box() {
+    for (; left > 0; end_box()) {
+      smem.qk_full[boxes.slot()].wait(boxes.parity());
+      if (smem.visibility[boxes.slot()][w] != kNone) return true;
+      wait_for_vo();
+      release_qk();
+      release_vo();
+    }
+    return false;
+  }
+  __device__ void wait_for_vo() const { smem.vo_full[boxes.slot()].wait(boxes.parity()); }
+  __device__ void release_qk() const { release(smem.qk_empty[boxes.slot()]); }
+  __device__ void release_vo() const { release(smem.vo_empty[boxes.slot()]); }
+  __device__ void end_box() {
+    --left;
+    boxes.advance();
+  }
+
+  // Hides the logits S [64, kColumns] of pairs that are not visible.
+  template <int kTiles>
+  __device__ void hide_invisible(float (&logit)[kTiles][4]) const {
+    if (smem.visibility[boxes.slot()][w] != kPartial) return;
+    const QuadWords* words = smem.words[boxes.slot()] + w * smem.problem.coordinates;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      unsigned word = ~0u;
+#pragma unroll
+      for (int r = 0; r < Plan::kRank; ++r)
+        word &= words[smem.mask.number[r][row + 8 * half]].word[quad];
+      hide(logit, half, word);
+    }
+  }
+};
+
+template <int kTiles>
+__device__ void multiply_by(float (&logit)[kTiles][4], float factor) {
+#pragma unroll
+  for (auto& tile : logit)
+#pragma unroll
+    for (float& x : tile) x *= factor;
+}
+
+}  // namespace cuneigh::hopper

@@ -1,0 +1,132 @@
+// The gradients of keys and values on Hopper's tensor cores. Rows are keys, columns are queries.
+// With P = 2^(scale S - lse) and dS = P * (dP - delta), a consumer does for each box of queries, of
+// each query head that reads its keys,
+//   S^T = K Q^T, dP^T = V dO^T, P^T and dS^T, dV += P^T dO, dK += dS^T Q,
+// and multiplies dK by the scale in the end. The transposed weights stay in registers: they are
+// left operands. The probabilities are computed while dP^T is, dS^T while dV is. Roles, tiles and
+// barriers are those of the forward pass (forward.cu).
+#include "cuneigh/layout.cuh"
+#include "cuneigh/types.cuh"
+#include "hopper/consumers.cuh"
+#include "hopper/producers.cuh"
+
+namespace cuneigh::hopper {
+
+template <typename Plan>
+struct DkvArguments {
+  View<const float2, Plan::kRank> statistics;  // of queries: {lse * log2(e), delta}
+  View<typename Plan::Element, Plan::kRank> grad_key, grad_value;
+  unsigned* taken;  // 0 before the launch; see `begin_tiles`
+};
+
+// A consumer: warpgroup `w`, all of its 128 threads.
+template <typename Plan>
+__device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
+                              const DkvArguments<Plan>& arguments, SharedMemory<Plan>& smem,
+                              int w) {
+  using Element = typename Plan::Element;
+  using Smem = SharedMemory<Plan>;
+  constexpr int kTiles = Plan::kColumns / 8, kSteps = Plan::kColumns / 16;
+  Consumer<Plan> me(smem, w);
+  const Descriptor rows_at = rows_descriptor(shared_address(smem.row));
+  const Descriptor queries_at = rows_descriptor(shared_address(smem.column_qk));
+  const Descriptor grad_outputs_at = rows_descriptor(shared_address(smem.column_vo));
+  const Descriptor query_columns_at =
+      columns_descriptor(shared_address(smem.column_qk), sizeof(smem.column_qk[0][0]));
+  const Descriptor grad_output_columns_at =
+      columns_descriptor(shared_address(smem.column_vo), sizeof(smem.column_vo[0][0]));
+
+  while (me.begin_tile()) {
+    const Descriptor keys = rows_at + me.rows.slot() * (sizeof(smem.row[0]) / kDescriptorBytes);
+    const Descriptor values = keys + Smem::kQkLines * (sizeof(smem.row[0][0]) / kDescriptorBytes);
+    float grad_key[Plan::kHeadColumns / 8][4] = {};     // dK [64, kHeadColumns]
+    float grad_value[Plan::kValueColumns / 8][4] = {};  // dV [64, kValueColumns]
+
+    while (me.begin_box()) {
+      const unsigned stage = me.boxes.slot();
+      const unsigned qk = stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
+      const unsigned vo = stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
+      // S^T = K Q^T and dP^T = V dO^T, [64, kColumns]
+      float logit[kTiles][4], grad_weight[kTiles][4];
+      multiply<Element, Plan::kHeadDim, kRows, Plan::kColumns>(logit, keys, queries_at + qk);
+      me.wait_for_vo();
+      multiply<Element, Plan::kValueDim, kRows, Plan::kColumns>(grad_weight, values,
+                                                                grad_outputs_at + vo);
+      wait_for_products<1>();
+      hold(logit);
+      if (Plan::kSigned) multiply_by(logit, problem.sign);
+      me.hide_invisible(logit);
+      // P^T = 2^(scale S^T - lse); the lane's columns are 8 n + 2 quad and the next
+      const float4* statistics = reinterpret_cast<const float4*>(smem.statistics[stage]) + me.quad;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const float4 of_two = statistics[4 * n];  // {lse, delta} of either
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          logit[n][i] =
+              ex2_approx(fmaf(logit[n][i], problem.scale, -(i % 2 ? of_two.z : of_two.x)));
+      }
+      // dV += P^T dO, [64, kColumns] [kColumns, kValueColumns]
+      unsigned weight[kSteps][4];
+      pack_weights<Element>(logit, 0, weight);
+      accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
+      wait_for_products<1>();
+      hold(grad_weight);
+      // dS^T = P^T * (dP^T - delta), with the P^T that dV was made of
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const float4 of_two = statistics[4 * n];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 pair = unpack(weight[n / 2][n % 2 * 2 + half], Element());
+          grad_weight[n][2 * half] = pair.x * (grad_weight[n][2 * half] - of_two.y);
+          grad_weight[n][2 * half + 1] = pair.y * (grad_weight[n][2 * half + 1] - of_two.w);
+        }
+      }
+      // dK += dS^T Q, [64, kColumns] [kColumns, kHeadColumns]
+      unsigned grad_logit[kSteps][4];
+      pack_weights<Element>(grad_weight, 0, grad_logit);
+      accumulate<Element, Plan::kHeadColumns>(grad_key, grad_logit, query_columns_at + qk);
+      wait_for_products<0>();
+      hold(grad_value);
+      hold(grad_key);
+      me.release_vo();
+      me.release_qk();
+      me.end_box();
+    }
+
+    me.release_rows();
+    const Tile<Plan::kRank>& tile = me.tile();
+    const int head = tile.head + problem.warpgroup[w][0];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int token[Plan::kRank];
+      const bool exists = token_of_row<Plan>(problem, tile, w, me.row + 8 * half, token);
+      store_row(grad_key, half, problem.gradient_scale, me.quad,
+                arguments.grad_key.at(tile.batch, token, head), problem.head_dim, exists);
+      store_row(grad_value, half, 1.0f, me.quad, arguments.grad_value.at(tile.batch, token, head),
+                problem.value_dim, exists);
+    }
+    me.end_tile();
+  }
+}
+
+template <typename Plan>
+__global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
+    dkv(const HopperProblem<Plan::kRank> problem, const DkvArguments<Plan> arguments,
+        const __grid_constant__ TensorMap key, const __grid_constant__ TensorMap value,
+        const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap grad_output) {
+  auto& smem = begin_block<Plan>(problem);
+  // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    set_registers<false, kProducerRegisters<Plan>>();
+    produce({key, value, query, grad_output, query, grad_output}, arguments.statistics,
+            arguments.taken, smem);
+  } else {
+    set_registers<true, kConsumerRegisters<Plan>>();
+    differentiate(problem, arguments, smem, warpgroup - 1);
+  }
+}
+
+}  // namespace cuneigh::hopper

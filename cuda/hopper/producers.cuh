@@ -1,0 +1,252 @@
+// The warps that feed the consumers: they load rows and columns, and make masks.
+#pragma once
+
+#include "cuneigh/layout.cuh"
+#include "hopper/shared.cuh"
+
+namespace cuneigh::hopper {
+
+// Coordinates for TMA of the box that begins at `token`, in the order of `Folding`.
+template <int kRank>
+struct Coordinates {
+  int c[5];
+  __device__ Coordinates(const Folding& folding, int batch, int head, const int (&token)[kRank]) {
+    c[0] = head * folding.dim;
+    c[1] = token[kRank - 1];
+    if constexpr (kRank == 3) {
+      c[2] = token[1];
+      c[3] = token[0];
+      c[4] = batch * folding.batch + head * folding.outer;
+    } else {
+      c[2] = kRank == 2 ? token[0] : 0;
+      c[3] = head;
+      c[4] = batch;
+    }
+  }
+};
+
+struct Maps {
+  const TensorMap &row_qk, &row_vo, &column_qk, &column_vo, &additional_keys, &additional_values;
+};
+
+// Calls visit(tile) for every tile of this block, as warp 1 announces them.
+template <typename Plan, typename Visit>
+__device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
+  for (Ring<2> ring;; ring.advance()) {
+    smem.tile_full[ring.slot()].wait(ring.parity());
+    if (smem.tile[ring.slot()].boxes == kNoTile) break;
+    visit(smem.tile[ring.slot()]);
+    if (threadIdx.x % 32 == 0) smem.tile_empty[ring.slot()].arrive();
+  }
+}
+
+// Loads a box of tokens into `lines`, of which `full` is the barrier.
+template <int kLines, int kRank, int kTokens, typename Line>
+__device__ void load_tokens(const TensorMap& map, Coordinates<kRank> at, const Pieces& pieces,
+                            Line (*lines)[kTokens], Barrier& full) {
+#pragma unroll 1
+  for (int piece = 0; piece < pieces.count; ++piece) {
+#pragma unroll
+    for (int line = 0; line < kLines; ++line) {
+      load_box(shared_address(lines[line][piece * pieces.rows]), map, full, at.c);
+      at.c[0] += kLineElements;
+    }
+    at.c[0] -= kLines * kLineElements;
+    at.c[kRank] += pieces.tokens;  // the first token axis
+  }
+}
+
+// Loads a box of columns of one kind.
+template <int kRank, int kLines, int kColumns, typename Line>
+__device__ void load_columns(const HopperProblem<kRank>& problem, const TensorMap& window,
+                             const TensorMap& additional, const Folding& folding,
+                             const ColumnBox<kRank>& box, Line (&lines)[kLines][kColumns],
+                             Barrier& full) {
+  full.arrive_and_expect(sizeof(lines));
+  if (box.is_additional)
+    load_tokens<kLines, 1>(additional, {{}, box.batch, box.head, {box.token[0]}}, {1, 0, 0}, lines,
+                           full);
+  else
+    load_tokens<kLines, kRank>(window, {folding, box.batch, box.head, box.token},
+                               problem.column_pieces, lines, full);
+}
+
+// Warp 0, of which one lane does it all: boxes of columns. In the forward pass a consumer needs the
+// values of a box long after its keys; they are loaded after the keys of the next box.
+template <typename Plan>
+__device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
+  constexpr int kRank = Plan::kRank;
+  const auto& problem = smem.problem;
+  Ring<Plan::kStages> qk, vo;
+  ColumnBox<kRank>& last = smem.last_box;
+  bool has_last = false;
+  auto load_vo = [&](const ColumnBox<kRank>& box) {
+    smem.vo_empty[vo.slot()].wait(vo.parity() ^ 1);
+    load_columns(problem, maps.column_vo, maps.additional_values, problem.column_vo, box,
+                 smem.column_vo[vo.slot()], smem.vo_full[vo.slot()]);
+    vo.advance();
+  };
+  auto load = [&](const ColumnBox<kRank>& box) {
+    smem.qk_empty[qk.slot()].wait(qk.parity() ^ 1);
+    load_columns(problem, maps.column_qk, maps.additional_keys, problem.column_qk, box,
+                 smem.column_qk[qk.slot()], smem.qk_full[qk.slot()]);
+    qk.advance();
+    if (Plan::kBackward) {
+      load_vo(box);
+    } else {
+      if (has_last) load_vo(last);
+      last = box;
+      has_last = true;
+    }
+  };
+  for_each_tile(smem, [&](const Tile<kRank>& tile) {
+    for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
+      ColumnBox<kRank> box = {tile.batch, head, {}, false};
+#pragma unroll
+      for (int r = 0; r < kRank; ++r)
+        box.token[r] = axis_of<Plan>(problem, r)
+                           .token({tile.first[r].group, tile.columns[r].begin + first[r]});
+      load(box);
+    });
+    if (Plan::kAdditional)
+#pragma unroll 1
+      for (int i = 0; i < problem.additional; i += Plan::kColumns)
+        load({tile.batch, tile.column_head, {i}, true});
+  });
+  if (has_last) load_vo(last);
+}
+
+// Warp 1, of which one lane does it all: announces the tiles of this block and loads their rows.
+// `taken` counts tiles beyond the first of each block; null if there are none.
+template <typename Plan>
+__device__ void begin_tiles(const Maps& maps, unsigned* taken, SharedMemory<Plan>& smem) {
+  constexpr int kRank = Plan::kRank;
+  using Smem = SharedMemory<Plan>;
+  const auto& problem = smem.problem;
+  Ring<2> tiles;
+  Ring<Plan::kRowSlots> rows;
+  for (int number = blockIdx.x, next = 0;; number = next, tiles.advance()) {
+    smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
+    Tile<kRank>& tile = smem.tile[tiles.slot()];
+    const bool end = number >= problem.block_tiles;
+    if (end) {
+      tile.boxes = kNoTile;
+    } else {
+      next = taken ? gridDim.x + atomicAdd(taken, 1u) : number + gridDim.x;
+      find_tile<Plan>(problem, number, tile);
+    }
+    smem.tile_full[tiles.slot()].arrive();
+    if (end) break;
+#pragma unroll 1
+    for (int w = 0; w < Plan::kWarpgroups; ++w, rows.advance()) {
+      int token[kRank];
+#pragma unroll
+      for (int r = 0; r < kRank; ++r)
+        token[r] =
+            axis_of<Plan>(problem, r)
+                .token({tile.first[r].group, tile.first[r].index + problem.warpgroup[w][1 + r]});
+      const int head = tile.head + problem.warpgroup[w][0];
+      smem.row_empty[rows.slot()].wait(rows.parity() ^ 1);
+      auto& lines = smem.row[rows.slot()];
+      Barrier& full = smem.row_full[rows.slot()];
+      full.arrive_and_expect(sizeof(lines));
+      load_tokens<Smem::kQkLines, kRank>(maps.row_qk, {problem.row_qk, tile.batch, head, token},
+                                         problem.row_pieces, lines, full);
+      if constexpr (Plan::kBackward)
+        load_tokens<Smem::kVoLines, kRank>(maps.row_vo, {problem.row_vo, tile.batch, head, token},
+                                           problem.row_pieces, lines + Smem::kQkLines, full);
+    }
+  }
+}
+
+// {lse * log2(e), delta} of the query that is column `lane` of a box; of one that does not exist,
+// numbers that make its weights 0.
+template <typename Plan>
+__device__ float2 statistics_of(const HopperProblem<Plan::kRank>& problem,
+                                const View<const float2, Plan::kRank>& statistics,
+                                const Tile<Plan::kRank>& tile, int head,
+                                const int (&first)[Plan::kRank], int lane) {
+  int token[Plan::kRank];
+  bool exists = true;
+#pragma unroll
+  for (int r = Plan::kRank - 1; r >= 0; --r) {
+    const Axis axis = axis_of<Plan>(problem, r);
+    const int group = tile.first[r].group;
+    const int index = tile.columns[r].begin + first[r] + lane % problem.column_box[r];
+    lane /= problem.column_box[r];
+    exists &= index < axis.group_length(group);
+    token[r] = axis.token({group, index});
+  }
+  if (!exists) return {infinity<float>(), 0};
+  return *statistics.at(tile.batch, token, head);
+}
+
+// Warps 2 and 3, as one team of 64 lanes: what every warpgroup does with every box of columns, and
+// the statistics of columns that are queries.
+template <typename Plan>
+__device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
+                           SharedMemory<Plan>& smem) {
+  constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups;
+  static_assert(!Plan::kRowsAreKeys || Plan::kColumns == 64, "a lane has one column");
+  const auto& problem = smem.problem;
+  Ring<Plan::kStages> ring;
+  // The lane of the team, asked for anew each time: registers are few
+  auto lane = [] {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread - 64;
+  };
+  // Lane w of each warp says what warpgroup w does; the other lanes repeat it
+  auto looked_after = [&] { return smaller(lane() % 32, kWarpgroups - 1); };
+  auto publish = [&](Visibility visibility, auto make) {
+    smem.qk_empty[ring.slot()].wait(ring.parity() ^ 1);
+    smem.visibility[ring.slot()][looked_after()] = visibility;
+    if (__any_sync(0xffffffffu, visibility == kPartial)) make(smem.words[ring.slot()]);
+    __syncwarp();
+    if (lane() % 32 == 0) smem.qk_full[ring.slot()].arrive();
+    ring.advance();
+  };
+  for_each_tile(smem, [&](const Tile<kRank>& tile) {
+    look_up<Plan>(problem, tile, lane(), looked_after(), smem.mask);
+    for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
+      if constexpr (Plan::kRowsAreKeys) {  // from memory, while the box before is worked on
+        const float2 mine = statistics_of<Plan>(problem, statistics, tile, head, first, lane());
+        smem.qk_empty[ring.slot()].wait(ring.parity() ^ 1);
+        smem.statistics[ring.slot()][lane()] = mine;
+      }
+      publish(visibility_of(problem, smem.mask, lane(), first),
+              [&](QuadWords* words) { make_words(problem, smem.mask, lane(), first, words); });
+    });
+    if (Plan::kAdditional) {
+      bool none = false;
+#pragma unroll
+      for (int r = 0; r < kRank; ++r) none |= smem.mask.windows[r][lane()].misses(0, 1 << 30);
+#pragma unroll 1
+      for (int left = problem.additional; left > 0; left -= Plan::kColumns) {
+        const Visibility visibility = none ? kNone : left >= Plan::kColumns ? kAll : kPartial;
+        publish(visibility, [&](QuadWords* words) {
+          for (int i = lane(); i < 4 * kWarpgroups * problem.coordinates; i += 64)
+            words[i / 4].word[i % 4] = first_columns(left, i % 4);
+        });
+      }
+    }
+    __syncwarp();  // all lanes are done with this tile
+  });
+}
+
+// A producer: one of the four warps of the first warpgroup. `statistics` are read if rows are keys.
+template <typename Plan>
+__device__ void produce(const Maps& maps, const View<const float2, Plan::kRank>& statistics,
+                        unsigned* taken, SharedMemory<Plan>& smem) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp >= 2)
+    make_masks(statistics, smem);
+  else if (lane != 0)
+    return;
+  else if (warp == 0)
+    load_boxes(maps, smem);
+  else
+    begin_tiles(maps, taken, smem);
+}
+
+}  // namespace cuneigh::hopper

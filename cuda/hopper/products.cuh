@@ -1,0 +1,53 @@
+// The matrix products of a warpgroup's 64 rows with a box of columns.
+#pragma once
+
+#include "hopper/tma.cuh"
+#include "hopper/wgmma.cuh"
+
+namespace cuneigh::hopper {
+
+constexpr int kDescriptorBytes = 16;  // that a descriptor counts in
+
+// Issues product = rows columns^T, [kRows, kDim] [kColumns, kDim]^T, both in tiles of lines.
+template <typename Element, int kDim, int kRows, int kColumns>
+__device__ void multiply(float (&product)[kColumns / 8][4], Descriptor rows, Descriptor columns) {
+  fence_registers();
+#pragma unroll
+  for (int step = 0; step < kDim / 16; ++step) {
+    const int line = step / 4, inside = step % 4 * 32;
+    const Descriptor left = rows + (line * kRows * kLineBytes + inside) / kDescriptorBytes;
+    const Descriptor right = columns + (line * kColumns * kLineBytes + inside) / kDescriptorBytes;
+    if (step == 0)
+      Wgmma<kColumns, Element>::template shared<false>(product, left, right);
+    else
+      Wgmma<kColumns, Element>::template shared<true>(product, left, right);
+  }
+  commit_products();
+}
+
+// Issues sum += weights columns, [64, 16 kSteps] [16 kSteps, kDim], from the column `first` on.
+template <typename Element, int kDim, int kSteps>
+__device__ void accumulate(float (&sum)[kDim / 8][4], const unsigned (&weight)[kSteps][4],
+                           Descriptor columns, int first = 0) {
+  fence_registers();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    Wgmma<kDim, Element>::registers(sum, weight[step],
+                                    columns + (first + 16 * step) * kLineBytes / kDescriptorBytes);
+  commit_products();
+}
+
+// The weights in the columns from `first` on, as the left operand of `accumulate`.
+template <typename Element, int kSteps, int kTiles>
+__device__ void pack_weights(const float (&weight)[kTiles][4], int first,
+                             unsigned (&packed)[kSteps][4]) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto& tile = weight[first / 8 + 2 * step + i / 2];
+      packed[step][i] = pack(tile[2 * (i % 2)], tile[2 * (i % 2) + 1], Element());
+    }
+}
+
+}  // namespace cuneigh::hopper

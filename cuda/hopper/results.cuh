@@ -1,0 +1,60 @@
+// How consumers write rows of results.
+#pragma once
+
+#include "hopper/tile.cuh"
+#include "hopper/wgmma.cuh"
+
+namespace cuneigh::hopper {
+
+// The token of a row of warpgroup `w`; false if the tile leaves it out, or an axis ends before.
+template <typename Plan>
+__device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
+                             const Tile<Plan::kRank>& tile, int w, int row,
+                             int (&token)[Plan::kRank]) {
+  bool exists = tile.active >> w & 1;
+#pragma unroll
+  for (int r = Plan::kRank - 1; r >= 0; --r) {
+    const Axis axis = axis_of<Plan>(problem, r);
+    const int inside = row % problem.row_box[r];
+    row /= problem.row_box[r];
+    const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
+    const GroupIndex place = {tile.first[r].group, first + inside};
+    exists &= place.index < axis.group_length(place.group);
+    token[r] = axis.token(place);
+  }
+  return exists;
+}
+
+// Writes the rows of O that the lanes of a quad share, 16 bytes a lane.
+template <typename Element, int kTiles>
+__device__ void store_row(const float (&output)[kTiles][4], int half, float factor, int quad,
+                          Element* row, int dim, bool exists) {
+#pragma unroll
+  for (int chunk = 0; chunk < kTiles; chunk += 4) {  // of 8 columns
+    // Word i of this lane is columns 8 (chunk + i) + 2 quad and the next: 4 x 4 words are
+    // transposed within the quad, so that this lane gets the four words of chunk + quad
+    unsigned word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      word[i] = pack(output[chunk + i][2 * half] * factor, output[chunk + i][2 * half + 1] * factor,
+                     Element());
+    const bool odd = quad & 1, high = quad & 2;
+    unsigned a = __shfl_xor_sync(0xffffffffu, odd ? word[0] : word[1], 1);
+    unsigned b = __shfl_xor_sync(0xffffffffu, odd ? word[2] : word[3], 1);
+    if (odd)
+      word[0] = a, word[2] = b;
+    else
+      word[1] = a, word[3] = b;
+    a = __shfl_xor_sync(0xffffffffu, high ? word[0] : word[2], 2);
+    b = __shfl_xor_sync(0xffffffffu, high ? word[1] : word[3], 2);
+    if (high)
+      word[0] = a, word[1] = b;
+    else
+      word[2] = a, word[3] = b;
+    const int column = 8 * (chunk + quad);
+    if (exists && column < dim)
+      *reinterpret_cast<uint4*>(row + column) = make_uint4(word[0], word[1], word[2], word[3]);
+  }
+}
+
+}  // namespace cuneigh::hopper

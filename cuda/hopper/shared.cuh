@@ -1,0 +1,109 @@
+// What the warps of a block share: tiles of rows, boxes of columns, masks, and barriers.
+//
+// Rows and columns are arrays of two kinds: query or key (qk, of head_dim) and value or dO (vo, of
+// value_dim). For the forward pass rows are queries alone, without dO.
+//
+// struct Plan {
+//   static constexpr int kRank;          token axes
+//   static constexpr int kWarpgroups;    of consumers, 2 or 3
+//   static constexpr int kColumns;       columns of a box, 64 or 128
+//   static constexpr int kStages;        boxes of columns in shared memory
+//   static constexpr int kRowSlots;      boxes of rows in shared memory
+//   static constexpr int kHeadDim, kValueDim;  dimensions, padded to multiples of 16
+//   static constexpr int kHeadColumns, kValueColumns;  padded to widths that wgmma has
+//   static constexpr int kSharedBytes;   of SharedMemory, as the launcher counts them
+//   static constexpr bool kBackward;     rows have vo, too
+//   static constexpr bool kRowsAreKeys;  tile.cuh says what that means
+//   static constexpr bool kDilated;      some dilation is not 1
+//   static constexpr bool kAdditional;   there are additional keys among the columns
+//   static constexpr bool kSigned;       scale is not positive
+//   using Element;                       float16 or bfloat16
+// };
+#pragma once
+
+#include "hopper/barrier.cuh"
+#include "hopper/mask.cuh"
+#include "hopper/tile.cuh"
+#include "hopper/tma.cuh"
+
+namespace cuneigh::hopper {
+
+constexpr int lines_of(int dim) { return (dim + kLineElements - 1) / kLineElements; }
+
+// Registers of a thread: those of all warpgroups together are the 65536 of a multiprocessor.
+template <typename Plan>
+constexpr bool kFew = Plan::kWarpgroups == 3 && !Plan::kBackward && Plan::kValueColumns <= 64;
+template <typename Plan>
+constexpr int kConsumerRegisters = Plan::kWarpgroups == 2 ? 232
+                                   : kFew<Plan>           ? 152
+                                                          : 160;
+template <typename Plan>
+constexpr int kProducerRegisters = Plan::kWarpgroups == 2 ? 40
+                                   : kFew<Plan>           ? 56
+                                                          : 32;
+
+// A box of columns: its first token, or the first of the additional keys.
+template <int kRank>
+struct ColumnBox {
+  int batch, head, token[kRank];
+  bool is_additional;
+};
+
+template <typename Plan>
+struct SharedMemory {
+  static constexpr int kQkLines = lines_of(Plan::kHeadDim);
+  static constexpr int kVoLines = lines_of(Plan::kValueDim);
+  static constexpr int kRowLines = kQkLines + (Plan::kBackward ? kVoLines : 0);
+  using Line = typename Plan::Element[kLineElements];
+
+  // [slots][lines of a row][rows][64]; every [rows][64] begins at a multiple of 1024 bytes
+  Line row[Plan::kRowSlots][kRowLines][kRows];  // the lines of vo after those of qk
+  Line column_qk[Plan::kStages][kQkLines][Plan::kColumns];
+  Line column_vo[Plan::kStages][kVoLines][Plan::kColumns];
+  // Of columns that are queries: {lse * log2(e), delta}
+  float2 statistics[Plan::kStages][Plan::kRowsAreKeys ? Plan::kColumns : 2];
+  QuadWords words[Plan::kStages][Plan::kWarpgroups * kMostCoordinates<Plan::kRank>];
+  MaskTables<Plan::kRank, Plan::kWarpgroups> mask;
+  Tile<Plan::kRank> tile[2];
+  int visibility[Plan::kStages][Plan::kWarpgroups];
+  HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
+  ColumnBox<Plan::kRank> last_box;     // whose vo is still to be loaded
+  Barrier tile_full[2], tile_empty[2];
+  Barrier row_full[Plan::kRowSlots], row_empty[Plan::kRowSlots];
+  Barrier qk_full[Plan::kStages], qk_empty[Plan::kStages];
+  Barrier vo_full[Plan::kStages], vo_empty[Plan::kStages];
+};
+
+// Prepares the memory of the block. Every thread must call it.
+template <typename Plan>
+__device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& problem) {
+  static_assert(
+      sizeof(SharedMemory<Plan>) == Plan::kSharedBytes,
+      "'shared_bytes' in cuneigh/_backends/hopper/plan.py counts what SharedMemory holds");
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& smem = *reinterpret_cast<SharedMemory<Plan>*>(memory);
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = 4 * Plan::kWarpgroups;
+    for (int i = 0; i < 2; ++i) {
+      smem.tile_full[i].init(1);
+      smem.tile_empty[i].init(3 + kConsumerWarps);  // warps 0, 2 and 3 of the producers
+    }
+    for (int i = 0; i < Plan::kRowSlots; ++i) {
+      smem.row_full[i].init(1);
+      smem.row_empty[i].init(4);  // warps of the warpgroup
+    }
+    for (int i = 0; i < Plan::kStages; ++i) {
+      smem.qk_full[i].init(1 + 2);  // the loader, and the warps that make masks
+      smem.vo_full[i].init(1);
+      smem.qk_empty[i].init(kConsumerWarps);
+      smem.vo_empty[i].init(kConsumerWarps);
+    }
+    fence_barrier_init();
+  }
+  if (threadIdx.x == 32) smem.problem = problem;
+  fill_mask_tables(problem, smem.mask, Plan::kColumns);
+  __syncthreads();
+  return smem;
+}
+
+}  // namespace cuneigh::hopper
