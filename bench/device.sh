@@ -2,7 +2,10 @@
 # Everything that needs a GPU, in one call. Results are written to $OUT (default: bench/results).
 #
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host memory naive grid h200
-#                                    (the default: all of these), alternate
+#                                    (the default: all of these), soak, alternate
+#
+# `soak` runs random problems through the Hopper kernel for $SECONDS_OF_SOAK (default: 500), which
+# takes a GPU of compute capability 9.0.
 #
 # `alternate` compares this checkout with an older one, whose folder is $OLD, by turns on this GPU:
 #
@@ -34,6 +37,12 @@ sanitizer() {
     >"$OUT/sanitizer-lifetimes.txt" 2>&1 || status=1
   tail -n 3 "$OUT/sanitizer-lifetimes.txt"
   return $status
+}
+
+soak() {
+  python3 tests/helpers/soak.py --seconds "${SECONDS_OF_SOAK:-500}" 2>&1 |
+    tee "$OUT/soak.txt" | tail -n 20
+  return "${PIPESTATUS[0]}"
 }
 
 memory() { python3 bench/memory.py --output "$OUT/memory.json"; }

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cuneigh._backends.hopper.launch import _piece, _record
-from cuneigh._backends.hopper.plan import LINE, ROWS, padded_head_dim, padded_value_dim
+from cuneigh._backends.hopper.plan import LINE, ROWS, Division, padded, width
 from cuneigh._backends.hopper.tensor_maps import (
-    Folding,
     map_of_additional,
     map_of_tokens,
     unreadable,
 )
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
+from cuneigh._gpu.passes import FORWARD
 
 NOTHING = -1
 """Stands for the zeros that TMA reads outside of an array."""
@@ -53,7 +53,7 @@ def assert_legal(tensor_map):
 
 
 def coordinates(rank, folding, batch, head, token):
-    """`Coordinates` of cuda/hopper/forward.cu."""
+    """`Coordinates` of cuda/hopper/producers.cuh."""
     if rank == 3:
         outer = batch * folding.batch + head * folding.outer
         return [head * folding.dim, token[2], token[1], token[0], outer]
@@ -61,7 +61,7 @@ def coordinates(rank, folding, batch, head, token):
 
 
 def load_tokens(tensor_map, at, rank, pieces, lines):
-    """`load_tokens` of cuda/hopper/forward.cu: [tokens, lines * 64] offsets."""
+    """`load_tokens` of cuda/hopper/producers.cuh: [tokens, lines * 64] offsets."""
     count, rows, tokens = map(int, pieces)
     loaded = []
     for piece in range(count):
@@ -113,11 +113,11 @@ def laid_out(draw, shape):
 def test_a_box_holds_the_tokens_at_its_coordinates(problem, data):
     plan = data.draw(st.sampled_from(plans(problem)))
     of_query = data.draw(st.booleans())
-    side = "query" if of_query else "key"
+    name, side = ("query", "row") if of_query else ("key", "column")
     box = getattr(plan, f"{side}_box")
-    shape = (problem.specs.query if of_query else problem.specs.key).shape
+    shape = getattr(problem.specs, name).shape
     array = data.draw(laid_out(shape))
-    reason = unreadable(side, array, problem.rank)
+    reason = unreadable(name, array, problem.rank)
     if reason is not None:
         assert problem.rank == 3, reason
         assert array.strides[0] != array.shape[-2] * array.strides[-2]
@@ -126,14 +126,14 @@ def test_a_box_holds_the_tokens_at_its_coordinates(problem, data):
     assert_legal(tensor_map)
     batch, head = (data.draw(st.integers(0, shape[axis] - 1)) for axis in (0, -2))
     token = [data.draw(st.integers(0, n + 300)) for n in shape[1:-2]]
-    pieces = _record(problem, plan, 1, (Folding(0, 0, 0),) * 3)[f"{side}_pieces"][0]
+    pieces = _record(problem, plan, FORWARD, Division(1, 1, 1), [folding] * 4)[f"{side}_pieces"][0]
     at = coordinates(problem.rank, folding, batch, head, token)
-    lines = math.ceil(padded_head_dim(problem) / LINE)
+    lines = math.ceil(padded(problem.head_dim) / LINE)
     loaded = load_tokens(tensor_map, at, problem.rank, pieces, lines)
-    assert loaded.shape == (ROWS if of_query else plan.form.keys, lines * LINE)
+    assert loaded.shape == (ROWS if of_query else plan.form.columns, lines * LINE)
     inside = np.array(list(itertools.product(*map(range, box))))
     tokens = inside * [axis.dilation for axis in problem.axes] + token
-    columns = padded_head_dim(problem)  # the products reach no further
+    columns = padded(problem.head_dim)  # the products reach no further
     wanted = offsets_of(array, batch, head, tokens, columns)
     np.testing.assert_array_equal(loaded[:, :columns], wanted)
 
@@ -147,7 +147,7 @@ def test_a_box_of_additional_values_begins_anywhere(problem, n, data):
     assert_legal(tensor_map)
     first = data.draw(st.integers(0, n))
     batch, head = (data.draw(st.integers(0, array.shape[axis] - 1)) for axis in (0, -2))
-    lines = math.ceil(padded_value_dim(problem) / LINE)
+    lines = math.ceil(width(problem.value_dim) / LINE)
     at = coordinates(1, None, batch, head, [first])
     loaded = load_tokens(tensor_map, at, 1, (1, keys, 0), lines)
     tokens = np.arange(first, first + keys)[:, None]

@@ -1,4 +1,4 @@
-"""Every query meets every key that it sees once: a model of the walk of cuda/hopper."""
+"""Every row meets every column that it sees once: a model of the walk of cuda/hopper."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cuneigh._backends.hopper.launch import _record, divisor
-from cuneigh._backends.hopper.plan import ROWS, count, form_of, make_plan, shared_bytes
+from cuneigh._backends.hopper.plan import (
+    ROWS,
+    Division,
+    count,
+    division,
+    make_plan,
+    passes,
+    shared_bytes,
+)
 from cuneigh._backends.hopper.tensor_maps import Folding
 
-NO_FOLDINGS = (Folding(0, 0, 0),) * 3
+NO_FOLDINGS = [Folding(0, 0, 0)] * 4
 
 
 def quotient(divisor, n):
@@ -43,47 +51,62 @@ def test_divisors_are_exact(value, data):
 class Tile(NamedTuple):
     batch: int
     head: int
-    kv_head: int
+    column_heads: range
+    active: int
     groups: tuple[int, ...]
     first: tuple[int, ...]
-    keys: tuple[tuple[int, int], ...]
+    columns: tuple[tuple[int, int], ...]
 
 
-def box_begin(axis, box, size):
+def box_begin(pass_, axis, box, size):
     """(dilation group, first index) of box number `box`: groups of a length lie side by side."""
     for group in range(axis.dilation):
-        boxes = -(-axis.group_length(group) // size)
+        boxes = -(-pass_.group_length(axis, group) // size)
         if box < boxes:
             return group, box * size
         box -= boxes
     raise AssertionError("there are fewer boxes than tiles")
 
 
-def find_tile(problem, record, number):
-    groups, first, keys = [], [], []
+def find_tile(problem, pass_, record, number):
+    active, whole = -1, int(record["whole_tiles"])
+    if number >= whole:
+        divided = quotient(record["parts"], number - whole)
+        active = int(record["active"][number - whole - divided * int(record["parts"]["divisor"])])
+        number = whole + divided
+    groups, first, columns = [], [], []
     rest = int(record["tile_count"]) - 1 - number if record["longest_last"] else number
     for r in reversed(range(problem.rank)):
         axis, size = problem.axes[r], int(record["tile_box"][r])
         outer = quotient(record["tiles"][r], rest)
-        group, index = box_begin(axis, rest - outer * int(record["tiles"][r]["divisor"]), size)
+        box = rest - outer * int(record["tiles"][r]["divisor"])
+        group, index = box_begin(pass_, axis, box, size)
         rest = outer
-        last = min(index + size, axis.group_length(group)) - 1
+        last = min(index + size, pass_.group_length(axis, group)) - 1
+        window = pass_.window(axis)
         groups.append(group)
         first.append(index)
-        keys.append((axis.window(index, group)[0], axis.window(last, group)[1]))
+        columns.append((window(index, group)[0], window(last, group)[1]))
     batch = quotient(record["head_groups"], rest)
     head_group = rest - batch * int(record["head_groups"]["divisor"])
     head = head_group * int(record["heads_per_tile"])
-    kv_head = quotient(record["group_size"], head)
-    return Tile(batch, head, kv_head, *(tuple(each[::-1]) for each in (groups, first, keys)))
+    group_size = int(record["group_size"]["divisor"])
+    if pass_.rows_are_keys:
+        column_heads = range(head * group_size, (head + 1) * group_size)
+    else:
+        column_head = quotient(record["group_size"], head)
+        column_heads = range(column_head, column_head + 1)
+    along_axes = (tuple(each[::-1]) for each in (groups, first, columns))
+    return Tile(batch, head, column_heads, active, *along_axes)
 
 
-def boxes_of(tile, key_box):
-    """Where boxes of keys begin, counted from the first key of the tile on."""
+def boxes_of(tile, column_box):
+    """Where boxes of columns begin, counted from the first column of the tile on."""
     lengths = [
-        -(-(end - begin) // size) for (begin, end), size in zip(tile.keys, key_box, strict=True)
+        -(-(end - begin) // size)
+        for (begin, end), size in zip(tile.columns, column_box, strict=True)
     ]
-    return np.array(list(np.ndindex(*lengths))).reshape(-1, len(key_box)) * key_box
+    return np.array(list(np.ndindex(*lengths)), int).reshape(-1, len(column_box)) * column_box
 
 
 # mask.cuh
@@ -91,61 +114,60 @@ def boxes_of(tile, key_box):
 NONE, PARTIAL, ALL = range(3)
 
 
-def columns(keys):
-    """[4, keys / 4] The key whose logit a lane of a quad holds, by lane and bit of its word."""
-    quad, bit = np.ogrid[:4, : keys // 4]
+def held(columns):
+    """[4, columns / 4] The column of a logit, by the lane of its quad and the bit of its word."""
+    quad, bit = np.ogrid[:4, : columns // 4]
     return 8 * (bit // 2) + 2 * quad + bit % 2
 
 
-def prefixes(key_box):
-    """For each axis [extent + 1, 4] words: the keys of a box before each coordinate."""
-    keys = math.prod(key_box)
-    bits = np.uint32(1) << np.arange(keys // 4, dtype=np.uint32)
-    coordinates = np.unravel_index(columns(keys), key_box)
+def prefixes(column_box):
+    """For each axis [extent + 1, 4] words: the columns of a box before each coordinate."""
+    columns = math.prod(column_box)
+    bits = np.uint32(1) << np.arange(columns // 4, dtype=np.uint32)
+    coordinates = np.unravel_index(held(columns), column_box)
     return [
         np.array([(bits * (along < before)).sum(-1, dtype=np.uint32) for before in range(size + 1)])
-        for along, size in zip(coordinates, key_box, strict=True)
+        for along, size in zip(coordinates, column_box, strict=True)
     ]
 
 
-def windows_of(problem, record, tile, w):
-    """Along each axis: windows of the coordinates of a warpgroup, those of all, and of each.
+def windows_of(problem, pass_, record, tile, w):
+    """For each axis the windows of a warpgroup's coordinates, their union and what all share.
 
-    Counted from the first key of the tile on, as begin and end.
+    As (begin, end), counted from the first column of the tile on.
     """
     for r, axis in enumerate(problem.axes):
-        group, base = tile.groups[r], tile.keys[r][0]
+        group, base = tile.groups[r], tile.columns[r][0]
         first = tile.first[r] + int(record["warpgroup"][w][1 + r])
-        size, length = int(record["query_box"][r]), axis.group_length(group)
-        clamped = [min(first + i, length - 1) for i in range(size)]
-        windows = np.array([axis.window(index, group) for index in clamped]) - base
-        if first >= length:
+        size, length = int(record["row_box"][r]), pass_.group_length(axis, group)
+        window, clamped = pass_.window(axis), [min(first + i, length - 1) for i in range(size)]
+        windows = np.array([window(index, group) for index in clamped]) - base
+        if first < length and tile.active >> w & 1:
+            low, high = windows[0], windows[-1]
+            yield windows, (low[0], high[1]), (high[0], low[1])
+        else:  # it has no rows
             yield windows, (0, 0), (0, 0)
-            continue
-        low, high = windows[0], windows[-1]
-        yield windows, (low[0], high[1]), (high[0], low[1])
 
 
 def visit(windows, begins, record, words):
-    """What a warpgroup does with a box of keys, and whom its words show [64, keys] if it does."""
-    query_box, key_box = record["query_box"].tolist(), record["key_box"].tolist()
-    ends = begins + key_box
+    """What a warpgroup does with a box of columns, and which of them its rows see [64, columns]."""
+    row_box, column_box = record["row_box"].tolist(), record["column_box"].tolist()
+    ends = begins + column_box
     none, covers = False, True
     shown = np.full((ROWS, 4), 0xFFFFFFFF, np.uint32)
-    of_row = np.unravel_index(np.arange(ROWS), query_box)
+    of_row = np.unravel_index(np.arange(ROWS), row_box)
     for r, (of_coordinates, (low, high), (begin, end)) in enumerate(windows):
         none |= begins[r] >= high or ends[r] <= low
         covers &= begin <= begins[r] and ends[r] <= end
-        before, until = np.clip(of_coordinates - begins[r], 0, key_box[r]).T
+        before, until = np.clip(of_coordinates - begins[r], 0, column_box[r]).T
         shown &= (words[r][until] & ~words[r][before])[of_row[r]]
+    columns = math.prod(column_box)
     if none:
-        return NONE, None
-    keys = math.prod(key_box)
+        return NONE, np.zeros((ROWS, columns), bool)
     if covers:
-        return ALL, np.ones((ROWS, keys), bool)
-    held = columns(keys)
-    visible = np.zeros((ROWS, keys), bool)
-    visible[:, held] = shown[:, :, None] >> np.arange(keys // 4, dtype=np.uint32) & 1
+        return ALL, np.ones((ROWS, columns), bool)
+    visible = np.zeros((ROWS, columns), bool)
+    visible[:, held(columns)] = shown[:, :, None] >> np.arange(columns // 4, dtype=np.uint32) & 1
     return PARTIAL, visible
 
 
@@ -162,76 +184,96 @@ def token_numbers(axes, lengths, groups, first, box):
     return np.where(exists, np.ravel_multi_index(tuple(clamped), lengths), -1)
 
 
-@given(problem=supported(most_tokens=300, dims=ALL_DIMS), data=st.data())
-def test_every_visible_pair_is_met_once(problem, data):
-    plan = data.draw(st.sampled_from(plans(problem)))
-    counts = count(problem, plan)
-    tiles = counts.blocks * problem.batch * problem.heads // plan.heads
-    record = _record(problem, plan, tiles, NO_FOLDINGS)[0]
+@st.composite
+def walks(draw):
+    """A problem, a pass of it, a plan for that, and a division of the tiles."""
+    problem = draw(supported(("forward", "backward"), most_tokens=300, dims=ALL_DIMS))
+    pass_ = draw(st.sampled_from(passes(problem)))
+    plan = draw(st.sampled_from(plans(problem, pass_)))
+    heads = problem.batch * pass_.heads(problem) // plan.heads
+    tiles = count(problem, plan, pass_).blocks * heads
+    parts = draw(st.integers(1, plan.form.warpgroups))
+    whole = tiles if parts == 1 else draw(st.integers(0, tiles))
+    return problem, pass_, plan, Division(tiles, whole, parts)
+
+
+@given(walk=walks())
+def test_every_visible_pair_is_met_once(walk):
+    problem, pass_, plan, work = walk
+    record = _record(problem, plan, pass_, work, NO_FOLDINGS)[0]
+    row_tokens, column_tokens = pass_.row_tokens(problem), pass_.column_tokens(problem)
     rows: Counter[tuple[int, int, int]] = Counter()
-    met = np.zeros((plan.heads, math.prod(problem.tokens), math.prod(problem.key_tokens)), int)
+    met = np.zeros((plan.heads, math.prod(row_tokens), math.prod(column_tokens)), int)
     blocks = loads = visits = full = longest = 0
-    words = prefixes(plan.key_box)
-    for number in range(tiles):
-        tile = find_tile(problem, record, number)
-        is_counted = (tile.batch, tile.head) == (0, 0)
-        boxes = boxes_of(tile, plan.key_box) if is_counted else []
-        blocks, loads = blocks + is_counted, loads + len(boxes)
+    words = prefixes(plan.column_box)
+    for number in range(work.blocks):
+        tile = find_tile(problem, pass_, record, number)
+        is_first = (tile.batch, tile.head) == (0, 0)  # of the heads, which are all alike
+        boxes = boxes_of(tile, plan.column_box) if is_first else []
+        blocks, loads = blocks + is_first, loads + len(boxes)
         longest = max(longest, len(boxes))
         for w in range(plan.form.warpgroups):
             head, *offset = record["warpgroup"][w].tolist()
             first = np.add(tile.first, offset)
-            queries = token_numbers(
-                problem.axes, problem.tokens, tile.groups, first, plan.query_box
-            )
-            exists = queries >= 0
-            assert (tile.head + head) // problem.group_size == tile.kv_head
-            rows.update((tile.batch, tile.head + head, x) for x in queries[exists].tolist())
-            windows = list(windows_of(problem, record, tile, w)) if is_counted else []
+            row = token_numbers(problem.axes, row_tokens, tile.groups, first, plan.row_box)
+            exists = (row >= 0) & bool(tile.active >> w & 1)
+            rows.update((tile.batch, tile.head + head, x) for x in row[exists].tolist())
+            for column_head in tile.column_heads:
+                pair = tile.head + head, column_head
+                query_head, key_head = reversed(pair) if pass_.rows_are_keys else pair
+                assert query_head // problem.group_size == key_head
+            windows = list(windows_of(problem, pass_, record, tile, w)) if is_first else []
             for begins in boxes:
-                begin = begins + [keys[0] for keys in tile.keys]
-                keys = token_numbers(
-                    problem.axes, problem.key_tokens, tile.groups, begin, plan.key_box
+                begin = begins + [begin for begin, _ in tile.columns]
+                column = token_numbers(
+                    problem.axes, column_tokens, tile.groups, begin, plan.column_box
                 )
                 visibility, visible = visit(windows, begins, record, words)
-                if visibility == NONE:
-                    continue
-                visits += head == 0
+                visits += head == 0 and visibility != NONE
                 full += head == 0 and visibility == ALL
-                row, key = np.nonzero(visible & exists[:, None])
-                assert (keys[key] >= 0).all(), "a key past the end of an axis is shown"
-                np.add.at(met[head], (queries[row], keys[key]), 1)
-    np.testing.assert_array_equal(met, np.broadcast_to(visible_mask(problem), met.shape))
-    assert counts == (blocks, loads, visits, full, longest)
+                i, j = np.nonzero(visible & exists[:, None])
+                assert (column[j] >= 0).all(), "a column past the end of an axis is shown"
+                np.add.at(met[head], (row[i], column[j]), 1)
+    mask = visible_mask(problem).T if pass_.rows_are_keys else visible_mask(problem)
+    np.testing.assert_array_equal(met, np.broadcast_to(mask, met.shape))
     assert set(rows.values()) == {1}
-    assert len(rows) == problem.batch * problem.heads * math.prod(problem.tokens)
+    assert len(rows) == problem.batch * pass_.heads(problem) * math.prod(row_tokens)
+    counts = count(problem, plan, pass_)
+    assert (counts.visits, counts.full, counts.longest) == (visits, full, longest)
+    if work.parts == 1:
+        assert (counts.blocks, counts.loads) == (blocks, loads)
 
 
-@pytest.mark.parametrize("keys", [64, 128])
-def test_a_warpgroup_holds_every_column_once(keys):
-    assert sorted(columns(keys).flat) == list(range(keys))
-    assert keys // 4 <= 32, "the bits of a word"
+@pytest.mark.parametrize("columns", [64, 128])
+def test_a_quad_holds_every_column_once(columns):
+    assert sorted(held(columns).flat) == list(range(columns))
+    assert columns // 4 <= 32, "the bits of a word"
 
 
-def first_keys(end, quad):
-    """`first_keys` of cuda/hopper/mask.cuh."""
+def first_columns(end, quad):
+    """`first_columns` of cuda/hopper/mask.cuh."""
     left = max(end - 2 * quad, 0)
     bits = left // 8 * 2 + min(left % 8, 2)
     return 0xFFFFFFFF if bits >= 32 else (1 << bits) - 1
 
 
-@pytest.mark.parametrize("keys", [64, 128])
-def test_the_last_additional_keys_are_shown(keys):
-    for left in range(1, 2 * keys):
-        for quad, held in enumerate(columns(keys)):
-            word = first_keys(left, quad)
-            assert [word >> bit & 1 for bit in range(keys // 4)] == (held < left).tolist()
+@pytest.mark.parametrize("columns", [64, 128])
+def test_the_last_additional_keys_are_shown(columns):
+    for left in range(1, 2 * columns):
+        for quad, of_quad in enumerate(held(columns)):
+            word = first_columns(left, quad)
+            assert [word >> bit & 1 for bit in range(columns // 4)] == (of_quad < left).tolist()
 
 
-@given(problem=supported(most_tokens=1000, dims=ALL_DIMS))
+@given(problem=supported(("forward", "backward"), most_tokens=1000, dims=ALL_DIMS))
 def test_a_plan_fits_the_kernel(problem):
-    form = form_of(problem, H200)
-    assert make_plan(problem, H200) in plans(problem)
-    assert shared_bytes(problem, form) <= H200.shared_memory
-    assert form.query_slots >= form.warpgroups
-    assert form.stages >= 2
+    for pass_ in passes(problem):
+        plan = make_plan(problem, H200, pass_)
+        assert plan in plans(problem, pass_)
+        assert shared_bytes(problem, plan.form, pass_) <= H200.shared_memory
+        assert plan.form.row_slots >= plan.form.warpgroups
+        assert plan.form.stages >= 2
+        work = division(problem, plan, H200, pass_)
+        assert 0 <= work.whole <= work.tiles
+        assert 1 <= work.parts <= plan.form.warpgroups
+        assert work.parts > 1 or work.whole == work.tiles

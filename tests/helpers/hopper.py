@@ -9,20 +9,20 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from helpers.strategies import Inputs, numpy_dtype, problems
+from helpers.strategies import Inputs, biased, numpy_dtype, problems
 from hypothesis import strategies as st
 
 from cuneigh._backends import hopper
 from cuneigh._backends.hopper.plan import (
-    Form,
     HopperPlan,
     arrangements,
+    column_boxes,
     form_of,
-    key_boxes,
-    query_boxes,
+    row_boxes,
 )
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer
+from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._problem import Problem
 
 H200 = Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)
@@ -34,6 +34,7 @@ COMPILED_DIMS = ((64, 64), (128, 128), (32, 32), (72, 104), (128, 64), (256, 200
 @st.composite
 def supported(
     draw,
+    operations: tuple[str, ...] = ("forward",),
     most_tokens: int = 400,
     dims: tuple[tuple[int, int], ...] = COMPILED_DIMS,
     multiplications: int = 10_000_000,
@@ -47,14 +48,18 @@ def supported(
     """
     problem = draw(
         problems(
-            operations=("forward",),
+            operations=operations,
             dtypes=hopper.DTYPES,
             most_tokens=most_tokens,
             budget=most_tokens**2,
             **arguments,
         )
     )
+    if problem.additional:  # several boxes of them, too
+        problem = replace(problem, additional=draw(st.just(problem.additional) | biased(1, 300)))
     pairs = problem.batch * problem.heads * math.prod(problem.tokens) * problem.slots
+    longest = hopper.LONGEST[problem.operation]
+    dims = tuple(pair for pair in dims if max(pair) <= longest)
     cheap = [pair for pair in dims if max(pair) * pairs <= multiplications]
     head_dim, value_dim = draw(st.sampled_from(cheap or [min(dims, key=max)]))
     if problem.rank == 3 and (head_dim % 16 or value_dim % 16):
@@ -75,15 +80,14 @@ def supported(
     return problem
 
 
-def plans(problem: Problem, form: Form | None = None) -> list[HopperPlan]:
-    """Every plan, in the form that the kernel takes on an H200 unless `form` is another."""
-    if form is None:
-        form = form_of(problem, H200)
-    boxes = itertools.product(query_boxes(problem), key_boxes(problem, form))
+def plans(problem: Problem, pass_: Pass = FORWARD) -> list[HopperPlan]:
+    """Every plan that the kernel of a pass can run on an H200."""
+    form = form_of(problem, H200, pass_)
+    boxes = itertools.product(row_boxes(problem), column_boxes(problem, form))
     return [
-        HopperPlan(form, query_box, warpgroups, heads, key_box)
-        for query_box, key_box in boxes
-        for warpgroups, heads in arrangements(problem, form)
+        HopperPlan(form, row_box, warpgroups, heads, column_box)
+        for row_box, column_box in boxes
+        for warpgroups, heads in arrangements(problem, form, pass_)
     ]
 
 
@@ -97,8 +101,8 @@ def described(array: np.ndarray) -> Array:
 
 def refusal(problem: Problem, inputs: Inputs) -> str | None:
     """Why the backend does not take these arrays; None if it does."""
-    given = inputs.operands._asdict().items()
-    arrays = {name: described(array) for name, array in given if array is not None}
+    given = {**inputs.operands._asdict(), "grad_output": inputs.grad_output}
+    arrays = {name: described(array) for name, array in given.items() if array is not None}
     return hopper.unsupported(problem, H200, arrays)
 
 

@@ -21,7 +21,7 @@ from helpers.gpu_arrays import NATIVE
 from helpers.strategies import OPERATIONS, inputs
 
 from cuneigh import _device
-from cuneigh._backends import fused, gemm, naive
+from cuneigh._backends import fused, gemm, hopper, naive
 from cuneigh._backends.fused import launch
 from cuneigh._backends.fused import plan as fused_plan
 from cuneigh._backends.fused.plan import FusedPlan
@@ -31,6 +31,7 @@ from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._problem import DTYPES, Problem, Spec
 from cuneigh._validate import Window, attention_problem, av_problem, qk_problem
 
+BACKENDS = hopper, naive, gemm, fused
 WINDOWS = {
     1: ((13,), Window((5,), (2,), (2,), (True,)), Window((4,), (1,), (3,), (False,))),
     2: (
@@ -94,6 +95,25 @@ def small_window_problems_of(operation: str, dtype: str, rank: int) -> list[Prob
     return problems
 
 
+def long_window_problems_of(dtype: str, rank: int) -> list[Problem]:
+    """Some for `hopper`: several tiles, masked boxes and additional keys; the second is dilated."""
+    tokens = {1: (450,), 2: (21, 22), 3: (7, 8, 9)}[rank]
+    kernel_size = {1: (200,), 2: (9, 8), 3: (3, 4, 2)}[rank]
+    problems = []
+    for dilation, dims in ((1, (64, 64)), (2, (128, 32)), (1, (192, 256))):
+        window = Window(
+            kernel_size, (2,) * rank, (dilation,) * rank, (False,) * (rank - 1) + (True,)
+        )
+        query = Spec((2, *tokens, 6, dims[0]), dtype)
+        key, value = (Spec((2, *tokens, 2, dim), dtype) for dim in dims)
+        extra = (Spec((2, 130, 2, dim), dtype) for dim in dims) if dilation > 1 else (None, None)
+        scale = -0.1 if dilation > 1 else 0.1
+        problems.append(
+            attention_problem("small", "forward", query, key, value, window, scale, *extra, None)
+        )
+    return problems
+
+
 def choose_plan(
     small: bool,
     batch_heads: int,
@@ -123,6 +143,7 @@ def main(names: list[str]) -> None:
         cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
         cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
         small: list[Problem] = []
+        long: list[Problem] = []
         if operation in ("forward", "backward"):
             for rpb in (False, True):
                 cases.append((problem_of(operation, dtype, rank, (130, 250), rpb), "packed"))
@@ -131,10 +152,13 @@ def main(names: list[str]) -> None:
                 cases += [(problem, "contiguous") for problem in small]
         if operation[:2] != "av":
             cases.append((problem_of(operation, dtype, rank, (32, 32), True), "contiguous"))
+        if operation == "forward" and DTYPES[dtype] == 2:
+            long = long_window_problems_of(dtype, rank)
+            cases += [(problem, "heads_first") for problem in long]
         for problem, layout in cases:
             given = inputs(problem, np.random.default_rng(rank), layout)
             launch.choose_plan = partial(choose_plan, problem in small, 1 if count % 2 else 3)
-            for backend in (naive, gemm, fused):
+            for backend in (hopper,) if problem in long else BACKENDS:
                 if backend.NAME in names and backend.unsupported(problem, device) is None:
                     check_backend(backend, problem, given, **NATIVE)
                     count += 1
@@ -142,4 +166,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [naive.NAME, gemm.NAME, fused.NAME])
+    main(sys.argv[1:] or [backend.NAME for backend in BACKENDS])

@@ -88,9 +88,12 @@ def unsupported(
 
 def _contiguous(problem: Problem) -> dict[str, Array]:
     """The arguments of a call that says nothing of their layout."""
+    specs = problem.specs._asdict()
+    if problem.operation == "backward":
+        specs["grad_output"] = problem.output
     return {
         name: Array(Pointer(0), spec.shape, spec.dtype, contiguous(spec.shape), 0)
-        for name, spec in problem.specs._asdict().items()
+        for name, spec in specs.items()
         if spec is not None
     }
 

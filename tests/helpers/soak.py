@@ -1,0 +1,198 @@
+"""Random problems through the Hopper kernel, each watched: a hang is named and ended.
+
+python tests/helpers/soak.py [--problems N] [--seconds S] [--seed SEED]
+
+The problems run in a child process, which is killed when one of them takes longer than `LIMIT`, and
+started anew. Results are compared with those of the naive kernels. The exit status says whether all
+of them agreed in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, assume, given, seed, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cuneigh import _device, _jit
+from cuneigh._backends import hopper, naive
+from cuneigh._backends.hopper import launch
+from cuneigh._backends.hopper.plan import HopperPlan
+from cuneigh._problem import Problem
+from cuneigh._window import Axis
+from helpers.accuracy import run_backend
+from helpers.gpu_arrays import NATIVE
+from helpers.hopper import COMPILED_DIMS, assert_agree, plans, supported
+from helpers.strategies import inputs
+
+LIMIT, LIMIT_OF_PREPARATION = 10.0, 120.0
+"""Seconds that the kernel may take for a problem, and all that comes before it."""
+MOST_ELEMENTS = 2_000_000
+"""Of the output."""
+READY = "ready"
+
+
+class Case(NamedTuple):
+    problem: Problem
+    plan: HopperPlan | None
+    """None for that of the backend."""
+    layout: str
+    seed: int
+    """Of the numbers."""
+
+
+@st.composite
+def cases(draw) -> Case:
+    problem = draw(supported(most_tokens=3000, multiplications=1_000_000_000))
+    assume(np.prod(problem.output.shape) <= MOST_ELEMENTS)
+    plan = draw(st.none() | st.sampled_from(plans(problem)))
+    layout = draw(st.sampled_from(["contiguous", "packed", "heads_first"]))
+    return Case(problem, plan, layout, draw(st.integers(0, 2**32 - 1)))
+
+
+def compile_all() -> int:
+    """Compile the kernels of all cases, so that no case has to wait for one."""
+    device = _device.of_capability(hopper.CAPABILITY)
+    kernels = set()
+    for rank, dtype, dims, dilation, additional, scale in itertools.product(
+        (1, 2, 3), hopper.DTYPES, COMPILED_DIMS, (1, 2), (None, 1), (1.0, -1.0)
+    ):
+        axes = (Axis(8, 8, 2, 1, dilation, False),) * rank
+        problem = Problem("forward", dtype, 1, 1, 1, *dims, axes, scale, additional)
+        for backend in (naive, hopper):
+            kernels.update(backend.kernels(problem, device))
+    _jit.precompile(kernels, ["sm_90a"])
+    return len(kernels)
+
+
+# The child
+
+
+def work(connection: Connection) -> None:
+    """Compute cases as they come: say `READY` before the kernel runs and what is wrong after it."""
+    device = _device.cuda(0)
+    while True:
+        case = connection.recv()
+        given_inputs = inputs(case.problem, np.random.default_rng(case.seed), case.layout)
+        given_inputs = given_inputs._replace(wants_lse=True)
+        wanted = run_backend(naive, case.problem, given_inputs, **NATIVE)
+        for kernel in hopper.kernels(case.problem, device):
+            _jit.load(kernel, device)
+        with pytest.MonkeyPatch.context() as patch:
+            if case.plan is not None:
+                patch.setattr(launch, "make_plan", lambda problem, device, plan=case.plan: plan)
+            connection.send(READY)
+            got = run_backend(hopper, case.problem, given_inputs, **NATIVE)
+        try:
+            assert_agree(case.problem, given_inputs, got, wanted)
+            connection.send("")
+        except AssertionError as error:
+            connection.send(f"wrong: {error}")
+
+
+class Child:
+    """A process that computes cases, started when it is needed."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+
+    def result_of(self, case: Case) -> str:
+        """What is wrong with the results of a case; nothing if it is empty."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=work, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()
+        try:
+            self._connection.send(case)
+            for limit, hung in ((LIMIT_OF_PREPARATION, "hung before the kernel"), (LIMIT, "hung")):
+                if not self._connection.poll(limit):
+                    self.stop()
+                    return hung
+                said: str = self._connection.recv()
+                if said != READY:
+                    return said
+        except (EOFError, OSError):  # an error of CUDA, which the child has printed
+            self.stop()
+            return "failed"
+        raise AssertionError("the child says what is wrong after it was ready")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
+
+
+# The parent
+
+
+class TimeIsUp(BaseException):
+    """Not an Exception, which hypothesis would take for a failure of the example."""
+
+
+def drawn(count: int, number: int) -> Any:
+    """A decorator: call the function with `count` cases drawn from the seed `number`."""
+    chosen = settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    return lambda function: seed(number)(chosen(given(case=cases())(function)))
+
+
+def soak(count: int, seconds: float, number: int) -> tuple[int, list[str]]:
+    """The number of cases that ran, and a line about each that went wrong."""
+    child, end, done, wrong = Child(), time.monotonic() + seconds, [], []
+
+    @drawn(count, number)
+    def run(case: Case) -> None:
+        if time.monotonic() > end:
+            raise TimeIsUp
+        told = child.result_of(case)
+        done.append(told)
+        if told:
+            wrong.append(f"{told}: {case}")
+            print(wrong[-1], flush=True)
+
+    try:
+        run()
+    except TimeIsUp:
+        pass
+    finally:
+        child.stop()
+    return len(done), wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Random problems through the Hopper kernel.")
+    parser.add_argument("--problems", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    start = time.monotonic()
+    print(f"{compile_all()} kernels in {time.monotonic() - start:.0f} s", flush=True)
+    count, wrong = soak(options.problems, options.seconds, options.seed)
+    hung = sum(line.startswith("hung") for line in wrong)
+    seconds = time.monotonic() - start
+    print(f"{count} problems in {seconds:.0f} s: {hung} hung, {len(wrong) - hung} failed or wrong")
+    return 1 if wrong or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,394 @@
+"""The Hopper kernel on a GPU: against the oracle, against `fused`, and against itself."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.accuracy import check_backend, run_backend
+from helpers.brute_force import seers
+from helpers.gpu_arrays import NATIVE, on_arrays, to_cupy, to_numpy
+from helpers.hopper import H200, assert_agree, plans, refusal, supported
+from helpers.strategies import generators, inputs, layouts
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import cuneigh
+from cuneigh import _device
+from cuneigh._backends import choose, fused, hopper
+from cuneigh._backends.hopper import launch
+from cuneigh._backends.hopper.plan import make_plan
+from cuneigh._gpu.tensor_map import KEPT
+from cuneigh._problem import Operands, Problem, Spec
+from cuneigh._validate import attention_problem, window_arguments
+
+
+@pytest.fixture(scope="module")
+def hopper_gpu() -> None:
+    device = _device.cuda(0)
+    if device.capability != hopper.CAPABILITY:
+        pytest.skip(f"needs compute capability 9.0, not {device.arch}")
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper_gpu")]
+
+
+def problem_of(tokens, kernel_size, dims=(64, 64), dtype="bfloat16", batch=1, **window) -> Problem:
+    """Four query heads on two key heads."""
+    query, key, value = (
+        Spec((batch, *tokens, heads, dim), dtype)
+        for heads, dim in ((4, dims[0]), (2, dims[0]), (2, dims[1]))
+    )
+    arguments = {"stride": 1, "dilation": 1, "is_causal": False, **window}
+    taken = window_arguments("test", len(tokens), kernel_size, *arguments.values())
+    return attention_problem("test", "forward", query, key, value, taken, None)
+
+
+def takes(patch: pytest.MonkeyPatch, plan: Any) -> None:
+    patch.setattr(launch, "make_plan", lambda problem, device: plan)
+
+
+# Against the oracle
+
+
+@given(problem=supported(), rng=generators(), layout=layouts())
+def test_results_agree_with_the_oracle(problem, rng, layout):
+    """In every layout that TMA can read; others are for `fused`."""
+    given_inputs = inputs(problem, rng, layout)
+    if refusal(problem, given_inputs) is None:
+        check_backend(hopper, problem, given_inputs, **NATIVE)
+    else:
+        assert layout not in ("contiguous", "packed", "heads_first"), refusal(problem, given_inputs)
+
+
+@given(data=st.data(), rng=generators())
+def test_any_plan_agrees_with_the_oracle(data, rng):
+    problem = data.draw(supported())
+    plan = data.draw(st.sampled_from(plans(problem)))
+    layout = data.draw(st.sampled_from(["contiguous", "packed", "heads_first"]))
+    with pytest.MonkeyPatch.context() as patch:
+        takes(patch, plan)
+        check_backend(hopper, problem, inputs(problem, rng, layout), **NATIVE)
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim(head_dim):
+    value_dim = head_dim * 7 % 256 + 8
+    dtype = "bfloat16" if head_dim % 16 else "float16"
+    for dims in ((head_dim, head_dim), (head_dim, value_dim)):
+        problem = problem_of((20, 12), (5, 9), dims, dtype, dilation=(2, 1))
+        check_backend(hopper, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+
+
+@pytest.mark.parametrize("dtype", hopper.DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "kernel_size"),
+    [
+        ((1,), 1),
+        ((193,), 1),
+        ((257,), 257),
+        ((1000,), 65),
+        ((3, 5), (3, 5)),
+        ((31, 37), (5, 7)),
+        ((1, 300), (1, 200)),
+        ((300, 1), (200, 1)),
+        ((2, 3, 2), 1),
+        ((5, 7, 11), (5, 3, 11)),
+        ((1, 1, 300), (1, 1, 30)),
+    ],
+)
+def test_windows_and_layouts_of_extreme_sizes(dtype, tokens, kernel_size):
+    problem = problem_of(tokens, kernel_size, (64, 128), dtype)
+    check_backend(hopper, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+
+
+@pytest.mark.parametrize("dtype", hopper.DTYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_logits(dtype, sign):
+    """They are all near 1e4 or all near -1e4."""
+    spec = Spec((1, 400, 2, 64), dtype)
+    window = window_arguments("test", 1, 200, 1, 1, False)
+    problem = attention_problem("test", "forward", spec, spec, spec, window, sign * 1e4 / 64)
+    given_inputs = inputs(problem, np.random.default_rng(0))
+    near_one = {
+        name: (1 + array / 256).astype(array.dtype)
+        for name, array in given_inputs.operands._asdict().items()
+        if name in ("query", "key")
+    }
+    changed = given_inputs._replace(operands=given_inputs.operands._replace(**near_one))
+    check_backend(hopper, problem, changed, **NATIVE)
+
+
+@given(data=st.data(), rng=generators(), poison=st.sampled_from([np.nan, np.inf, 1e3]))
+def test_a_key_reaches_only_the_queries_that_see_it(data, rng, poison):
+    problem = data.draw(supported(cross=False))
+    given_inputs = inputs(problem, rng)._replace(wants_lse=True)
+    token = tuple(data.draw(st.integers(0, length - 1)) for length in problem.tokens)
+    names = ("key", "value") if np.isfinite(poison) else ("key",)
+    changed = {name: getattr(given_inputs.operands, name).copy() for name in names}
+    for array in changed.values():
+        array[(slice(None), *token)] = poison
+    touched_inputs = given_inputs._replace(operands=given_inputs.operands._replace(**changed))
+    with pytest.MonkeyPatch.context() as patch:
+        takes(patch, data.draw(st.sampled_from(plans(problem))))
+        plain = run_backend(hopper, problem, given_inputs, **NATIVE)
+        touched = run_backend(hopper, problem, touched_inputs, **NATIVE)
+    blind = ~seers(problem, token)
+    for name in plain:
+        np.testing.assert_array_equal(plain[name][:, blind], touched[name][:, blind])
+
+
+# Against another backend
+
+
+@given(
+    problem=supported(most_tokens=5000, multiplications=2_000_000_000),
+    rng=generators(),
+    layout=st.sampled_from(["contiguous", "packed", "heads_first"]),
+)
+def test_larger_problems_agree_with_fused(problem, rng, layout):
+    """Tiles, boxes and rounds by the hundred, where the oracle would take minutes."""
+    assume(math.prod(problem.tokens) * problem.batch * problem.heads < 100_000)
+    given_inputs = inputs(problem, rng, layout)._replace(wants_lse=True)
+    wanted, got = (
+        run_backend(backend, problem, given_inputs, **NATIVE) for backend in (fused, hopper)
+    )
+    assert_agree(problem, given_inputs, got, wanted)
+
+
+# Against itself
+
+
+@given(problem=supported(most_tokens=2000, multiplications=10**9), rng=generators())
+def test_two_runs_give_the_same_bits(problem, rng):
+    assume(math.prod(problem.tokens) * problem.batch * problem.heads < 100_000)
+    given_inputs = inputs(problem, rng)
+    first, second = (run_backend(hopper, problem, given_inputs, **NATIVE) for _ in range(2))
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name])
+
+
+def random(shape: tuple[int, ...], seed: int = 0, dtype: str = "float16") -> Any:
+    import cupy
+
+    return cupy.random.default_rng(seed).standard_normal(shape, dtype=np.float32).astype(dtype)
+
+
+@pytest.mark.parametrize("tokens", [(8192,), (96, 80), (16, 24, 24)])
+def test_other_work_on_the_gpu_changes_no_bits(tokens):
+    """Tiles go to whichever block is free, and how many blocks there are at once varies."""
+    import cupy
+
+    query, key, value = (random((1, *tokens, 8, 128), seed) for seed in range(3))
+    kernel_size = tuple(max(length // 3, 1) for length in tokens)
+    function = {1: cuneigh.na1d, 2: cuneigh.na2d, 3: cuneigh.na3d}[len(tokens)]
+
+    def call(backend: str) -> Any:
+        return function(query, key, value, kernel_size, return_lse=True, backend=backend)
+
+    alone = call("hopper")
+    call("fused")
+    cupy.cuda.Device().synchronize()
+    busy = cupy.cuda.Stream(non_blocking=True)
+    for _ in range(10):
+        with busy:
+            for _ in range(3):
+                call("fused")
+        beside = call("hopper")
+        for one, other in zip(alone, beside, strict=True):
+            cupy.testing.assert_array_equal(one, other)
+    busy.synchronize()
+
+
+# Calls of the public functions
+
+
+@pytest.mark.parametrize("tokens", [(700,), (30, 40), (9, 10, 11)])
+def test_views_with_heads_first_are_served(tokens):
+    torch = pytest.importorskip("torch")
+    function = {1: cuneigh.na1d, 2: cuneigh.na2d, 3: cuneigh.na3d}[len(tokens)]
+    generator = torch.Generator("cuda").manual_seed(0)
+    views = [
+        torch.randn(
+            (2, 4, *tokens, 64), device="cuda", dtype=torch.bfloat16, generator=generator
+        ).movedim(1, -2)
+        for _ in range(3)
+    ]
+    assert not views[0].is_contiguous()
+    kernel_size = tuple(length // 2 for length in tokens)
+    output = function(*views, kernel_size, backend="hopper")
+    copies = [view.contiguous() for view in views]
+    assert torch.equal(output, function(*copies, kernel_size, backend="hopper"))
+
+
+def test_what_it_cannot_read_goes_to_another_backend():
+    """An address at an odd multiple of 8: as when heads were split off a wider array."""
+    import cupy
+
+    memory = random((2 * 4096 * 4 * 128 + 4,))
+    shifted = memory[4:].reshape(2, 4096, 4, 128)
+    assert shifted.data.ptr % 16 == 8
+    output = cuneigh.na1d(shifted, shifted, shifted, 1024)
+    with pytest.raises(RuntimeError, match="hopper: needs query at an address"):
+        cuneigh.na1d(shifted, shifted, shifted, 1024, backend="hopper")
+    copy = shifted.copy()
+    wanted = cuneigh.na1d(copy, copy, copy, 1024, backend="hopper")
+    problem = problem_of((4096,), 1024)
+    assert choose(problem, H200, None) is hopper
+    cupy.testing.assert_allclose(output, wanted, atol=2**-6)
+
+
+def test_a_call_can_be_captured_into_a_graph():
+    """The tensor maps, and the counter of tiles that are taken, are right in every replay."""
+    import cupy
+
+    problem = problem_of((40, 50), (20, 30), (128, 128), "float16")
+    rng = np.random.default_rng(0)
+    sets = [[to_cupy(array) for array in inputs(problem, rng).operands[:3]] for _ in range(3)]
+    operands = Operands(*(array.copy() for array in sets[0]))
+    output, lse = (cupy.empty(*spec) for spec in (problem.output, problem.lse))
+    forward: Callable[..., None] = on_arrays(hopper).forward
+
+    def call() -> None:
+        forward(problem, operands, output, lse, cupy.empty)
+
+    expected = []
+    for arrays in sets:
+        for array, numbers in zip(operands[:3], arrays, strict=True):
+            array[...] = numbers
+        call()
+        expected.append((output.copy(), lse.copy()))
+    cupy.cuda.Device().synchronize()  # the stream below does not wait for the default one
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        call()  # after which there is memory for workspace
+        stream.begin_capture()
+        call()
+        graph = stream.end_capture()
+        for arrays, wanted in zip(sets, expected, strict=True):
+            for array, numbers in zip(operands[:3], arrays, strict=True):
+                array[...] = numbers
+            output.fill(0)
+            lse.fill(0)
+            graph.launch(stream)
+            for result, before in zip((output, lse), wanted, strict=True):
+                cupy.testing.assert_array_equal(result, before)
+
+
+def test_a_torch_graph_replays_a_call():
+    torch = pytest.importorskip("torch")
+    first, second = (torch.randn(1, 1000, 4, 64, device="cuda").half() for _ in range(2))
+    query = first.clone()
+    wanted = cuneigh.na1d(second, second, second, 300, backend="hopper")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = cuneigh.na1d(query, query, query, 300, backend="hopper")
+    query.copy_(second)
+    for _ in range(2):
+        output.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(output, wanted)
+
+
+def test_every_call_reads_where_its_arrays_are():
+    """More addresses than encoded maps are kept, twice around."""
+    import cupy
+
+    many = random((KEPT + 6, 1, 400, 2, 64))
+    wanted = [cuneigh.na1d(query, query, query, 90, backend="fused") for query in many]
+    for _ in range(2):
+        for query, expected in zip(many, wanted, strict=True):
+            output = cuneigh.na1d(query, query, query, 90, backend="hopper")
+            cupy.testing.assert_allclose(output, expected, atol=2**-6)
+
+
+# More elements than 32 bits count
+
+
+def needs_memory(size: int) -> None:
+    import cupy
+
+    cupy.get_default_memory_pool().free_all_blocks()
+    if cupy.cuda.runtime.memGetInfo()[0] < size:
+        pytest.skip("not enough memory on the GPU")
+
+
+def filled(shape: tuple[int, ...], seed: int) -> Any:
+    """A large array of numbers that repeat only after a prime number of head vectors."""
+    import cupy
+
+    period, dim = 32_749, shape[-1]
+    pattern = random((period, dim), seed)
+    array = cupy.empty(shape, pattern.dtype)
+    vectors = array.reshape(-1, dim)
+    for start in range(0, len(vectors), period):
+        part = vectors[start : start + period]
+        part[...] = pattern[: len(part)]
+    return array
+
+
+def test_the_end_of_a_long_sequence_is_that_of_a_short_one(monkeypatch):
+    """Bit for bit: they are cut alike."""
+    import cupy
+
+    dim, kernel_size, tail = 128, 5, 1024
+    tokens = (1 << 31) // dim + 4 * tail
+    needs_memory(6 * 2 * tokens * dim)
+    spec = Spec((1, tokens, 1, dim), "float16")
+    window = window_arguments("test", 1, kernel_size, 1, 1, False)
+    problem = attention_problem("test", "forward", spec, spec, spec, window, None)
+    plan = make_plan(problem, _device.cuda(0))
+    assert (tokens - 2 * tail) % plan.tile_box[0] == 0
+    takes(monkeypatch, plan)
+    arrays = [filled(spec.shape, seed) for seed in range(3)]
+
+    def results(*arrays: Any) -> Any:
+        return cuneigh.na1d(*arrays, kernel_size, return_lse=True, backend="hopper")
+
+    whole = results(*arrays)
+    end = results(*(array[:, -2 * tail :] for array in arrays))
+    for long_result, short_result in zip(whole, end, strict=True):
+        cupy.testing.assert_array_equal(long_result[:, -tail:], short_result[:, -tail:])
+
+
+def test_a_video_decoder_with_4_billion_elements():
+    """Arrays of LTX's decoder; samples of queries against float64, all corners among them."""
+    tokens, heads, dim, kernel_size = (121, 272, 480), 4, 64, 11
+    shape = (1, *tokens, heads, dim)
+    needs_memory(36 << 30)
+    query, key, value = (filled(shape, seed) for seed in range(3))
+    spec = Spec(shape, "float16")
+    window = window_arguments("test", 3, kernel_size, 1, 1, False)
+    problem = attention_problem("test", "forward", spec, spec, spec, window, None)
+    output, lse = cuneigh.na3d(query, key, value, kernel_size, return_lse=True, backend="hopper")
+    rng = np.random.default_rng(0)
+    corners = itertools.product(*((0, length - 1) for length in tokens))
+    anywhere = (tuple(map(int, rng.integers(0, tokens))) for _ in range(300))
+    for token in itertools.chain(corners, anywhere):
+        ranges = (axis.window(x, 0) for axis, x in zip(problem.axes, token, strict=True))
+        seen = (0, *(slice(*each) for each in ranges))
+        keys, values = (
+            to_numpy(array[seen].copy()).astype(np.float64).reshape(-1, heads, dim)
+            for array in (key, value)
+        )
+        of_query = to_numpy(query[(0, *token)].copy()).astype(np.float64)
+        logits = np.einsum("hd,khd->hk", of_query, keys) * problem.scale
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        sums = weights.sum(-1)
+        wanted = np.einsum("hk,khd->hd", weights / sums[:, None], values)
+        # What a single wrong key adds or leaves out is ten times as much
+        np.testing.assert_allclose(
+            to_numpy(output[(0, *token)].copy()).astype(np.float64), wanted, atol=1e-4, rtol=2**-10,
+            err_msg=f"output of {token}",
+        )  # fmt: skip
+        np.testing.assert_allclose(
+            to_numpy(lse[(0, *token)].copy()),
+            logits.max(-1) + np.log(sums),
+            atol=5e-5,
+            err_msg=f"lse of {token}",
+        )
