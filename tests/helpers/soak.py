@@ -25,16 +25,17 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from helpers.accuracy import run_backend
+from helpers.gpu_arrays import NATIVE
+from helpers.hopper import COMPILED_DIMS, assert_agree, plans, supported
+from helpers.strategies import inputs
+
 from cuneigh import _device, _jit
 from cuneigh._backends import hopper, naive
 from cuneigh._backends.hopper import launch
 from cuneigh._backends.hopper.plan import HopperPlan
 from cuneigh._problem import Problem
 from cuneigh._window import Axis
-from helpers.accuracy import run_backend
-from helpers.gpu_arrays import NATIVE
-from helpers.hopper import COMPILED_DIMS, assert_agree, plans, supported
-from helpers.strategies import inputs
 
 LIMIT, LIMIT_OF_PREPARATION = 10.0, 120.0
 """Seconds that the kernel may take for a problem, and all that comes before it."""
