@@ -3,7 +3,9 @@
     python bench/h200.py --output bench/results/h200.json
 
 `forward_backward` is the forward with its lse and the gradients of query, key and value. A backend
-is left out of a case that would take it longer than `--longest` ms by its measured rate.
+is left out of a case that would take it longer than `--longest` ms by its measured rate. `chosen`
+names the backends that a call without a name takes. Where every query sees every key, `cudnn` is
+PyTorch's attention by cuDNN on the same arrays, in the same run.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from harness import ROOT, ceilings, check, measure, provenance
 
 import cuneigh
 from cuneigh import _validate
-from cuneigh._backends.fused.choice import choose_plan
+from cuneigh._backends import BACKENDS, choose
 from cuneigh._device import cuda
 from cuneigh._problem import Operands, Problem, Spec
 
@@ -43,11 +45,18 @@ def main() -> None:
             continue
         results = document["cases"][name] = run(case, arguments.longest)
         for backend, figures in results.items():
+            if backend == "chosen":
+                continue
             for kind, figure in figures.items():
-                best = peers[name].get(kind, {}).get("best_peer_ms")
-                cutlass = peers[name].get(kind, {}).get("peers", {}).get("natten-cutlass-fna", {})
+                if "ms" not in figure:
+                    continue
+                best = peers.get(name, {}).get(kind, {}).get("best_peer_ms")
+                cutlass = (
+                    peers.get(name, {}).get(kind, {}).get("peers", {}).get("natten-cutlass-fna", {})
+                )
                 versus = f"  best peer {best:.3f} ms" if best else ""
                 versus += f", natten-cutlass-fna {cutlass['ms']:.3f} ms" if cutlass else ""
+                versus += "  chosen" if backend == results["chosen"].get(kind) else ""
                 print(
                     f"{name:18} {backend:6} {kind:16} {min(figure['ms'], figure['graph_ms']):9.4f} "
                     f"ms {figure['tflops']:6.1f} TFLOP/s {figure['gbps']:6.0f} GB/s{versus}",
@@ -82,19 +91,81 @@ def run(case: dict[str, Any], longest: float) -> dict[str, dict[str, Any]]:
         output, lse = function(*operands[:3], **keywords, return_lse=True, backend=backend)
         gradient(grad_output, *operands[:3], output, lse, **keywords, backend=backend)
 
-    for backend in ("naive", "fused"):
-        if backend == "naive" and naive_ms > longest:
+    device = cuda(0)
+    takes = {
+        backend.NAME: [
+            kind
+            for kind, asked in (("forward", problem), ("forward_backward", problem.gradient))
+            if backend.unsupported(asked, device) is None
+        ]
+        for backend in BACKENDS
+    }
+    for backend in ("naive", "hopper", "fused"):
+        if (backend == "naive" and naive_ms > longest) or "forward" not in takes[backend]:
             continue
         check(problem, operands, forward(backend))
-        figure = timed(problem, lambda backend=backend: forward(backend))
-        if backend == "fused":
-            figure["plan"] = plan_of(problem)
-        results[backend] = {"forward": figure}
-        if backend == "fused" or 3.5 * naive_ms <= longest:
-            results[backend]["forward_backward"] = timed(
+        figures = results[backend] = {
+            "forward": timed(problem, lambda backend=backend: forward(backend))
+        }
+        slow = backend == "naive" and 3.5 * naive_ms > longest
+        if "forward_backward" in takes[backend] and not slow:
+            figures["forward_backward"] = timed(
                 problem, lambda backend=backend: both(backend), passes=3.5
             )
+    results["chosen"] = {
+        "forward": choose(problem, device, None).NAME,
+        "forward_backward": choose(problem.gradient, device, None).NAME,
+    }
+    sees_all = all(axis.kernel_size == axis.length and not axis.is_causal for axis in problem.axes)
+    if sees_all and (figures := cudnn(problem, operands, grad_output)):
+        results["cudnn"] = figures
     return results
+
+
+def cudnn(problem: Problem, operands: Operands, grad_output: Any) -> dict[str, Any]:
+    """The times of full attention by cuDNN; none where PyTorch is not installed."""
+    try:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        return {}
+    dim = problem.head_dim
+    query, key, value, gradient = (
+        torch.from_dlpack(array).reshape(problem.batch, -1, problem.heads, dim).transpose(1, 2)
+        for array in (*operands[:3], grad_output)
+    )
+    inputs = [array.detach().requires_grad_() for array in (query, key, value)]
+
+    def forward() -> Any:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.no_grad():
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    def both() -> None:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            output = torch.nn.functional.scaled_dot_product_attention(*inputs)
+            torch.autograd.grad(output, inputs, gradient)
+
+    # PyTorch computes on CuPy's stream, which records the times
+    stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)
+    figures = {}
+    for kind, call, passes in (("forward", forward, 1.0), ("forward_backward", both, 3.5)):
+        with torch.cuda.stream(stream):
+            call()
+            times = [ms_of(call) for _ in range(5)]
+        best = sorted(times)[2]
+        tflops = round(passes * problem.flops() / best / 1e9, 2)
+        figures[kind] = {"ms": best, "graph_ms": best, "tflops": tflops, "gbps": 0.0}
+    return figures
+
+
+def ms_of(call: Callable[[], object]) -> float:
+    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    ms: float = cupy.cuda.get_elapsed_time(begin, end)
+    return ms
 
 
 def problem_of(case: dict[str, Any], shape: tuple[int, ...]) -> Problem:
@@ -108,11 +179,6 @@ def problem_of(case: dict[str, Any], shape: tuple[int, ...]) -> Problem:
         case["causal"],
     )
     return _validate.attention_problem("bench", "forward", spec, spec, spec, window, None)
-
-
-def plan_of(problem: Problem) -> str:
-    """What `fused` takes for contiguous arrays."""
-    return str(choose_plan(problem, cuda(0)))
 
 
 def timed(problem: Problem, call: Callable[[], object], passes: float = 1.0) -> dict[str, Any]:

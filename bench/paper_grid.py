@@ -26,12 +26,15 @@ RUNS = {
     "gemm": ("gemm", ("float16", "float32")),
     "gemm_tf32": ("gemm", ("float32",)),
     "fused": ("fused", ("float16", "float32")),
+    "hopper": ("hopper", ("float16",)),
 }
 """What is timed: the backend and the dtypes."""
 
 PAPER = {"naive": "naive_softmax_ms", "gemm": "gemm_softmax_ms", "gemm_tf32": "gemm_softmax_ms"}
 """The paper's kernel of the same family; its float32 GEMM kernels compute in TF32."""
-PAPER["fused"] = "fused_ms"
+PAPER["fused"] = PAPER["hopper"] = "fused_ms"
+
+BACKENDS = dict.fromkeys(backend for backend, _ in RUNS.values())
 
 BASELINE = "naive_softmax_ms"
 PAPER_GEMM = "the paper's GEMM"
@@ -73,6 +76,7 @@ def main() -> None:
             flush=True,
         )
     summary = summarize(results)
+    print(f"the choice among backends costs {100 * (cost_of_choice(results) - 1):.2f} %")
     for rank, dtypes in summary.items():
         for dtype, names in dtypes.items():
             for name, figures in names.items():
@@ -110,6 +114,8 @@ def run(case: dict[str, Any], runs: list[str], budget_ms: float, backward: bool)
 
     import cuneigh
     from cuneigh import _validate
+    from cuneigh._backends import choose
+    from cuneigh._device import cuda
     from cuneigh._problem import Operands, Spec
 
     tokens, dtype = case["tokens"], case["dtype"]
@@ -155,6 +161,7 @@ def run(case: dict[str, Any], runs: list[str], budget_ms: float, backward: bool)
             ms = min(measure(both, budget_ms).values())
             result[f"{name}_forward_backward_ms"] = ms
     os.environ.pop("CUNEIGH_ALLOW_TF32", None)
+    result["chosen"] = choose(problem, cuda(0), None).NAME
     return result
 
 
@@ -163,6 +170,16 @@ def supported(problem: Any, backend: str) -> bool:
 
     (module,) = (module for module in _backends.BACKENDS if backend == module.NAME)
     return module.unsupported(problem, _device.cuda(0)) is None
+
+
+def cost_of_choice(results: list[dict[str, Any]]) -> float:
+    """How much longer the chosen backends take than the fastest ones, as a geometric mean."""
+    ratios = []
+    for result in results:
+        times = [result[f"{backend}_ms"] for backend in BACKENDS if f"{backend}_ms" in result]
+        if f"{result['chosen']}_ms" in result:
+            ratios.append(result[f"{result['chosen']}_ms"] / min(times))
+    return statistics.geometric_mean(ratios or [1.0])
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -145,15 +145,14 @@ LONG = Cycles(
 """Of vectors of more than 128 elements."""
 
 
-BACKWARD = Cycles(
-    1 / 1700, logit=0.05, copy=0.0, box=600, row=0.0, block=5_000, mask=0.0200, start=15_000
-)
+OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, mask=0.0491)
+OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
 
 
 def constants(problem: Problem, pass_: Pass) -> Cycles:
     """The fit for a kernel."""
     if pass_ != FORWARD:
-        return BACKWARD
+        return OF_DQ if pass_ == DQ else OF_DKV
     longest = max(problem.head_dim, problem.value_dim)
     return SHORT if longest <= 64 else MIDDLE if longest <= 128 else LONG
 
