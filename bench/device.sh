@@ -4,7 +4,7 @@
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host memory naive grid h200
 #                                    (the default: all of these), soak, alternate
 #
-# `soak` runs random problems through the Hopper kernel for $SECONDS_OF_SOAK (default: 500), which
+# `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
 # takes a GPU of compute capability 9.0.
 #
 # `alternate` compares this checkout with an older one, whose folder is $OLD, by turns on this GPU:
@@ -40,7 +40,7 @@ sanitizer() {
 }
 
 soak() {
-  python3 tests/helpers/soak.py --seconds "${SECONDS_OF_SOAK:-500}" 2>&1 |
+  python3 tests/helpers/soak.py --seconds "${SECONDS_OF_SOAK:-400}" 2>&1 |
     tee "$OUT/soak.txt" | tail -n 20
   return "${PIPESTATUS[0]}"
 }

@@ -38,12 +38,7 @@ def test_the_type_of_names_lists_all_backends():
 def test_a_backend_has_what_the_contract_asks_for(backend):
     assert isinstance(backend.NAME, str)
     assert all(isinstance(name, str) for name in backend.SETTINGS)
-    functions = ["unsupported", "predicted_ms", "kernels", "forward", "backward"]
-    if not hasattr(backend, "backward"):  # then there is no problem for which it is called
-        functions.remove("backward")
-        problem = replace(attention("float16"), operation="backward")
-        assert all(backend.unsupported(problem, device) for device in (CPU, of_capability((9, 0))))
-    for name in functions:
+    for name in ("unsupported", "predicted_ms", "kernels", "forward", "backward"):
         asked = list(inspect.signature(getattr(Backend, name)).parameters)[1:]
         offered = list(inspect.signature(getattr(backend, name)).parameters)
         if name in ("forward", "backward"):  # whose last argument is called after the space

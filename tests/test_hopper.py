@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from cuneigh import _device, _jit
 from cuneigh._backends import choose, fused, hopper
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.plan import VALUE_DIMS
+from cuneigh._backends.hopper.plan import WIDTHS, passes
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
-from cuneigh._problem import Problem, Spec
+from cuneigh._problem import Operation, Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
 from cuneigh._window import Axis
 
@@ -36,7 +36,9 @@ def long_windows(tokens=(4096,), kernel_size=1024, dim=128, batch=1, **changes) 
 
 def arrays_of(problem: Problem, **changes) -> dict[str, Array | None]:
     """The arrays of a contiguous call, but for those that `changes` names."""
-    specs = {**problem.specs._asdict(), "output": problem.output, "lse": problem.lse}
+    specs = {**problem.specs._asdict(), "result_output": problem.output, "result_lse": problem.lse}
+    if problem.operation == "backward":
+        specs["grad_output"] = problem.output
     arrays = {
         name: Array(Pointer(slot), *spec, contiguous(spec.shape), 0)
         for slot, (name, spec) in enumerate(specs.items())
@@ -57,7 +59,8 @@ def dilated(dilation: int) -> Problem:
     ("problem", "device", "reason"),
     [
         (long_windows(), _device.CPU, "needs arrays on a CUDA device"),
-        (long_windows(operation="backward"), H200, "the forward of attention, not backward"),
+        (long_windows(operation="qk"), H200, "computes attention and its gradients, not qk alone"),
+        (long_windows(operation="backward", head_dim=136), H200, "up to 128 in steps of 8"),
         (long_windows(), B200, "needs compute capability 9.0, but NVIDIA B200 has sm_100"),
         (long_windows(dtype="float32"), H200, "in float16, bfloat16, not in float32"),
         (long_windows(head_dim=264), H200, "up to 256 in steps of 8, not head_dim=264"),
@@ -84,6 +87,8 @@ def test_what_is_refused(problem, device, reason):
     "problem",
     [
         long_windows(),
+        long_windows(operation="backward"),
+        long_windows(dim=256),
         dilated(8),
         long_windows(scale=0.0),
         long_windows(scale=-2.0),
@@ -98,7 +103,15 @@ def test_what_is_taken(problem):
         assert hopper.unsupported(problem, device, arrays_of(problem)) is None
 
 
-@given(problem=supported(dims=ALL_DIMS))
+def test_a_gradient_that_it_cannot_read_is_told_ahead():
+    """The heads of a value, a single one, are neighbors; those of its query are too short."""
+    problem = long_windows((16, 16, 16), 8, dim=72, batch=2, head_dim=64, kv_heads=1)
+    assert hopper.unsupported(problem, H200) is None
+    backward = replace(problem, operation="backward")
+    assert "needs grad_output with heads" in str(hopper.unsupported(backward, H200))
+
+
+@given(problem=supported(("forward", "backward"), dims=ALL_DIMS))
 def test_contiguous_arrays_are_told_as_none_at_all(problem):
     assert hopper.unsupported(problem, H200, arrays_of(problem)) is None
 
@@ -112,7 +125,7 @@ LONG, TOKENS = long_windows(), (8, 4096 * 8 * 128, 8 * 128, 128, 1)
     ("name", "change", "reason"),
     [
         ("query", {"misalignment": 8}, "needs query at an address that is a multiple of 16"),
-        ("output", {"misalignment": 8}, "needs an output at a multiple of 16"),
+        ("result_output", {"misalignment": 8}, "needs output of the results at a multiple of 16"),
         (
             "key",
             {"strides": (4096 * 8 * 132, 8 * 132, 132, 1)},
@@ -158,64 +171,68 @@ def test_long_windows_are_its_and_small_ones_are_not(case):
     sizes = (tuple(case[name]) for name in ("kernel", "stride", "dilation", "causal"))
     window = window_arguments("test", len(case["tokens"]), *sizes)
     problem = attention_problem("test", "forward", spec, spec, spec, window, None)
-    names = ("seq32k", "flux4k", "hunyuan", "video")
-    wanted = hopper if case["name"].startswith(names) else fused
+    small = ("seq4k-w65", "nat-", "dinat-", "hdit-", "vit-")
+    wanted = fused if case["name"].startswith(small) else hopper
     assert choose(problem, H200, None) is wanted
-    backward = replace(problem, operation="backward")
-    assert choose(backward, H200, None) is not hopper
 
 
 # Its kernels
 
 # Consumers differ by the dimensions, the dtype and the sign of the scale, producers by the number
-# of axes and by the flags; how many registers either has follows from the dimensions, but for three
-# dilated axes. So every dimension is compiled with every number of axes, with all flags or none in
-# turn: each flag is there, and is not, for each number of axes, each dimension and each dtype.
-# Dimensions that differ are the others; the first of them has the producers with the fewest
-# registers do all that they can have to do.
-DILATED, ADDITIONAL, SIGNED = FLAGS = ("kDilated", "kAdditional", "kSigned")
+# of axes and by the flags; how many registers either has follows from the dimensions. So every
+# dimension is compiled with every number of axes, with all flags or none in turn: each flag is
+# there, and is not, for each number of axes, each dimension and each dtype. Dimensions that differ
+# come last. The producers of the backward are those of the forward: of its kernels those fill the
+# registers that have the longest vectors beside three and two warpgroups, 64 and 128.
+FLAGS = ("kDilated", "kAdditional", "kSigned")
+FORWARD_DIMS, BACKWARD_DIMS = WIDTHS, (64, 128)
 COMPILED = [
     *(
-        (rank, "float16" if (rank + i) % 4 < 2 else "bfloat16", dim, dim, FLAGS * ((rank + i) % 2))
+        (operation, rank, "float16" if (rank + i) % 4 < 2 else "bfloat16", dim, dim, (rank + i) % 2)
+        for operation, dims in (("forward", FORWARD_DIMS), ("backward", BACKWARD_DIMS))
         for rank in (1, 2, 3)
-        for i, dim in enumerate(VALUE_DIMS)
+        for i, dim in enumerate(dims)
     ),
-    (3, "bfloat16", 64, 128, (ADDITIONAL, SIGNED)),
-    (3, "float16", 128, 64, FLAGS),
+    ("forward", 3, "bfloat16", 64, 128, 1),
+    ("forward", 3, "float16", 128, 64, 1),
+    ("backward", 1, "bfloat16", 32, 96, 0),
 ]
 
 
-def kernel_of(
-    rank: int, dtype: str, head_dim: int, value_dim: int, flags: tuple[str, ...]
-) -> _jit.Kernel:
-    axes = (Axis(8, 8, 2, 1, 2 if DILATED in flags else 1, False),) * rank
-    scale, additional = -1.0 if SIGNED in flags else 1.0, 3 if ADDITIONAL in flags else None
+def kernels_of(
+    operation: Operation, rank: int, dtype: str, head_dim: int, value_dim: int, flags: int
+) -> list[_jit.Kernel]:
+    axes = (Axis(8, 8, 2, 1, 2 if flags else 1, False),) * rank
+    scale, additional = (-1.0, 3) if flags else (1.0, None)
     dims = head_dim, value_dim
-    problem = Problem("forward", dtype, 1, 1, 1, *dims, axes, scale, additional)
-    (kernel,) = hopper.kernels(problem, H200)
-    assert [flag for flag in FLAGS if f"{flag} = true" in kernel.plan] == list(flags)
-    return kernel
+    problem = Problem(operation, dtype, 1, 1, 1, *dims, axes, scale, additional)
+    kernels = [kernel for kernel in hopper.kernels(problem, H200) if "hopper/" in kernel.name]
+    for kernel in kernels:
+        expected = FLAGS if flags else ()
+        if kernel.name == "hopper/dkv":  # whose columns are queries
+            expected = tuple(flag for flag in expected if flag != "kAdditional")
+        assert tuple(flag for flag in FLAGS if f"{flag} = true" in kernel.plan) == expected
+    return kernels
 
 
 def test_the_kernels_below_have_every_flag_with_everything():
-    for which in (0, 1, 2):  # number of axes, dtype, dimension
-        for value in {case[which] for case in COMPILED}:
-            assert {(), FLAGS} <= {case[4] for case in COMPILED if case[which] == value}
+    for operation in ("forward", "backward"):
+        for which in (1, 2, 3):  # number of axes, dtype, dimension
+            for value in {case[which] for case in COMPILED[:-3] if case[0] == operation}:
+                alike = [case for case in COMPILED if (case[0], case[which]) == (operation, value)]
+                assert {case[5] for case in alike} == {0, 1}
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(
-    ("rank", "dtype", "head_dim", "value_dim", "flags"),
-    COMPILED,
-    ids=lambda value: str(value) if not isinstance(value, tuple) else f"{len(value)}flags",
-)
-def test_kernels_do_not_spill(rank, dtype, head_dim, value_dim, flags, tmp_path):
-    kernel = kernel_of(rank, dtype, head_dim, value_dim, flags)
-    (compiled,) = _jit.precompile([kernel], ["sm_90a"], tmp_path).values()
-    resources = compiled.resources
-    assert resources.registers > 0, "the log of NVRTC was not understood"
-    assert resources.spill_stores + resources.spill_loads == 0
-    assert resources.advice == ()
+@pytest.mark.parametrize(("operation", "rank", "dtype", "head_dim", "value_dim", "flags"), COMPILED)
+def test_kernels_do_not_spill(operation, rank, dtype, head_dim, value_dim, flags, tmp_path):
+    kernels = kernels_of(operation, rank, dtype, head_dim, value_dim, flags)
+    assert len(kernels) == len(passes(replace(LONG, operation=operation)))
+    for compiled in _jit.precompile(kernels, ["sm_90a"], tmp_path).values():
+        resources = compiled.resources
+        assert resources.registers > 0, "the log of NVRTC was not understood"
+        assert resources.spill_stores + resources.spill_loads == 0
+        assert resources.advice == ()
 
 
 @given(problem=supported(dims=ALL_DIMS), data=st.data())

@@ -1,10 +1,10 @@
-"""The Hopper kernel on a GPU: against the oracle, against `fused`, and against itself."""
+"""The Hopper kernels on a GPU: against the oracle, against `fused`, and against themselves."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ import cuneigh
 from cuneigh import _device
 from cuneigh._backends import choose, fused, hopper
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.plan import make_plan
+from cuneigh._backends.hopper.plan import HopperPlan, make_plan, passes
+from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._gpu.tensor_map import KEPT
 from cuneigh._problem import Operands, Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
@@ -37,27 +38,39 @@ def hopper_gpu() -> None:
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper_gpu")]
 
 
-def problem_of(tokens, kernel_size, dims=(64, 64), dtype="bfloat16", batch=1, **window) -> Problem:
+OPERATIONS = "forward", "backward"
+
+
+def problem_of(
+    tokens, kernel_size, dims=(64, 64), dtype="bfloat16", operation="forward", **window
+) -> Problem:
     """Four query heads on two key heads."""
     query, key, value = (
-        Spec((batch, *tokens, heads, dim), dtype)
+        Spec((1, *tokens, heads, dim), dtype)
         for heads, dim in ((4, dims[0]), (2, dims[0]), (2, dims[1]))
     )
     arguments = {"stride": 1, "dilation": 1, "is_causal": False, **window}
     taken = window_arguments("test", len(tokens), kernel_size, *arguments.values())
-    return attention_problem("test", "forward", query, key, value, taken, None)
+    return attention_problem("test", operation, query, key, value, taken, None)
 
 
-def takes(patch: pytest.MonkeyPatch, plan: Any) -> None:
-    patch.setattr(launch, "make_plan", lambda problem, device: plan)
+def takes(patch: pytest.MonkeyPatch, plans: Mapping[Pass, HopperPlan]) -> None:
+    """Make the backend take these plans."""
+    patch.setattr(launch, "make_plan", lambda problem, device, pass_: plans[pass_])
+
+
+def any_plans(data, problem: Problem) -> dict[Pass, HopperPlan]:
+    return {pass_: data.draw(st.sampled_from(plans(problem, pass_))) for pass_ in passes(problem)}
 
 
 # Against the oracle
 
 
-@given(problem=supported(), rng=generators(), layout=layouts())
-def test_results_agree_with_the_oracle(problem, rng, layout):
+@pytest.mark.parametrize("operation", OPERATIONS)
+@given(data=st.data(), rng=generators(), layout=layouts())
+def test_results_agree_with_the_oracle(operation, data, rng, layout):
     """In every layout that TMA can read; others are for `fused`."""
+    problem = data.draw(supported((operation,)))
     given_inputs = inputs(problem, rng, layout)
     if refusal(problem, given_inputs) is None:
         check_backend(hopper, problem, given_inputs, **NATIVE)
@@ -65,22 +78,26 @@ def test_results_agree_with_the_oracle(problem, rng, layout):
         assert layout not in ("contiguous", "packed", "heads_first"), refusal(problem, given_inputs)
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
 @given(data=st.data(), rng=generators())
-def test_any_plan_agrees_with_the_oracle(data, rng):
-    problem = data.draw(supported())
-    plan = data.draw(st.sampled_from(plans(problem)))
+def test_any_plan_agrees_with_the_oracle(operation, data, rng):
+    problem = data.draw(supported((operation,)))
+    chosen = any_plans(data, problem)
     layout = data.draw(st.sampled_from(["contiguous", "packed", "heads_first"]))
     with pytest.MonkeyPatch.context() as patch:
-        takes(patch, plan)
+        takes(patch, chosen)
         check_backend(hopper, problem, inputs(problem, rng, layout), **NATIVE)
 
 
-@pytest.mark.parametrize("head_dim", range(8, 257, 8))
-def test_every_head_dim(head_dim):
-    value_dim = head_dim * 7 % 256 + 8
+@pytest.mark.parametrize(
+    ("operation", "head_dim"),
+    [(name, dim) for name, most in hopper.LONGEST.items() for dim in range(8, most + 1, 8)],
+)
+def test_every_head_dim(operation, head_dim):
+    value_dim = head_dim * 7 % hopper.LONGEST[operation] + 8
     dtype = "bfloat16" if head_dim % 16 else "float16"
     for dims in ((head_dim, head_dim), (head_dim, value_dim)):
-        problem = problem_of((20, 12), (5, 9), dims, dtype, dilation=(2, 1))
+        problem = problem_of((20, 12), (5, 9), dims, dtype, operation, dilation=(2, 1))
         check_backend(hopper, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
 
 
@@ -102,8 +119,9 @@ def test_every_head_dim(head_dim):
     ],
 )
 def test_windows_and_layouts_of_extreme_sizes(dtype, tokens, kernel_size):
-    problem = problem_of(tokens, kernel_size, (64, 128), dtype)
-    check_backend(hopper, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+    for operation in OPERATIONS:
+        problem = problem_of(tokens, kernel_size, (64, 128), dtype, operation)
+        check_backend(hopper, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
 
 
 @pytest.mark.parametrize("dtype", hopper.DTYPES)
@@ -112,15 +130,16 @@ def test_large_logits(dtype, sign):
     """They are all near 1e4 or all near -1e4."""
     spec = Spec((1, 400, 2, 64), dtype)
     window = window_arguments("test", 1, 200, 1, 1, False)
-    problem = attention_problem("test", "forward", spec, spec, spec, window, sign * 1e4 / 64)
-    given_inputs = inputs(problem, np.random.default_rng(0))
-    near_one = {
-        name: (1 + array / 256).astype(array.dtype)
-        for name, array in given_inputs.operands._asdict().items()
-        if name in ("query", "key")
-    }
-    changed = given_inputs._replace(operands=given_inputs.operands._replace(**near_one))
-    check_backend(hopper, problem, changed, **NATIVE)
+    for operation in OPERATIONS:
+        problem = attention_problem("test", operation, spec, spec, spec, window, sign * 1e4 / 64)
+        given_inputs = inputs(problem, np.random.default_rng(0))
+        near_one = {
+            name: (1 + array / 256).astype(array.dtype)
+            for name, array in given_inputs.operands._asdict().items()
+            if name in ("query", "key")
+        }
+        operands = given_inputs.operands._replace(**near_one)
+        check_backend(hopper, problem, given_inputs._replace(operands=operands), **NATIVE)
 
 
 @given(data=st.data(), rng=generators(), poison=st.sampled_from([np.nan, np.inf, 1e3]))
@@ -134,7 +153,7 @@ def test_a_key_reaches_only_the_queries_that_see_it(data, rng, poison):
         array[(slice(None), *token)] = poison
     touched_inputs = given_inputs._replace(operands=given_inputs.operands._replace(**changed))
     with pytest.MonkeyPatch.context() as patch:
-        takes(patch, data.draw(st.sampled_from(plans(problem))))
+        takes(patch, any_plans(data, problem))
         plain = run_backend(hopper, problem, given_inputs, **NATIVE)
         touched = run_backend(hopper, problem, touched_inputs, **NATIVE)
     blind = ~seers(problem, token)
@@ -163,8 +182,10 @@ def test_larger_problems_agree_with_fused(problem, rng, layout):
 # Against itself
 
 
-@given(problem=supported(most_tokens=2000, multiplications=10**9), rng=generators())
-def test_two_runs_give_the_same_bits(problem, rng):
+@pytest.mark.parametrize("operation", OPERATIONS)
+@given(data=st.data(), rng=generators())
+def test_two_runs_give_the_same_bits(operation, data, rng):
+    problem = data.draw(supported((operation,), most_tokens=1000, multiplications=10**8))
     assume(math.prod(problem.tokens) * problem.batch * problem.heads < 100_000)
     given_inputs = inputs(problem, rng)
     first, second = (run_backend(hopper, problem, given_inputs, **NATIVE) for _ in range(2))
@@ -183,12 +204,16 @@ def test_other_work_on_the_gpu_changes_no_bits(tokens):
     """Tiles go to whichever block is free, and how many blocks there are at once varies."""
     import cupy
 
-    query, key, value = (random((1, *tokens, 8, 128), seed) for seed in range(3))
+    query, key, value, grad_output = (random((1, *tokens, 8, 128), seed) for seed in range(4))
     kernel_size = tuple(max(length // 3, 1) for length in tokens)
-    function = {1: cuneigh.na1d, 2: cuneigh.na2d, 3: cuneigh.na3d}[len(tokens)]
+    name = f"na{len(tokens)}d"
+    forward, backward = getattr(cuneigh, name), getattr(cuneigh, f"{name}_backward")
 
     def call(backend: str) -> Any:
-        return function(query, key, value, kernel_size, return_lse=True, backend=backend)
+        settings = {"kernel_size": kernel_size, "backend": backend}
+        output, lse = forward(query, key, value, return_lse=True, **settings)
+        gradients = backward(grad_output, query, key, value, output, lse, **settings)
+        return output, lse, *gradients[:3]
 
     alone = call("hopper")
     call("fused")
@@ -210,7 +235,7 @@ def test_other_work_on_the_gpu_changes_no_bits(tokens):
 @pytest.mark.parametrize("tokens", [(700,), (30, 40), (9, 10, 11)])
 def test_views_with_heads_first_are_served(tokens):
     torch = pytest.importorskip("torch")
-    function = {1: cuneigh.na1d, 2: cuneigh.na2d, 3: cuneigh.na3d}[len(tokens)]
+    function = getattr(cuneigh, f"na{len(tokens)}d")
     generator = torch.Generator("cuda").manual_seed(0)
     views = [
         torch.randn(
@@ -344,7 +369,7 @@ def test_the_end_of_a_long_sequence_is_that_of_a_short_one(monkeypatch):
     problem = attention_problem("test", "forward", spec, spec, spec, window, None)
     plan = make_plan(problem, _device.cuda(0))
     assert (tokens - 2 * tail) % plan.tile_box[0] == 0
-    takes(monkeypatch, plan)
+    takes(monkeypatch, {FORWARD: plan})
     arrays = [filled(spec.shape, seed) for seed in range(3)]
 
     def results(*arrays: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Random problems through the Hopper kernel, each watched: a hang is named and ended.
+"""Random problems through the Hopper kernels, each watched: a hang is named and ended.
 
 python tests/helpers/soak.py [--problems N] [--seconds S] [--seed SEED]
 
@@ -14,6 +14,7 @@ import itertools
 import multiprocessing
 import sys
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +34,13 @@ from helpers.strategies import inputs
 from cuneigh import _device, _jit
 from cuneigh._backends import hopper, naive
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.plan import HopperPlan
+from cuneigh._backends.hopper.plan import HopperPlan, passes
+from cuneigh._gpu.passes import Pass
 from cuneigh._problem import Problem
 from cuneigh._window import Axis
 
 LIMIT, LIMIT_OF_PREPARATION = 10.0, 120.0
-"""Seconds that the kernel may take for a problem, and all that comes before it."""
+"""Seconds that the kernels may take for a problem, and all that comes before it."""
 MOST_ELEMENTS = 2_000_000
 """Of the output."""
 READY = "ready"
@@ -46,8 +48,8 @@ READY = "ready"
 
 class Case(NamedTuple):
     problem: Problem
-    plan: HopperPlan | None
-    """None for that of the backend."""
+    plans: dict[Pass, HopperPlan] | None
+    """None for those of the backend."""
     layout: str
     seed: int
     """Of the numbers."""
@@ -55,9 +57,12 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw) -> Case:
-    problem = draw(supported(most_tokens=3000, multiplications=1_000_000_000))
+    # A backward is given the output of the oracle, which takes its time.
+    large = supported(most_tokens=3000, multiplications=1_000_000_000)
+    problem = draw(large | supported(("backward",)))
     assume(np.prod(problem.output.shape) <= MOST_ELEMENTS)
-    plan = draw(st.none() | st.sampled_from(plans(problem)))
+    chosen = {pass_: draw(st.sampled_from(plans(problem, pass_))) for pass_ in passes(problem)}
+    plan = draw(st.sampled_from([None, chosen]))
     layout = draw(st.sampled_from(["contiguous", "packed", "heads_first"]))
     return Case(problem, plan, layout, draw(st.integers(0, 2**32 - 1)))
 
@@ -66,18 +71,26 @@ def compile_all() -> int:
     """Compile the kernels of all cases, so that no case has to wait for one."""
     device = _device.of_capability(hopper.CAPABILITY)
     kernels = set()
-    for rank, dtype, dims, dilation, additional, scale in itertools.product(
-        (1, 2, 3), hopper.DTYPES, COMPILED_DIMS, (1, 2), (None, 1), (1.0, -1.0)
+    for operation, rank, dtype, dims, dilation, additional, scale in itertools.product(
+        hopper.LONGEST, (1, 2, 3), hopper.DTYPES, COMPILED_DIMS, (1, 2), (None, 1), (1.0, -1.0)
     ):
         axes = (Axis(8, 8, 2, 1, dilation, False),) * rank
-        problem = Problem("forward", dtype, 1, 1, 1, *dims, axes, scale, additional)
-        for backend in (naive, hopper):
-            kernels.update(backend.kernels(problem, device))
+        problem = Problem(operation, dtype, 1, 1, 1, *dims, axes, scale, additional)
+        if hopper.unsupported(problem, device) is None:
+            for backend in (naive, hopper):
+                kernels.update(backend.kernels(problem, device))
     _jit.precompile(kernels, ["sm_90a"])
     return len(kernels)
 
 
 # The child
+
+
+def planned(
+    plans: dict[Pass, HopperPlan], problem: Problem, device: _device.Device, pass_: Pass
+) -> HopperPlan:
+    """Instead of the plan that the backend would make."""
+    return plans[pass_]
 
 
 def work(connection: Connection) -> None:
@@ -91,8 +104,8 @@ def work(connection: Connection) -> None:
         for kernel in hopper.kernels(case.problem, device):
             _jit.load(kernel, device)
         with pytest.MonkeyPatch.context() as patch:
-            if case.plan is not None:
-                patch.setattr(launch, "make_plan", lambda problem, device, plan=case.plan: plan)
+            if case.plans is not None:
+                patch.setattr(launch, "make_plan", partial(planned, case.plans))
             connection.send(READY)
             got = run_backend(hopper, case.problem, given_inputs, **NATIVE)
         try:
@@ -181,7 +194,7 @@ def soak(count: int, seconds: float, number: int) -> tuple[int, list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Random problems through the Hopper kernel.")
+    parser = argparse.ArgumentParser(description="Random problems through the Hopper kernels.")
     parser.add_argument("--problems", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=0)
