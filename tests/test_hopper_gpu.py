@@ -262,7 +262,7 @@ def test_what_it_cannot_read_goes_to_another_backend():
         cuneigh.na1d(shifted, shifted, shifted, 1024, backend="hopper")
     copy = shifted.copy()
     wanted = cuneigh.na1d(copy, copy, copy, 1024, backend="hopper")
-    problem = problem_of((4096,), 1024)
+    problem = problem_of((32768,), 2048, (128, 128))
     assert choose(problem, H200, None) is hopper
     cupy.testing.assert_allclose(output, wanted, atol=2**-6)
 

@@ -19,7 +19,7 @@ __device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
     row /= problem.row_box[r];
     const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
     const GroupIndex place = {tile.first[r].group, first + inside};
-    exists &= place.index < axis.group_length(place.group);
+    exists &= place.index < rows_of_group<Plan>(axis, place.group);
     token[r] = axis.token(place);
   }
   return exists;
