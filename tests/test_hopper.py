@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,3 +245,14 @@ def test_one_kernel_serves_all_windows_and_lengths(problem, data):
     alike = replace(problem, batch=1, **{name: getattr(other, name) for name in names})
     if launch.is_dilated(alike) == launch.is_dilated(other):
         assert hopper.kernels(alike, H200) == hopper.kernels(replace(other, batch=1), H200)
+
+
+@pytest.mark.skipif("OLDER_NVRTC" not in os.environ, reason="OLDER_NVRTC names no other NVRTC")
+def test_kernels_compile_with_the_nvrtc_of_pytorch():
+    """Which is 13.0, where tests take the newest; `.ci/run` unpacks it."""
+    script = Path(__file__).parent / "helpers" / "older_nvrtc.py"
+    done = subprocess.run(
+        [sys.executable, script, os.environ["OLDER_NVRTC"]], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["13.0"], done.stdout

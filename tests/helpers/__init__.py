@@ -16,9 +16,12 @@ What is called:
 - `gpu_arrays`: arrays on a GPU, and backends on them;
 - `toy_backend`, `toy_kernel`, `toy_installation`: the least that a backend and a kernel can be.
 
+- `hopper`: problems and plans of one backend.
+
 What is looked at:
 - `imports`: what the modules of a package import;
 - `cubin`: what a compiled kernel says of its parameters.
 
-Programs of their own: `small_shapes` and `lifetimes` for compute-sanitizer, and `dinat_client`.
+Programs of their own: `small_shapes` and `lifetimes` for compute-sanitizer, `soak`, `older_nvrtc`, and
+`dinat_client`.
 """

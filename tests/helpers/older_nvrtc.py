@@ -1,0 +1,57 @@
+"""Compile Hopper's kernels with an NVRTC that is not the installed one; a script.
+
+python tests/helpers/older_nvrtc.py DIRECTORY    of the wheel nvidia-cuda-nvrtc, unpacked
+
+Prints the version of NVRTC, and a line for each kernel that spills or that the assembler gives
+advice for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+# CuPy takes the library that the process has loaded already.
+for name in ("libnvrtc-builtins.so.*", "libnvrtc.so.*"):
+    (library,) = Path(sys.argv[1]).rglob(name)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+from cuneigh import _jit  # noqa: E402
+from cuneigh._backends import hopper  # noqa: E402
+from cuneigh._device import of_capability  # noqa: E402
+from cuneigh._jit import _compiler  # noqa: E402
+from cuneigh._problem import Spec  # noqa: E402
+from cuneigh._validate import attention_problem, window_arguments  # noqa: E402
+
+DEVICE = of_capability((9, 0))
+
+
+def kernels(operation: str, rank: int, dim: int, dilation: int) -> list[_jit.Kernel]:
+    spec, additional = (
+        Spec((1, *(16,) * rank, 2, dim), "bfloat16"),
+        Spec((1, 5, 2, dim), "bfloat16"),
+    )
+    window = window_arguments("test", rank, 4, 1, dilation, False)
+    problem = attention_problem(
+        "test", operation, spec, spec, spec, window, None, additional, additional
+    )
+    found = hopper.kernels(problem, DEVICE)
+    return [kernel for kernel in found if kernel.name.startswith("hopper/")]
+
+
+def main() -> None:
+    print(_compiler.version())
+    # The most registers: three axes, dilated; long vectors and short ones have different shares
+    for kernel in (
+        *kernels("forward", 3, 128, 2),
+        *kernels("forward", 1, 64, 1),
+        *kernels("backward", 3, 128, 2),
+    ):
+        resources = _compiler.build(kernel, kernel.target("sm_90"), _jit.packaged()).resources
+        if resources.spill_stores or resources.advice:
+            print(kernel.name, resources)
+
+
+if __name__ == "__main__":
+    main()
