@@ -22,6 +22,6 @@ What is looked at:
 - `imports`: what the modules of a package import;
 - `cubin`: what a compiled kernel says of its parameters.
 
-Programs of their own: `small_shapes` and `lifetimes` for compute-sanitizer, `soak`, `older_nvrtc`, and
-`dinat_client`.
+Programs of their own: `small_shapes` and `lifetimes` for compute-sanitizer, `soak`, `older_nvrtc`
+and `dinat_client`.
 """
