@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
@@ -75,6 +76,39 @@ def count_walk(
     axis: Axis, warp_box: int, warps: int, column_box: int, pass_: Pass = FORWARD
 ) -> WalkCounts:
     """The counts along one axis, by the kernels' own rules."""
+
+    def count(axis: Axis) -> WalkCounts:
+        return _count_walk(axis, warp_box, warps, column_box, pass_)
+
+    return WalkCounts(*_count_repeated(axis, warp_box * warps, count))
+
+
+def _count_repeated(
+    axis: Axis, size: int, count: Callable[[Axis], tuple[int, ...]]
+) -> tuple[int, ...]:
+    """`count(axis)`, for a count of boxes of `size` rows, in a time that grows with the window.
+
+    Far from the borders everything repeats after as many rows as boxes and strides have in common.
+    So a long axis has the counts of a short one, and for every repetition that this one lacks as
+    much again as one repetition more adds to it.
+    """
+    period = math.lcm(size, axis.stride)
+    repetitions = (axis.length // axis.dilation - 2 * axis.kernel_size) // period - 4
+    if repetitions < 2 or axis.length != axis.key_length:
+        return count(axis)
+
+    def without(repetitions: int) -> tuple[int, ...]:
+        length = axis.length - repetitions * period * axis.dilation
+        return count(replace(axis, length=length, key_length=length))
+
+    short, longer = without(repetitions), without(repetitions - 1)
+    return tuple(a + repetitions * (b - a) for a, b in zip(short, longer, strict=True))
+
+
+def _count_walk(
+    axis: Axis, warp_box: int, warps: int, column_box: int, pass_: Pass
+) -> WalkCounts:
+    """`count_walk`, box by box."""
     blocks = loads = visits = full = longest = 0
     size = warp_box * warps
     for groups, begin, end in windows_of_groups(axis, pass_):
@@ -145,6 +179,15 @@ class UnionCounts(NamedTuple):
 @lru_cache(maxsize=8192)
 def count_unions(axis: Axis, warp_box: int, warps: int, pass_: Pass = FORWARD) -> UnionCounts:
     """The counts along one axis."""
+
+    def count(axis: Axis) -> UnionCounts:
+        return _count_unions(axis, warp_box, warps, pass_)
+
+    return UnionCounts(*_count_repeated(axis, warp_box * warps, count))
+
+
+def _count_unions(axis: Axis, warp_box: int, warps: int, pass_: Pass) -> UnionCounts:
+    """`count_unions`, box by box."""
     blocks = active = columns = widest_warp = widest_block = 0
     for groups, begin, end in windows_of_groups(axis, pass_):
         of_warps, of_blocks = (

@@ -1,0 +1,42 @@
+"""Exact counts of boxes along an axis: those of a long axis follow from those of short ones."""
+
+from __future__ import annotations
+
+import time
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cuneigh._gpu.boxes import _count_unions, _count_walk, count_unions, count_walk
+from cuneigh._gpu.passes import DKV, DQ, FORWARD
+from cuneigh._window import Axis
+
+
+@st.composite
+def axes(draw) -> Axis:
+    dilation = draw(st.integers(1, 4))
+    length = draw(st.integers(dilation, 3000))
+    kernel_size = draw(st.integers(1, min(40, length // dilation)))
+    stride = draw(st.integers(1, kernel_size))
+    return Axis(length, length, kernel_size, stride, dilation, draw(st.booleans()))
+
+
+@given(
+    axis=axes(),
+    warp_box=st.integers(1, 16),
+    warps=st.integers(1, 4),
+    column_box=st.sampled_from((1, 2, 3, 8, 64)),
+    pass_=st.sampled_from((FORWARD, DQ, DKV)),
+)
+def test_counts_are_those_of_box_by_box(axis, warp_box, warps, column_box, pass_):
+    walk = axis, warp_box, warps, column_box, pass_
+    assert count_walk(*walk) == _count_walk(*walk)
+    unions = axis, warp_box, warps, pass_
+    assert count_unions(*unions) == _count_unions(*unions)
+
+
+def test_an_axis_that_is_long_takes_no_longer():
+    start = time.process_time()
+    counts = count_walk(Axis(10**9, 10**9, 501, 1, 1, False), 1, 3, 1)
+    assert counts.blocks == -(-(10**9) // 3)
+    assert time.process_time() - start < 0.5
