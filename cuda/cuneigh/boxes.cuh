@@ -1,4 +1,5 @@
-// Boxes of tokens: where they begin, and what the queries of a box can see.
+// Boxes of tokens: where they begin, and what the rows of a box can see. (cuneigh/_gpu/passes.py
+// says what rows and columns are.)
 #pragma once
 
 #include "cuneigh/window.cuh"
@@ -20,10 +21,10 @@ __device__ inline GroupIndex box_begin(int dilation, int length, int box, int si
   return {longer_groups + box / per_shorter, box % per_shorter * size};
 }
 
-// The windows of several queries along one axis.
+// The windows of several rows along one axis.
 struct WindowUnion {
-  Range any;  // keys that at least one of the queries sees
-  Range all;  // keys that all of the queries see
+  Range any;  // columns that at least one of the rows sees
+  Range all;  // columns that all of the rows see
 
   __device__ static WindowUnion of_none() { return {{1 << 30, 0}, {0, 1 << 30}}; }
   __device__ void add(Range window) {
@@ -45,7 +46,7 @@ struct WindowUnion {
                     __shfl_xor_sync(0xffffffffu, windows.all.end, step)}});
     return windows;
   }
-  // Whether none or all of the pairs with the keys [begin, end) are visible.
+  // Whether none or all of the pairs with the columns [begin, end) are visible.
   __device__ bool misses(int begin, int end) const { return begin >= any.end || end <= any.begin; }
   __device__ bool covers(int begin, int end) const { return all.begin <= begin && end <= all.end; }
 };

@@ -45,8 +45,6 @@ struct Barrier {
 __device__ inline void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// Orders this thread's ordinary stores to shared memory before what TMA and wgmma do there.
-__device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Where a ring of kSlots barriers stands: the slot that is next, and the parity of its phase. Both
 // follow from one number, which goes twice around.

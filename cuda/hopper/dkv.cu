@@ -46,33 +46,34 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       const unsigned stage = me.boxes.slot();
       const unsigned qk = stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
       const unsigned vo = stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
-      // S^T = K Q^T and dP^T = V dO^T, [64, kColumns]
+      // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
+      // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
       float logit[kTiles][4], grad_weight[kTiles][4];
-      multiply<Element, Plan::kHeadDim, kRows, Plan::kColumns>(logit, keys, queries_at + qk);
+      multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
       me.wait_for_vo();
-      multiply<Element, Plan::kValueDim, kRows, Plan::kColumns>(grad_weight, values,
-                                                                grad_outputs_at + vo);
+      multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
       wait_for_products<1>();
       hold(logit);
       if (Plan::kSigned) multiply_by(logit, problem.sign);
       me.hide_invisible(logit);
-      // P^T = 2^(scale S^T - lse); the lane's columns are 8 n + 2 quad and the next
+      // P^T = 2^(scale S^T - lse), in place of S^T; the lane's columns are 8 n + 2 quad and the
+      // next
       const float4* statistics = reinterpret_cast<const float4*>(smem.statistics[stage]) + me.quad;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        const float4 of_two = statistics[4 * n];  // {lse, delta} of either
+        const float4 of_two = statistics[4 * n];  // {lse, delta, lse, delta} of the two columns
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           logit[n][i] =
               ex2_approx(fmaf(logit[n][i], problem.scale, -(i % 2 ? of_two.z : of_two.x)));
       }
-      // dV += P^T dO, [64, kColumns] [kColumns, kValueColumns]
-      unsigned weight[kSteps][4];
+      // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
+      unsigned weight[kSteps][4];  // P^T [64, kColumns]
       pack_weights<Element>(logit, 0, weight);
       accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
       wait_for_products<1>();
       hold(grad_weight);
-      // dS^T = P^T * (dP^T - delta), with the P^T that dV was made of
+      // dS^T = P^T * (dP^T - delta), in place of dP^T; P^T is the rounded one that dV was made of
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const float4 of_two = statistics[4 * n];
@@ -83,8 +84,8 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
           grad_weight[n][2 * half + 1] = pair.y * (grad_weight[n][2 * half + 1] - of_two.w);
         }
       }
-      // dK += dS^T Q, [64, kColumns] [kColumns, kHeadColumns]
-      unsigned grad_logit[kSteps][4];
+      // dK += dS^T Q, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
+      unsigned grad_logit[kSteps][4];  // dS^T [64, kColumns]
       pack_weights<Element>(grad_weight, 0, grad_logit);
       accumulate<Element, Plan::kHeadColumns>(grad_key, grad_logit, query_columns_at + qk);
       wait_for_products<0>();
@@ -121,6 +122,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
+    // No column is an additional key: the last two maps are never used
     produce({key, value, query, grad_output, query, grad_output}, arguments.statistics,
             arguments.taken, smem);
   } else {

@@ -37,7 +37,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
         queries + Smem::kQkLines * (sizeof(smem.row[0][0]) / kDescriptorBytes);
     const Tile<Plan::kRank>& tile = me.tile();
     const int head = tile.head + problem.warpgroup[w][0];
-    float lse[2], delta[2];  // of this thread's two queries
+    float lse[2], delta[2];  // of this thread's two queries; lse in base 2
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int token[Plan::kRank];
@@ -53,17 +53,17 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       const unsigned stage = me.boxes.slot();
       const unsigned qk = stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
       const unsigned vo = stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
-      // S = Q K^T and dP = dO V^T, [64, kColumns]
+      // S = Q K^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
+      // dP = dO V^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
       float logit[Plan::kColumns / 8][4], grad_weight[Plan::kColumns / 8][4];
-      multiply<Element, Plan::kHeadDim, kRows, Plan::kColumns>(logit, queries, keys_at + qk);
+      multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, queries, keys_at + qk);
       me.wait_for_vo();
-      multiply<Element, Plan::kValueDim, kRows, Plan::kColumns>(grad_weight, grad_outputs,
-                                                                values_at + vo);
+      multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, grad_outputs, values_at + vo);
       wait_for_products<1>();
       hold(logit);
       if (Plan::kSigned) multiply_by(logit, problem.sign);
       me.hide_invisible(logit);
-      // P = 2^(scale S - lse)
+      // P = 2^(scale S - lse), in place of S
 #pragma unroll
       for (auto& four : logit)
 #pragma unroll
@@ -71,14 +71,14 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       wait_for_products<0>();
       hold(grad_weight);
       me.release_vo();
-      // dS = P * (dP - delta)
+      // dS = P * (dP - delta), in place of P
 #pragma unroll
       for (int n = 0; n < Plan::kColumns / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) logit[n][i] *= grad_weight[n][i] - delta[i / 2];
 
-      // dQ += dS K, [64, kColumns] [kColumns, kHeadColumns]
-      unsigned grad_logit[kSteps][4];
+      // dQ += dS K, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
+      unsigned grad_logit[kSteps][4];  // dS [64, kColumns]
       pack_weights<Element>(logit, 0, grad_logit);
       accumulate<Element, Plan::kHeadColumns>(grad_query, grad_logit, key_columns_at + qk);
       wait_for_products<0>();
@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
+    // Statistics are those of the rows, which the consumers read
     produce({query, grad_output, key, value, additional_keys, additional_values}, {},
             arguments.taken, smem);
   } else {

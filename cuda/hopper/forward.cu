@@ -4,10 +4,10 @@
 // A block has kWarpgroups warpgroups of consumers, each with a box of 64 queries, and one of
 // producers (producers.cuh). Blocks stay and take tile after tile; barriers alone hold the roles
 // together. A consumer does for each box of keys
-//   S = Q K^T, hide, P = 2^(scale S - max), O += P V,
-// and divides O by the sums of P in the end. It works serially; what one consumer leaves of the
-// tensor cores' time the others use. P V is issued in halves, so that its first half runs under the
-// exponentials of the second.
+//   S = Q K^T, S = -inf where a pair is not visible, P = 2^(scale S - m), O += P V,
+// with the running row maximum m, and divides O by the sums of P in the end. It works serially;
+// what one consumer leaves of the tensor cores' time the others use. P V is issued in halves, so
+// that its first half runs under the exponentials of the second.
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
 #include "cuneigh/warp_softmax.cuh"
@@ -43,9 +43,9 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
 
     while (me.begin_box()) {
       const unsigned stage = me.boxes.slot();
-      // S = Q K^T, [64, kColumns]
+      // S = Q K^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
       float logit[1][Plan::kColumns / 8][4];
-      multiply<Element, Plan::kHeadDim, kRows, Plan::kColumns>(
+      multiply<Element, Plan::kHeadDim, Plan::kColumns>(
           logit[0], queries, keys_at + stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes));
       wait_for_products<0>();
       hold(logit[0]);
@@ -54,12 +54,13 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
       me.release_qk();
       softmax.rescale(logit, problem.scale, output);
 
-      // O += P V, in halves: P [64, kHalf], V [kHalf, kValueColumns]
+      // P = 2^(scale S - m), in halves, and for each
+      // O += P V, [64, kValueColumns] += [64, kHalf] [kHalf, kValueColumns]
       const Descriptor values = values_at + stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int first = half * kHalf;
-        unsigned weight[kHalf / 16][4];
+        unsigned weight[kHalf / 16][4];  // P [64, kHalf]
         softmax.exponentiate(logit, problem.scale, first / 8, (first + kHalf) / 8);
         pack_weights<Element>(logit[0], first, weight);
         if (half == 0) me.wait_for_vo();
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
+    // Rows have no vo, hence the query twice, and there are no statistics
     produce({query, query, key, value, additional_keys, additional_values}, {}, arguments.taken,
             smem);
   } else {

@@ -18,7 +18,8 @@ enum Visibility : int {
   kAll,      // every row sees every column
 };
 
-struct alignas(16) QuadWords {  // of the four lanes that share a row
+// The words of a row or of a coordinate, one for each of the four lanes that share a row.
+struct alignas(16) QuadWords {
   unsigned word[4];
 };
 
@@ -94,7 +95,8 @@ __device__ void fill_mask_tables(const HopperProblem<kRank>& problem,
   }
 }
 
-// Looks up what the coordinates of a tile's rows see, and the warpgroup `w` as a whole.
+// Writes to the tables which columns each coordinate of a tile's rows sees, and which the warpgroup
+// `w` as a whole.
 template <typename Plan>
 __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Plan::kRank>& tile,
                         int lane, int w, MaskTables<Plan::kRank, Plan::kWarpgroups>& tables) {
@@ -171,7 +173,7 @@ __device__ inline unsigned first_columns(int end, int quad) {
   return bits >= 32 ? ~0u : (1u << bits) - 1;
 }
 
-// Hides the logits of one of a thread's two rows whose bit in `word` is 0.
+// Hides the logits of one of a thread's two rows whose bit in `word` is 0; S is [kRows, 8 kTiles].
 template <int kTiles>
 __device__ void hide(float (&logit)[kTiles][4], int half, unsigned word) {
 #pragma unroll

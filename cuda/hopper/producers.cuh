@@ -25,6 +25,7 @@ struct Coordinates {
   }
 };
 
+// The tensor maps of rows and columns; shared.cuh says what qk and vo are.
 struct Maps {
   const TensorMap &row_qk, &row_vo, &column_qk, &column_vo, &additional_keys, &additional_values;
 };
@@ -40,7 +41,7 @@ __device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
   }
 }
 
-// Loads a box of tokens into `lines`, of which `full` is the barrier.
+// Loads a box of tokens into `lines` [kLines][kTokens] of 64 elements; `full` is their barrier.
 template <int kLines, int kRank, int kTokens, typename Line>
 __device__ void load_tokens(const TensorMap& map, Coordinates<kRank> at, const Pieces& pieces,
                             Line (*lines)[kTokens], Barrier& full) {
@@ -56,7 +57,7 @@ __device__ void load_tokens(const TensorMap& map, Coordinates<kRank> at, const P
   }
 }
 
-// Loads a box of columns of one kind.
+// Loads the qk or the vo of a box of columns, `lines` [kLines][kColumns] of 64 elements.
 template <int kRank, int kLines, int kColumns, typename Line>
 __device__ void load_columns(const HopperProblem<kRank>& problem, const TensorMap& window,
                              const TensorMap& additional, const Folding& folding,

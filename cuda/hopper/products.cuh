@@ -1,15 +1,17 @@
 // The matrix products of a warpgroup's 64 rows with a box of columns.
 #pragma once
 
+#include "hopper/tile.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 
 namespace cuneigh::hopper {
 
-constexpr int kDescriptorBytes = 16;  // that a descriptor counts in
+constexpr int kDescriptorBytes = 16;  // the unit of the addresses in a descriptor
 
-// Issues product = rows columns^T, [kRows, kDim] [kColumns, kDim]^T, both in tiles of lines.
-template <typename Element, int kDim, int kRows, int kColumns>
+// Issues product = rows columns^T, [kRows, kColumns] = [kRows, kDim] [kColumns, kDim]^T. Both lie
+// in shared memory, in lines of 64 elements: line after line of all rows.
+template <typename Element, int kDim, int kColumns>
 __device__ void multiply(float (&product)[kColumns / 8][4], Descriptor rows, Descriptor columns) {
   fence_registers();
 #pragma unroll
@@ -25,7 +27,8 @@ __device__ void multiply(float (&product)[kColumns / 8][4], Descriptor rows, Des
   commit_products();
 }
 
-// Issues sum += weights columns, [64, 16 kSteps] [16 kSteps, kDim], from the column `first` on.
+// Issues sum += weight columns, [kRows, kDim] += [kRows, 16 kSteps] [16 kSteps, kDim]. The box in
+// shared memory may have more columns; those from number `first` on are taken.
 template <typename Element, int kDim, int kSteps>
 __device__ void accumulate(float (&sum)[kDim / 8][4], const unsigned (&weight)[kSteps][4],
                            Descriptor columns, int first = 0) {
@@ -37,7 +40,8 @@ __device__ void accumulate(float (&sum)[kDim / 8][4], const unsigned (&weight)[k
   commit_products();
 }
 
-// The weights in the columns from `first` on, as the left operand of `accumulate`.
+// The columns from `first` on of `weight` [kRows, 8 kTiles] as the left operand of `accumulate`,
+// [kRows, 16 kSteps].
 template <typename Element, int kSteps, int kTiles>
 __device__ void pack_weights(const float (&weight)[kTiles][4], int first,
                              unsigned (&packed)[kSteps][4]) {

@@ -6,7 +6,8 @@
 
 namespace cuneigh::hopper {
 
-// The token of a row of warpgroup `w`; false if the tile leaves it out, or an axis ends before.
+// The token of a row of warpgroup `w`. False if the row does not exist: the warpgroup takes no part
+// in the tile, or an axis ends before the row.
 template <typename Plan>
 __device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
                              const Tile<Plan::kRank>& tile, int w, int row,
@@ -18,16 +19,17 @@ __device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
     const int inside = row % problem.row_box[r];
     row /= problem.row_box[r];
     const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
-    const GroupIndex place = {tile.first[r].group, first + inside};
-    exists &= place.index < rows_of_group<Plan>(axis, place.group);
-    token[r] = axis.token(place);
+    const GroupIndex position = {tile.first[r].group, first + inside};
+    exists &= position.index < rows_of_group<Plan>(axis, position.group);
+    token[r] = axis.token(position);
   }
   return exists;
 }
 
-// Writes the rows of O that the lanes of a quad share, 16 bytes a lane.
+// Writes one of the two rows that the lanes of a quad share, of a result [64, 8 kTiles] times
+// `factor`, 16 bytes a lane: the first `dim` columns, if the row exists.
 template <typename Element, int kTiles>
-__device__ void store_row(const float (&output)[kTiles][4], int half, float factor, int quad,
+__device__ void store_row(const float (&result)[kTiles][4], int half, float factor, int quad,
                           Element* row, int dim, bool exists) {
 #pragma unroll
   for (int chunk = 0; chunk < kTiles; chunk += 4) {  // of 8 columns
@@ -36,7 +38,7 @@ __device__ void store_row(const float (&output)[kTiles][4], int half, float fact
     unsigned word[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      word[i] = pack(output[chunk + i][2 * half] * factor, output[chunk + i][2 * half + 1] * factor,
+      word[i] = pack(result[chunk + i][2 * half] * factor, result[chunk + i][2 * half + 1] * factor,
                      Element());
     const bool odd = quad & 1, high = quad & 2;
     unsigned a = __shfl_xor_sync(0xffffffffu, odd ? word[0] : word[1], 1);

@@ -30,7 +30,8 @@ namespace cuneigh::hopper {
 
 constexpr int lines_of(int dim) { return (dim + kLineElements - 1) / kLineElements; }
 
-// Registers of a thread: those of all warpgroups together are the 65536 of a multiprocessor.
+// Registers of a thread. All warpgroups together have at most the 65536 of a multiprocessor.
+// Consumers with few sums (kFew) leave more of them to the producers.
 template <typename Plan>
 constexpr bool kFew = Plan::kWarpgroups == 3 && !Plan::kBackward && Plan::kValueColumns <= 64;
 template <typename Plan>

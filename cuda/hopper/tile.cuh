@@ -20,18 +20,19 @@ namespace cuneigh::hopper {
 // heads are folded into the dimensions (`dim` per head) or into the batch (`batch` and `outer`).
 struct Folding {
   int dim;    // steps of the innermost axis from head to head
-  int outer;  // steps of the outermost axis from head to head,
-  int batch;  // and from batch entry to batch entry
+  int outer;  // steps of the outermost axis from head to head
+  int batch;  // steps of the outermost axis from batch entry to batch entry
 };
 
 // A box is loaded in pieces along its first axis: a load spans at most 256 tokens.
 struct Pieces {
-  int count;
-  int rows;    // of the box in each
-  int tokens;  // from one piece to the next
+  int count;   // of the pieces
+  int rows;    // rows (or columns) of the box in each piece
+  int tokens;  // tokens from the begin of one piece to that of the next
 };
 
 // A divisor of numbers below 2^31, and what to multiply by instead (Granlund and Montgomery, 1994).
+// `divisor` of cuneigh/_backends/hopper/launch.py makes it; a divisor of 1 has the multiplier 0.
 struct Divisor {
   unsigned divisor, multiplier, shift;
 
@@ -43,7 +44,8 @@ struct Divisor {
 constexpr int kRows = 64;  // of a warpgroup
 constexpr int kMostWarpgroups = 3;
 
-// Everything that no array says. Its twin is `_record` in cuneigh/_backends/hopper/launch.py.
+// What a kernel is told beside its arrays. `_record` of cuneigh/_backends/hopper/launch.py packs
+// it.
 template <int kRank>
 struct HopperProblem {
   Axis axes[kRank];
@@ -57,7 +59,8 @@ struct HopperProblem {
 
   int warpgroup[kMostWarpgroups][1 + kRank];  // head and index where each begins in its tile
 
-  // Blocks take whole tiles, then parts of the others, which have some of the warpgroups
+  // Blocks take whole tiles first. Each tile that is left is divided into parts, and a block that
+  // takes a part works with some of its warpgroups.
   int tile_count;  // over all heads and batch entries
   int whole_tiles;
   Divisor parts;                // of a divided tile
@@ -81,7 +84,7 @@ static_assert(sizeof(HopperProblem<1>) == 60 + 180 && sizeof(HopperProblem<2>) =
                   sizeof(HopperProblem<3>) == 3 * 60 + 180,
               "the record that launch.py packs has these sizes");
 
-// An axis, of which the compiler knows it if no axis is dilated.
+// An axis of the problem. Where no axis is dilated the compiler is told that its dilation is 1.
 template <typename Plan>
 __device__ Axis axis_of(const HopperProblem<Plan::kRank>& problem, int r) {
   Axis axis = problem.axes[r];
@@ -104,7 +107,7 @@ struct Tile {
   int batch, head;          // the first row head
   int column_head;          // the first, of several if rows are keys
   int active;               // bit w is set if warpgroup w takes part
-  GroupIndex first[kRank];  // row
+  GroupIndex first[kRank];  // the first row along each axis
   Range columns[kRank];     // the window union
   int boxes;                // of columns to visit, the additional keys' included; or kNoTile
 };
@@ -149,6 +152,8 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
       Plan::kRowsAreKeys ? head * problem.group_size.divisor : problem.group_size.quotient(head);
 }
 
+// Calls visit() with every value of `first` that the boxes of one column head have, in raster
+// order; the axes before kAxis are set.
 template <int kAxis = 0, int kRank, typename Visit>
 __device__ void for_each_first(const HopperProblem<kRank>& problem, const Tile<kRank>& tile,
                                int (&first)[kRank], Visit&& visit) {

@@ -25,8 +25,4 @@ __device__ inline void load_box(unsigned target, const TensorMap& map, Barrier& 
       : "memory");
 }
 
-__device__ inline void prefetch(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 }  // namespace cuneigh::hopper

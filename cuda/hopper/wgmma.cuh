@@ -60,14 +60,16 @@ __device__ inline float2 unpack(unsigned word, float16) {
 // Where an operand is in shared memory, as wgmma takes it. Adding n moves it by 16 n bytes.
 using Descriptor = unsigned long long;
 
-// Rows of the summed dimension: 8 rows (1024 bytes) make a swizzled group. 16 elements of the
-// summed dimension further is + 2.
+// Of an operand whose lines lie along the summed dimension, as both have in S = Q K^T: 8 lines
+// (1024 bytes) make a swizzled group. 16 elements of the summed dimension are 32 bytes, so that the
+// operand of the next step is at + 2.
 __device__ inline Descriptor rows_descriptor(unsigned address) {
   return Descriptor((address & 0x3ffff) >> 4) | Descriptor(1) << 16 | Descriptor(64) << 32 |
          Descriptor(1) << 62;
 }
-// Rows along the summed dimension, to be transposed by the instruction: 16 rows further is + 128.
-// `tile_bytes` lie between one tile of 64 columns and the next.
+// Of a right operand whose lines follow each other along the summed dimension, as V has in O = P V,
+// and which the instruction transposes. 16 lines are 2048 bytes: the next step is at + 128.
+// `tile_bytes` lie between one tile of 64 columns of the result and the next.
 __device__ inline Descriptor columns_descriptor(unsigned address, unsigned tile_bytes) {
   return Descriptor((address & 0x3ffff) >> 4) | Descriptor(tile_bytes >> 4) << 16 |
          Descriptor(64) << 32 | Descriptor(1) << 62;
@@ -77,6 +79,8 @@ __device__ inline Descriptor columns_descriptor(unsigned address, unsigned tile_
 template <int kColumns, typename Element>
 struct Wgmma;
 
+// The operands of the assembly are numbered: kColumns / 2 accumulators %0.., then those from
+// `count` on, whose numbers are the arguments `after_0` to `after_4` (a macro cannot add).
 // clang-format off
 #define CUNEIGH_REGISTERS_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define CUNEIGH_REGISTERS_1 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -102,7 +106,7 @@ struct Wgmma;
 #define CUNEIGH_WGMMA(kColumns, count, after_0, after_1, after_2, after_3, after_4, Type, type)        \
   template <>                                                                                          \
   struct Wgmma<kColumns, Type> {                                                                       \
-    /* d = left right^T, or d += it if kAdd; both from shared memory */                                \
+    /* d = left right^T, or d += it if kAdd: [64, 16] [kColumns, 16]^T in shared memory */             \
     template <bool kAdd>                                                                               \
     __device__ static void shared(float (&d)[kColumns / 8][4], Descriptor left, Descriptor right) {              \
       asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #after_2 ", 0; "                                 \
@@ -111,7 +115,7 @@ struct Wgmma;
                    ", p, 1, 1, 0, 0; }"                                                                \
                    : CUNEIGH_ACCUMULATORS_OF_##count : "l"(left), "l"(right), "n"(kAdd));              \
     }                                                                                                  \
-    /* d += left right; left from registers, right from shared memory, transposed */                   \
+    /* d += left right: [64, 16] in registers, [16, kColumns] in shared memory */                      \
     __device__ static void registers(float (&d)[kColumns / 8][4], const unsigned (&left)[4],           \
                                      Descriptor right) {                                               \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #kColumns "k16.f32." type "." type              \
