@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from cuneigh import _device, _jit
 from cuneigh._backends import choose, fused, hopper
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.plan import WIDTHS, passes
+from cuneigh._backends.hopper.plan import WIDTHS, division, make_plan, passes
+from cuneigh._backends.hopper.tensor_maps import Folding
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._problem import Operation, Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
@@ -70,6 +71,7 @@ def dilated(dilation: int) -> Problem:
         (long_windows(value_dim=68), H200, "up to 256 in steps of 8, not value_dim=68"),
         (long_windows(rpb_dtype="float32"), H200, "does not take rpb"),
         (dilated(9), H200, "takes dilations up to 8, not 9 on axis 0"),
+        (long_windows((1,), 1, dim=8, batch=2**28), H200, "head vectors of queries or of keys"),
         (long_windows(scale=1e-30), H200, "takes scales from 1e-30 to 1e+30, not 1e-30"),
         (long_windows(scale=-1e31), H200, "takes scales from 1e-30 to 1e+30, not -1e+31"),
         (
@@ -180,6 +182,17 @@ def test_long_windows_are_its_and_small_ones_are_not(case):
 
 
 # Its kernels
+
+
+@given(problem=supported(("forward", "backward"), dims=ALL_DIMS))
+def test_records_have_the_size_that_the_struct_asserts(problem):
+    """And what they hold is in range: NumPy raises OverflowError otherwise."""
+    for pass_ in passes(problem):
+        plan = make_plan(problem, H200, pass_)
+        work = division(problem, plan, H200, pass_)
+        record = launch._record(problem, plan, pass_, work, [Folding(0, 0, 0)] * 4)
+        assert record.nbytes == 60 * problem.rank + 180
+
 
 # Consumers differ by the dimensions, the dtype and the sign of the scale, producers by the number
 # of axes and by the flags; how many registers either has follows from the dimensions. So every

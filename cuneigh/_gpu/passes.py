@@ -8,6 +8,7 @@ window of a row is the inverse window of the key, which holds the queries that s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,6 +40,10 @@ class Pass:
     def heads(self, problem: Problem) -> int:
         """The heads of the rows."""
         return problem.kv_heads if self.rows_are_keys else problem.heads
+
+    def rows(self, problem: Problem) -> int:
+        """The number of rows in all heads and batch entries."""
+        return problem.batch * self.heads(problem) * math.prod(self.row_tokens(problem))
 
     def length(self, axis: Axis) -> int:
         """The number of rows along an axis."""

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from cuneigh._backends.hopper import launch
 from cuneigh._backends.hopper.launch import NAME, backward, forward
-from cuneigh._backends.hopper.plan import predicted_ms
+from cuneigh._backends.hopper.plan import passes, predicted_ms
 from cuneigh._backends.hopper.tensor_maps import unreadable
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
@@ -41,13 +41,16 @@ RELIES_ON = CONTRACT
 CAPABILITY = (9, 0)
 DTYPES = ("float16", "bfloat16")
 LONGEST = {"forward": 256, "backward": 128}
-"""Head dimensions that the kernels of an operation take."""
+"""The longest head vectors that the kernels of an operation take."""
 MOST_DILATION = 8
-"""Element strides that TMA has."""
+"""TMA loads every first to eighth token along an axis (an element stride of a tensor map)."""
 SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
-"""Between them what is hidden stays so in float32."""
+"""Scales between these are neither 0 nor infinite in float32: the logit of a hidden pair, -inf,
+stays -inf when it is multiplied by one."""
+MOST_ROWS = (1 << 31) - (1 << 16)
+"""Tokens of all heads and batch entries: kernels number tiles of them by 32 bits."""
 READ = ("query", "key", "value", "grad_output", "additional_keys", "additional_values")
-"""What TMA reads."""
+"""The arguments that TMA reads; kernels read the others by themselves."""
 
 
 def unsupported(
@@ -74,6 +77,9 @@ def unsupported(
             return f"takes dilations up to {MOST_DILATION}, not {along.dilation} on axis {axis}"
     if problem.scale and not SMALLEST_SCALE < abs(problem.scale) < LARGEST_SCALE:
         return f"takes scales from {SMALLEST_SCALE} to {LARGEST_SCALE}, not {problem.scale}"
+    rows = max(pass_.rows(problem) for pass_ in passes(problem))
+    if rows > MOST_ROWS:
+        return f"takes up to {MOST_ROWS} head vectors of queries or of keys, not {rows}"
     for name, array in (_contiguous(problem) if arrays is None else arrays).items():
         if array is None or not array.size:
             continue
