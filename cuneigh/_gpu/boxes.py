@@ -55,8 +55,8 @@ def window_unions(begin: Indices, end: Indices, size: int) -> tuple[Indices, Ind
 class WalkCounts(NamedTuple):
     """What blocks walk over, along one axis or in a whole layout.
 
-    A block takes a box of rows, one part of it a warp, and walks over boxes of columns that begin
-    where its window union begins and cover it.
+    A block takes a box of rows, of which each warp (or warpgroup) has a part, and walks over boxes
+    of columns that begin where its window union begins and cover it.
     """
 
     blocks: int
@@ -105,9 +105,7 @@ def _count_repeated(
     return tuple(a + repetitions * (b - a) for a, b in zip(short, longer, strict=True))
 
 
-def _count_walk(
-    axis: Axis, warp_box: int, warps: int, column_box: int, pass_: Pass
-) -> WalkCounts:
+def _count_walk(axis: Axis, warp_box: int, warps: int, column_box: int, pass_: Pass) -> WalkCounts:
     """`count_walk`, box by box."""
     blocks = loads = visits = full = longest = 0
     size = warp_box * warps

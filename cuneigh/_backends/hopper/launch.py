@@ -98,7 +98,11 @@ def _launch(
     additional: tuple[Any, Any] | None,
     views: Views,
 ) -> None:
-    """Launch the kernel of a pass over `rows` and `columns`; `views`: its results."""
+    """Launch the kernel of a pass over `rows` and `columns`, the arrays of qk and then of vo.
+
+    `views` are the arguments of the pass but for the last one, the counter of tiles. `additional`
+    is None where no column is an additional key.
+    """
     plan = make_plan(problem, program.device, pass_)
     form = plan.form
     announce(NAME, pass_.name, problem, plan)
@@ -108,15 +112,15 @@ def _launch(
     ]
     maps = [tensor_map for tensor_map, _ in described]
     foldings = [folding for _, folding in described]
-    if len(rows) == 1:  # there are no second ones in the forward pass
+    if len(rows) == 1:  # rows of the forward pass have no vo
         foldings.insert(1, foldings[0])
     if additional is not None:
         maps += [map_of_additional(array, form.columns) for array in additional]
     elif not pass_.rows_are_keys:
-        maps += maps[-1:] * 2  # which the kernel does not touch
+        maps += maps[-1:] * 2  # for parameters that the kernel does not touch
 
     work = division(problem, plan, program.device, pass_)
-    # Where no block gets a second tile there is nothing to count.
+    # The counter of the tiles that blocks have taken, 4 bytes; none where no block takes a second.
     one_round = work.blocks <= program.device.sm_count
     views.addresses(None if one_round else program.zeros((1,), "float32"))
     program.launch(
@@ -161,6 +165,7 @@ def _piece(problem: Problem, box: Box) -> Box:
     return (box[0] // pieces(problem, box), *box[1:])
 
 
+# Constants and structs of cuda/hopper/tile.cuh
 MOST_WARPGROUPS = 3
 DIVISOR = np.dtype([("divisor", "u4"), ("multiplier", "u4"), ("shift", "u4")])
 PIECES = np.dtype([("count", "i4"), ("rows", "i4"), ("tokens", "i4")])
