@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from cuneigh import _jit
-from cuneigh._backends import cpu, fused, naive
+from cuneigh._backends import cpu, fused, hopper, naive
 from cuneigh._device import of_capability
 from cuneigh._jit import _build as build
 from cuneigh._jit import _compiler as compiler
@@ -80,12 +81,14 @@ def test_compile_serves_a_call(
 
     window = Window((7, 8), (2, 1), (1, 3), (False, True))
     query, key = (Spec((3, 56, 40, heads, 32), "bfloat16") for heads in (8, 4))
-    for operation in ("forward", "backward"):
-        problem = attention_problem("test", operation, query, key, key, window, None)
+    not_dilated = Window((7, 8), (2, 1), (1, 1), (False, True))
+    for operation, of_call in itertools.product(("forward", "backward"), (window, not_dilated)):
+        problem = attention_problem("test", operation, query, key, key, of_call, None)
         for arch in ("sm_90a", "sm_80"):
             device = of_capability((9, 0) if arch == "sm_90a" else (8, 0))
-            for backend in (fused, naive):
-                assert_cached(backend.kernels(problem, device), arch, tmp_path)
+            for backend in (hopper, fused, naive):
+                if backend.unsupported(problem, device) is None:
+                    assert_cached(backend.kernels(problem, device), arch, tmp_path)
 
 
 @needs_nvrtc

@@ -21,9 +21,9 @@ def add_parser(subparsers: Any) -> None:
         "compile",
         help="compile kernels ahead of time, without a GPU",
         description="Compile the kernels of the given operations, so that a machine with the same "
-        "cache directory needs neither NVRTC nor time to compile them. Sizes, windows, strides and "
-        "dilations are no part of a kernel. Where an option takes several values, every "
-        "combination is compiled.",
+        "cache directory needs neither NVRTC nor time to compile them. Sizes, windows and strides "
+        "are no part of a kernel; those for calls with and without dilation are compiled, for "
+        "scales above 0. Where an option takes several values, every combination is compiled.",
     )
     parser.add_argument(
         "--arch",
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _problems(options: argparse.Namespace) -> list[Problem]:
-    """A problem for every combination of options; sizes and windows are the smallest."""
+    """Problems for every combination of options, not dilated and dilated; all sizes are small."""
     operations = options.operation or ("forward", "backward")
     return [
         Problem(
@@ -101,13 +101,13 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
             kv_heads=1,
             head_dim=head_dim,
             value_dim=options.value_dim or head_dim,
-            axes=(Axis(1, 1, 1, 1, 1, False),) * rank,
+            axes=(Axis(dilation, dilation, 1, 1, dilation, False),) * rank,
             scale=1.0,
             additional=1 if options.additional_keys else None,
             rpb_dtype=dtype if options.rpb == "same" else options.rpb,
         )
-        for operation, dtype, rank, head_dim in itertools.product(
-            operations, options.dtype, options.rank, options.head_dim
+        for operation, dtype, rank, head_dim, dilation in itertools.product(
+            operations, options.dtype, options.rank, options.head_dim, (1, 2)
         )
     ]
 

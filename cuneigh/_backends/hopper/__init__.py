@@ -105,5 +105,5 @@ def _contiguous(problem: Problem) -> dict[str, Array]:
 
 
 def kernels(problem: Problem, device: Device) -> list[Kernel]:
-    """The kernels that a supported `problem` needs, whatever its windows."""
+    """The kernels that a supported `problem` needs, whatever its sizes, windows and strides."""
     return [] if unsupported(problem, device) is not None else launch.kernels(problem, device)
