@@ -71,6 +71,10 @@ class WalkCounts(NamedTuple):
     """Boxes of columns of the longest walk."""
 
 
+LONG_AXIS = 8192
+"""Tokens of an axis from which on two short counts take less time than one of all boxes."""
+
+
 @lru_cache(maxsize=8192)
 def count_walk(
     axis: Axis, warp_box: int, warps: int, column_box: int, pass_: Pass = FORWARD
@@ -94,7 +98,7 @@ def _count_repeated(
     """
     period = math.lcm(size, axis.stride)
     repetitions = (axis.length // axis.dilation - 2 * axis.kernel_size) // period - 4
-    if repetitions < 2 or axis.length != axis.key_length:
+    if repetitions < 2 or axis.length < LONG_AXIS or axis.length != axis.key_length:
         return count(axis)
 
     def without(repetitions: int) -> tuple[int, ...]:
