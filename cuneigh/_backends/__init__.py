@@ -1,13 +1,15 @@
 """The backends, in order of preference, and the choice among them.
 
-This is the only file that names backends: a new one is a folder here and an element of `BACKENDS`.
+This is the only file that names backends: a new one is a folder here, imported below, an element of
+`BACKENDS` and its name in `BackendName`. Kernels, if it has any, are files of a folder of the same
+name in `cuda/`; `cuneigh._jit.Kernel` says what a file must define.
 
 A backend is a module with the functions of `Backend`, and says itself what it takes. It imports
 only `_problem`, `_window`, `_device`, `_jit`, `_gpu` and itself. Its arrays have been validated by
 `_problem` and belong to one device: NumPy's on the CPU, where it computes at once, and those of a
 `Program` on a GPU, to which it adds launches. It fills results that the caller allocated, never
 sees an empty problem, never writes to an input, and takes workspace only where the caller's
-framework gives it.
+framework gives it. What every result must hold, `cuneigh.reference` defines.
 """
 
 from __future__ import annotations
