@@ -147,6 +147,14 @@ def _setting_keys(backends: tuple[Backend, ...]) -> list[object]:
     return [os.environ.encodekey(name) for backend in backends for name in backend.SETTINGS]
 
 
+def unknown(name: str | None) -> str | None:
+    """What is wrong with the argument ``backend=name`` of a call; None if nothing is."""
+    names = [backend.NAME for backend in BACKENDS]
+    if name is None or name in names:
+        return None
+    return f"backend={name!r} is not one of {', '.join(map(repr, names))}"
+
+
 def choose(
     problem: Problem, device: Device, name: str | None, arrays: Arrays | None = None
 ) -> Backend:
@@ -170,8 +178,7 @@ def _choose(
 ) -> Backend:
     candidates = [backend for backend in backends if name in (None, backend.NAME)]
     if not candidates:
-        known = ", ".join(repr(backend.NAME) for backend in backends)
-        raise ValueError(f"backend={name!r} is not one of {known}")
+        raise ValueError(unknown(name))
     given = None if arrays is None else dict(arrays)
     reasons = {backend: backend.unsupported(problem, device, given) for backend in candidates}
     supporting = [backend for backend, reason in reasons.items() if reason is None]
