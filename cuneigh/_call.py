@@ -96,6 +96,8 @@ class Call:
     ) -> None:
         if backend is not None and not isinstance(backend, str):
             raise TypeError(f"{name}: backend={backend!r} is {type(backend).__name__}, not a str")
+        if reason := _backends.unknown(backend):
+            raise ValueError(f"{name}: {reason}")
         self.name = name
         """Of the public function."""
         self.adapter, self.own_device = adapter, own_device

@@ -205,7 +205,7 @@ def test_a_backend_can_be_forced():
 
 def test_an_unknown_backend_is_an_error():
     query = unit(1, 9, 1, 4)
-    with pytest.raises(ValueError, match=r"backend='fast' is not one of .*'cpu'"):
+    with pytest.raises(ValueError, match=r"na1d: backend='fast' is not one of .*'cpu'"):
         cuneigh.na1d(query, query, query, 3, backend="fast")
 
 

@@ -1,13 +1,15 @@
 """The backends, in order of preference, and the choice among them.
 
-This is the only file that names backends: a new one is a folder here and an element of `BACKENDS`.
+This is the only file that names backends: a new one is a folder here, imported below, an element of
+`BACKENDS` and its name in `BackendName`. Kernels, if it has any, are files of a folder of the same
+name in `cuda/`; `cuneigh._jit.Kernel` says what a file must define.
 
 A backend is a module with the functions of `Backend`, and says itself what it takes. It imports
 only `_problem`, `_window`, `_device`, `_jit`, `_gpu` and itself. Its arrays have been validated by
 `_problem` and belong to one device: NumPy's on the CPU, where it computes at once, and those of a
 `Program` on a GPU, to which it adds launches. It fills results that the caller allocated, never
 sees an empty problem, never writes to an input, and takes workspace only where the caller's
-framework gives it.
+framework gives it. What every result must hold, `cuneigh.reference` defines.
 """
 
 from __future__ import annotations
@@ -145,6 +147,14 @@ def _setting_keys(backends: tuple[Backend, ...]) -> list[object]:
     return [os.environ.encodekey(name) for backend in backends for name in backend.SETTINGS]
 
 
+def unknown(name: str | None) -> str | None:
+    """What is wrong with the argument ``backend=name`` of a call; None if nothing is."""
+    names = [backend.NAME for backend in BACKENDS]
+    if name is None or name in names:
+        return None
+    return f"backend={name!r} is not one of {', '.join(map(repr, names))}"
+
+
 def choose(
     problem: Problem, device: Device, name: str | None, arrays: Arrays | None = None
 ) -> Backend:
@@ -168,8 +178,7 @@ def _choose(
 ) -> Backend:
     candidates = [backend for backend in backends if name in (None, backend.NAME)]
     if not candidates:
-        known = ", ".join(repr(backend.NAME) for backend in backends)
-        raise ValueError(f"backend={name!r} is not one of {known}")
+        raise ValueError(unknown(name))
     given = None if arrays is None else dict(arrays)
     reasons = {backend: backend.unsupported(problem, device, given) for backend in candidates}
     supporting = [backend for backend, reason in reasons.items() if reason is None]

@@ -62,7 +62,11 @@ class Adapter:
         raise NotImplementedError
 
     def operations(self, own: Any) -> AbstractContextManager[Any]:
-        """Gives the module with the framework's ``exp``, ``log``, ``maximum`` and ``where``."""
+        """Gives the module with the framework's ``exp``, ``log``, ``maximum`` and ``where``.
+
+        `merge_attentions` computes with these, some of whose arguments are Python floats, and with
+        the operators ``+ - * / ==`` and the index ``[..., None]`` of the arrays themselves.
+        """
         raise NotImplementedError
 
     def cast(self, array: Any, dtype: str) -> Any:

@@ -80,7 +80,11 @@ class Program:
         *parameters: Parameter,
         shared_bytes: int = 0,
     ) -> None:
-        """Add the launch of a kernel."""
+        """Add the launch of a kernel: `grid` blocks along x and y, `threads` threads in each.
+
+        Each of `parameters` is one argument of the kernel: the address of an array is
+        ``[array.pointer]``, and several words are the members of one struct.
+        """
         function = _jit.load(kernel, self.device)
         if function.max_dynamic_shared_size_bytes < shared_bytes:
             function.max_dynamic_shared_size_bytes = shared_bytes
