@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cuneigh import _jit
-from cuneigh._backends import cpu, fused, hopper, naive
+from cuneigh._backends import BACKENDS, Backend, cpu, fused, hopper, naive
 from cuneigh._device import of_capability
 from cuneigh._jit import _build as build
 from cuneigh._jit import _compiler as compiler
@@ -155,6 +155,13 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert any(
             line.split()[:4] == ["cpu,", "CPU", dtype, "ok,"] for line in tested.splitlines()
         )
+
+
+@pytest.mark.parametrize("backend", [each for each in BACKENDS if each.NAME != "cpu"])
+def test_doctor_has_a_problem_for_every_backend(backend: Backend) -> None:
+    device = of_capability((9, 0))
+    reasons = [doctor._case(backend, device, dtype)[1] for dtype in DTYPES]
+    assert None in reasons, reasons
 
 
 @pytest.mark.gpu

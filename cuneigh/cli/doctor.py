@@ -12,6 +12,7 @@ import math
 import platform
 import tempfile
 import time
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -181,7 +182,7 @@ def _working_backends(report: Report, devices: list[Device]) -> None:
     for backend in _backends.BACKENDS:
         # That of the first dtype that runs, if one does: some backends are for half precision.
         reasons = [
-            min((backend.unsupported(_problem(dtype), device) for dtype in DTYPES), key=bool)
+            min((_case(backend, device, dtype)[1] or "" for dtype in DTYPES), key=bool)
             for device in devices
         ]
         usable = [
@@ -200,15 +201,17 @@ def _self_tests(report: Report, devices: list[Device]) -> None:
     for device in devices:
         for backend in _backends.BACKENDS:
             for dtype in DTYPES:
-                if backend.unsupported(_problem(dtype), device) is None:
-                    _self_test(report, backend, device, dtype)
+                problem, reason = _case(backend, device, dtype)
+                if not reason:
+                    _self_test(report, backend, device, problem)
 
 
-def _self_test(report: Report, backend: Backend, device: Device, dtype: str) -> None:
+def _self_test(report: Report, backend: Backend, device: Device, problem: Problem) -> None:
+    dtype = problem.dtype
     label = f"{backend.NAME}, {_label(device)}"
     start = time.perf_counter()
     try:
-        errors = _errors(backend.NAME, device, dtype)
+        errors = _errors(backend.NAME, device, problem)
     except Exception as error:  # whatever it is, it is what the user came to see
         report.problem(label, f"{dtype}: {type(error).__name__}: {error}")
         return
@@ -234,7 +237,7 @@ WINDOW = Window(kernel_size=(3, 4), stride=(1, 1), dilation=(2, 1), is_causal=(F
 
 def _problem(dtype: str) -> Problem:
     """A small problem with something of everything: borders, dilation, grouped heads, extras."""
-    tokens, head_dim, value_dim, additional = (7, 9), 8, 12, 3
+    tokens, head_dim, value_dim, additional = (7, 9), 8, 16, 3
     return attention_problem(
         "doctor",
         "forward",
@@ -249,23 +252,37 @@ def _problem(dtype: str) -> Problem:
     )
 
 
-def _errors(backend: str, device: Device, dtype: str) -> dict[str, float]:
+def _case(backend: Backend, device: Device, dtype: str) -> tuple[Problem, str | None]:
+    """The problem to test `backend` with, and why it cannot run that: without rpb if it must be."""
+    everything = _problem(dtype)
+    for problem in (everything, replace(everything, rpb_dtype=None)):
+        both = (problem, replace(problem, operation="backward"))
+        reason = next(filter(None, (backend.unsupported(one, device) for one in both)), None)
+        if reason is None:
+            break
+    return problem, reason
+
+
+def _errors(backend: str, device: Device, problem: Problem) -> dict[str, float]:
     """Of every result, its largest error as a share of what is allowed.
 
     The allowed error is sqrt(eps) of the largest expected number: half of the dtype's digits must
     be right, which no wrong neighbor and no wrong weight survives. The tests are much stricter.
     """
-    problem = _problem(dtype)
     generator = np.random.default_rng(0)
 
     def random(spec: Spec) -> Any:
         return generator.standard_normal(spec.shape).astype(_numpy_dtype(spec.dtype))
 
-    operands = Operands(*(random(spec) for spec in problem.specs))
+    operands = Operands(*(spec and random(spec) for spec in problem.specs))
     grad_output = random(problem.output)
     expected = dict(zip(("output", "lse"), reference.forward(problem, operands), strict=True))
     gradients = reference.backward(problem, operands, grad_output)
-    expected |= {f"gradient of {name}": array for name, array in gradients._asdict().items()}
+    expected |= {
+        f"gradient of {name}": array
+        for name, array in gradients._asdict().items()
+        if array is not None
+    }
 
     got = _results(backend, device, operands, grad_output)
     errors = {}
@@ -288,7 +305,9 @@ def _results(backend: str, device: Device, operands: Operands, grad_output: Any)
 
 
 def _call(xp: Any, backend: str, operands: Operands, grad_output: Any) -> dict[str, Any]:
-    query, key, value, additional_keys, additional_values, rpb = map(xp.asarray, operands)
+    query, key, value, additional_keys, additional_values, rpb = (
+        None if operand is None else xp.asarray(operand) for operand in operands
+    )
     options = {
         **WINDOW._asdict(),
         "additional_keys": additional_keys,
@@ -300,7 +319,11 @@ def _call(xp: Any, backend: str, operands: Operands, grad_output: Any) -> dict[s
     gradients = cuneigh.na2d_backward(
         xp.asarray(grad_output), query, key, value, output, lse, **options
     )
-    named = {f"gradient of {name}": array for name, array in gradients._asdict().items()}
+    named = {
+        f"gradient of {name}": array
+        for name, array in gradients._asdict().items()
+        if array is not None
+    }
     return {"output": output, "lse": lse, **named}
 
 
