@@ -89,6 +89,18 @@ def test_errors_in_the_plan_name_the_line(tree: Path, cache: Cache) -> None:
 
 
 @needs_nvrtc
+def test_errors_of_the_assembler_are_told(tree: Path, cache: Cache) -> None:
+    """findings/nvrtc-log-loses-ptxas-error.sh: after statistics, NVRTC's log leaves them out."""
+    (tree / "toy.cu").write_text(
+        "namespace cuneigh { template <typename Plan> __global__ void toy(float* x) {\n"
+        "  __shared__ float shared[100000]; shared[threadIdx.x] = x[0]; __syncthreads();\n"
+        "  x[threadIdx.x] = shared[threadIdx.x + 1]; } }"
+    )
+    with pytest.raises(CompilationError, match="too much shared data"):
+        _jit.compile(Kernel("toy", ""), "sm_80", cache=cache, sources=Sources(tree))
+
+
+@needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_10", "sm_9O", "compute_90", "90", ""])
 def test_unknown_architecture(tree: Path, cache: Cache, arch: str) -> None:
     with pytest.raises(CompilationError, match=rf"architecture '{arch}'; it compiles for sm_"):

@@ -12,7 +12,9 @@ from typing import Any
 
 from cuneigh._jit._sources import Kernel, Sources
 
-OPTIONS = ("--std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v")
+STATISTICS = "--ptxas-options=-v"
+"""Has the assembler say what a kernel takes."""
+OPTIONS = ("--std=c++17", "-default-device", "-lineinfo", STATISTICS)
 """What every kernel is compiled with, apart from the architecture and the include directory."""
 
 INSTALL = "pip install 'cuneigh[cuda13]' (or 'cuneigh[cuda12]' for a driver of the 12 series)"
@@ -88,26 +90,48 @@ def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
     if kernel.file not in sources.texts:
         raise CompilationError(f"there is no {kernel.file} in {sources.root}")
     options = (*OPTIONS, f"--gpu-architecture={arch}", f"-I{_header_directory()}")
-    names = tuple(name.encode() for name in sources.texts)
-    texts = tuple(text.encode() for text in sources.texts.values())
-    program = nvrtc.createProgram(kernel.unit, "plan.cu", texts, names)
+    program = _program(nvrtc, kernel, sources)
     try:
-        nvrtc.addNameExpression(program, kernel.instance)
-        try:
-            nvrtc.compileProgram(program, options)
-        except nvrtc.NVRTCError as error:
-            raise CompilationError(
-                f"NVRTC {version()} cannot compile {kernel.file} of {sources.root} for {arch} "
-                f"({error}) with this plan.cu:\n{kernel.unit}",
-                _log(nvrtc, program),
-            ) from None
+        nvrtc.compileProgram(program, options)
         return Built(
             cubin=nvrtc.getCUBIN(program),
             symbol=nvrtc.getLoweredName(program, kernel.instance),
             resources=_resources(_log(nvrtc, program)),
         )
+    except nvrtc.NVRTCError as error:
+        raise CompilationError(
+            f"NVRTC {version()} cannot compile {kernel.file} of {sources.root} for {arch} "
+            f"({error}) with this plan.cu:\n{kernel.unit}",
+            _errors(nvrtc, kernel, sources, options),
+        ) from None
     finally:
         nvrtc.destroyProgram(program)
+
+
+def _program(nvrtc: Any, kernel: Kernel, sources: Sources) -> Any:
+    """What NVRTC is to compile."""
+    names = tuple(name.encode() for name in sources.texts)
+    texts = tuple(text.encode() for text in sources.texts.values())
+    program = nvrtc.createProgram(kernel.unit, "plan.cu", texts, names)
+    nvrtc.addNameExpression(program, kernel.instance)
+    return program
+
+
+def _errors(nvrtc: Any, kernel: Kernel, sources: Sources, options: tuple[str, ...]) -> str:
+    """The log of a compilation that fails.
+
+    It is compiled again without statistics: after these, NVRTC's log leaves out the errors of the
+    assembler.
+    """
+    program = _program(nvrtc, kernel, sources)
+    try:
+        nvrtc.compileProgram(program, tuple(each for each in options if each != STATISTICS))
+    except nvrtc.NVRTCError:
+        pass  # as before
+    finally:
+        log = _log(nvrtc, program)
+        nvrtc.destroyProgram(program)
+    return log
 
 
 def _log(nvrtc: Any, program: Any) -> str:
