@@ -98,9 +98,7 @@ def each_kernel_is_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> It
     """NVRTC makes a kernel of the package once for all tests, and for all workers of pytest-xdist.
 
     What it made is kept on disk and returned to whoever compiles the same kernel again. Whatever
-    lies above the compiler, such as the cache of compiled kernels, runs as it always does. Tables of
-    source lines, which profilers read, are left out: they change no instruction and take a tenth
-    of the time.
+    lies above the compiler, such as the cache of compiled kernels, runs as it always does.
     """
     directory = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -120,6 +118,4 @@ def each_kernel_is_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> It
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_compiler, "build", build_once)
-        without_lines = tuple(each for each in _compiler.OPTIONS if each != "-lineinfo")
-        patch.setattr(_compiler, "OPTIONS", without_lines)
         yield
