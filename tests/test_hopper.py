@@ -59,6 +59,10 @@ def dilated(dilation: int) -> Problem:
     return long_windows(axes=(axis,))
 
 
+def cross(operation: Operation) -> Problem:
+    return long_windows(operation=operation, axes=(Axis(4096, 2048, 2048, 1, 1, False),))
+
+
 @pytest.mark.parametrize(
     ("problem", "device", "reason"),
     [
@@ -70,6 +74,7 @@ def dilated(dilation: int) -> Problem:
         (long_windows(head_dim=264), H200, "up to 256 in steps of 8, not head_dim=264"),
         (long_windows(value_dim=68), H200, "up to 256 in steps of 8, not value_dim=68"),
         (long_windows(rpb_dtype="float32"), H200, "does not take rpb"),
+        (cross("backward"), H200, "does not take gradients of cross attention"),
         (dilated(9), H200, "takes dilations up to 8, not 9 on axis 0"),
         (long_windows((1,), 1, dim=8, batch=2**28), H200, "head vectors of queries or of keys"),
         (long_windows(scale=1e-30), H200, "takes scales from 1e-30 to 1e+30, not 1e-30"),
@@ -94,6 +99,7 @@ def test_what_is_refused(problem, device, reason):
         long_windows(),
         long_windows(operation="backward"),
         long_windows(dim=256),
+        cross("forward"),
         dilated(8),
         long_windows(scale=0.0),
         long_windows(scale=-2.0),

@@ -77,7 +77,8 @@ def supported(
         rpb_dtype=None,
         scale=0.0 if is_tiny else problem.scale,
     )
-    assert hopper.unsupported(problem, H200) is None
+    # Gradients of cross attention are tested, so that they can be taken once a GPU has run them
+    assert hopper.unsupported(problem, H200) in (None, hopper.CROSS_GRADIENTS)
     return problem
 
 
