@@ -52,8 +52,8 @@ MOST_ROWS = (1 << 31) - (1 << 16)
 CROSS_GRADIENTS = "does not take gradients of cross attention before its kernels have run them"
 """Why other numbers of queries than of keys are refused in a backward.
 
-They were wrong once. The kernels have been mended since, and tests/test_hopper_gpu.py asks for these
-gradients, but no GPU has run it: when one has, this goes.
+They were wrong once. The kernels have been mended since, and tests/test_hopper_gpu.py asks for
+these gradients, but no GPU has run it: when one has, this goes.
 """
 READ = ("query", "key", "value", "grad_output", "additional_keys", "additional_values")
 """The arguments that TMA reads; kernels read the others by themselves."""
