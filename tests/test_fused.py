@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from unittest import mock
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from helpers.accuracy import check_backend, run_backend
 from helpers.brute_force import seers
+from helpers.cubin import code_of
 from helpers.gpu_arrays import NATIVE
 from helpers.strategies import generators, inputs, layouts, problems
 from hypothesis import assume, given
@@ -197,40 +199,134 @@ def test_each_plan_is_printed_once(monkeypatch, capsys):
 
 OLDEST, SMALL, ADA, LARGE = map(_device.of_capability, ((7, 5), (8, 6), (8, 9), (9, 0)))
 COMPILED = [
-    # 128 takes the most registers with the largest boxes. For sm_89 the kernels are those of sm_86
-    # and the assembler makes the same of them, register for register: one dtype will do.
-    *((device, 128, "float16") for device in DEVICES if device != ADA),
-    *((device, 128, "float32") for device in DEVICES),
-    # Longer vectors and little shared memory make other boxes.
+    # 120, 24 and 56 are padded, to 128, 32 and 64: their kernels hold all that those of the whole
+    # lengths do, and take as many registers or more. 120 takes the most with the largest boxes. For
+    # sm_89 the kernels are those of sm_86, of which the assembler makes the same:
+    # `test_code_for_sm_89_is_that_for_sm_86`.
+    *itertools.product([each for each in DEVICES if each != ADA], (120,), ("float16", "float32")),
+    # Longer vectors and little shared memory make other boxes. At 256 it is the whole length that
+    # takes the most.
     *itertools.product((OLDEST, SMALL, LARGE), (256,), ("float16", "float32")),
-    *itertools.product((OLDEST, LARGE), (32, 72), ("float16",)),
-    *itertools.product((OLDEST, LARGE), (64,), ("float32",)),
+    *itertools.product((OLDEST, LARGE), (24,), ("float16",)),
+    *itertools.product((OLDEST, LARGE), (56,), ("float32",)),
 ]
 
 
-@pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
-@pytest.mark.parametrize("operation", ["forward", "backward"])
-@pytest.mark.parametrize(
-    ("device", "head_dim", "dtype"), COMPILED, ids=lambda value: getattr(value, "arch", str(value))
-)
-def test_kernels_do_not_spill(device, head_dim, dtype, operation, tmp_path):
+def problems_of(device, head_dim, dtype, operation):
+    """Those of three axes, whose kernels hold the most, without a bias and with one."""
+    # Adding the bias is the same code on all devices. The one on which most kinds of boxes may be
+    # taken has it at every length, the oldest, which multiplies otherwise, where it leaves the
+    # fewest registers.
+    biased = device == LARGE or (device, head_dim, dtype) == (OLDEST, 120, "float32")
     axes = (Axis(1, 1, 1, 1, 1, False),) * 3
-    kernels = []
-    # Adding the bias is the same code on all devices; the one on which most kinds of boxes may be
-    # taken has it at every length, the oldest, which multiplies otherwise, at one.
-    biased = device == LARGE or (device == OLDEST and head_dim == 128)
-    for rpb_dtype in (None, "float32") if biased else (None,):
-        problem = Problem(operation, dtype, 1, 1, 1, head_dim, head_dim, axes, 1.0, None, rpb_dtype)
-        kernels += [
-            kernel
-            for kernel in fused.kernels(problem, device)
-            # Kernels for one batch-head a block are a part of those for several
-            if kernel.name == f"fused/{operation}" and "kManyBatchHeads = false" not in kernel.plan
-        ]
-    assert kernels or fused.unsupported(problem, device) is not None
+    plain = Problem(operation, dtype, 1, 1, 1, head_dim, head_dim, axes, 1.0)
+    return [plain, replace(plain, rpb_dtype="float32")] if biased else [plain]
+
+
+def kernels_of(problem, device):
+    """Those for several batch-heads a block, of which those for one are a part."""
+    return [
+        kernel
+        for kernel in fused.kernels(problem, device)
+        if kernel.name == f"fused/{problem.operation}"
+        and "kManyBatchHeads = false" not in kernel.plan
+    ]
+
+
+def sizes_of(kernel):
+    """The integers that are compiled into a kernel, and what else is."""
+    sizes = {name: int(value) for name, value in re.findall(r"int (\w+) = (\d+);", kernel.plan)}
+    del sizes["kSharedBytes"]  # follows from the others
+    return sizes, re.sub(r".* int .*\n", "", kernel.plan)
+
+
+def is_part_of(kernel, other):
+    """Whether `kernel` does a part of what `other` does, with as many registers or more.
+
+    It has shorter loops over rows, columns or dimensions, and no other difference.
+    """
+    (sizes, rest), (others, rest_of_other) = sizes_of(kernel), sizes_of(other)
+    shorter = {"kRowTiles", "kColumns", "kHeadDim", "kValueDim", "kBlocks"}
+    return (
+        (kernel.name, rest) == (other.name, rest_of_other)
+        and sizes != others
+        and all(
+            size <= others[name] if name in shorter else size == others[name]
+            for name, size in sizes.items()
+        )
+    )
+
+
+def kernels_to_compile(device, dtype, operation):
+    """The kernels of all lengths in COMPILED, and those of them that are no part of another."""
+    every = [
+        kernel
+        for of_device, head_dim, of_dtype in COMPILED
+        if (of_device, of_dtype) == (device, dtype)
+        for problem in problems_of(device, head_dim, dtype, operation)
+        for kernel in kernels_of(problem, device)
+    ]
+    largest = [kernel for kernel in every if not any(is_part_of(kernel, other) for other in every)]
+    return every, largest
+
+
+OPERATIONS = ("forward", "backward")
+GROUPS = dict.fromkeys(
+    (device, dtype, operation)
+    for (device, _, dtype), operation in itertools.product(COMPILED, OPERATIONS)
+)
+
+
+def test_boxes_of_every_size_are_compiled_for_some_device():
+    """So that what is wrong with a size is seen though parts of other kernels are left out."""
+
+    def boxes_of(kernels):
+        for kernel in kernels:
+            sizes, rest = sizes_of(kernel)
+            dtype = re.search(r"Element = (\w+)", rest)[1]
+            yield kernel.name, dtype, sizes["kRowTiles"], sizes["kColumns"], sizes["kWarps"]
+
+    possible, compiled = set(), set()
+    for group in GROUPS:
+        every, largest = kernels_to_compile(*group)
+        possible.update(boxes_of(every))
+        compiled.update(boxes_of(largest))
+    assert compiled == possible
+
+
+def test_lengths_without_kernels_are_refused():
+    for (device, head_dim, dtype), operation in itertools.product(COMPILED, OPERATIONS):
+        for problem in problems_of(device, head_dim, dtype, operation):
+            refused = fused.unsupported(problem, device) is not None
+            assert bool(kernels_of(problem, device)) != refused
+
+
+needs_nvrtc = pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("device", "dtype", "operation"), GROUPS, ids=lambda value: getattr(value, "arch", str(value))
+)
+def test_kernels_do_not_spill(device, dtype, operation, tmp_path):
+    _, kernels = kernels_to_compile(device, dtype, operation)
     for (kernel, _), compiled in _jit.precompile(kernels, [device.arch], tmp_path).items():
-        spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
+        resources = compiled.resources
+        spilled = resources.spill_stores + resources.spill_loads
+        assert resources.registers > 0, "the log of NVRTC was not understood"
         assert spilled == 0, f"{kernel.name} spills {spilled} on {device.arch}:\n{kernel.plan}"
+
+
+@needs_nvrtc
+def test_code_for_sm_89_is_that_for_sm_86(tmp_path):
+    """Byte for byte, which is why kernels are compiled for one of them."""
+    (problem,) = problems_of(ADA, 120, "float32", "forward")
+    kernel = kernels_of(problem, ADA)[0]
+    assert kernel in kernels_of(problem, SMALL)
+    compiled = _jit.precompile([kernel], [SMALL.arch, ADA.arch], tmp_path).values()
+    first, second = (code_of(each.cubin.read_bytes()) for each in compiled)
+    assert first
+    assert first == second
 
 
 # Kernels

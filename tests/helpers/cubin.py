@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 KPARAM_INFO, SIZED_VALUE = 0x17, 0x04
 """The attribute that describes one parameter, and the format of attributes that have a size."""
@@ -10,16 +11,27 @@ KPARAM_INFO, SIZED_VALUE = 0x17, 0x04
 
 def parameter_sizes(cubin: bytes) -> list[int]:
     """The bytes of every parameter of the only kernel in `cubin`, in their order."""
+    sizes: dict[int, int] = {}
+    for name, content in _sections(cubin):
+        if name.startswith(b".nv.info."):
+            sizes |= _parameters(content)
+    return [sizes[i] for i in range(len(sizes))]
+
+
+def code_of(cubin: bytes) -> dict[bytes, bytes]:
+    """The machine code of every function in `cubin`."""
+    return {name: content for name, content in _sections(cubin) if name.startswith(b".text.")}
+
+
+def _sections(cubin: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Name and content of every section."""
     (sections_start,) = struct.unpack_from("<Q", cubin, 40)
     count, names_section = struct.unpack_from("<HH", cubin, 60)
     sections = [struct.unpack_from("<IIQQQQ", cubin, sections_start + 64 * i) for i in range(count)]
     names_start = sections[names_section][4]
-    sizes: dict[int, int] = {}
     for name, _type, _flags, _address, start, size in sections:
         first = names_start + name
-        if cubin[first : cubin.index(b"\0", first)].startswith(b".nv.info."):
-            sizes |= _parameters(cubin[start : start + size])
-    return [sizes[i] for i in range(len(sizes))]
+        yield cubin[first : cubin.index(b"\0", first)], cubin[start : start + size]
 
 
 def _parameters(attributes: bytes) -> dict[int, int]:
