@@ -185,16 +185,36 @@ def test_everything_is_offered():
 # Installation
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
 def test_installation():
-    done = run(
-        """
-import importlib.util, sys
-assert importlib.util.find_spec("natten") is None
+    """In a process of its own, one for all steps: PyTorch and its compiler take long to import."""
+    code = LATE + INSTALL + MODES
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# After what makes an installation come too late, which changes nothing
+LATE = """
+import importlib.util, sys, types
 import cuneigh.compat.natten
+
+client = types.ModuleType("client")
+client.natten2dav = None
+for module, words in (
+    (types.ModuleType("natten"), "natten is imported already"),
+    (client, "client is imported already and has found no natten"),
+):
+    sys.modules[module.__name__] = module
+    try:
+        cuneigh.compat.natten.install()
+    except RuntimeError as error:
+        assert "install() comes too late" in str(error) and words in str(error), error
+    else:
+        raise AssertionError(words)
+    del sys.modules[module.__name__]
+    assert importlib.util.find_spec("natten") is None
+"""
+
+INSTALL = """
 cuneigh.compat.natten.install()
 cuneigh.compat.natten.install()
 import natten, natten.functional, natten.na2d
@@ -209,17 +229,11 @@ assert importlib.metadata.version("natten") == natten.__version__
 assert natten.__version__ == cuneigh.compat.natten.__version__
 assert natten.na2d is na2d is cuneigh.compat.natten.na2d
 """
-    )
-    assert done.returncode == 0, done.stderr
 
-
-def test_what_natten_says_of_itself():
-    """Of models that run with or without fused kernels, and set modes when they are imported."""
-    done = run(
-        """
-import cuneigh.compat.natten
-cuneigh.compat.natten.install()
-import natten, natten.context, torch
+# What NATTEN says of itself to models that run with or without fused kernels, and the modes that
+# they set when they are imported
+MODES = """
+import natten.context, torch
 assert natten.HAS_LIBNATTEN and natten.has_fna() and natten.has_cuda() == torch.cuda.is_available()
 for name in natten.context.__all__:
     assert getattr(natten, name) is getattr(natten.context, name), name
@@ -244,34 +258,6 @@ assert natten.has_fused_na()
 output = natten.functional.na2d(query, key, value, 7, scale=1.0)
 assert torch.equal(output, cuneigh.na2d(query, key, value, 7, scale=1.0))
 """
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("before", "words"),
-    [
-        ("natten = types.ModuleType('natten')", "natten is imported already"),
-        (
-            "client = types.ModuleType('client'); client.natten2dav = None",
-            "client is imported already and has found no natten",
-        ),
-    ],
-)
-def test_installation_that_comes_too_late_says_so(before, words):
-    name = before.partition(" ")[0]
-    done = run(
-        f"""
-import sys, types
-{before}
-sys.modules["{name}"] = {name}
-import cuneigh.compat.natten
-cuneigh.compat.natten.install()
-"""
-    )
-    assert done.returncode != 0
-    assert "install() comes too late" in done.stderr
-    assert words in done.stderr
 
 
 # The real client: DiNAT of Hugging Face

@@ -149,7 +149,8 @@ def test_every_operation_agrees_with_the_oracle(operation, data, rng, layout, na
         check_backend(cpu, problem, inputs(problem, rng, layout))
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
+# The cut does not depend on the dtype: one for each dtype of sums will do.
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 @pytest.mark.parametrize(
     ("tokens", "kernel_size", "window"),
@@ -168,8 +169,9 @@ def test_problems_of_many_tiles_agree_with_the_oracle(
     check_backend(cpu, problem, inputs(problem, np.random.default_rng(0)))
 
 
+# Here and below, cuts are to be many, for which small problems will do.
 @pytest.mark.parametrize("layout", LAYOUTS)
-@given(problem=problems(), rng=generators(), name=cuts())
+@given(problem=problems(budget=20_000), rng=generators(), name=cuts())
 def test_memory_layout_changes_no_bit(layout, problem, rng, name):
     strided = inputs(problem, rng, layout)
     contiguous = Inputs(
@@ -185,7 +187,7 @@ def contiguous_copy(array):
     return None if array is None else np.ascontiguousarray(array)
 
 
-@given(problem=problems(), rng=generators(), name=cuts(), threads=st.integers(2, 4))
+@given(problem=problems(budget=20_000), rng=generators(), name=cuts(), threads=st.integers(2, 4))
 def test_the_number_of_threads_changes_no_bit(problem, rng, name, threads):
     given_inputs = inputs(problem, rng)
     with cut(name, threads=1):

@@ -201,20 +201,24 @@ def test_records_have_the_size_that_the_struct_asserts(problem):
 
 
 # Consumers differ by the dimensions, the dtype and the sign of the scale, producers by the number
-# of axes and by the flags; how many registers either has follows from the dimensions. So every
-# dimension is compiled with every number of axes, with all flags or none in turn: each flag is
-# there, and is not, for each number of axes, each dimension and each dtype. Dimensions that differ
-# come last. The producers of the backward are those of the forward: of its kernels those fill the
-# registers that have the longest vectors beside three and two warpgroups, 64 and 128.
+# of axes and by the flags; how many registers either has follows from the dimensions. Those fill
+# them that have the longest vectors beside three and two warpgroups. These are compiled with every
+# number of axes, with all flags or none in turn, so that each flag is there, and is not, for each
+# number of axes, each dimension and each dtype. Shorter vectors have shorter loops beside the same
+# producers, and are compiled once. Dimensions that differ come last.
 FLAGS = ("kDilated", "kAdditional", "kSigned")
-FORWARD_DIMS, BACKWARD_DIMS = WIDTHS, (64, 128)
+LONGEST = [("forward", 128), ("forward", 256), ("backward", 64), ("backward", 128)]
+FULL = [
+    (operation, rank, "float16" if (rank + i) % 4 < 2 else "bfloat16", dim, dim, (rank + i) % 2)
+    for i, (operation, dim) in enumerate(LONGEST)
+    for rank in (1, 2, 3)
+]
 COMPILED = [
-    *(
-        (operation, rank, "float16" if (rank + i) % 4 < 2 else "bfloat16", dim, dim, (rank + i) % 2)
-        for operation, dims in (("forward", FORWARD_DIMS), ("backward", BACKWARD_DIMS))
-        for rank in (1, 2, 3)
-        for i, dim in enumerate(dims)
-    ),
+    *FULL,
+    ("forward", 3, "float16", 32, 32, 1),
+    ("forward", 3, "bfloat16", 64, 64, 0),
+    ("forward", 3, "float16", 96, 96, 0),
+    ("forward", 3, "bfloat16", 192, 192, 1),
     ("forward", 3, "bfloat16", 64, 128, 1),
     ("forward", 3, "float16", 128, 64, 1),
     ("backward", 1, "bfloat16", 32, 96, 0),
@@ -237,12 +241,13 @@ def kernels_of(
     return kernels
 
 
-def test_the_kernels_below_have_every_flag_with_everything():
+def test_the_kernels_below_have_every_flag_and_width():
     for operation in ("forward", "backward"):
         for which in (1, 2, 3):  # number of axes, dtype, dimension
-            for value in {case[which] for case in COMPILED[:-3] if case[0] == operation}:
-                alike = [case for case in COMPILED if (case[0], case[which]) == (operation, value)]
+            for value in {case[which] for case in FULL if case[0] == operation}:
+                alike = [case for case in FULL if (case[0], case[which]) == (operation, value)]
                 assert {case[5] for case in alike} == {0, 1}
+    assert {case[3] for case in COMPILED if case[0] == "forward"} == set(WIDTHS)
 
 
 @needs_nvrtc

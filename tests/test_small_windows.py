@@ -148,12 +148,16 @@ def test_small_windows_are_planned_so(kernel_size):
     [((8, 0), 1, 64), ((9, 0), 2, 64), ((10, 0), 2, 128), ((12, 0), 1, 64)],
 )
 def test_kernels_do_not_spill(capability, rank, dim, tmp_path):
-    """Those with the largest tiles, which take the most registers."""
+    """Those with the largest tiles, which take the most registers.
+
+    Without lse they do a part of what they do with it, which one device has to show.
+    """
     axes = (Axis(1, 1, 1, 1, 1, False),) * rank
     kernels = []
     for operation in ("forward", "backward"):
         problem = Problem(operation, "bfloat16", 1, 1, 1, dim, dim, axes, 1.0)
-        flags = [*itertools.product((True, False), repeat=2)]
+        with_lse = (True, False) if capability == (9, 0) else (True,)
+        flags = [*itertools.product((True, False), with_lse)]
         for pass_ in passes(problem):
             if not small_plan.takes(problem, pass_):
                 continue
