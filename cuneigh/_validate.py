@@ -56,6 +56,11 @@ def problem_of(
             problem = av_problem(
                 call, operation, specs["weights"], value, window, additional_values
             )
+    if abs(problem.scale) > LARGEST_SCALE[problem.accumulator]:
+        raise ValueError(
+            f"{call}: scale={problem.scale} is not finite in {problem.accumulator}, in which the "
+            f"logits of {problem.dtype} arrays are computed"
+        )
     if ARRAYS[operation].gradient is None and not SUPPORTED[problem.dtype].has_gradients:
         raise TypeError(f"{call}: dtype {problem.dtype} has no gradients")
     for name in ARRAYS[operation].arguments:
@@ -63,6 +68,9 @@ def problem_of(
             require(call, name, specs[name], problem.spec(name))
     return problem
 
+
+LARGEST_SCALE = {"float32": (2 - 2.0**-23) * 2.0**127, "float64": math.inf}
+"""The largest scale that does not overflow, by the dtype in which sums are taken."""
 
 _CHECKED = frozenset([*Operands._fields, "weights"])
 """The arguments that the functions below have checked already."""
@@ -364,8 +372,11 @@ def _check_rank(call: str, name: str, spec: Spec, rank: int) -> None:
 
 def _check_dtype(call: str, name: str, spec: Spec) -> None:
     if spec.dtype not in DTYPES:
+        hint = ""
+        if spec.dtype == "|V2":
+            hint = f": if NumPy has loaded it from a file, pass {name}.view(ml_dtypes.bfloat16)"
         raise TypeError(
-            f"{call}: {name} has dtype {spec.dtype}, which is not one of {', '.join(DTYPES)}"
+            f"{call}: {name} has dtype {spec.dtype}, which is not one of {', '.join(DTYPES)}{hint}"
         )
 
 

@@ -59,16 +59,15 @@ def test_the_calls_that_are_broken_were_legal(call):
 # What is not an array, or not of a kind that can be used
 
 
-class SpeaksDLPack:
-    """An array of a framework that cuneigh does not know."""
-
-    def __dlpack__(self, **_: Any) -> None: ...
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0
-
-
 class Measured(np.ndarray):
     """A NumPy array that means more than its elements, such as a quantity with a unit."""
+
+
+class WithUnit:
+    """What NumPy can make an array of, and no array itself."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.ones((1, 5, 1, 1))
 
 
 def not_arrays() -> st.SearchStrategy[tuple[Any, str]]:
@@ -86,7 +85,7 @@ def not_arrays() -> st.SearchStrategy[tuple[Any, str]]:
             (np.ones((1, 5)).view(np.matrix), "numpy.matrix"),
             (np.random.default_rng(0), "numpy.random._generator.Generator"),
             (np.ones((1, 5, 1, 1)).view(Measured), "Measured"),
-            (SpeaksDLPack(), "SpeaksDLPack"),
+            (WithUnit(), "WithUnit"),
         ]
     )
 
@@ -102,6 +101,16 @@ def test_only_arrays_are_arrays(call, odd, data):
     words = f"{call.function}: {name} is of type .*{re.escape(kind)}; .*array is needed"
     with nothing_allocated(), pytest.raises(TypeError, match=words):
         run(call.but(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [[[1.0]], memoryview(b"12"), WithUnit(), np.ma.ones(3)],
+    ids=lambda odd: type(odd).__name__,
+)
+def test_an_error_says_how_to_make_an_array_of_something(odd):
+    with pytest.raises(TypeError, match=r"query is of type .*pass numpy\.asarray\(query\)"):
+        cuneigh.na1d(odd, odd, odd, 3)
 
 
 @given(legal_calls(), st.data())
@@ -131,6 +140,26 @@ def test_other_dtypes_are_refused(dtype):
     words = f"query has dtype {re.escape(str(query.dtype))}, which is not one of float16, bfloat16"
     with nothing_allocated(), pytest.raises(TypeError, match=words):
         cuneigh.na1d(query, query, query, 3)
+
+
+def test_a_saved_bfloat16_is_recognized(tmp_path):
+    np.save(tmp_path / "query.npy", np.zeros((1, 9, 1, 4), ml_dtypes.bfloat16))
+    query = np.load(tmp_path / "query.npy")
+    words = r"na1d: query has dtype \|V2, .*pass query\.view\(ml_dtypes\.bfloat16\)"
+    with pytest.raises(TypeError, match=words):
+        cuneigh.na1d(query, query, query, 3)
+    query = query.view(ml_dtypes.bfloat16)
+    assert cuneigh.na1d(query, query, query, 3).dtype == ml_dtypes.bfloat16
+
+
+def test_a_scale_beyond_the_precision_of_the_sums_is_refused():
+    for scale in (1e39, -3.5e38):
+        words = f"na1d: scale={re.escape(str(scale))} .*float32"
+        with nothing_allocated(), pytest.raises(ValueError, match=words):
+            cuneigh.na1d(QUERY, QUERY, QUERY, 3, scale=scale)
+    wide = QUERY.astype("float64")
+    assert not cuneigh.na1d(wide, wide, wide, 3, scale=1e39).any()
+    assert not cuneigh.na1d(QUERY, QUERY, QUERY, 3, scale=3e38).any()
 
 
 def test_sparse_matrices_are_refused():

@@ -18,9 +18,13 @@ Array = npt.NDArray[Any]
 class NumPyAdapter(Adapter):
     """NumPy arrays, memory maps among them. The own device is always ``"cpu"``."""
 
+    computes = True
+
     def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
         if type(array) not in (np.ndarray, np.memmap):
-            refuse(call, name, array, "a plain numpy.ndarray is needed")
+            refuse(
+                call, name, array, f"a plain numpy.ndarray is needed: pass numpy.asarray({name})"
+            )
 
     def spec(self, array: Array) -> Spec:
         return Spec(array.shape, dtype_name(array.dtype))

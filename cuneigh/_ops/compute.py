@@ -49,7 +49,7 @@ def _examine(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Call, 
     named = zip(ARRAYS[operation].arguments, arrays, strict=True)
     needed = {n: array for n, array in named if array is not None or n not in OPTIONAL}
     adapter, device = examine(name, needed, adapter_of)
-    given = adapter.cast_automatically(name, needed)
+    given = adapter.converted(name, needed)
     specs = {n: adapter.spec(array) for n, array in given.items()}
     if rank:
         window = window_arguments(name, rank, kernel_size, stride, dilation, is_causal)

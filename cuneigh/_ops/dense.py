@@ -134,6 +134,8 @@ def _merge(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
     arrays = {f"outputs[{i}]": output for i, output in enumerate(outputs)}
     arrays |= {f"lses[{i}]": lse for i, lse in enumerate(lses)}
     adapter, device = examine(call, arrays, adapter_of, borrowed=False)
+    arrays = adapter.converted(call, arrays)
+    outputs, lses = list(arrays.values())[: len(outputs)], list(arrays.values())[len(outputs) :]
     specs = {name: adapter.spec(array) for name, array in arrays.items()}
     first = specs["outputs[0]"]
     accumulator = _check_merge(call, len(outputs), specs)
@@ -153,7 +155,9 @@ def _merge(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
             * xp.where((lse == -math.inf)[..., None], 0.0, adapter.cast(output, accumulator))
             for term, lse, output in zip(terms, lses, outputs, strict=True)
         )
-        return adapter.cast(merged, first.dtype), adapter.cast(merged_lse, accumulator)
+        results = adapter.cast(merged, first.dtype), adapter.cast(merged_lse, accumulator)
+        output, lse = adapter.returned(call, device, results)
+        return output, lse
 
 
 def _check_merge(call: str, count: int, specs: dict[str, Spec]) -> str:

@@ -22,13 +22,13 @@ from cuneigh._problem import ARRAYS
 class TorchAdapter(TensorAdapter):
     """PyTorch tensors in a program that may have to be differentiated or traced."""
 
-    def cast_automatically(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    def converted(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
         """Under autocast, as ``scaled_dot_product_attention`` would take them.
 
         A relative positional bias of float32 goes with queries of any dtype, and stays.
         """
         kind = next(iter(arrays.values())).device.type
-        if not torch.is_autocast_enabled(kind) or call.endswith("_backward"):
+        if not torch.is_autocast_enabled(kind) or call.endswith(_NOT_CAST):
             return arrays
         dtype = torch.get_autocast_dtype(kind)
         return {
@@ -70,6 +70,9 @@ class TorchAdapter(TensorAdapter):
             None if spec is None else array for spec, array in zip(call.results, made, strict=True)
         ]
 
+
+_NOT_CAST = ("_backward", "merge_attentions")
+"""How the calls end whose arguments autocast leaves as they are: they were cast before."""
 
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that autocast converts."""
