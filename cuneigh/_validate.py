@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
 from numbers import Real
@@ -56,9 +57,9 @@ def problem_of(
             problem = av_problem(
                 call, operation, specs["weights"], value, window, additional_values
             )
-    if abs(problem.scale) > LARGEST_SCALE[problem.accumulator]:
+    if scale is not None and abs(scale) > LARGEST_SCALE[problem.accumulator]:
         raise ValueError(
-            f"{call}: scale={problem.scale} is not finite in {problem.accumulator}, in which the "
+            f"{call}: scale={scale} is not finite in {problem.accumulator}, in which the "
             f"logits of {problem.dtype} arrays are computed"
         )
     if ARRAYS[operation].gradient is None and not SUPPORTED[problem.dtype].has_gradients:
@@ -98,9 +99,13 @@ def _per_axis(call: str, name: str, value: Any, rank: int, convert: Any) -> tupl
     return tuple(convert(call, f"{name}[{axis}]", entry) for axis, entry in enumerate(value))
 
 
+class Symbol(ABC):  # noqa: B024 - types are registered with it
+    """An integer that a framework which traces a program knows by its name only."""
+
+
 def _integer(call: str, name: str, value: Any) -> int:
-    if type(value) is int:
-        return value
+    if type(value) is int or isinstance(value, Symbol):
+        return value  # type: ignore[return-value]
     if not _boolean_like(value):
         try:
             return operator.index(value)

@@ -76,6 +76,10 @@ class Adapter:
         """`array` converted by the framework's own, differentiable operation."""
         raise NotImplementedError
 
+    def number(self, array: Any) -> float | None:
+        """The number in a 0-d array; None where it may not be there yet, or be differentiated."""
+        return None
+
     # Arrays on the CPU: memory for NumPy
 
     def empty(self, own: Any, shape: tuple[int, ...], dtype: str) -> Any:
@@ -85,6 +89,10 @@ class Adapter:
     def borrow(self, array: Any) -> npt.NDArray[Any]:
         """A NumPy array on the memory of `array`, which may be a result of `empty`."""
         raise NotImplementedError
+
+    def threads(self) -> int | None:
+        """How many threads the framework computes with on the CPU; None if it does not say."""
+        return None
 
     # Arrays on a GPU, which is the current one whenever these are called
 
@@ -198,6 +206,38 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def dtype_name(dtype: Any) -> str:
     """The name of a NumPy dtype; of one that is not supported, byte order and all."""
     return str(dtype)
+
+
+def host_array(
+    owner: Any,
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *,
+    writeable: bool,
+) -> npt.NDArray[Any]:
+    """A NumPy array on memory of `owner`, which it keeps; `strides` are in elements."""
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    held = _Held(owner)
+    held.__array_interface__ = {
+        "version": 3,
+        "shape": shape,
+        "strides": tuple([stride * dtype.itemsize for stride in strides]),
+        "typestr": f"=u{dtype.itemsize}",  # NumPy does not know all dtypes by a name
+        "data": (address, not writeable),
+    }
+    return np.asarray(held).view(dtype)
+
+
+class _Held:
+    """Memory, described for NumPy, which keeps this object as long as its array."""
+
+    __array_interface__: dict[str, Any]
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
 
 
 @cache

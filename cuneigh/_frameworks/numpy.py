@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cuneigh._device import CPU, Device
 from cuneigh._frameworks.contract import Adapter, dtype_name, numpy_dtype, refuse
-from cuneigh._problem import Spec
+from cuneigh._problem import DTYPES, Spec
 
 Array = npt.NDArray[Any]
 
@@ -43,6 +43,9 @@ class NumPyAdapter(Adapter):
 
     def cast(self, array: Array, dtype: str) -> Array:
         return array.astype(numpy_dtype(dtype), copy=False)
+
+    def number(self, array: Array) -> float | None:
+        return float(array) if array.dtype.kind in "fiu" or array.dtype.name in DTYPES else None
 
     def empty(self, own: str, shape: tuple[int, ...], dtype: str) -> Array:
         return np.empty(shape, numpy_dtype(dtype))

@@ -74,6 +74,9 @@ class DLPackAdapter(Adapter):
     def cast(self, array: Any, dtype: str) -> Any:
         return array.astype(numpy_dtype(dtype), copy=False)
 
+    def number(self, array: Any) -> float:
+        return float(borrow(array, place_of(array)))
+
     def returned(self, call: str, own: Place, results: Sequence[Any]) -> list[Any]:
         if self._from_dlpack is None:
             return list(results)
@@ -102,12 +105,12 @@ def _naming(call: str, name: str, array: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = type(error) if type(error) in PASSED_ON else RuntimeError
+        kind = next((known for known in PASSED_ON if isinstance(error, known)), RuntimeError)
         raise kind(f"{call}: {name} is of type {type_name(array)}: {error}") from error
 
 
 PASSED_ON = (BufferError, TypeError, ValueError, NotImplementedError)
-"""The errors of frameworks that keep their type; others become a RuntimeError."""
+"""The types of errors that are kept; others become a RuntimeError."""
 
 
 NATIVE = {"cpu": "cuneigh._frameworks.numpy", "cuda": "cuneigh._frameworks.cupy"}

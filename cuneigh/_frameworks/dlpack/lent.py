@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuneigh import _device
-from cuneigh._frameworks.contract import dtype_name, import_cupy, numpy_dtype
+from cuneigh._frameworks.contract import dtype_name, host_array, import_cupy, numpy_dtype
 from cuneigh._frameworks.dlpack.capsule import Tensor, tensor_in
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._problem import DTYPES
@@ -87,10 +87,9 @@ def borrow(array: Any, place: Place) -> Any:
     dtype = numpy_dtype(_supported(_dtype_name(tensor)))
     shape = tuple(tensor.shape[: tensor.ndim]) if tensor.ndim else ()
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else contiguous(shape)
-    strides = tuple(stride * dtype.itemsize for stride in strides)
     address = (tensor.data or 0) + tensor.byte_offset
     if place.kind == "cpu":
-        return _on_host(capsule, address, shape, strides, dtype)
+        return host_array(capsule, address, shape, strides, dtype, writeable=False)
     return _on_gpu(capsule, address, shape, strides, dtype, place.number)
 
 
@@ -116,39 +115,6 @@ def _supported(dtype: str) -> str:
     return dtype
 
 
-class _Lent:
-    """Memory for NumPy, with the capsule that keeps it."""
-
-    def __init__(
-        self,
-        capsule: Any,
-        address: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        itemsize: int,
-    ) -> None:
-        self.capsule = capsule
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": shape,
-            "strides": strides,
-            "typestr": f"=u{itemsize}",  # whatever the dtype: NumPy does not know all of them here
-            "data": (address, True),  # never written to
-        }
-
-
-def _on_host(
-    capsule: Any,
-    address: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dtype: np.dtype[Any],
-) -> Any:
-    if not prod(shape):
-        return np.empty(shape, dtype)
-    return np.asarray(_Lent(capsule, address, shape, strides, dtype.itemsize)).view(dtype)
-
-
 def _on_gpu(
     capsule: Any,
     address: int,
@@ -162,6 +128,7 @@ def _on_gpu(
     with _device.current(index):
         if not prod(shape):
             return cupy.empty(shape, dtype)
+        strides = tuple(stride * dtype.itemsize for stride in strides)
         offsets = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
         first = sum(offset for offset in offsets if offset < 0)
         size = sum(map(abs, offsets)) + dtype.itemsize

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 
 from cuneigh._call import Call
 from cuneigh._frameworks.torch import operators
-from cuneigh._frameworks.torch.autograd import differentiable
-from cuneigh._frameworks.torch.tensors import DEVICES, PLAIN, TRACED, TensorAdapter
+from cuneigh._frameworks.torch.autograd import differentiable, run
+from cuneigh._frameworks.torch.tensors import DEVICES, PLAIN, TensorAdapter
 from cuneigh._problem import ARRAYS
 
 
@@ -53,18 +53,19 @@ class TorchAdapter(TensorAdapter):
         return tuple(found)
 
     def watches(self, arrays: Sequence[torch.Tensor]) -> bool:
-        if torch.is_grad_enabled():
-            for array in arrays:
-                if array.requires_grad:
-                    return True
-        return forward_ad._current_level >= 0 or _is_traced(arrays)
+        return (
+            _requires_grad(arrays)
+            or forward_ad._current_level >= 0
+            or torch.autograd._profiler_enabled()
+            or _is_traced(arrays)
+        )
 
     def record(self, call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         is_gradient = ARRAYS[call.problem.operation].gradient is None
         if is_gradient or forward_ad._current_level >= 0:
             _refuse_lost_derivatives(call, arrays, is_gradient)
         if not _is_traced(arrays):
-            return differentiable(call, arrays)
+            return (differentiable if _requires_grad(arrays) else run)(call, arrays)
         made = operators.call(call, arrays)
         return [
             None if spec is None else array for spec, array in zip(call.results, made, strict=True)
@@ -94,12 +95,29 @@ def _refuse_lost_derivatives(call: Call, arrays: Sequence[torch.Tensor], is_grad
             )
 
 
+def _requires_grad(arrays: Sequence[torch.Tensor]) -> bool:
+    if torch.is_grad_enabled():
+        for array in arrays:
+            if array.requires_grad:
+                return True
+    return False
+
+
 def _is_traced(arrays: Sequence[torch.Tensor]) -> bool:
-    """Whether PyTorch must see an operator: it compiles, transforms, did so or counts."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    """Whether PyTorch must see an operator: it compiles, traces, transforms, did so or counts.
+
+    Tensors of other types and those without numbers are for PyTorch to deal with as well.
+    """
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
         return True
     for array in arrays:
-        if type(array) in TRACED or torch._C._functorch.is_functorch_wrapped_tensor(array):
+        if type(array) not in PLAIN or array.is_meta:
+            return True
+        if torch._C._functorch.is_functorch_wrapped_tensor(array):
             return True
     return False
 
