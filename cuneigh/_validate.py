@@ -147,8 +147,13 @@ def finite_scale(call: str, scale: object) -> float:
     return result
 
 
-def neighborhood_axes(call: str, tokens: Sequence[int], window: Window) -> tuple[Axis, ...]:
-    """One `Axis` per token axis, every rule of the window checked."""
+def neighborhood_axes(
+    call: str, tokens: Sequence[int], window: Window, heads: int = 0
+) -> tuple[Axis, ...]:
+    """One `Axis` per token axis, every rule of the window checked.
+
+    `heads` is the length of the axis after those of the tokens.
+    """
     axes = []
     for axis, (length, k, s, d, causal) in enumerate(zip(tokens, *window, strict=True)):
         for name, size in (("kernel_size", k), ("dilation", d), ("stride", s)):
@@ -160,9 +165,23 @@ def neighborhood_axes(call: str, tokens: Sequence[int], window: Window) -> tuple
             raise ValueError(
                 f"{call}: kernel_size={k} times dilation={d} on axis {axis} is {k * d}, "
                 f"which exceeds that axis's length {length}"
+                f"{_heads_first_hint(tokens, window, heads)}"
             )
         axes.append(Axis(length, length, k, s, d, causal))
     return tuple(axes)
+
+
+def _heads_first_hint(tokens: Sequence[int], window: Window, heads: int) -> str:
+    """What to say of a window that would fit if the axes were ``[batch, heads, tokens.., dim]``."""
+    lengths = (*tokens[1:], heads)
+    needed = zip(window.kernel_size, window.dilation, lengths, strict=True)
+    if not all(size * dilation <= length for size, dilation, length in needed):
+        return ""
+    names = ", ".join(f"X{axis + 1}" for axis in range(len(tokens)))
+    return (
+        f" (arrays are heads-last, [batch, {names}, heads, dim]: if heads come first here, move "
+        f"that axis)"
+    )
 
 
 def kept(build: Callable[..., Problem]) -> Callable[..., Problem]:
@@ -206,7 +225,7 @@ def attention_problem(
         if additional_keys is None:
             given, missing = missing, given
         raise ValueError(f"{call}: {given} was given without {missing}")
-    axes = neighborhood_axes(call, query.shape[1:-2], window)
+    axes = neighborhood_axes(call, query.shape[1:-2], window, query.shape[-2])
     problem = Problem(
         operation=operation,
         dtype=query.dtype,
@@ -242,7 +261,7 @@ def qk_problem(
     """The problem of `na{r}d_qk` or its backward."""
     rank = len(window.kernel_size)
     _check_query_and_key(call, rank, query, key, additional_keys)
-    axes = neighborhood_axes(call, query.shape[1:-2], window)
+    axes = neighborhood_axes(call, query.shape[1:-2], window, query.shape[-2])
     problem = Problem(
         operation=operation,
         dtype=query.dtype,
@@ -283,7 +302,7 @@ def av_problem(
         kv_heads=value.shape[-2],
         head_dim=1,
         value_dim=value.shape[-1],
-        axes=neighborhood_axes(call, weights.shape[1:-2], window),
+        axes=neighborhood_axes(call, weights.shape[1:-2], window, weights.shape[-2]),
         scale=1.0,
         additional=_additional_count(call, "additional_values", additional_values),
     )

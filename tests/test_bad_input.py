@@ -195,6 +195,39 @@ def test_a_backend_is_named_by_a_string(value):
         cuneigh.na1d(QUERY, QUERY, QUERY, 3, backend=value)
 
 
+def test_an_array_with_heads_first_gets_a_hint():
+    first = np.zeros((1, 4, 14, 16, 8))
+    with pytest.raises(
+        ValueError, match=r"axis 0 is 7, which exceeds .* 4 \(arrays are heads-last"
+    ):
+        cuneigh.na2d(first, first, first, 7)
+    with pytest.raises(ValueError, match=r"is 15, which exceeds that axis's length 4$"):
+        cuneigh.na2d(first, first, first, 15)
+
+
+def test_a_call_without_a_window_names_the_function():
+    with pytest.raises(TypeError, match=r"na1d\(\) missing .*'kernel_size'"):
+        cuneigh.na1d(QUERY, QUERY, QUERY)
+
+
+# An array for a scale
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "words"),
+    [
+        (np.ones(1), ValueError, r"scale has shape \(1,\); a number or a 0-d array is needed"),
+        (np.array(True), TypeError, "scale has dtype bool, which is not one of float16"),
+        (np.array(1j), TypeError, "scale has dtype complex128, which is not one of float16"),
+        (np.array(np.nan), ValueError, "scale=nan is not finite"),
+        (np.array(1e39), ValueError, r"scale=1e\+39 is not finite in float32"),
+    ],
+)
+def test_what_is_no_scale(scale, error, words):
+    with nothing_allocated(), pytest.raises(error, match=f"na1d: {words}"):
+        cuneigh.na1d(QUERY, QUERY, QUERY, 3, scale=scale)
+
+
 # Merging
 
 

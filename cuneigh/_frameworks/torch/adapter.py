@@ -28,7 +28,7 @@ class TorchAdapter(TensorAdapter):
         A relative positional bias of float32 goes with queries of any dtype, and stays.
         """
         kind = next(iter(arrays.values())).device.type
-        if not torch.is_autocast_enabled(kind) or call.endswith(_NOT_CAST):
+        if kind not in DEVICES or not torch.is_autocast_enabled(kind) or call.endswith(_NOT_CAST):
             return arrays
         dtype = torch.get_autocast_dtype(kind)
         return {
