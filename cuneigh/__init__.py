@@ -10,6 +10,7 @@ Arrays are heads-last, ``[batch, tokens.., heads, dim]``. Results are of the arr
 live on their device. ``python -m cuneigh doctor`` tells what works here.
 """
 
+import cuneigh._frameworks.jax_handlers  # noqa: F401 - for programs that JAX has exported
 from cuneigh._ops.av import (
     AVGradients,
     na1d_av,

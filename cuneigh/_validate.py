@@ -235,7 +235,7 @@ def attention_problem(
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         axes=axes,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=_default_scale(call, query.shape[-1]) if scale is None else scale,
         additional=_additional_count(call, "additional_keys", additional_keys),
         rpb_dtype=_rpb_dtype(call, rpb, query, axes),
     )
@@ -339,10 +339,21 @@ def dense_problem(
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         axes=(Axis(length, key_length, max(key_length, 1), 1, 1, is_causal),),
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=_default_scale(call, query.shape[-1]) if scale is None else scale,
     )
     _check_all(call, problem, Operands(query, key, value))
     return problem
+
+
+def _default_scale(call: str, head_dim: int) -> float:
+    try:
+        scale: float = head_dim**-0.5
+    except ValueError:  # of a symbol of JAX
+        raise ValueError(
+            f"{call}: scale must be given, for the head_dim {head_dim} from which it would follow "
+            f"is not known"
+        ) from None
+    return scale
 
 
 def require(call: str, name: str, given: Spec, expected: Spec) -> None:

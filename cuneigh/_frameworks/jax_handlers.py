@@ -1,0 +1,69 @@
+"""Has XLA know cuneigh's custom calls as soon as both cuneigh and JAX are imported.
+
+A program that was exported with such calls, and is loaded in another process, makes no call of a
+public function, with which the adapter of JAX would be imported. So `import cuneigh` imports it if
+JAX is there, and otherwise waits for the import of JAX, which it never imports itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from cuneigh._frameworks import ADAPTERS
+
+
+def register() -> None:
+    """Register the handlers, now or when JAX has been imported."""
+    if "jax" not in sys.modules:
+        sys.meta_path.insert(0, _Watch())
+    elif hasattr(
+        sys.modules["jax"], "ffi"
+    ):  # else it is just being imported, and will be waited for
+        _import_adapter()
+
+
+def _import_adapter() -> None:
+    # What is wrong with it, the first call of a function says; nobody else needs to know.
+    with suppress(Exception):
+        import_module(ADAPTERS["jax"])
+
+
+class _Watch(MetaPathFinder):
+    """Is asked for every module that is imported, up to JAX."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "jax":
+            return None
+        with suppress(ValueError):
+            sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader)
+        return spec
+
+
+class _Then(Loader):
+    """The loader of JAX, after which the adapter is imported."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        _import_adapter()
+
+
+register()
