@@ -163,7 +163,7 @@ def test_merging_agrees_with_numpy(name, dtype):
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_arrays_of_two_frameworks_are_refused(name):
-    other = "numpy" if name != "numpy" else "torch"
+    other = "torch" if name in ("numpy", "jax", "jax-cuda") else "numpy"
     (query,), (key,) = arrays(name, 1), arrays(other, 1)
     with pytest.raises(TypeError, match=r"value is of type .*, but query is of type .*framework"):
         cuneigh.na2d(query, query, key, 3)
@@ -355,7 +355,7 @@ TWO_DEVICES = """
 import jax, jax.numpy as jnp, cuneigh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 first, second = jax.devices()
-query = jnp.ones((2, 9, 1, 4))
+query = jax.device_put(jnp.ones((2, 9, 1, 4)), first)
 spread = jax.device_put(query, NamedSharding(Mesh([first, second], "b"), PartitionSpec("b")))
 elsewhere = jax.device_put(query, second)
 for arguments in ((spread, spread, spread), (query, query, elsewhere)):

@@ -16,7 +16,9 @@ Compute = Callable[[Any, Sequence[Any]], list[Any]]
 
 def is_number(scale: object) -> bool:
     """Whether `scale` is no array: a number, None, or something that no call takes."""
-    return scale is None or isinstance(scale, Real) or not hasattr(scale, "shape")
+    if scale is None or isinstance(scale, Real):
+        return True
+    return not hasattr(scale, "shape") and not hasattr(type(scale), "__jax_array__")
 
 
 def scaled(
@@ -31,7 +33,7 @@ def scaled(
     if query is None:
         return compute(1.0, arrays)  # which says what is missing
     adapter, own = adapter_of(call, "query", query), adapter_of(call, "scale", scale)
-    number = own.number(scale) if scale.shape == () else None
+    number = own.number(scale) if getattr(scale, "shape", None) == () else None
     if number is not None:
         return compute(number, arrays)
     if own is not adapter and not adapter.adopts(own):
