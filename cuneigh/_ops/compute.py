@@ -19,12 +19,6 @@ from cuneigh._validate import (
     window_arguments,
 )
 
-Sizes = int | Sequence[int]
-"""An integer for each token axis, or one for all of them."""
-
-Flags = bool | Sequence[bool]
-"""A bool for each token axis, or one for all of them."""
-
 
 @opaque
 def compute(parameters: tuple[Any, ...], *arrays: Any) -> list[Any]:

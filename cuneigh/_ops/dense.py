@@ -13,19 +13,21 @@ from cuneigh._frameworks import adapter_of, load_adapter
 from cuneigh._frameworks.arguments import examine
 from cuneigh._frameworks.contract import type_name
 from cuneigh._ops.compute import compute
+from cuneigh._ops.types import Array, Scale, dense_attention
 from cuneigh._problem import DTYPES, SUPPORTED, Spec
 from cuneigh._validate import require
 
 
+@dense_attention
 def attention(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: Array,
+    key: Array,
+    value: Array,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: Scale | None = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     """Attention of every query to every key: self attention, cross attention, causal attention.
 
     Together with `merge_attentions` it extends neighborhood attention by keys from elsewhere.
@@ -78,7 +80,7 @@ def attention(
     return output if lse is None else (output, lse)
 
 
-def merge_attentions(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
+def merge_attentions(outputs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
     """The attention over all keys, from the attentions of the same queries to parts of them.
 
     ``lse = logsumexp(lses)`` and ``output = sum(exp(lse_i - lse) * output_i)``, in the arrays' own
