@@ -1,4 +1,4 @@
-"""Neighborhood attention for NumPy, CuPy, PyTorch and JAX arrays.
+"""Neighborhood attention for NumPy, CuPy, PyTorch and JAX arrays, and all that speak DLPack.
 
 Each query of a 1-D, 2-D or 3-D layout of tokens attends to the keys of a window around it:
 `na1d`, `na2d` and `na3d`, with strides, dilation, causal axes, grouped heads, additional keys and a

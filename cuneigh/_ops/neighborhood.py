@@ -108,7 +108,12 @@ def na2d(
     ``softmax(scale * query @ keys.T + rpb) @ values`` over the window of each query and the
     additional keys. Arrays may be NumPy's, CuPy's, PyTorch's or JAX's, all of one framework, device
     and dtype: float16, bfloat16 (that of ml_dtypes in NumPy and CuPy), float32 or float64. They are
-    read where they are, whatever their strides.
+    read where they are, whatever their strides. Beside JAX's arrays, NumPy's are constants.
+
+    Arrays of any other framework that speaks DLPack, or ``__cuda_array_interface__``, may be on the
+    CPU or a CUDA device. There they are read, and results are written, on CuPy's current stream.
+    Results are arrays of that framework if its array namespace or module has a ``from_dlpack``, and
+    NumPy's or CuPy's if not. No derivative passes through such a call.
 
     Parameters
     ----------
@@ -156,6 +161,10 @@ def na2d(
         For an illegal argument; the message names it, the axis, and what would be legal.
     RuntimeError
         If no backend can run the problem, or if a PyTorch tensor would lose a derivative.
+    NotImplementedError
+        For a JAX array that is sharded over explicit axes of a mesh.
+    BufferError
+        If a framework does not lend the memory of an array.
 
     Notes
     -----

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from cuneigh import _device
 from cuneigh._backends import BACKENDS, choose
@@ -92,6 +93,17 @@ class JaxAdapter(Adapter):
 
     def cast(self, array: jax.Array, dtype: str) -> jax.Array:
         return array.astype(numpy_dtype(dtype))
+
+    def signature(self, arrays: Sequence[Any]) -> tuple[Any, ...] | None:
+        found: list[Any] = []
+        for array in arrays:
+            if array is None:
+                found.append(None)
+                continue
+            if not _is_concrete(array) or type(array.sharding) is not SingleDeviceSharding:
+                return None
+            found += array.shape, array.dtype, array.sharding, array.committed
+        return tuple(found)
 
     def launch(self, call: Call, arrays: Sequence[jax.Array]) -> list[Any]:
         problem, backend = call.problem, call.backend
