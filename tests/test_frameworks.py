@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -349,33 +348,3 @@ def test_gradients_of_merging_are_finite_in_jax(jax):
         assert jnp.isfinite(gradient).all()
     assert of_outputs[0][:, 0].tolist() == [0.5, 0, 1, 0]
     assert of_lses[0].tolist() == [0.5, 0, 1, 0]
-
-
-TWO_DEVICES = """
-import jax, jax.numpy as jnp, cuneigh
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-first, second = jax.devices()
-query = jax.device_put(jnp.ones((2, 9, 1, 4)), first)
-spread = jax.device_put(query, NamedSharding(Mesh([first, second], "b"), PartitionSpec("b")))
-elsewhere = jax.device_put(query, second)
-for arguments in ((spread, spread, spread), (query, query, elsewhere)):
-    try:
-        cuneigh.na1d(*arguments, 3)
-    except ValueError as error:
-        print(error)
-result = cuneigh.na1d(elsewhere, elsewhere, elsewhere, 3)
-assert result.devices() == {second}, result.devices()
-output, lse = cuneigh.merge_attentions([spread, spread], [spread[..., 0], spread[..., 0]])
-assert output.shape == query.shape
-"""
-
-
-def test_jax_devices(jax):
-    settings = "import jax; jax.config.update('jax_num_cpu_devices', 2)"
-    settings += "; jax.config.update('jax_platforms', 'cpu')\n"
-    done = subprocess.run(
-        [sys.executable, "-c", settings + TWO_DEVICES], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "query is spread over 2 devices" in done.stdout
-    assert "value is on device" in done.stdout

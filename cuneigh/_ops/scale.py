@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from cuneigh._frameworks import adapter_of
-from cuneigh._frameworks.contract import Adapter, type_name
+from cuneigh._frameworks.contract import type_name
 from cuneigh._problem import ARRAYS, DTYPES, SUPPORTED, Operation
 
 Compute = Callable[[Any, Sequence[Any]], list[Any]]
@@ -42,6 +42,7 @@ def scaled(
             f"{type_name(query)}: a number or an array of one framework is needed"
         )
     adapter.check(call, "query", query, borrowed=True)
+    device = adapter.own_device(query)
     given = adapter.converted(call, {"query": query, "scale": scale})
     spec = adapter.spec(given["scale"])
     if spec.shape != ():
@@ -53,12 +54,14 @@ def scaled(
     dtype = adapter.spec(given["query"]).dtype
     if dtype not in DTYPES:
         return compute(1.0, arrays)  # which says so
-    made = compute(1.0, [_product(adapter, given["query"], given["scale"], dtype), *arrays[1:]])
-    if "query" in ARRAYS[operation].results:
-        made[0] = _product(adapter, made[0], given["scale"], dtype)
-    return made
-
-
-def _product(adapter: Adapter, array: Any, scale: Any, dtype: str) -> Any:
     precise = SUPPORTED[dtype].accumulator
-    return adapter.cast(adapter.cast(array, precise) * adapter.cast(scale, precise), dtype)
+
+    def product(array: Any) -> Any:
+        with adapter.operations(device):
+            factor = adapter.cast(given["scale"], precise)
+            return adapter.cast(adapter.cast(array, precise) * factor, dtype)
+
+    made = compute(1.0, [product(given["query"]), *arrays[1:]])
+    if "query" in ARRAYS[operation].results:
+        made[0] = product(made[0])
+    return made

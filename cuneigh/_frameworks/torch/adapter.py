@@ -39,6 +39,8 @@ class TorchAdapter(TensorAdapter):
         }
 
     def signature(self, arrays: Sequence[torch.Tensor | None]) -> tuple[Any, ...] | None:
+        if torch._C._get_tracing_state() is not None:  # then sizes are tensors
+            return None
         found: list[Any] = []
         for array in arrays:
             if array is None:
