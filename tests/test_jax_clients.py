@@ -119,7 +119,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_platforms", "cpu")
 import numpy as np
 from jax import export
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 if len(sys.argv) > 1:
     loaded = export.deserialize(open(sys.argv[1], "rb").read())
@@ -157,7 +157,7 @@ def call(query):
     return cuneigh.na1d(query, query, query, 3)
 
 wanted = call(query)
-with jax.set_mesh(jax.make_mesh((2,), ("b",))):
+with jax.set_mesh(jax.make_mesh((2,), ("b",), axis_types=(AxisType.Explicit,))):
     assert jax.jit(jax.grad(lambda query: call(query).sum()))(query).shape == query.shape
     spread = jax.device_put(query, P("b"))
     for refused in (

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from cuneigh._frameworks.contract import numpy_dtype
 from cuneigh._problem import ARRAYS, Problem
@@ -184,14 +185,17 @@ def _of_nothing(call: CustomCall, results: list[jax.ShapeDtypeStruct]) -> list[j
 
 
 def refuse_explicit(call: str, name: str, array: jax.Array) -> None:
-    """Raise for an array whose type says how it is sharded, as on a mesh of explicit axes."""
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    spec = getattr(sharding, "spec", ())
-    if any(axis is not None for axis in spec):
+    """Raise for an array whose type says that it is sharded over explicit axes of a mesh."""
+    traced = isinstance(array, jax.core.Tracer)
+    sharding = getattr(jax.typeof(array) if traced else array, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return
+    explicit = set(sharding.mesh.explicit_axes)
+    if explicit.intersection(jax.tree.leaves(tuple(sharding.spec))):
         raise NotImplementedError(
-            f"{call}: {name} is sharded as {spec} over explicit axes of a mesh, for which results "
-            f"have no type yet: make the call within jax.shard_map or, to let the compiler decide, "
-            f"within jax.jit and jax.sharding.auto_axes"
+            f"{call}: {name} is sharded as {sharding.spec} over explicit axes of a mesh, for which "
+            f"results have no type yet: make the call within jax.shard_map or, to let the compiler "
+            f"decide, within jax.jit and jax.sharding.auto_axes"
         )
 
 
