@@ -12,7 +12,6 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -36,33 +35,40 @@ def _import_adapter() -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Is asked for every module that is imported, up to JAX."""
+    """Is asked for every module that is to be imported, up to JAX."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "jax":
             return None
-        with suppress(ValueError):
-            sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec is not None and spec.loader is not None:
+                    spec.loader = _Then(spec.loader, self)  # somebody may only look for JAX
+                if spec is not None:
+                    return spec
+        return None
 
 
 class _Then(Loader):
     """The loader of JAX, after which the adapter is imported."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, watch: _Watch) -> None:
+        self._loader, self._watch = loader, watch
+
+    def __getattr__(self, name: str) -> Any:  # what else it can do, for those who only look
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        with suppress(ValueError):
+            sys.meta_path.remove(self._watch)
         _import_adapter()
 
 

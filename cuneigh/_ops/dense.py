@@ -40,8 +40,8 @@ def attention(
     value : array [B, M, H_kv, D_v]
     is_causal : bool
         Whether keys after the query are hidden; needs N == M.
-    scale : float, optional
-        Factor of the logits; ``D ** -0.5`` if not given.
+    scale : float or 0-d array, optional
+        Factor of the logits, as in `na2d`; ``D ** -0.5`` if not given.
     return_lse : bool
         Whether to return the logarithm of the sum of the exponentials of all logits as well.
     backend : str, optional

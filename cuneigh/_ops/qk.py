@@ -41,8 +41,8 @@ def na1d_qk(
     key : array [B, X1, H_kv, D]
     kernel_size, stride, dilation : int
     is_causal : bool
-    scale : float
-        Factor of the logits, 1 unless given.
+    scale : float or 0-d array
+        Factor of the logits, as in `na2d`; 1 unless given.
     rpb : array [H, 2 * K1 - 1], optional
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
@@ -99,8 +99,8 @@ def na2d_qk(
     key : array [B, X1, X2, H_kv, D]
     kernel_size, stride, dilation, is_causal
         The window, as in `na2d`.
-    scale : float
-        Factor of the logits, 1 unless given.
+    scale : float or 0-d array
+        Factor of the logits, as in `na2d`; 1 unless given.
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1], optional
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
@@ -159,8 +159,8 @@ def na3d_qk(
     key : array [B, X1, X2, X3, H_kv, D]
     kernel_size, stride, dilation : int, or one per token axis
     is_causal : bool, or one per token axis
-    scale : float
-        Factor of the logits, 1 unless given.
+    scale : float or 0-d array
+        Factor of the logits, as in `na2d`; 1 unless given.
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1, 2 * K3 - 1], optional
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
