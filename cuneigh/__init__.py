@@ -1,4 +1,4 @@
-"""Neighborhood attention for NumPy, CuPy, PyTorch and JAX arrays.
+"""Neighborhood attention for NumPy, CuPy, PyTorch and JAX arrays, and all that speak DLPack.
 
 Each query of a 1-D, 2-D or 3-D layout of tokens attends to the keys of a window around it:
 `na1d`, `na2d` and `na3d`, with strides, dilation, causal axes, grouped heads, additional keys and a
@@ -10,6 +10,7 @@ Arrays are heads-last, ``[batch, tokens.., heads, dim]``. Results are of the arr
 live on their device. ``python -m cuneigh doctor`` tells what works here.
 """
 
+import cuneigh._frameworks.jax_handlers  # noqa: F401 - for programs that JAX has exported
 from cuneigh._ops.av import (
     AVGradients,
     na1d_av,

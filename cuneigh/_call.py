@@ -175,7 +175,11 @@ class Call:
         made = [None if spec is None else adapter.empty(own_device, *spec) for spec in self.results]
         native = [None if array is None else adapter.borrow(array) for array in made]
         results = dict(zip(ARRAYS[self.problem.operation].results, native, strict=True))
-        perform(chosen, self.problem, arguments, results, allocate)
+        before = _device.HOST_THREADS.set(adapter.threads())
+        try:
+            perform(chosen, self.problem, arguments, results, allocate)
+        finally:
+            _device.HOST_THREADS.reset(before)
         return made
 
     @cached_property

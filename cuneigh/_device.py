@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -31,6 +32,9 @@ class Device:
 
 
 CPU = Device("cpu")
+
+HOST_THREADS: ContextVar[int | None] = ContextVar("HOST_THREADS", default=None)
+"""How many threads the caller's framework computes with on the CPU, if it says so."""
 
 SHARED_MEMORY = {
     (7, 5): 64,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
 from numbers import Real
@@ -56,6 +57,11 @@ def problem_of(
             problem = av_problem(
                 call, operation, specs["weights"], value, window, additional_values
             )
+    if scale is not None and abs(scale) > LARGEST_SCALE[problem.accumulator]:
+        raise ValueError(
+            f"{call}: scale={scale} is not finite in {problem.accumulator}, in which the "
+            f"logits of {problem.dtype} arrays are computed"
+        )
     if ARRAYS[operation].gradient is None and not SUPPORTED[problem.dtype].has_gradients:
         raise TypeError(f"{call}: dtype {problem.dtype} has no gradients")
     for name in ARRAYS[operation].arguments:
@@ -63,6 +69,9 @@ def problem_of(
             require(call, name, specs[name], problem.spec(name))
     return problem
 
+
+LARGEST_SCALE = {"float32": (2 - 2.0**-23) * 2.0**127, "float64": math.inf}
+"""The largest scale that does not overflow, by the dtype in which sums are taken."""
 
 _CHECKED = frozenset([*Operands._fields, "weights"])
 """The arguments that the functions below have checked already."""
@@ -90,9 +99,13 @@ def _per_axis(call: str, name: str, value: Any, rank: int, convert: Any) -> tupl
     return tuple(convert(call, f"{name}[{axis}]", entry) for axis, entry in enumerate(value))
 
 
+class Symbol(ABC):  # noqa: B024 - types are registered with it
+    """An integer that a framework which traces a program knows by its name only."""
+
+
 def _integer(call: str, name: str, value: Any) -> int:
-    if type(value) is int:
-        return value
+    if type(value) is int or isinstance(value, Symbol):
+        return value  # type: ignore[return-value]
     if not _boolean_like(value):
         try:
             return operator.index(value)
@@ -134,8 +147,13 @@ def finite_scale(call: str, scale: object) -> float:
     return result
 
 
-def neighborhood_axes(call: str, tokens: Sequence[int], window: Window) -> tuple[Axis, ...]:
-    """One `Axis` per token axis, every rule of the window checked."""
+def neighborhood_axes(
+    call: str, tokens: Sequence[int], window: Window, heads: int = 0
+) -> tuple[Axis, ...]:
+    """One `Axis` per token axis, every rule of the window checked.
+
+    `heads` is the length of the axis after those of the tokens.
+    """
     axes = []
     for axis, (length, k, s, d, causal) in enumerate(zip(tokens, *window, strict=True)):
         for name, size in (("kernel_size", k), ("dilation", d), ("stride", s)):
@@ -147,9 +165,23 @@ def neighborhood_axes(call: str, tokens: Sequence[int], window: Window) -> tuple
             raise ValueError(
                 f"{call}: kernel_size={k} times dilation={d} on axis {axis} is {k * d}, "
                 f"which exceeds that axis's length {length}"
+                f"{_heads_first_hint(tokens, window, heads)}"
             )
         axes.append(Axis(length, length, k, s, d, causal))
     return tuple(axes)
+
+
+def _heads_first_hint(tokens: Sequence[int], window: Window, heads: int) -> str:
+    """What to say of a window that would fit if the axes were ``[batch, heads, tokens.., dim]``."""
+    lengths = (*tokens[1:], heads)
+    needed = zip(window.kernel_size, window.dilation, lengths, strict=True)
+    if not all(size * dilation <= length for size, dilation, length in needed):
+        return ""
+    names = ", ".join(f"X{axis + 1}" for axis in range(len(tokens)))
+    return (
+        f" (arrays are heads-last, [batch, {names}, heads, dim]: if heads come first here, move "
+        f"that axis)"
+    )
 
 
 def kept(build: Callable[..., Problem]) -> Callable[..., Problem]:
@@ -193,7 +225,7 @@ def attention_problem(
         if additional_keys is None:
             given, missing = missing, given
         raise ValueError(f"{call}: {given} was given without {missing}")
-    axes = neighborhood_axes(call, query.shape[1:-2], window)
+    axes = neighborhood_axes(call, query.shape[1:-2], window, query.shape[-2])
     problem = Problem(
         operation=operation,
         dtype=query.dtype,
@@ -203,7 +235,7 @@ def attention_problem(
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         axes=axes,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=_default_scale(call, query.shape[-1]) if scale is None else scale,
         additional=_additional_count(call, "additional_keys", additional_keys),
         rpb_dtype=_rpb_dtype(call, rpb, query, axes),
     )
@@ -229,7 +261,7 @@ def qk_problem(
     """The problem of `na{r}d_qk` or its backward."""
     rank = len(window.kernel_size)
     _check_query_and_key(call, rank, query, key, additional_keys)
-    axes = neighborhood_axes(call, query.shape[1:-2], window)
+    axes = neighborhood_axes(call, query.shape[1:-2], window, query.shape[-2])
     problem = Problem(
         operation=operation,
         dtype=query.dtype,
@@ -270,7 +302,7 @@ def av_problem(
         kv_heads=value.shape[-2],
         head_dim=1,
         value_dim=value.shape[-1],
-        axes=neighborhood_axes(call, weights.shape[1:-2], window),
+        axes=neighborhood_axes(call, weights.shape[1:-2], window, weights.shape[-2]),
         scale=1.0,
         additional=_additional_count(call, "additional_values", additional_values),
     )
@@ -307,10 +339,21 @@ def dense_problem(
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
         axes=(Axis(length, key_length, max(key_length, 1), 1, 1, is_causal),),
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=_default_scale(call, query.shape[-1]) if scale is None else scale,
     )
     _check_all(call, problem, Operands(query, key, value))
     return problem
+
+
+def _default_scale(call: str, head_dim: int) -> float:
+    try:
+        scale: float = head_dim**-0.5
+    except ValueError:  # of a symbol of JAX
+        raise ValueError(
+            f"{call}: scale must be given, for the head_dim {head_dim} from which it would follow "
+            f"is not known"
+        ) from None
+    return scale
 
 
 def require(call: str, name: str, given: Spec, expected: Spec) -> None:
@@ -364,8 +407,11 @@ def _check_rank(call: str, name: str, spec: Spec, rank: int) -> None:
 
 def _check_dtype(call: str, name: str, spec: Spec) -> None:
     if spec.dtype not in DTYPES:
+        hint = ""
+        if spec.dtype == "|V2":
+            hint = f": if NumPy has loaded it from a file, pass {name}.view(ml_dtypes.bfloat16)"
         raise TypeError(
-            f"{call}: {name} has dtype {spec.dtype}, which is not one of {', '.join(DTYPES)}"
+            f"{call}: {name} has dtype {spec.dtype}, which is not one of {', '.join(DTYPES)}{hint}"
         )
 
 

@@ -59,16 +59,15 @@ def test_the_calls_that_are_broken_were_legal(call):
 # What is not an array, or not of a kind that can be used
 
 
-class SpeaksDLPack:
-    """An array of a framework that cuneigh does not know."""
-
-    def __dlpack__(self, **_: Any) -> None: ...
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0
-
-
 class Measured(np.ndarray):
     """A NumPy array that means more than its elements, such as a quantity with a unit."""
+
+
+class WithUnit:
+    """What NumPy can make an array of, and no array itself."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.ones((1, 5, 1, 1))
 
 
 def not_arrays() -> st.SearchStrategy[tuple[Any, str]]:
@@ -86,7 +85,7 @@ def not_arrays() -> st.SearchStrategy[tuple[Any, str]]:
             (np.ones((1, 5)).view(np.matrix), "numpy.matrix"),
             (np.random.default_rng(0), "numpy.random._generator.Generator"),
             (np.ones((1, 5, 1, 1)).view(Measured), "Measured"),
-            (SpeaksDLPack(), "SpeaksDLPack"),
+            (WithUnit(), "WithUnit"),
         ]
     )
 
@@ -102,6 +101,16 @@ def test_only_arrays_are_arrays(call, odd, data):
     words = f"{call.function}: {name} is of type .*{re.escape(kind)}; .*array is needed"
     with nothing_allocated(), pytest.raises(TypeError, match=words):
         run(call.but(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [[[1.0]], memoryview(b"12"), WithUnit(), np.ma.ones(3)],
+    ids=lambda odd: type(odd).__name__,
+)
+def test_an_error_says_how_to_make_an_array_of_something(odd):
+    with pytest.raises(TypeError, match=r"query is of type .*pass numpy\.asarray\(query\)"):
+        cuneigh.na1d(odd, odd, odd, 3)
 
 
 @given(legal_calls(), st.data())
@@ -131,6 +140,26 @@ def test_other_dtypes_are_refused(dtype):
     words = f"query has dtype {re.escape(str(query.dtype))}, which is not one of float16, bfloat16"
     with nothing_allocated(), pytest.raises(TypeError, match=words):
         cuneigh.na1d(query, query, query, 3)
+
+
+def test_a_saved_bfloat16_is_recognized(tmp_path):
+    np.save(tmp_path / "query.npy", np.zeros((1, 9, 1, 4), ml_dtypes.bfloat16))
+    query = np.load(tmp_path / "query.npy")
+    words = r"na1d: query has dtype \|V2, .*pass query\.view\(ml_dtypes\.bfloat16\)"
+    with pytest.raises(TypeError, match=words):
+        cuneigh.na1d(query, query, query, 3)
+    query = query.view(ml_dtypes.bfloat16)
+    assert cuneigh.na1d(query, query, query, 3).dtype == ml_dtypes.bfloat16
+
+
+def test_a_scale_beyond_the_precision_of_the_sums_is_refused():
+    for scale in (1e39, -3.5e38):
+        words = f"na1d: scale={re.escape(str(scale))} .*float32"
+        with nothing_allocated(), pytest.raises(ValueError, match=words):
+            cuneigh.na1d(QUERY, QUERY, QUERY, 3, scale=scale)
+    wide = QUERY.astype("float64")
+    assert not cuneigh.na1d(wide, wide, wide, 3, scale=1e39).any()
+    assert not cuneigh.na1d(QUERY, QUERY, QUERY, 3, scale=3e38).any()
 
 
 def test_sparse_matrices_are_refused():
@@ -164,6 +193,39 @@ def test_a_backend_is_named_by_a_string(value):
     words = re.escape(f"na1d: backend={value!r} is {type(value).__name__}, not a str")
     with nothing_allocated(), pytest.raises(TypeError, match=words):
         cuneigh.na1d(QUERY, QUERY, QUERY, 3, backend=value)
+
+
+def test_an_array_with_heads_first_gets_a_hint():
+    first = np.zeros((1, 4, 14, 16, 8))
+    with pytest.raises(
+        ValueError, match=r"axis 0 is 7, which exceeds .* 4 \(arrays are heads-last"
+    ):
+        cuneigh.na2d(first, first, first, 7)
+    with pytest.raises(ValueError, match=r"is 15, which exceeds that axis's length 4$"):
+        cuneigh.na2d(first, first, first, 15)
+
+
+def test_a_call_without_a_window_names_the_function():
+    with pytest.raises(TypeError, match=r"na1d\(\) missing .*'kernel_size'"):
+        cuneigh.na1d(QUERY, QUERY, QUERY)
+
+
+# An array for a scale
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "words"),
+    [
+        (np.ones(1), ValueError, r"scale has shape \(1,\); a number or a 0-d array is needed"),
+        (np.array(True), TypeError, "scale has dtype bool, which is not one of float16"),
+        (np.array(1j), TypeError, "scale has dtype complex128, which is not one of float16"),
+        (np.array(np.nan), ValueError, "scale=nan is not finite"),
+        (np.array(1e39), ValueError, r"scale=1e\+39 is not finite in float32"),
+    ],
+)
+def test_what_is_no_scale(scale, error, words):
+    with nothing_allocated(), pytest.raises(error, match=f"na1d: {words}"):
+        cuneigh.na1d(QUERY, QUERY, QUERY, 3, scale=scale)
 
 
 # Merging

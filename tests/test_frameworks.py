@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,7 +162,7 @@ def test_merging_agrees_with_numpy(name, dtype):
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_arrays_of_two_frameworks_are_refused(name):
-    other = "numpy" if name != "numpy" else "torch"
+    other = "torch" if name in ("numpy", "jax", "jax-cuda") else "numpy"
     (query,), (key,) = arrays(name, 1), arrays(other, 1)
     with pytest.raises(TypeError, match=r"value is of type .*, but query is of type .*framework"):
         cuneigh.na2d(query, query, key, 3)
@@ -349,33 +348,3 @@ def test_gradients_of_merging_are_finite_in_jax(jax):
         assert jnp.isfinite(gradient).all()
     assert of_outputs[0][:, 0].tolist() == [0.5, 0, 1, 0]
     assert of_lses[0].tolist() == [0.5, 0, 1, 0]
-
-
-TWO_DEVICES = """
-import jax, jax.numpy as jnp, cuneigh
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-first, second = jax.devices()
-query = jnp.ones((2, 9, 1, 4))
-spread = jax.device_put(query, NamedSharding(Mesh([first, second], "b"), PartitionSpec("b")))
-elsewhere = jax.device_put(query, second)
-for arguments in ((spread, spread, spread), (query, query, elsewhere)):
-    try:
-        cuneigh.na1d(*arguments, 3)
-    except ValueError as error:
-        print(error)
-result = cuneigh.na1d(elsewhere, elsewhere, elsewhere, 3)
-assert result.devices() == {second}, result.devices()
-output, lse = cuneigh.merge_attentions([spread, spread], [spread[..., 0], spread[..., 0]])
-assert output.shape == query.shape
-"""
-
-
-def test_jax_devices(jax):
-    settings = "import jax; jax.config.update('jax_num_cpu_devices', 2)"
-    settings += "; jax.config.update('jax_platforms', 'cpu')\n"
-    done = subprocess.run(
-        [sys.executable, "-c", settings + TWO_DEVICES], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "query is spread over 2 devices" in done.stdout
-    assert "value is on device" in done.stdout

@@ -81,6 +81,25 @@ def test_torch_kernels_run_on_the_current_stream(torch):
 
 
 @pytest.mark.gpu
+def test_nothing_waits_for_a_scale_on_a_gpu():
+    import cupy
+
+    (query,) = arrays("cupy", 1)
+    wanted = cuneigh.na2d(query, query, query, 3, scale=0.25)
+    source, scale = cupy.float32(0.25), cupy.zeros((), "float32")
+    spin = cupy.RawKernel(SPIN, "spin")
+    cuneigh.na2d(query, query, query, 3, scale=scale)
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        spin((1,), (1,), (LONG,))
+        scale.fill(source)
+        output = cuneigh.na2d(query, query, query, 3, scale=scale)
+        assert not stream.done, "the call waited for its stream"
+        stream.synchronize()
+    np.testing.assert_array_equal(output.get(), wanted.get())
+
+
+@pytest.mark.gpu
 def test_jax_kernels_wait_for_their_arguments(jax):
     device = jax.devices("gpu")[0]
     numbers = array(Spec(SHAPE, "float32"), np.random.default_rng(0))

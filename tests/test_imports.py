@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,14 @@ def test_everything_public_is_documented_and_found_by_its_name(name):
     value = getattr(cuneigh, name)
     assert inspect.getdoc(value)
     assert pickle.loads(pickle.dumps(value)) is value
+
+
+@pytest.mark.parametrize("name", cuneigh.__all__)
+def test_types_are_found_at_run_time(name):
+    value = getattr(cuneigh, name)
+    hints = typing.get_type_hints(value)
+    if inspect.isfunction(value):
+        assert hints.keys() == {*inspect.signature(value).parameters, "return"}
 
 
 @pytest.mark.parametrize("module", PACKAGE.files)

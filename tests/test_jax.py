@@ -380,8 +380,10 @@ def test_illegal_arguments_are_errors_while_tracing(own):
         traced(kernel_size=7)
     with pytest.raises(ValueError, match="backend='none' is not one of"):
         traced(kernel_size=3, backend="none")
-    with pytest.raises(TypeError, match=r"scale=.* not a real number"):
-        jax.jit(lambda query, scale: cuneigh.na2d(query, query, query, 3, scale=scale))(query, 1.0)
+    with pytest.raises(ValueError, match=r"scale has shape \(2,\); a number or a 0-d array"):
+        jax.jit(lambda query, scale: cuneigh.na2d(query, query, query, 3, scale=scale))(
+            query, jax.numpy.ones(2)
+        )
     integers = query.astype("int32")
     with pytest.raises(TypeError, match="query has dtype int32, which is not one of float16"):
         jax.jit(lambda query: cuneigh.na2d(query, query, query, 3))(integers)

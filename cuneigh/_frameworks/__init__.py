@@ -2,7 +2,8 @@
 
 `contract` says what an adapter must offer. An adapter is a module with an `ADAPTER`, and a line in
 `ADAPTERS` below. It is imported when the first array of its framework is an argument of a call, so
-that no framework is ever imported for a user who has not imported it already.
+that no framework is ever imported for a user who has not imported it already. Arrays of any other
+framework are taken by DLPack.
 """
 
 from __future__ import annotations
@@ -25,13 +26,27 @@ def adapter_of(call: str, name: str, array: object) -> Adapter:
     """The adapter for the argument `name` of `call`; TypeError for something that is no array."""
     adapter = SEEN.get(type(array))
     if adapter is None:
-        root = type(array).__module__.partition(".")[0]
-        if root not in ADAPTERS:
+        adapter = _found(array)
+        if adapter is None:
             refuse(call, name, array)
-        adapter = import_module(ADAPTERS[root]).ADAPTER
         adapter.check(call, name, array, borrowed=False)
         adapter = SEEN.setdefault(type(array), adapter)
     return adapter
+
+
+def _found(array: object) -> Adapter | None:
+    """The adapter for `array`, which may be of a type derived from one of a known framework."""
+    for kind in type(array).__mro__:
+        root = kind.__module__.partition(".")[0]
+        if root in ADAPTERS:
+            adapter: Adapter = import_module(ADAPTERS[root]).ADAPTER
+            return adapter
+    if hasattr(type(array), "__jax_array__"):  # what holds an array for JAX's own functions
+        held: Adapter = import_module(ADAPTERS["jax"]).ADAPTER
+        return held
+    from cuneigh._frameworks.dlpack import adapter_of_speaker
+
+    return adapter_of_speaker(array)
 
 
 def load_adapter(array: object) -> None:

@@ -19,23 +19,16 @@ def examine(
     Raises TypeError or ValueError for anything that is not an array, for an array that cannot be
     used, and for arrays of different frameworks or devices.
     """
-    adapter: Adapter | None = None
-    first, device = "", None
-    for name, array in arrays.items():
-        own = adapter_of(call, name, array)
-        own.check(call, name, array, borrowed=borrowed)
-        own_device = own.own_device(array)
-        if adapter is None:
-            first, adapter, device = name, own, own_device
-        elif own is not adapter:
+    found = {name: adapter_of(call, name, array) for name, array in arrays.items()}
+    first, adapter = next(iter(found.items()))
+    for name, own in found.items():  # one that takes the arrays of the others as well, if any does
+        if own.adopts(adapter):
+            first, adapter = name, own
+    for name, own in found.items():
+        if own is not adapter and not adapter.adopts(own):
             raise TypeError(
-                f"{call}: {name} is of type {type_name(array)}, but {first} is of type "
+                f"{call}: {name} is of type {type_name(arrays[name])}, but {first} is of type "
                 f"{type_name(arrays[first])}: all arrays must be of one framework"
             )
-        elif own_device != device and own_device is not None and device is not None:
-            raise ValueError(
-                f"{call}: {name} is on device {own_device}, but {first} is on device {device}: all "
-                f"arrays must be on one device"
-            )
-    assert adapter is not None, "a call has at least one array"
-    return adapter, device
+        own.check(call, name, arrays[name], borrowed=borrowed)
+    return adapter, adapter.common_device(call, arrays)

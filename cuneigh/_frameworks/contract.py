@@ -6,7 +6,7 @@ and one framework.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, NoReturn
@@ -34,6 +34,9 @@ class Adapter:
     The *own device* of an array is the framework's name for the device that it lies on, which can
     be compared and printed.
     """
+
+    computes = False
+    """Whether backends compute on its arrays as they are: NumPy's on the CPU, CuPy's on a GPU."""
 
     # Every framework
 
@@ -73,6 +76,10 @@ class Adapter:
         """`array` converted by the framework's own, differentiable operation."""
         raise NotImplementedError
 
+    def number(self, array: Any) -> float | None:
+        """The number in a 0-d array; None where it may not be there yet, or be differentiated."""
+        return None
+
     # Arrays on the CPU: memory for NumPy
 
     def empty(self, own: Any, shape: tuple[int, ...], dtype: str) -> Any:
@@ -82,6 +89,10 @@ class Adapter:
     def borrow(self, array: Any) -> npt.NDArray[Any]:
         """A NumPy array on the memory of `array`, which may be a result of `empty`."""
         raise NotImplementedError
+
+    def threads(self) -> int | None:
+        """How many threads the framework computes with on the CPU; None if it does not say."""
+        return None
 
     # Arrays on a GPU, which is the current one whenever these are called
 
@@ -111,9 +122,34 @@ class Adapter:
 
     # A framework that converts arguments, or that must see a call to differentiate or trace it
 
-    def cast_automatically(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
-        """The arguments as the framework's own operations would take them now."""
+    def adopts(self, other: Adapter) -> bool:
+        """Whether arrays of the framework of `other` may be arguments beside its own."""
+        return False
+
+    def common_device(self, call: str, arrays: Mapping[str, Any]) -> Any:
+        """The own device of all arguments of `call`; ValueError if there is no such device."""
+        first, device = "", None
+        for name, array in arrays.items():
+            own = self.own_device(array)
+            if device is None:
+                first, device = name, own
+            elif own is not None and own != device:
+                raise ValueError(
+                    f"{call}: {name} is on device {own}, but {first} is on device {device}: all "
+                    f"arrays must be on one device"
+                )
+        return device
+
+    def converted(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, once they are checked, as the framework's own operations take them now.
+
+        The other methods are given these, but for `check` and `own_device`.
+        """
         return arrays
+
+    def returned(self, call: str, own: Any, results: Sequence[Any]) -> list[Any]:
+        """The results of operations on arguments that were converted, as the caller gets them."""
+        return list(results)
 
     def signature(self, arrays: Sequence[Any]) -> tuple[Any, ...] | None:
         """All that the checks of a call find out about its arguments, of which some may be None.
@@ -141,7 +177,10 @@ SEEN: dict[type, Adapter] = {}
 
 def refuse(call: str, name: str, array: object, instead: str = "") -> NoReturn:
     """Raise for something that is not an array cuneigh can use; `instead` says what would be."""
-    instead = instead or "a NumPy, CuPy, PyTorch or JAX array is needed"
+    if not instead:
+        instead = "an array is needed: NumPy's, CuPy's, PyTorch's, JAX's or one that speaks DLPack"
+        if isinstance(array, (list, tuple, memoryview)) or hasattr(array, "__array__"):
+            instead += f"; pass numpy.asarray({name})"
     raise TypeError(f"{call}: {name} is of type {type_name(array)}; {instead}")
 
 
@@ -167,6 +206,38 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def dtype_name(dtype: Any) -> str:
     """The name of a NumPy dtype; of one that is not supported, byte order and all."""
     return str(dtype)
+
+
+def host_array(
+    owner: Any,
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *,
+    writeable: bool,
+) -> npt.NDArray[Any]:
+    """A NumPy array on memory of `owner`, which it keeps; `strides` are in elements."""
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    held = _Held(owner)
+    held.__array_interface__ = {
+        "version": 3,
+        "shape": shape,
+        "strides": tuple([stride * dtype.itemsize for stride in strides]),
+        "typestr": f"=u{dtype.itemsize}",  # NumPy does not know all dtypes by a name
+        "data": (address, not writeable),
+    }
+    return np.asarray(held).view(dtype)
+
+
+class _Held:
+    """Memory, described for NumPy, which keeps this object as long as its array."""
+
+    __array_interface__: dict[str, Any]
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
 
 
 @cache

@@ -22,14 +22,21 @@ from cuneigh._problem import Spec
 class CuPyAdapter(Adapter):
     """CuPy arrays. The own device is the number of a CUDA device."""
 
+    computes = True
+
     def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
         if type(array) is not cupy.ndarray:
-            refuse(call, name, array, "a plain cupy.ndarray is needed")
+            refuse(call, name, array, f"a plain cupy.ndarray is needed: pass cupy.asarray({name})")
         if array.data.ptr % array.itemsize:
             # A kernel that reads across the boundary takes the whole CUDA context down.
             raise ValueError(
                 f"{call}: {name} starts at {array.data.ptr:#x}, which is not a multiple of its "
                 f"item size {array.itemsize}"
+            )
+        if _is_between_elements(array):
+            raise ValueError(
+                f"{call}: {name} has strides {array.strides} in bytes, not all of which are "
+                f"multiples of its item size {array.itemsize}"
             )
 
     def spec(self, array: Any) -> Spec:
@@ -85,10 +92,17 @@ class CuPyAdapter(Adapter):
             if type(array) is not cupy.ndarray:
                 return None
             data = array.data
-            if data.ptr % array.itemsize:
+            if data.ptr % array.itemsize or _is_between_elements(array):
                 return None
             found += array.shape, array.dtype, data.device_id
         return tuple(found)
+
+
+def _is_between_elements(array: cupy.ndarray) -> bool:
+    """Whether an element begins elsewhere than after a whole number of elements from the first."""
+    if array.flags.c_contiguous:
+        return False
+    return any(stride % array.itemsize for stride in array.strides)
 
 
 ADAPTER = CuPyAdapter()

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cuneigh._device import CPU, Device
 from cuneigh._frameworks.contract import Adapter, dtype_name, numpy_dtype, refuse
-from cuneigh._problem import Spec
+from cuneigh._problem import DTYPES, Spec
 
 Array = npt.NDArray[Any]
 
@@ -18,9 +18,13 @@ Array = npt.NDArray[Any]
 class NumPyAdapter(Adapter):
     """NumPy arrays, memory maps among them. The own device is always ``"cpu"``."""
 
+    computes = True
+
     def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
         if type(array) not in (np.ndarray, np.memmap):
-            refuse(call, name, array, "a plain numpy.ndarray is needed")
+            refuse(
+                call, name, array, f"a plain numpy.ndarray is needed: pass numpy.asarray({name})"
+            )
 
     def spec(self, array: Array) -> Spec:
         return Spec(array.shape, dtype_name(array.dtype))
@@ -39,6 +43,9 @@ class NumPyAdapter(Adapter):
 
     def cast(self, array: Array, dtype: str) -> Array:
         return array.astype(numpy_dtype(dtype), copy=False)
+
+    def number(self, array: Array) -> float | None:
+        return float(array) if array.dtype.kind in "fiu" or array.dtype.name in DTYPES else None
 
     def empty(self, own: str, shape: tuple[int, ...], dtype: str) -> Array:
         return np.empty(shape, numpy_dtype(dtype))

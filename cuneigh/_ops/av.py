@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from cuneigh._backends import BackendName
 from cuneigh._frameworks import load_adapter
-from cuneigh._ops.compute import Flags, Sizes, compute
+from cuneigh._ops.compute import compute
+from cuneigh._ops.types import Array, Flags, Sizes
 
 
-class AVGradients(NamedTuple):
+class AVGradients(NamedTuple, Generic[Array]):
     """Gradients of `na2d_av` and its kin; None for what was not given."""
 
-    weights: Any
-    value: Any
-    additional_values: Any
+    weights: Array
+    value: Array
+    additional_values: Array | None
 
 
 def na1d_av(
-    weights: Any,
-    value: Any,
+    weights: Array,
+    value: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array:
     """Sums of the values in the windows of a 1-D layout, weighted by what is in memory.
 
     `na2d_av` for arrays with one token axis: see there for what the parameters mean.
@@ -59,6 +60,7 @@ def na1d_av(
     (1, 64, 2, 16)
     """
     load_adapter(weights)
+    output: Array
     (output,) = compute(
         ("av", 1, kernel_size, stride, dilation, is_causal, None, True, backend),
         weights,
@@ -69,15 +71,15 @@ def na1d_av(
 
 
 def na2d_av(
-    weights: Any,
-    value: Any,
+    weights: Array,
+    value: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array:
     """Sums of the values in the windows of a 2-D layout, weighted by what is in memory.
 
     The second half of `na2d`: `weights` is laid out like the result of `na2d_qk`, and is usually a
@@ -114,6 +116,7 @@ def na2d_av(
     True
     """
     load_adapter(weights)
+    output: Array
     (output,) = compute(
         ("av", 2, kernel_size, stride, dilation, is_causal, None, True, backend),
         weights,
@@ -124,15 +127,15 @@ def na2d_av(
 
 
 def na3d_av(
-    weights: Any,
-    value: Any,
+    weights: Array,
+    value: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array:
     """Sums of the values in the windows of a 3-D layout, weighted by what is in memory.
 
     `na2d_av` for arrays with three token axes: see there for what the parameters mean.
@@ -165,6 +168,7 @@ def na3d_av(
     (1, 4, 4, 4, 2, 16)
     """
     load_adapter(weights)
+    output: Array
     (output,) = compute(
         ("av", 3, kernel_size, stride, dilation, is_causal, None, True, backend),
         weights,
@@ -175,16 +179,16 @@ def na3d_av(
 
 
 def na1d_av_backward(
-    grad_output: Any,
-    weights: Any,
-    value: Any,
+    grad_output: Array,
+    weights: Array,
+    value: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
-) -> AVGradients:
+) -> AVGradients[Array]:
     """Gradients of `na1d_av` with respect to every array that it was given.
 
     `na2d_av_backward` for arrays with one token axis: see there for what the parameters mean.
@@ -227,16 +231,16 @@ def na1d_av_backward(
 
 
 def na2d_av_backward(
-    grad_output: Any,
-    weights: Any,
-    value: Any,
+    grad_output: Array,
+    weights: Array,
+    value: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
-) -> AVGradients:
+) -> AVGradients[Array]:
     """Gradients of `na2d_av` with respect to every array that it was given.
 
     Parameters
@@ -279,16 +283,16 @@ def na2d_av_backward(
 
 
 def na3d_av_backward(
-    grad_output: Any,
-    weights: Any,
-    value: Any,
+    grad_output: Array,
+    weights: Array,
+    value: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
-) -> AVGradients:
+) -> AVGradients[Array]:
     """Gradients of `na3d_av` with respect to every array that it was given.
 
     `na2d_av_backward` for arrays with three token axes: see there for what the parameters mean.

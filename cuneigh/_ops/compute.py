@@ -8,6 +8,7 @@ from typing import Any
 from cuneigh._call import Call, opaque, results_of
 from cuneigh._frameworks import adapter_of
 from cuneigh._frameworks.arguments import examine
+from cuneigh._ops.scale import is_number, scaled
 from cuneigh._problem import ARRAYS, OPTIONAL
 from cuneigh._validate import (
     Window,
@@ -17,12 +18,6 @@ from cuneigh._validate import (
     scale_or_default,
     window_arguments,
 )
-
-Sizes = int | Sequence[int]
-"""An integer for each token axis, or one for all of them."""
-
-Flags = bool | Sequence[bool]
-"""A bool for each token axis, or one for all of them."""
 
 
 @opaque
@@ -36,7 +31,26 @@ def compute(parameters: tuple[Any, ...], *arrays: Any) -> list[Any]:
 
     where a rank of 0 stands for `attention`.
     """
-    return results_of(parameters, arrays, _examine)
+    if is_number(parameters[SCALE]):
+        return results_of(parameters, arrays, _examine)
+
+    def compute_with(scale: Any, arrays: Sequence[Any]) -> list[Any]:
+        given = (*parameters[:SCALE], scale, *parameters[SCALE + 1 :])
+        return results_of(given, arrays, _examine)
+
+    name = _name(parameters)
+    return scaled(name, parameters[0], parameters[SCALE], arrays, compute_with)
+
+
+SCALE = 6
+"""The position of `scale` among the parameters."""
+
+
+def _name(parameters: tuple[Any, ...]) -> str:
+    """The name of the public function."""
+    operation, rank = parameters[:2]
+    suffix = {"forward": ""}.get(operation, f"_{operation}")
+    return f"na{rank}d{suffix}" if rank else "attention"
 
 
 def _examine(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
@@ -44,12 +58,11 @@ def _examine(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Call, 
     operation, rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend = (
         parameters
     )
-    suffix = {"forward": ""}.get(operation, f"_{operation}")
-    name = f"na{rank}d{suffix}" if rank else "attention"
+    name = _name(parameters)
     named = zip(ARRAYS[operation].arguments, arrays, strict=True)
     needed = {n: array for n, array in named if array is not None or n not in OPTIONAL}
     adapter, device = examine(name, needed, adapter_of)
-    given = adapter.cast_automatically(name, needed)
+    given = adapter.converted(name, needed)
     specs = {n: adapter.spec(array) for n, array in given.items()}
     if rank:
         window = window_arguments(name, rank, kernel_size, stride, dilation, is_causal)

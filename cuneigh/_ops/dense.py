@@ -13,19 +13,21 @@ from cuneigh._frameworks import adapter_of, load_adapter
 from cuneigh._frameworks.arguments import examine
 from cuneigh._frameworks.contract import type_name
 from cuneigh._ops.compute import compute
+from cuneigh._ops.types import Array, Scale, dense_attention
 from cuneigh._problem import DTYPES, SUPPORTED, Spec
 from cuneigh._validate import require
 
 
+@dense_attention
 def attention(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: Array,
+    key: Array,
+    value: Array,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: Scale | None = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     """Attention of every query to every key: self attention, cross attention, causal attention.
 
     Together with `merge_attentions` it extends neighborhood attention by keys from elsewhere.
@@ -38,8 +40,8 @@ def attention(
     value : array [B, M, H_kv, D_v]
     is_causal : bool
         Whether keys after the query are hidden; needs N == M.
-    scale : float, optional
-        Factor of the logits; ``D ** -0.5`` if not given.
+    scale : float or 0-d array, optional
+        Factor of the logits, as in `na2d`; ``D ** -0.5`` if not given.
     return_lse : bool
         Whether to return the logarithm of the sum of the exponentials of all logits as well.
     backend : str, optional
@@ -78,7 +80,7 @@ def attention(
     return output if lse is None else (output, lse)
 
 
-def merge_attentions(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
+def merge_attentions(outputs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
     """The attention over all keys, from the attentions of the same queries to parts of them.
 
     ``lse = logsumexp(lses)`` and ``output = sum(exp(lse_i - lse) * output_i)``, in the arrays' own
@@ -134,6 +136,8 @@ def _merge(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
     arrays = {f"outputs[{i}]": output for i, output in enumerate(outputs)}
     arrays |= {f"lses[{i}]": lse for i, lse in enumerate(lses)}
     adapter, device = examine(call, arrays, adapter_of, borrowed=False)
+    arrays = adapter.converted(call, arrays)
+    outputs, lses = list(arrays.values())[: len(outputs)], list(arrays.values())[len(outputs) :]
     specs = {name: adapter.spec(array) for name, array in arrays.items()}
     first = specs["outputs[0]"]
     accumulator = _check_merge(call, len(outputs), specs)
@@ -153,7 +157,9 @@ def _merge(outputs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
             * xp.where((lse == -math.inf)[..., None], 0.0, adapter.cast(output, accumulator))
             for term, lse, output in zip(terms, lses, outputs, strict=True)
         )
-        return adapter.cast(merged, first.dtype), adapter.cast(merged_lse, accumulator)
+        results = adapter.cast(merged, first.dtype), adapter.cast(merged_lse, accumulator)
+        output, lse = adapter.returned(call, device, results)
+        return output, lse
 
 
 def _check_merge(call: str, count: int, specs: dict[str, Spec]) -> str:

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from cuneigh._backends import BackendName
 from cuneigh._frameworks import load_adapter
-from cuneigh._ops.compute import Flags, Sizes, compute
+from cuneigh._ops.compute import compute
+from cuneigh._ops.types import Array, Flags, Scale, Sizes, neighborhood_attention
 
 
-class Gradients(NamedTuple):
+class Gradients(NamedTuple, Generic[Array]):
     """Gradients of `na2d` and its kin with respect to the arrays given; None for the others."""
 
-    query: Any
-    key: Any
-    value: Any
-    additional_keys: Any
-    additional_values: Any
-    rpb: Any
+    query: Array
+    key: Array
+    value: Array
+    additional_keys: Array | None
+    additional_values: Array | None
+    rpb: Array | None
 
 
+@neighborhood_attention
 def na1d(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: Array,
+    key: Array,
+    value: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float | None = None,
+    scale: Scale | None = None,
     additional_keys: Any = None,
     additional_values: Any = None,
     rpb: Any = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     """1-D neighborhood attention: every query attends to the keys of a window around it.
 
     `na2d` for arrays with one token axis: see there for what the parameters mean.
@@ -85,27 +87,33 @@ def na1d(
     return output if lse is None else (output, lse)
 
 
+@neighborhood_attention
 def na2d(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: Array,
+    key: Array,
+    value: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float | None = None,
+    scale: Scale | None = None,
     additional_keys: Any = None,
     additional_values: Any = None,
     rpb: Any = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     """2-D neighborhood attention: every query attends to the keys of a window around it.
 
     ``softmax(scale * query @ keys.T + rpb) @ values`` over the window of each query and the
     additional keys. Arrays may be NumPy's, CuPy's, PyTorch's or JAX's, all of one framework, device
     and dtype: float16, bfloat16 (that of ml_dtypes in NumPy and CuPy), float32 or float64. They are
-    read where they are, whatever their strides.
+    read where they are, whatever their strides. Beside JAX's arrays, NumPy's are constants.
+
+    Arrays of any other framework that speaks DLPack, or ``__cuda_array_interface__``, may be on the
+    CPU or a CUDA device. There they are read, and results are written, on CuPy's current stream.
+    Results are arrays of that framework if its array namespace or module has a ``from_dlpack``, and
+    NumPy's or CuPy's if not. No derivative passes through such a call.
 
     Parameters
     ----------
@@ -124,8 +132,10 @@ def na2d(
         Step between the keys of a window, in tokens.
     is_causal : bool, or one per token axis
         Whether keys after the query are hidden along an axis.
-    scale : float, optional
-        Factor of the logits; ``D ** -0.5`` if not given. Any finite number.
+    scale : float or 0-d array, optional
+        Factor of the logits; ``D ** -0.5`` if not given. Any finite number. An array of the
+        framework, which may be traced or differentiated and is not checked, is multiplied into the
+        query, in the query's dtype.
     additional_keys, additional_values : arrays [B, n, H_kv, D] and [B, n, H_kv, D_v], optional
         Keys that every query sees besides its window.
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1], optional
@@ -151,6 +161,10 @@ def na2d(
         For an illegal argument; the message names it, the axis, and what would be legal.
     RuntimeError
         If no backend can run the problem, or if a PyTorch tensor would lose a derivative.
+    NotImplementedError
+        For a JAX array that is sharded over explicit axes of a mesh.
+    BufferError
+        If a framework does not lend the memory of an array.
 
     Notes
     -----
@@ -188,21 +202,22 @@ def na2d(
     return output if lse is None else (output, lse)
 
 
+@neighborhood_attention
 def na3d(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: Array,
+    key: Array,
+    value: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float | None = None,
+    scale: Scale | None = None,
     additional_keys: Any = None,
     additional_values: Any = None,
     rpb: Any = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     """3-D neighborhood attention: every query attends to the keys of a window around it.
 
     `na2d` for arrays with three token axes: see there for what the parameters mean.
@@ -254,23 +269,23 @@ def na3d(
 
 
 def na1d_backward(
-    grad_output: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    output: Any,
-    lse: Any,
+    grad_output: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    output: Array,
+    lse: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float | None = None,
+    scale: Scale | None = None,
     additional_keys: Any = None,
     additional_values: Any = None,
     rpb: Any = None,
     grad_lse: Any = None,
     backend: BackendName | None = None,
-) -> Gradients:
+) -> Gradients[Array]:
     """Gradients of `na1d` with respect to every array that it was given.
 
     `na2d_backward` for arrays with one token axis: see there for what the parameters mean.
@@ -326,23 +341,23 @@ def na1d_backward(
 
 
 def na2d_backward(
-    grad_output: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    output: Any,
-    lse: Any,
+    grad_output: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    output: Array,
+    lse: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float | None = None,
+    scale: Scale | None = None,
     additional_keys: Any = None,
     additional_values: Any = None,
     rpb: Any = None,
     grad_lse: Any = None,
     backend: BackendName | None = None,
-) -> Gradients:
+) -> Gradients[Array]:
     """Gradients of `na2d` with respect to every array that it was given.
 
     Parameters
@@ -399,23 +414,23 @@ def na2d_backward(
 
 
 def na3d_backward(
-    grad_output: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    output: Any,
-    lse: Any,
+    grad_output: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    output: Array,
+    lse: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float | None = None,
+    scale: Scale | None = None,
     additional_keys: Any = None,
     additional_values: Any = None,
     rpb: Any = None,
     grad_lse: Any = None,
     backend: BackendName | None = None,
-) -> Gradients:
+) -> Gradients[Array]:
     """Gradients of `na3d` with respect to every array that it was given.
 
     `na2d_backward` for arrays with three token axes: see there for what the parameters mean.

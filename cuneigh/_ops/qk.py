@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from cuneigh._backends import BackendName
 from cuneigh._frameworks import load_adapter
-from cuneigh._ops.compute import Flags, Sizes, compute
+from cuneigh._ops.compute import compute
+from cuneigh._ops.types import Array, Flags, Scale, Sizes
 
 
-class QKGradients(NamedTuple):
+class QKGradients(NamedTuple, Generic[Array]):
     """Gradients of `na2d_qk` and its kin; None for what was not given."""
 
-    query: Any
-    key: Any
-    additional_keys: Any
-    rpb: Any
+    query: Array
+    key: Array
+    additional_keys: Array | None
+    rpb: Array | None
 
 
 def na1d_qk(
-    query: Any,
-    key: Any,
+    query: Array,
+    key: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array:
     """The logits of 1-D neighborhood attention, for models that need them in memory.
 
     `na2d_qk` for arrays with one token axis: see there for what the parameters mean.
@@ -40,8 +41,8 @@ def na1d_qk(
     key : array [B, X1, H_kv, D]
     kernel_size, stride, dilation : int
     is_causal : bool
-    scale : float
-        Factor of the logits, 1 unless given.
+    scale : float or 0-d array
+        Factor of the logits, as in `na2d`; 1 unless given.
     rpb : array [H, 2 * K1 - 1], optional
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
@@ -64,6 +65,7 @@ def na1d_qk(
     (1, 64, 2, 5)
     """
     load_adapter(query)
+    logits: Array
     (logits,) = compute(
         ("qk", 1, kernel_size, stride, dilation, is_causal, scale, True, backend),
         query,
@@ -75,17 +77,17 @@ def na1d_qk(
 
 
 def na2d_qk(
-    query: Any,
-    key: Any,
+    query: Array,
+    key: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array:
     """The logits of 2-D neighborhood attention, for models that need them in memory.
 
     `na2d` is ``na2d_av(softmax(na2d_qk(...)), ...)`` and stores neither logits nor weights: prefer
@@ -97,8 +99,8 @@ def na2d_qk(
     key : array [B, X1, X2, H_kv, D]
     kernel_size, stride, dilation, is_causal
         The window, as in `na2d`.
-    scale : float
-        Factor of the logits, 1 unless given.
+    scale : float or 0-d array
+        Factor of the logits, as in `na2d`; 1 unless given.
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1], optional
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
@@ -124,6 +126,7 @@ def na2d_qk(
     (1, 8, 8, 2)
     """
     load_adapter(query)
+    logits: Array
     (logits,) = compute(
         ("qk", 2, kernel_size, stride, dilation, is_causal, scale, True, backend),
         query,
@@ -135,17 +138,17 @@ def na2d_qk(
 
 
 def na3d_qk(
-    query: Any,
-    key: Any,
+    query: Array,
+    key: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
-) -> Any:
+) -> Array:
     """The logits of 3-D neighborhood attention, for models that need them in memory.
 
     `na2d_qk` for arrays with three token axes: see there for what the parameters mean.
@@ -156,8 +159,8 @@ def na3d_qk(
     key : array [B, X1, X2, X3, H_kv, D]
     kernel_size, stride, dilation : int, or one per token axis
     is_causal : bool, or one per token axis
-    scale : float
-        Factor of the logits, 1 unless given.
+    scale : float or 0-d array
+        Factor of the logits, as in `na2d`; 1 unless given.
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1, 2 * K3 - 1], optional
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
@@ -180,6 +183,7 @@ def na3d_qk(
     (1, 4, 4, 4, 2, 27)
     """
     load_adapter(query)
+    logits: Array
     (logits,) = compute(
         ("qk", 3, kernel_size, stride, dilation, is_causal, scale, True, backend),
         query,
@@ -191,18 +195,18 @@ def na3d_qk(
 
 
 def na1d_qk_backward(
-    grad_logits: Any,
-    query: Any,
-    key: Any,
+    grad_logits: Array,
+    query: Array,
+    key: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
-) -> QKGradients:
+) -> QKGradients[Array]:
     """Gradients of `na1d_qk` with respect to every array that it was given.
 
     `na2d_qk_backward` for arrays with one token axis: see there for what the parameters mean.
@@ -246,18 +250,18 @@ def na1d_qk_backward(
 
 
 def na2d_qk_backward(
-    grad_logits: Any,
-    query: Any,
-    key: Any,
+    grad_logits: Array,
+    query: Array,
+    key: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
-) -> QKGradients:
+) -> QKGradients[Array]:
     """Gradients of `na2d_qk` with respect to every array that it was given.
 
     Parameters
@@ -301,18 +305,18 @@ def na2d_qk_backward(
 
 
 def na3d_qk_backward(
-    grad_logits: Any,
-    query: Any,
-    key: Any,
+    grad_logits: Array,
+    query: Array,
+    key: Array,
     kernel_size: Sizes,
     stride: Sizes = 1,
     dilation: Sizes = 1,
     is_causal: Flags = False,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
-) -> QKGradients:
+) -> QKGradients[Array]:
     """Gradients of `na3d_qk` with respect to every array that it was given.
 
     `na2d_qk_backward` for arrays with three token axes: see there for what the parameters mean.

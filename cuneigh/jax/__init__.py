@@ -3,7 +3,8 @@
 Every call is a custom call of XLA, whether it is made eagerly or within a function that JAX traces:
 ``jax.jit``, ``jax.grad``, ``jax.vmap`` and what is made of them pass through it, XLA provides all
 memory, and on a GPU kernels run on XLA's stream. A program that was exported with such calls needs
-their handlers, which XLA knows once this module is imported.
+their handlers, which XLA knows once `cuneigh` and JAX are imported, in either order. Arrays that
+are sharded over explicit axes of a mesh are refused outside of ``jax.shard_map``.
 """
 
 import cuneigh._frameworks.jax  # noqa: F401 - registers the handlers

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from cuneigh._ops.av import na1d_av, na2d_av, na3d_av
-from cuneigh._ops.compute import Flags, Sizes
 from cuneigh._ops.neighborhood import na1d, na2d, na3d
 from cuneigh._ops.qk import na1d_qk, na2d_qk, na3d_qk
+from cuneigh._ops.types import Flags, Sizes
 from cuneigh._validate import window_arguments
 
 
 class _NeighborhoodAttention(nn.Module):  # type: ignore[misc]
     rank: ClassVar[int]
+    rpb: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class _NeighborhoodAttention(nn.Module):  # type: ignore[misc]
                 f"[batch, {tokens}, {self.embed_dim}] is needed"
             )
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        given = {"scale": self.scale, "rpb": self.rpb}
+        given: dict[str, Any] = {"scale": self.scale, "rpb": self.rpb}
         if self.training and self.attn_drop.p > 0:
             na_qk, na_av = _HALVES[self.rank]
             weights = na_qk(query, key, **self.window, **given).softmax(-1)

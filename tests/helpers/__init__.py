@@ -12,6 +12,7 @@ What is right:
 
 What is called:
 - `calls`: the public functions on the arrays of any framework;
+- `speaker`: arrays that have nothing but the protocols;
 - `tensors`: PyTorch's functions and the gradients that they have;
 - `gpu_arrays`: arrays on a GPU, and backends on them;
 - `toy_backend`, `toy_kernel`, `toy_installation`: the least that a backend and a kernel can be.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,9 +18,11 @@ from helpers import gpu_arrays
 from helpers.accuracy import assert_close
 from helpers.expected import expect, forward_results
 from helpers.illegal import call_of
+from helpers.speaker import Speaker
 from helpers.strategies import Inputs, array, numpy_dtype
 
 import cuneigh
+from cuneigh._frameworks.dlpack.lent import Place, borrow
 from cuneigh._problem import Problem, Spec
 
 # JAX shares the GPU with the other frameworks.
@@ -73,6 +75,12 @@ def framework(name: str) -> Framework:
             return torch_framework(name, "cuda:0" if cuda else "cpu")
         case ["jax", *cuda]:
             return jax_framework(name, "gpu" if cuda else "cpu")
+        case ["speaker"]:
+            return speaker_framework(name)
+        case ["strict"]:
+            return strict_framework(name)
+        case ["tvm"]:
+            return tvm_framework(name)
     raise ValueError(name)
 
 
@@ -139,6 +147,52 @@ def jax_framework(name: str, platform: str) -> Framework:
         pointer=lambda array: array.unsafe_buffer_pointer(),
         is_contiguous=lambda array: True,
         scope=lambda dtype: jax.enable_x64(dtype == "float64"),
+    )
+
+
+# Frameworks that cuneigh knows nothing of
+
+
+def speaker_framework(name: str) -> Framework:
+    """One that has nothing but DLPack's methods, so that results are NumPy's."""
+    return replace(
+        framework("numpy"),
+        name=name,
+        of=Speaker,
+        numpy=lambda array: getattr(array, "array", array),
+    )
+
+
+def strict_framework(name: str) -> Framework:
+    xp = pytest.importorskip("array_api_strict")
+    return Framework(
+        name,
+        of=lambda array: xp.from_dlpack(array if array.flags.writeable else array.copy()),
+        numpy=np.from_dlpack,
+        owns=lambda array: type(array) is type(xp.zeros(1)),
+        pointer=lambda array: np.from_dlpack(array).ctypes.data,
+        is_contiguous=lambda array: np.from_dlpack(array).flags.c_contiguous,
+    )
+
+
+def tvm_framework(name: str) -> Framework:
+    tvm_ffi = pytest.importorskip("tvm_ffi")
+
+    def numpy(tensor: Any) -> np.ndarray:
+        return borrow(tensor, Place("cpu", 0))
+
+    def of(array: np.ndarray) -> Any:
+        if not array.flags.writeable:  # which it does not take
+            array = array.copy()
+        return tvm_ffi.from_dlpack(Speaker(array))
+
+    return Framework(
+        name,
+        of=of,
+        numpy=numpy,
+        owns=lambda array: type(array) is tvm_ffi.Tensor,
+        pointer=lambda array: numpy(array).ctypes.data,
+        is_contiguous=lambda array: numpy(array).flags.c_contiguous,
     )
 
 

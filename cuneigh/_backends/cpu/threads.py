@@ -16,18 +16,25 @@ from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
+from cuneigh._device import HOST_THREADS
+
 Item = TypeVar("Item")
 Space = TypeVar("Space")
 Result = TypeVar("Result")
 
 
 def thread_count() -> int:
-    """CUNEIGH_NUM_THREADS, else OMP_NUM_THREADS, else the number of usable cores."""
+    """CUNEIGH_NUM_THREADS, else what the caller's framework takes, else as many as there may be.
+
+    Those are OMP_NUM_THREADS, else the number of usable cores.
+    """
     for name in ("CUNEIGH_NUM_THREADS", "OMP_NUM_THREADS"):
         try:
             return max(int(os.environ[name]), 1)
         except (KeyError, ValueError):
             pass
+        if (threads := HOST_THREADS.get()) is not None:
+            return threads
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

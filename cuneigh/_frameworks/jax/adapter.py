@@ -2,48 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import compress
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from cuneigh import _device
 from cuneigh._backends import BACKENDS, choose
 from cuneigh._call import Call
 from cuneigh._frameworks.contract import Adapter, dtype_name, import_cupy, numpy_dtype, refuse
 from cuneigh._frameworks.jax import calls
+from cuneigh._frameworks.numpy import ADAPTER as NUMPY
 from cuneigh._problem import ARRAYS, Spec
 
 
 class JaxAdapter(Adapter):
-    """JAX arrays. The own device is a ``jax.Device``, or None for an array that is traced."""
+    """JAX arrays. The own device is a ``jax.Device``, or None for an array that is traced.
+
+    NumPy arrays beside them are constants, and what has ``__jax_array__`` stands for an array.
+    """
 
     launches = True
 
     def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
+        array = _held(array)
         if not isinstance(array, jax.Array):
             refuse(call, name, array, "a jax.Array is needed")
-        if not borrowed or isinstance(array, jax.core.Tracer):
+        if not borrowed:
+            return
+        calls.refuse_explicit(call, name, array)
+        if isinstance(array, jax.core.Tracer):
             return
         devices = array.devices()
         if len(devices) != 1:
             raise ValueError(
-                f"{call}: {name} is spread over {len(devices)} devices; one device is needed"
+                f"{call}: {name} is spread over {len(devices)} devices; one device is needed, "
+                f"unless the call is made within jax.jit or jax.shard_map"
             )
         (device,) = devices
         if device.platform not in ("cpu", "gpu"):
             raise ValueError(f"{call}: {name} is on device {device}; a CPU or a GPU is needed")
 
+    def adopts(self, other: Adapter) -> bool:
+        return other is NUMPY
+
+    def converted(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: array if isinstance(array, jax.Array) else jnp.asarray(_held(array))
+            for name, array in arrays.items()
+        }
+
     def spec(self, array: jax.Array) -> Spec:
         return Spec(array.shape, dtype_name(array.dtype))
 
-    def own_device(self, array: jax.Array) -> jax.Device | None:
-        if isinstance(array, jax.core.Tracer) or len(array.devices()) != 1:
+    def own_device(self, array: Any) -> jax.Device | None:
+        array = _held(array)
+        if not _is_concrete(array) or len(array.devices()) != 1:
             return None
         return next(iter(array.devices()))
+
+    def common_device(self, call: str, arrays: Mapping[str, Any]) -> jax.Device | None:
+        held = {name: _held(array) for name, array in arrays.items()}
+        if any(isinstance(array, jax.core.Tracer) for array in held.values()):
+            return None
+        # JAX moves what was put nowhere in particular to the device of the others.
+        put = {name: array for name, array in held.items() if getattr(array, "committed", False)}
+        return super().common_device(call, put or held)
 
     def device(self, own: jax.Device | None) -> _device.Device | None:
         if own is None:
@@ -51,7 +81,7 @@ class JaxAdapter(Adapter):
         if own.platform == "cpu":
             return _device.CPU
         import_cupy()
-        return _device.cuda(own.local_hardware_id)
+        return _device.cuda(_cuda_number(own))
 
     def full(
         self, own: jax.Device | None, shape: tuple[int, ...], dtype: str, value: float
@@ -64,6 +94,17 @@ class JaxAdapter(Adapter):
     def cast(self, array: jax.Array, dtype: str) -> jax.Array:
         return array.astype(numpy_dtype(dtype))
 
+    def signature(self, arrays: Sequence[Any]) -> tuple[Any, ...] | None:
+        found: list[Any] = []
+        for array in arrays:
+            if array is None:
+                found.append(None)
+                continue
+            if not _is_concrete(array) or type(array.sharding) is not SingleDeviceSharding:
+                return None
+            found += array.shape, array.dtype, array.sharding, array.committed
+        return tuple(found)
+
     def launch(self, call: Call, arrays: Sequence[jax.Array]) -> list[Any]:
         problem, backend = call.problem, call.backend
         if call.own_device is None and backend not in (None, *(known.NAME for known in BACKENDS)):
@@ -75,6 +116,30 @@ class JaxAdapter(Adapter):
         asked = calls.CustomCall(problem, backend, call.arguments, wanted)
         made = dict(zip(wanted, calls.eager(asked, *arrays), strict=True))
         return [made.get(name) for name in names]
+
+
+def _held(array: Any) -> Any:
+    """The array that `array` holds for JAX's functions, as a parameter of Flax does."""
+    if not isinstance(array, jax.Array) and hasattr(type(array), "__jax_array__"):
+        return array.__jax_array__()
+    return array
+
+
+def _is_concrete(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+
+
+@cache
+def _cuda_number(device: jax.Device) -> int:
+    """CUDA's number for `device` in this process.
+
+    JAX may have been told to use some devices only, and counts those.
+    """
+    from cupy.cuda import runtime
+
+    with jax.ensure_compile_time_eval():
+        there = jax.device_put(np.zeros(1, np.float32), device)
+        return int(runtime.pointerGetAttributes(there.unsafe_buffer_pointer()).device)
 
 
 ADAPTER = JaxAdapter()

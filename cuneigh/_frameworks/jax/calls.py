@@ -8,13 +8,14 @@ whole `CustomCall` as an attribute, so that a compiled program means the same in
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from cuneigh._frameworks.contract import numpy_dtype
 from cuneigh._problem import ARRAYS, Problem
@@ -35,19 +36,62 @@ class CustomCall:
     """Those that are wanted, in the order of `ARRAYS`."""
 
     def encoded(self) -> str:
-        return json.dumps(asdict(self))
+        """The call as text, which JAX keeps in an exported program.
+
+        Sizes that are symbols there are strings. What is written here must always stay readable:
+        new fields of a `Problem` need a default.
+        """
+        problem = _fields(self.problem)
+        problem["axes"] = [_fields(axis) for axis in self.problem.axes]
+        return json.dumps({**_fields(self), "problem": problem}, default=str)
 
     @staticmethod
-    def decoded(text: bytes | str) -> CustomCall:
-        fields = json.loads(text)
-        problem = fields["problem"]
+    def decoded(text: bytes | str, shapes: Sequence[tuple[int, ...]] = ()) -> CustomCall | None:
+        """The call that was encoded; None if it has symbols, and no `shapes` of its arguments."""
+        told = json.loads(text)
+        problem, arguments = told["problem"], tuple(told["arguments"])
+        if any(isinstance(size, str) for size in _sizes(problem)):
+            if not shapes:
+                return None
+            _measure(problem, dict(zip(arguments, shapes, strict=True)))
         axes = tuple(Axis(**axis) for axis in problem["axes"])
         return CustomCall(
             Problem(**{**problem, "axes": axes}),
-            fields["backend"],
-            tuple(fields["arguments"]),
-            tuple(fields["results"]),
+            told["backend"],
+            arguments,
+            tuple(told["results"]),
         )
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+SIZES = ("batch", "heads", "kv_heads", "head_dim", "value_dim", "additional")
+
+
+def _sizes(problem: dict[str, Any]) -> list[Any]:
+    """The fields of a problem that may be symbols."""
+    return [problem[name] for name in SIZES] + [
+        size for axis in problem["axes"] for size in axis.values()
+    ]
+
+
+def _measure(problem: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Put the sizes of the arguments into `problem` where there are symbols."""
+    queries = shapes.get("query") or shapes["weights"]
+    keys = shapes.get("key") or shapes["value"]
+    extra = shapes.get("additional_keys") or shapes.get("additional_values") or (0, None)
+    found: dict[str, int | None] = {"batch": queries[0], "heads": queries[-2], "kv_heads": keys[-2]}
+    found |= {"head_dim": queries[-1], "additional": extra[1]}
+    if "value" in shapes:
+        found["value_dim"] = shapes["value"][-1]
+    problem |= {name: size for name, size in found.items() if isinstance(problem[name], str)}
+    lengths = zip(problem["axes"], queries[1:-2], keys[1:-2], strict=True)
+    for axis, length, key_length in lengths:
+        # The window is a symbol only where it is all keys.
+        of_axis = {"length": length, "key_length": key_length, "kernel_size": max(key_length, 1)}
+        axis |= {name: size for name, size in of_axis.items() if isinstance(axis[name], str)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,7 +142,7 @@ def _batchable(call: CustomCall) -> Any:
         for names in (call.arguments, call.results)
     )
     launch = jax.ffi.ffi_call(TARGET, results)
-    text = call.encoded()
+    text, is_empty = call.encoded(), call.problem.is_empty
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         for name, array, needed in zip(call.arguments, arrays, arguments, strict=True):
@@ -107,9 +151,12 @@ def _batchable(call: CustomCall) -> Any:
                     f"cuneigh: {name} has dtype {needed.dtype}, of which JAX makes {array.dtype} "
                     f"unless jax_enable_x64 is set"
                 )
-        return spread(launch(*arrays, call=text), spread_over(arrays))
+        made = _of_nothing(call, results) if is_empty else launch(*arrays, call=text)
+        return spread(made, spread_over(arrays))
 
     def run_many(size: int, batched: Any, *arrays: jax.Array) -> Any:
+        for name, array in zip(call.arguments, arrays, strict=True):
+            refuse_explicit("cuneigh", name, array)
         into = _folded_axis(call, batched)
         folded = [
             _fold(array, _axis(name, into), size, is_batched)
@@ -117,7 +164,7 @@ def _batchable(call: CustomCall) -> Any:
         ]
         made = _batchable(_enlarged(call, into, size))(*folded)
         unfolded = tuple(
-            _unfold(array, _axis(name, into), size)
+            _unfold(array, _axis(name, into), size, call.problem.spec(name).shape)
             for name, array in zip(call.results, made, strict=True)
         )
         return unfolded, (True,) * len(unfolded)
@@ -125,6 +172,31 @@ def _batchable(call: CustomCall) -> Any:
     batchable = jax.custom_batching.custom_vmap(run)
     batchable.def_vmap(run_many)
     return batchable
+
+
+def _of_nothing(call: CustomCall, results: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """The results of a map over nothing: those of no keys at all."""
+    is_forward = call.problem.operation == "forward"
+    values = [-jnp.inf if is_forward and name == "lse" else 0 for name in call.results]
+    return [
+        jnp.full(result.shape, value, result.dtype)
+        for result, value in zip(results, values, strict=True)
+    ]
+
+
+def refuse_explicit(call: str, name: str, array: jax.Array) -> None:
+    """Raise for an array whose type says that it is sharded over explicit axes of a mesh."""
+    traced = isinstance(array, jax.core.Tracer)
+    sharding = getattr(jax.typeof(array) if traced else array, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return
+    explicit = set(sharding.mesh.explicit_axes)
+    if explicit.intersection(jax.tree.leaves(tuple(sharding.spec))):
+        raise NotImplementedError(
+            f"{call}: {name} is sharded as {sharding.spec} over explicit axes of a mesh, for which "
+            f"results have no type yet: make the call within jax.shard_map or, to let the compiler "
+            f"decide, within jax.jit and jax.sharding.auto_axes"
+        )
 
 
 def spread_over(arrays: Iterable[jax.Array]) -> frozenset[str]:
@@ -198,9 +270,8 @@ def _fold(array: jax.Array, axis: int | None, size: int, is_batched: bool) -> ja
     return array.reshape(*before, size * length, *after)
 
 
-def _unfold(array: jax.Array, axis: int | None, size: int) -> jax.Array:
-    """The opposite of `_fold`."""
+def _unfold(array: jax.Array, axis: int | None, size: int, of_one: tuple[int, ...]) -> jax.Array:
+    """The opposite of `_fold`, with the shape of one of the mapped arrays."""
     assert axis is not None, "a bias that stays as it is has no gradient among the results"
     axis %= array.ndim
-    before, length, after = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
-    return jnp.moveaxis(array.reshape(*before, size, length // size, *after), axis, 0)
+    return jnp.moveaxis(array.reshape(*of_one[:axis], size, *of_one[axis:]), axis, 0)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from jax._src.export import _export
 
 from cuneigh import _device
 from cuneigh._backends import choose
@@ -32,9 +33,16 @@ class Request(NamedTuple):
     """Of every argument, in elements."""
 
 
+def request_of(asked: xla.Call) -> Request:
+    return _request(asked.text) or _request(asked.text, asked.shapes())  # type: ignore[return-value]
+
+
 @lru_cache(maxsize=4096)
-def _request(text: bytes) -> Request:
-    call = CustomCall.decoded(text)
+def _request(text: bytes, shapes: tuple[tuple[int, ...], ...] = ()) -> Request | None:
+    """What `text` asks for; None if that depends on the shapes of arguments, and none are given."""
+    call = CustomCall.decoded(text, shapes)
+    if call is None:
+        return None
     spec = call.problem.spec
     arguments = tuple(map(spec, call.arguments))
     names = ARRAYS[call.problem.operation].results
@@ -49,10 +57,8 @@ def _request(text: bytes) -> Request:
 
 def serve_cpu(asked: xla.Call) -> None:
     """Run a call on arrays in host memory."""
-    request = _request(asked.text)
+    request = request_of(asked)
     problem, backend = request.call.problem, request.call.backend
-    if problem.is_empty:  # as only a map over nothing is
-        return
     arguments = map(_host, asked.arguments, request.arguments)
     given = dict(zip(request.call.arguments, arguments, strict=True))
     for argument in given.values():
@@ -81,11 +87,12 @@ def _allocate_on_host(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
 
 def serve_cuda(asked: xla.Call) -> None:
     """Launch a call on arrays on a GPU; XLA's stream orders it and nothing waits for it here."""
-    request = _request(asked.text)
+    from cupy.cuda import runtime
+
+    request = request_of(asked)
     call = request.call
-    if call.problem.is_empty:
-        return
-    index = asked.device()
+    # Its own number may be another one: XLA counts the devices that JAX was told to use.
+    index = int(runtime.pointerGetAttributes(asked.results[0]).device)
     layouts = tuple(
         (strides, address % 16)
         for strides, address in zip(request.strides, asked.arguments, strict=True)
@@ -111,3 +118,6 @@ def register() -> None:
     """Make the handlers known to XLA."""
     xla.register(TARGET, "cpu", serve_cpu)
     xla.register(TARGET, "CUDA", serve_cuda)
+    # JAX exports programs with calls only of those it is told will mean the same for ever.
+    stable: set[str] = getattr(_export, "_CUSTOM_CALL_TARGETS_GUARANTEED_STABLE", set())
+    stable.add(TARGET)

@@ -17,7 +17,6 @@ from ctypes import (
     Structure,
     c_char_p,
     c_int,
-    c_int32,
     c_int64,
     c_size_t,
     c_uint32,
@@ -158,10 +157,6 @@ class StreamGet(Structure):
     _fields_: ClassVar[Fields] = [*HEADER, ("context", c_void_p), ("stream", c_void_p)]
 
 
-class DeviceOrdinal(Structure):
-    _fields_: ClassVar[Fields] = [*HEADER, ("context", c_void_p), ("ordinal", c_int32)]
-
-
 class MemoryAllocate(Structure):
     _fields_: ClassVar[Fields] = [
         *HEADER,
@@ -197,7 +192,6 @@ class Api:
         self._destroy = FUNCTION(table.error_destroy)
         self._functions = {
             StreamGet: FUNCTION(table.stream_get),
-            DeviceOrdinal: FUNCTION(table.device_ordinal),
             MemoryAllocate: FUNCTION(table.memory_allocate),
             MemoryFree: FUNCTION(table.memory_free),
         }
@@ -231,6 +225,7 @@ class Call:
         self._owned: list[tuple[int, int]] = []
         text = frame.attributes.values[0].contents
         self.text: bytes = ctypes.string_at(text.start, text.length)
+        self._frame = frame
         self.arguments = _addresses(frame.arguments)
         self.results = _addresses(frame.results)
 
@@ -238,10 +233,11 @@ class Call:
         """The CUDA stream on which the arguments become ready and the results are awaited."""
         return self._api.ask(StreamGet, self._context).stream or 0
 
-    def device(self) -> int:
-        """The number of the CUDA device."""
-        ordinal: int = self._api.ask(DeviceOrdinal, self._context).ordinal
-        return ordinal
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Those of the arguments."""
+        given = self._frame.arguments
+        buffers = [given.buffers[i].contents for i in range(given.size)]
+        return tuple(tuple(buffer.dims[: buffer.rank]) for buffer in buffers)
 
     def allocate(self, size: int) -> int:
         """The address of new device memory, which is XLA's again after the call."""

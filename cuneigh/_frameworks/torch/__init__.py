@@ -10,11 +10,13 @@ import torch
 
 from cuneigh._call import OPAQUE
 from cuneigh._frameworks.torch.adapter import ADAPTER
+from cuneigh._validate import Symbol
 
 __all__ = ["ADAPTER"]
 
-# A number that torch.compile traces as a symbol may be the scale of a call.
+# Numbers that torch.compile traces as symbols may be the scale and the window of a call.
 Real.register(torch.SymFloat)
+Symbol.register(torch.SymInt)
 
 # torch.compile calls these with the tensors of its trace, and sees the operators that they call.
 for _function in OPAQUE:

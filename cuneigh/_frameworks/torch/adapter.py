@@ -14,21 +14,21 @@ from torch.autograd import forward_ad
 
 from cuneigh._call import Call
 from cuneigh._frameworks.torch import operators
-from cuneigh._frameworks.torch.autograd import differentiable
-from cuneigh._frameworks.torch.tensors import DEVICES, PLAIN, TRACED, TensorAdapter
+from cuneigh._frameworks.torch.autograd import differentiable, run
+from cuneigh._frameworks.torch.tensors import DEVICES, PLAIN, TensorAdapter
 from cuneigh._problem import ARRAYS
 
 
 class TorchAdapter(TensorAdapter):
     """PyTorch tensors in a program that may have to be differentiated or traced."""
 
-    def cast_automatically(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    def converted(self, call: str, arrays: dict[str, Any]) -> dict[str, Any]:
         """Under autocast, as ``scaled_dot_product_attention`` would take them.
 
         A relative positional bias of float32 goes with queries of any dtype, and stays.
         """
         kind = next(iter(arrays.values())).device.type
-        if not torch.is_autocast_enabled(kind) or call.endswith("_backward"):
+        if kind not in DEVICES or not torch.is_autocast_enabled(kind) or call.endswith(_NOT_CAST):
             return arrays
         dtype = torch.get_autocast_dtype(kind)
         return {
@@ -39,6 +39,8 @@ class TorchAdapter(TensorAdapter):
         }
 
     def signature(self, arrays: Sequence[torch.Tensor | None]) -> tuple[Any, ...] | None:
+        if torch._C._get_tracing_state() is not None:  # then sizes are tensors
+            return None
         found: list[Any] = []
         for array in arrays:
             if array is None:
@@ -53,23 +55,27 @@ class TorchAdapter(TensorAdapter):
         return tuple(found)
 
     def watches(self, arrays: Sequence[torch.Tensor]) -> bool:
-        if torch.is_grad_enabled():
-            for array in arrays:
-                if array.requires_grad:
-                    return True
-        return forward_ad._current_level >= 0 or _is_traced(arrays)
+        return (
+            _requires_grad(arrays)
+            or forward_ad._current_level >= 0
+            or torch.autograd._profiler_enabled()
+            or _is_traced(arrays)
+        )
 
     def record(self, call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         is_gradient = ARRAYS[call.problem.operation].gradient is None
         if is_gradient or forward_ad._current_level >= 0:
             _refuse_lost_derivatives(call, arrays, is_gradient)
         if not _is_traced(arrays):
-            return differentiable(call, arrays)
+            return (differentiable if _requires_grad(arrays) else run)(call, arrays)
         made = operators.call(call, arrays)
         return [
             None if spec is None else array for spec, array in zip(call.results, made, strict=True)
         ]
 
+
+_NOT_CAST = ("_backward", "merge_attentions")
+"""How the calls end whose arguments autocast leaves as they are: they were cast before."""
 
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that autocast converts."""
@@ -91,12 +97,29 @@ def _refuse_lost_derivatives(call: Call, arrays: Sequence[torch.Tensor], is_grad
             )
 
 
+def _requires_grad(arrays: Sequence[torch.Tensor]) -> bool:
+    if torch.is_grad_enabled():
+        for array in arrays:
+            if array.requires_grad:
+                return True
+    return False
+
+
 def _is_traced(arrays: Sequence[torch.Tensor]) -> bool:
-    """Whether PyTorch must see an operator: it compiles, transforms, did so or counts."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    """Whether PyTorch must see an operator: it compiles, traces, transforms, did so or counts.
+
+    Tensors of other types and those without numbers are for PyTorch to deal with as well.
+    """
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
         return True
     for array in arrays:
-        if type(array) in TRACED or torch._C._functorch.is_functorch_wrapped_tensor(array):
+        if type(array) not in PLAIN or array.is_meta:
+            return True
+        if torch._C._functorch.is_functorch_wrapped_tensor(array):
             return True
     return False
 

@@ -17,6 +17,14 @@ from cuneigh._frameworks.torch.operators import SECOND
 from cuneigh._problem import ARRAYS
 
 
+def run(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """What `call` computes, by the name of its operator while PyTorch's profiler is on."""
+    if not torch.autograd._profiler_enabled():
+        return call.run(arrays)
+    with torch.profiler.record_function(f"cuneigh::{call.problem.operation}"):
+        return call.run(arrays)
+
+
 def differentiable(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     """What `call` computes of the arrays, through which gradients flow back to them."""
     made = _apply(call, *arrays)
@@ -24,15 +32,17 @@ def differentiable(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Ten
     return [None if spec is None else next(made) for spec in call.results]
 
 
-class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
+class Cuneigh(torch.autograd.Function):  # type: ignore[misc]
+    """Its name is what PyTorch's profiler and ``grad_fn`` show."""
+
     @staticmethod
     def forward(ctx: Any, call: Call, *arrays: torch.Tensor) -> Any:
         made: Sequence[Any]
         if call.problem.operation == "forward":
-            made = call.with_lse.run(arrays)  # which the gradient needs in any case
+            made = run(call.with_lse, arrays)  # which the gradient needs in any case
             ctx.save_for_backward(*arrays, *made)
         else:
-            made = call.run(arrays)
+            made = run(call, arrays)
             ctx.save_for_backward(*arrays)
         ctx.set_materialize_grads(False)
         ctx.call = call
@@ -41,23 +51,32 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        call: Call = ctx.call
-        operation = call.problem.operation
-        given = tuple([gradient is not None for gradient in gradients])
-        if True not in given:
-            return (None, *[None] * len(call.arguments))
-        if ARRAYS[operation].gradient is None:
-            raise RuntimeError(f"cuneigh: {operation} {SECOND}")
-        arrays = ctx.saved_tensors
-        if operation == "forward" and not given[0]:  # of lse alone
-            gradients, given = (torch.zeros_like(arrays[-2]), *gradients[1:]), (True, True)
-        gradient = call.gradient(given)
-        arrays += tuple(compress(gradients, given))
-        # Somebody who wants to differentiate the gradient must get the error above.
-        compute = differentiable if torch.is_grad_enabled() else Call.run
-        made = compute(gradient, arrays)  # in the order of the arguments
-        return (None, *[array for array in made if array is not None])
+        compiled = torch.compiler.is_dynamo_compiling()  # by compiled autograd
+        return (_uncompiled if compiled else _backward)(ctx, *gradients)
+
+
+def _backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+    call: Call = ctx.call
+    operation = call.problem.operation
+    given = tuple([gradient is not None for gradient in gradients])
+    if True not in given:
+        return (None, *[None] * len(call.arguments))
+    if ARRAYS[operation].gradient is None:
+        raise RuntimeError(f"cuneigh: {operation} {SECOND}")
+    arrays = ctx.saved_tensors
+    if operation == "forward" and not given[0]:  # of lse alone
+        gradients, given = (torch.zeros_like(arrays[-2]), *gradients[1:]), (True, True)
+    gradient = call.gradient(given)
+    arrays += tuple(compress(gradients, given))
+    # Somebody who wants to differentiate the gradient must get the error above.
+    compute = differentiable if torch.is_grad_enabled() else run
+    made = compute(gradient, arrays)  # in the order of the arguments
+    return (None, *[array for array in made if array is not None])
+
+
+_uncompiled = torch.compiler.disable(_backward)
+"""The same where torch.compile would otherwise look into it, and into the backend below."""
 
 
 # Function.apply itself, without its care for transformations of functorch, of which there are none.
-_apply = super(torch.autograd.Function, _Differentiable).apply
+_apply = super(torch.autograd.Function, Cuneigh).apply

@@ -29,8 +29,10 @@ class Parameters(NamedTuple):
     """Empty for `attention`, which sees every key."""
     stride: Sequence[int]
     dilation: Sequence[int]
-    is_causal: Sequence[bool]
-    scale: float
+    is_causal: Sequence[int]
+    """0 or 1, for torch.jit.trace cannot record a list of bools."""
+    scale: float | None
+    """None for the default, which torch.compile would otherwise compile anew for each head_dim."""
     backend: str | None
 
 
@@ -42,11 +44,20 @@ def call(public: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | No
         [] if public.name == "attention" else [axis.kernel_size for axis in axes],
         [axis.stride for axis in axes],
         [axis.dilation for axis in axes],
-        [axis.is_causal for axis in axes],
-        problem.scale,
+        [int(axis.is_causal) for axis in axes],
+        None if _is_default_scale(problem) else problem.scale,
         public.backend,
     )
     return apply(problem.operation, dict(zip(public.arguments, arrays, strict=True)), parameters)
+
+
+def _is_default_scale(problem: Problem) -> bool:
+    """Whether the scale follows from head_dim, with which it is to change."""
+    if problem.operation not in ("forward", "backward"):
+        return False
+    if isinstance(problem.scale, torch.SymFloat):  # any other has become a number in the checks
+        return True
+    return type(problem.head_dim) is int and problem.scale == problem.head_dim**-0.5
 
 
 def apply(
@@ -93,7 +104,7 @@ def _is_gradient(operation: Operation) -> bool:
 def _problem(operation: Operation, arrays: dict[str, Any], parameters: Parameters) -> Problem:
     """The problem of an operator's arguments, all of them checked."""
     kernel_size, stride, dilation, is_causal, scale, _ = parameters
-    window = Window(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+    window = Window(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(map(bool, is_causal)))
     specs = {name: TENSORS.spec(array) for name, array in arrays.items()}
     return problem_of(f"cuneigh::{operation}", operation, specs, window, scale)
 
@@ -270,8 +281,8 @@ def _define(operation: Operation) -> Any:
     """Register the operator of `operation`, with all of its rules."""
     arrays = [f"Tensor{'?' * (name in OPTIONAL)} {name}" for name in ARRAYS[operation].arguments]
     parameters = [
-        *("int[] kernel_size", "int[] stride", "int[] dilation", "bool[] is_causal"),
-        *("float scale", "str? backend"),
+        *("SymInt[] kernel_size", "SymInt[] stride", "SymInt[] dilation", "int[] is_causal"),
+        *("float? scale", "str? backend"),
     ]
     returned = {"forward": "(Tensor, Tensor)", "qk": "Tensor", "av": "Tensor"}
     operator = torch.library.custom_op(

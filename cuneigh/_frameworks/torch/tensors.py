@@ -16,7 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from cuneigh import _device
-from cuneigh._frameworks.contract import Adapter, Memory, import_cupy, numpy_dtype, refuse
+from cuneigh._frameworks.contract import (
+    Adapter,
+    Memory,
+    host_array,
+    import_cupy,
+    numpy_dtype,
+    refuse,
+    type_name,
+)
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._problem import DTYPES, Spec
 
@@ -42,16 +50,16 @@ class TensorAdapter(Adapter):
 
     def check(self, call: str, name: str, array: Any, *, borrowed: bool) -> None:
         if type(array) not in PLAIN and type(array) not in TRACED:
-            refuse(call, name, array, "a plain torch.Tensor is needed")
+            _check_subclass(call, name, array)
         if array.layout is not torch.strided or array.is_nested:
             layout = "nested" if array.is_nested else str(array.layout).removeprefix("torch.")
             raise TypeError(f"{call}: {name} is a {layout} tensor; a dense one is needed")
-        if borrowed and array.device.type not in DEVICES:
+        if borrowed and array.device.type not in (*DEVICES, "meta"):
             raise ValueError(f"{call}: {name} is on device {array.device}; cpu or cuda is needed")
 
     def spec(self, array: torch.Tensor) -> Spec:
-        dtype = array.dtype
-        return Spec(tuple(array.shape), DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch."))
+        shape = tuple(array.shape) if torch._C._get_tracing_state() is None else _numbers(array)
+        return Spec(shape, DTYPE_NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch."))
 
     def own_device(self, array: torch.Tensor) -> torch.device:
         return array.device
@@ -77,11 +85,14 @@ class TensorAdapter(Adapter):
         return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=own)
 
     def borrow(self, array: torch.Tensor) -> npt.NDArray[Any]:
-        array = array.resolve_neg().detach()
-        if array.dtype is torch.bfloat16:  # which NumPy does not have
-            native: npt.NDArray[Any] = array.view(torch.int16).numpy()
-            return native.view(numpy_dtype("bfloat16"))
-        return array.numpy()  # type: ignore[no-any-return]
+        # By its address: `Tensor.numpy` would make it impossible to resize the storage for good.
+        array = array.resolve_neg()
+        dtype = numpy_dtype(DTYPE_NAMES[array.dtype])
+        shape, strides = tuple(array.shape), array.stride()
+        return host_array(array, array.data_ptr(), shape, strides, dtype, writeable=True)
+
+    def threads(self) -> int:
+        return torch.get_num_threads()  # type: ignore[no-any-return]
 
     def memory(self, arrays: Sequence[torch.Tensor]) -> Memory:
         addresses, layouts, owners = [], [], []
@@ -110,6 +121,34 @@ class TensorAdapter(Adapter):
     def stream(self, own: torch.device) -> int:
         stream: int = torch._C._cuda_getCurrentRawStream(own.index)
         return stream
+
+
+def _check_subclass(call: str, name: str, array: Any) -> None:
+    """Raise unless `array` is a tensor that leaves it to PyTorch what its operators do."""
+    if isinstance(array, torch.fx.Proxy):
+        raise TypeError(
+            f"{call}: {name} is a torch.fx.Proxy: torch.fx.symbolic_trace cannot follow this call. "
+            f"Make it in a function of a module that torch.fx.wrap marks, or trace with "
+            f"torch.export or torch.compile, which follow it"
+        )
+    if not isinstance(array, torch.Tensor):
+        refuse(call, name, array, "a torch.Tensor is needed")
+    if type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{call}: {name} is of type {type_name(array)}, whose __torch_dispatch__ decides what "
+            f"operators do with it and does not know cuneigh's: pass a plain torch.Tensor, such as "
+            f"{name}.to_local() of a DTensor or {name}.dequantize() of a quantized tensor"
+        )
+
+
+def _numbers(array: torch.Tensor) -> tuple[int, ...]:
+    """The shape of `array` while torch.jit.trace would take it for something to be recorded."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return tuple(array.shape)
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 TENSORS = TensorAdapter()

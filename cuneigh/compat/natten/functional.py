@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cuneigh
-from cuneigh._ops.compute import Flags, Sizes
+from cuneigh._ops.types import Flags, Sizes
 
 __all__ = [
     *("attention", "merge_attentions", "neighborhood_attention_generic"),

@@ -1,0 +1,63 @@
+"""What users write, for mypy and pyright: all of it is right."""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+import numpy as np
+import numpy.typing as npt
+
+import cuneigh
+
+Array = npt.NDArray[np.float32]
+
+
+class Tensor:
+    """The array of any framework."""
+
+    def __float__(self) -> float:
+        return 1.0
+
+
+def forward(query: Array, key: Array, value: Array, window: tuple[int, int]) -> Array:
+    output = cuneigh.na2d(query, key, value, window, dilation=[2, 1], is_causal=(True, False))
+    assert_type(output, Array)
+    scaled = cuneigh.na2d(query, key, value, 7, 1, 1, False, np.float32(0.5), backend="cpu")
+    assert_type(scaled, Array)
+    first, lse = cuneigh.na2d(query, key, value, kernel_size=3, return_lse=True)
+    assert_type(first, Array)
+    assert_type(lse, Array)
+    second = cuneigh.attention(query, key, value, is_causal=True, return_lse=True)
+    assert_type(second, tuple[Array, Array])
+    merged, total = cuneigh.merge_attentions([first, second[0]], (lse, second[1]))
+    assert_type(total, Array)
+    return merged + output
+
+
+def any_framework(x: Tensor, wants_lse: bool) -> Tensor:
+    assert_type(cuneigh.na1d(x, x, x, 3), Tensor)
+    assert_type(cuneigh.na3d(x, x, x, (1, 2, 3), rpb=x, additional_keys=x), Tensor)
+    assert_type(cuneigh.na1d(x, x, x, 3, scale=Tensor()), Tensor)
+    assert_type(cuneigh.attention(x, x, x), Tensor)
+    logits = cuneigh.na2d_qk(x, x, 3, scale=0.5, rpb=None)
+    assert_type(logits, Tensor)
+    either = cuneigh.na1d(x, x, x, 3, return_lse=wants_lse)
+    assert_type(either, Tensor | tuple[Tensor, Tensor])
+    return cuneigh.na2d_av(logits, x, 3)
+
+
+def backward(x: Tensor) -> Tensor:
+    gradients = cuneigh.na1d_backward(x, x, x, x, x, x, 3, grad_lse=x, rpb=x)
+    assert_type(gradients, cuneigh.Gradients[Tensor])
+    assert_type(gradients.rpb, Tensor | None)
+    of_logits = cuneigh.na1d_qk_backward(x, x, x, 3)
+    assert_type(of_logits.key, Tensor)
+    of_weights = cuneigh.na1d_av_backward(x, x, x, 3)
+    assert_type(of_weights.weights, Tensor)
+    query, _, _, *_ = gradients
+    assert query is not None
+    return gradients.query
+
+
+def untyped(x: Any) -> Any:
+    return cuneigh.na2d(x, x, x, 3).mean()
