@@ -77,8 +77,7 @@ def supported(
         rpb_dtype=None,
         scale=0.0 if is_tiny else problem.scale,
     )
-    # Gradients of cross attention are tested, so that they can be taken once a GPU has run them
-    assert hopper.unsupported(problem, H200) in (None, hopper.CROSS_GRADIENTS)
+    assert hopper.unsupported(problem, H200) is None
     return problem
 
 

@@ -49,12 +49,6 @@ SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
 stays -inf when it is multiplied by one."""
 MOST_ROWS = (1 << 31) - (1 << 16)
 """Tokens of all heads and batch entries: kernels number tiles of them by 32 bits."""
-CROSS_GRADIENTS = "does not take gradients of cross attention before its kernels have run them"
-"""Why other numbers of queries than of keys are refused in a backward.
-
-They were wrong once. The kernels have been mended since, and tests/test_hopper_gpu.py asks for
-these gradients, but no GPU has run it: when one has, this goes.
-"""
 READ = ("query", "key", "value", "grad_output", "additional_keys", "additional_values")
 """The arguments that TMA reads; kernels read the others by themselves."""
 
@@ -83,8 +77,6 @@ def unsupported(
             return f"takes dilations up to {MOST_DILATION}, not {along.dilation} on axis {axis}"
     if problem.scale and not SMALLEST_SCALE < abs(problem.scale) < LARGEST_SCALE:
         return f"takes scales from {SMALLEST_SCALE} to {LARGEST_SCALE}, not {problem.scale}"
-    if problem.operation == "backward" and problem.tokens != problem.key_tokens:
-        return CROSS_GRADIENTS
     rows = max(pass_.rows(problem) for pass_ in passes(problem))
     if rows > MOST_ROWS:
         return f"takes up to {MOST_ROWS} head vectors of queries or of keys, not {rows}"
