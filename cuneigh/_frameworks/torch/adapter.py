@@ -14,8 +14,15 @@ from torch.autograd import forward_ad
 
 from cuneigh._call import Call
 from cuneigh._frameworks.torch import operators
-from cuneigh._frameworks.torch.autograd import differentiable
-from cuneigh._frameworks.torch.tensors import DEVICES, PLAIN, TRACED, TensorAdapter
+from cuneigh._frameworks.torch.autograd import differentiable, recorded
+from cuneigh._frameworks.torch.tensors import (
+    DEVICES,
+    PLAIN,
+    TRACED,
+    TensorAdapter,
+    is_recorded,
+    not_recorded,
+)
 from cuneigh._problem import ARRAYS
 
 
@@ -39,6 +46,9 @@ class TorchAdapter(TensorAdapter):
         }
 
     def signature(self, arrays: Sequence[torch.Tensor | None]) -> tuple[Any, ...] | None:
+        if is_recorded():
+            with not_recorded():
+                return self.signature(arrays)
         found: list[Any] = []
         for array in arrays:
             if array is None:
@@ -57,12 +67,14 @@ class TorchAdapter(TensorAdapter):
             for array in arrays:
                 if array.requires_grad:
                     return True
-        return forward_ad._current_level >= 0 or _is_traced(arrays)
+        return forward_ad._current_level >= 0 or is_recorded() or _is_traced(arrays)
 
     def record(self, call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         is_gradient = ARRAYS[call.problem.operation].gradient is None
         if is_gradient or forward_ad._current_level >= 0:
             _refuse_lost_derivatives(call, arrays, is_gradient)
+        if is_recorded():
+            return recorded(call, arrays)
         if not _is_traced(arrays):
             return differentiable(call, arrays)
         made = operators.call(call, arrays)

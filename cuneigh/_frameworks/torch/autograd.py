@@ -14,12 +14,22 @@ import torch
 
 from cuneigh._call import Call
 from cuneigh._frameworks.torch.operators import SECOND
+from cuneigh._frameworks.torch.tensors import TENSORS
 from cuneigh._problem import ARRAYS
+from cuneigh._validate import require
 
 
 def differentiable(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     """What `call` computes of the arrays, through which gradients flow back to them."""
-    made = _apply(call, *arrays)
+    return _results(call, _apply(call, *arrays))
+
+
+def recorded(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """`differentiable` while torch.jit.trace records, as ``prim::PythonOp.Recorded``."""
+    return _results(call, Recorded.apply(call, *arrays))
+
+
+def _results(call: Call, made: Any) -> list[torch.Tensor | None]:
     made = iter((made,) if isinstance(made, torch.Tensor) else made)
     return [None if spec is None else next(made) for spec in call.results]
 
@@ -61,3 +71,18 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
 
 # Function.apply itself, without its care for transformations of functorch, of which there are none.
 _apply = super(torch.autograd.Function, _Differentiable).apply
+
+
+class Recorded(_Differentiable):
+    """What a graph of torch.jit holds of a call, and runs with whatever it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *arrays: torch.Tensor) -> Any:
+        for name, array in zip(call.arguments, arrays, strict=True):
+            require(call.name, name, TENSORS.spec(array), call.problem.spec(name))
+            if array.device != call.own_device:
+                raise ValueError(
+                    f"{call.name}: {name} is on device {array.device}, but the call was recorded "
+                    f"on device {call.own_device}"
+                )
+        return _Differentiable.forward(ctx, call, *arrays)

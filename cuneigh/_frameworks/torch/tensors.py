@@ -6,8 +6,8 @@ differentiates or traces; `adapter` adds that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy.typing as npt
@@ -37,6 +37,22 @@ def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torc
 _empty_on_gpu: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
 
 
+def is_recorded() -> bool:
+    """Whether torch.jit.trace records what is called."""
+    return torch._C._get_tracing_state() is not None
+
+
+@contextmanager
+def not_recorded() -> Iterator[None]:
+    """Where sizes are ints; torch.jit.trace makes tensors of them."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
 class TensorAdapter(Adapter):
     """PyTorch tensors. The own device is a ``torch.device``."""
 
@@ -50,6 +66,9 @@ class TensorAdapter(Adapter):
             raise ValueError(f"{call}: {name} is on device {array.device}; cpu or cuda is needed")
 
     def spec(self, array: torch.Tensor) -> Spec:
+        if is_recorded():
+            with not_recorded():
+                return self.spec(array)
         dtype = array.dtype
         return Spec(tuple(array.shape), DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch."))
 

@@ -2,20 +2,35 @@
 
 - 0.20 and later: `na1d`, `na2d`, `na3d`, `attention`, `merge_attentions` and the modules,
   heads-last. Arguments that only tune NATTEN's own kernels (``backend``, tile shapes, schedules,
-  ``torch_compile``, ``attention_kwargs``) are accepted and ignored. Arguments that change the
-  result and have no counterpart, such as sequence lengths, raise NotImplementedError.
+  ``torch_compile``) are accepted and ignored. Arguments that change the result and have no
+  counterpart, such as sequence lengths, raise NotImplementedError.
 - 0.15 to 0.17: `na1d_qk` .. `na3d_av`, heads-first ``[batch, heads, tokens.., dim]``, with
-  ``rpb`` and additional keys. `na1d`, `na2d` and `na3d` take ``rpb`` as well; positional arguments
-  after ``kernel_size`` are in the order of 0.20, where ``stride`` comes first.
-- 0.14: `natten1dqkrpb`, `natten1dqk`, `natten1dav`, and likewise in 2-D and 3-D.
+  ``rpb`` and additional keys.
+- 0.14: `natten1dqkrpb`, `natten1dqk`, `natten1dav`, and likewise in 2-D and 3-D, in `functional`.
 - What ``natten`` is asked about itself (``natten.has_fused_na()``) and its switches
-  (``natten.use_fused_na()``) are in `context`, and below the installed module as well.
+  (``natten.use_fused_na()``) are in `context`, and below the installed module as well; ``flops``,
+  ``types``, ``utils.checks`` and ``experimental`` are as there.
+
+The same argument means something else in other releases: the fourth of ``na2d`` after the window
+is its dilation in 0.17 and its stride in 0.20, and a module has a bias by default up to 0.15. Say
+which generation the code was written for, ``install(generation="0.17")`` or, without taking the
+place of ``natten``, ``use_generation("0.17")``: defaults, attributes, padding and names are those
+of that generation then. If none is said, a call is of the newest generation that accepts it, and a
+call by position that generations understand differently raises a TypeError that names all
+meanings.
 
 Results of the heads-first functions are views of heads-last memory, whose ``.contiguous()`` NATTEN
-would have returned.
+would have returned. Two things of old releases are not reproduced, on purpose: even windows of
+0.14 at the right border, where no query sees the last key, and derivatives that they got wrong.
+
+A client that fetches NATTEN from a hub of kernels, by ``natten = get_kernel(..)``, is served by
+``client.get_kernel = lambda *_, **__: cuneigh.compat.natten`` before it fetches.
 """
 
-from cuneigh.compat.natten._install import install
+from typing import Any
+
+from cuneigh.compat.natten import _switch
+from cuneigh.compat.natten._install import install, use_generation
 from cuneigh.compat.natten.functional import (
     attention,
     merge_attentions,
@@ -35,9 +50,6 @@ from cuneigh.compat.natten.modules import (
     NeighborhoodAttention3D,
 )
 
-__version__ = "0.21.0"
-"""The version of NATTEN whose interface this is."""
-
 __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
@@ -54,4 +66,11 @@ __all__ = [
     "na3d",
     "na3d_av",
     "na3d_qk",
+    "use_generation",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # of NATTEN, whose interface this is
+        return _switch.release()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
