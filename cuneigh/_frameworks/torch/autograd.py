@@ -6,6 +6,7 @@ times as long as a function of `torch.autograd`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import compress
 from typing import Any
@@ -85,4 +86,7 @@ class Recorded(_Differentiable):
                     f"{call.name}: {name} is on device {array.device}, but the call was recorded "
                     f"on device {call.own_device}"
                 )
-        return _Differentiable.forward(ctx, call, *arrays)
+        with warnings.catch_warnings():
+            # Of what NumPy computes; the record holds the call and does not look inside.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return _Differentiable.forward(ctx, call, *arrays)

@@ -118,11 +118,15 @@ CALLS = frozenset(["natten2dqkrpb", "natten2dav", "natten1dqkrpb", "natten1dav"]
 def _disappointed_client() -> str | None:
     """The name of a loaded module that has looked for NATTEN in vain, as far as one can see."""
     for name, module in list(sys.modules.items()):
-        own = name.partition(".")[0] == "cuneigh"
-        if not own and not CALLS.isdisjoint(getattr(module, "__dict__", ())):
+        contents = getattr(module, "__dict__", {})
+        if any(call in contents and not _is_own(contents[call]) for call in CALLS):
             return name
     utilities = sys.modules.get("transformers.utils.import_utils")
     asked = getattr(utilities, "is_natten_available", None)
     if asked is not None and hasattr(asked, "cache_info") and asked.cache_info().currsize:
         return "transformers"
     return None
+
+
+def _is_own(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("cuneigh.")

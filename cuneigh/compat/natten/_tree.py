@@ -60,6 +60,9 @@ def build(generation: str | None) -> dict[str, ModuleType]:
             full = f"natten.{name}".rstrip(".")
             contents = {each: _object(name, each) for each in names_of(name, generation)}
             tree[full] = _module(full, contents)
+    if generation is None:  # which of the two has a switch depends on the generation
+        for name in tree["natten.context"].__all__:
+            vars(tree["natten"]).setdefault(name, getattr(tree["natten.context"], name))
     for full, module in tree.items():
         parent, _, name = full.rpartition(".")
         if parent and not hasattr(tree[parent], name):  # `natten.na2d` is the function from 0.20 on
@@ -69,7 +72,7 @@ def build(generation: str | None) -> dict[str, ModuleType]:
 
 def _module(full: str, contents: dict[str, Any]) -> ModuleType:
     module = ModuleType(full, f"{full} of NATTEN, on cuneigh.")
-    vars(module).update(contents)
+    vars(module).update(contents, __all__=sorted(contents))
     is_package = any(f"natten.{name}".startswith(f"{full}.") for name in NAMES)
     module.__spec__ = ModuleSpec(full, None, origin=__file__, is_package=is_package)
     if is_package:

@@ -46,7 +46,8 @@ class NeighborhoodAttentionGeneric(Own):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What NATTEN's own modules, if one was pickled, lack is added."""
         super().__setstate__(state)
-        self.rank = state.get("na_dim") or self.rank
+        if "na_dim" in state:
+            self.rank = state["na_dim"]
         if "rpb" not in self._parameters:
             self.register_parameter("rpb", None)
         if "attn_drop" not in self._modules:
@@ -77,33 +78,6 @@ class NeighborhoodAttentionGeneric(Own):
         padding = [0, 0, *(size for each in reversed(missing) for size in (0, each))]
         attended = super()._attend(functional.pad(x, padding))
         return attended[(slice(None), *map(slice, lengths))]
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Say what a bias that finds no place is of."""
-        if strict and f"{prefix}rpb" in state_dict and self.rpb is None:
-            error_msgs.append(
-                f"{prefix}rpb is the relative positional bias that NATTEN 0.14 and 0.15 have by "
-                "default and this module has not: it takes rel_pos_bias=True (0.17), bias=True, or "
-                'cuneigh.compat.natten.install(generation="0.14") before it is made'
-            )
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
 
 
 class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):

@@ -86,10 +86,12 @@ def _attention(
         "seqlens_KV": seqlens_KV,
         "cumulative_seqlen_Q": cumulative_seqlen_Q,
         "cumulative_seqlen_KV": cumulative_seqlen_KV,
-        "max_seqlen_Q": max_seqlen_Q or None,  # 0 is what `utils.varlen` gives for no lengths
-        "max_seqlen_KV": max_seqlen_KV or None,
+        "max_seqlen_Q": max_seqlen_Q,
+        "max_seqlen_KV": max_seqlen_KV,
     }
-    refuse("attention", lengths)
+    for name, length in lengths.items():
+        if not (isinstance(length, int) and length == 0):  # which `utils.varlen` gives for none
+            refuse("attention", {name: length})
     return _heads_last.dense(query, key, value, is_causal, scale, return_lse)
 
 
