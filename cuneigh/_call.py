@@ -109,6 +109,10 @@ class Call:
         self._programs: dict[tuple[Layout, ...], Program] = {}
         self._gradients: dict[tuple[bool, ...], Call] = {}
 
+    def __repr__(self) -> str:
+        """Alike for calls that are alike, which torch.jit.trace compares."""
+        return f"<{self.name} on {self.own_device}, backend={self.backend!r}: {self.problem}>"
+
     def compute(self, arrays: Sequence[Any]) -> list[Any]:
         """Arrays of the caller's framework for the results, None where not wanted.
 

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 from helpers.generations import choosing, installing  # noqa: E402, F401 - fixtures
 
 from cuneigh.compat import natten as compat  # noqa: E402
-from cuneigh.compat.natten import _switch, functional  # noqa: E402
+from cuneigh.compat.natten import _dinat, _switch, functional  # noqa: E402
 
 CLIENT = Path(__file__).parent / "helpers" / "dinat_client.py"
 SIZES = {1: (9,), 2: (6, 7), 3: (4, 5, 6)}
@@ -236,3 +236,36 @@ def test_dinat_runs_unmodified(device):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 5, 7, 4), (1, 7, 5, 2, 4)])
+def test_a_release_of_transformers_is_asked_for_its_order_of_axes(shape):
+    """4.52 gives [batch, heads, height, width, dim], 4.54 [batch, width, height, heads, dim]."""
+    client = types.ModuleType(_dinat.MODULE)
+
+    class Loader:
+        def exec_module(self, module):
+            class NeighborhoodAttention:
+                def __init__(self, *_):
+                    pass
+
+                def __call__(self, x):
+                    return module.natten2dqkrpb(x.new_empty(shape), None, None, 3, 1)
+
+            module.DinatConfig, module.NeighborhoodAttention = object, NeighborhoodAttention
+            module.natten2dqkrpb, module.natten2dav = (
+                functional.natten2dqkrpb,
+                functional.natten2dav,
+            )
+
+    loader = Loader()
+    _dinat.prepare(loader)
+    loader.exec_module(client)
+    is_width_first = shape[1] == 7
+    assert (client.natten2dqkrpb is functional.natten2dqkrpb) == (not is_width_first)
+    query, weights = torch.randn(1, 6, 9, 6, 8), torch.randn(1, 6, 9, 6, 9)
+    given = query.transpose(1, 3) if is_width_first else query
+    logits = client.natten2dqkrpb(given, given, None, 3, 1)
+    assert torch.equal(logits, functional.natten2dqkrpb(query, query, None, 3, 1))
+    output = client.natten2dav(weights, given, 3, 1)
+    assert torch.equal(output, functional.natten2dav(weights, query, 3, 1))

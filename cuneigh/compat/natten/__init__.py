@@ -8,23 +8,35 @@
   ``rpb`` and additional keys.
 - 0.14: `natten1dqkrpb`, `natten1dqk`, `natten1dav`, and likewise in 2-D and 3-D, in `functional`.
 - What ``natten`` is asked about itself (``natten.has_fused_na()``) and its switches
-  (``natten.use_fused_na()``) are in `context`, and below the installed module as well; ``flops``,
-  ``types``, ``utils.checks`` and ``experimental`` are as there.
+  (``natten.use_fused_na()``) are in `context`, and below the installed module as well. There are
+  ``flops``, ``types``, ``utils.checks``, ``experimental`` and what else clients import; names that
+  mean nothing here raise NotImplementedError when they are called.
 
-The same argument means something else in other releases: the fourth of ``na2d`` after the window
-is its dilation in 0.17 and its stride in 0.20, and a module has a bias by default up to 0.15. Say
-which generation the code was written for, ``install(generation="0.17")`` or, without taking the
-place of ``natten``, ``use_generation("0.17")``: defaults, attributes, padding and names are those
-of that generation then. If none is said, a call is of the newest generation that accepts it, and a
-call by position that generations understand differently raises a TypeError that names all
-meanings.
+Releases give one argument different meanings: the fifth of ``na2d`` is its dilation in 0.17 and its
+stride in 0.20. Their defaults differ as well: a module has a bias up to 0.15. So say which
+generation the code was written for, by ``install(generation="0.17")`` or, without taking the place
+of ``natten``, by ``use_generation("0.17")``: signatures, defaults, attributes of modules, padding
+and results are those of that generation then. If none is said, a call is of the newest generation
+that accepts it, and a call by position that generations understand differently raises a TypeError
+that names all meanings.
+
+- ``generation="0.14"`` also takes the shorter arguments of its early releases, such as
+  ``natten2dav(attn, value, dilation)``; modules with ``kernel_size`` before ``num_heads``, as up to
+  0.14.4, must be given both by name.
+- ``generation="0.20"`` serves 0.21.0 and 0.21.1, too, whose `merge_attentions` returns no lse.
+- Clients that try ``na2d_qk`` first, and so would store all logits, are better served by "0.20" or
+  "0.21", which leave old names out.
 
 Results of the heads-first functions are views of heads-last memory, whose ``.contiguous()`` NATTEN
-would have returned. Two things of old releases are not reproduced, on purpose: even windows of
-0.14 at the right border, where no query sees the last key, and derivatives that they got wrong.
+would have returned. Not reproduced, on purpose: even windows of 0.14 at the right border, where no
+query sees the last key (here the last ones do), and derivatives that old releases got wrong. Sizes
+that NATTEN refuses, such as even windows in 0.15, are taken. Nested tensors are refused.
 
-A client that fetches NATTEN from a hub of kernels, by ``natten = get_kernel(..)``, is served by
-``client.get_kernel = lambda *_, **__: cuneigh.compat.natten`` before it fetches.
+Code that fetches NATTEN from a hub of kernels finds it after this line, which comes before it::
+
+    kernels.get_kernel = lambda name, *rest, fetch=kernels.get_kernel, **options: (
+        cuneigh.compat.natten if "natten" in name else fetch(name, *rest, **options)
+    )
 """
 
 from typing import Any
