@@ -201,93 +201,36 @@ def test_whole_modules_are_pickled(own, install):
     assert vars(loaded[0]).keys() == vars(module).keys()
 
 
-def test_pickles_of_natten_itself(install, monkeypatch):
+NEW = {"na_dim": 2, "embed_dim": 8, "expected_input_tensor_rank": 4}
+NEW |= {"kernel_size": (3, 3), "stride": (2, 1), "dilation": (1, 1), "is_causal": (True, False)}
+OLD = {"kernel_size": 3, "dilation": 1, "window_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("where", "attributes", "window"),
+    [
+        ("modules", NEW, {"stride": (2, 1), "is_causal": (True, False)}),
+        ("natten2d", OLD | {"attn_drop": nn.Dropout(0.0)}, {}),
+    ],
+)
+def test_pickles_of_natten_itself(where, attributes, window, install, monkeypatch):
     """Of its module's names and attributes, which lack what cuneigh's have more."""
-    theirs = types.ModuleType("natten.modules")
-    kind = type("NeighborhoodAttention2D", (nn.Module,), {"__module__": "natten.modules"})
+    theirs = types.ModuleType(f"natten.{where}")
+    kind = type("NeighborhoodAttention2D", (nn.Module,), {"__module__": theirs.__name__})
     theirs.NeighborhoodAttention2D = kind
     module = kind()
-    attributes = {"na_dim": 2, "embed_dim": 8, "num_heads": 4, "head_dim": 2, "scale": 0.5}
-    attributes |= {"kernel_size": (3, 3), "stride": (2, 1), "dilation": (1, 1)}
-    attributes |= {"is_causal": (True, False), "expected_input_tensor_rank": 4}
+    attributes = attributes | {"num_heads": 4, "head_dim": 2, "scale": 0.5}
     attributes |= {"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8), "proj_drop": nn.Dropout(0.0)}
+    if where == "natten2d":
+        attributes["rpb"] = nn.Parameter(torch.randn(4, 5, 5))
     for name, value in attributes.items():
         setattr(module, name, value)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "natten", types.ModuleType("natten"))
-        patch.setitem(sys.modules, "natten.modules", theirs)
+        patch.setitem(sys.modules, theirs.__name__, theirs)
         file = pickled(module.double())
     install()
     loaded = torch.load(file, weights_only=False)
     x = tokens(6, 7)
-    window = {"stride": (2, 1), "is_causal": (True, False)}
     torch.testing.assert_close(loaded(x), expected(loaded, x, 3, **window))
     assert type(loaded) is natten.NeighborhoodAttention2D
-
-
-# Flops
-
-
-def test_flops_from_shapes(install):
-    flops = install().flops
-    shape, window = (2, 7, 6, 3, 4), ((3, 5), (1, 1), (False, False))
-    macs = 2 * 7 * 6 * 3 * 4 * 15
-    assert flops.fna_flop_count(shape, shape, shape, *window, True) == 4 * macs
-    assert flops.na_qk_flop_count(shape, shape, *window, True, return_macs=True) == macs
-    assert flops.na_av_flop_count(None, (2, 3, 7, 6, 4), 3, 1, False, False) == 2 * 9 * macs // 15
-    with pytest.raises(ValueError, match="shapes that are alike are needed"):
-        flops.na_qk_flop_count(shape, shape[::-1], *window, True)
-    with pytest.raises(ValueError, match=r"kernel_size=\(3,\) has 1 entries, but there are 2"):
-        flops.na_qk_flop_count(shape, shape, (3,), (1,), (False,), True)
-    with pytest.raises(ValueError, match=r"4, 5 or 6 axes is needed, not \(2, 3\)"):
-        flops.na_qk_flop_count((2, 3), (2, 3), 3, 1, False, True)
-
-
-class Counter:
-    """As much of fvcore's as is asked for; it takes each node of a graph to its handle."""
-
-    def __init__(self) -> None:
-        self.handles: dict = {}
-
-    def set_op_handle(self, name, handle):
-        self.handles[name] = handle
-        return self
-
-    def total(self, module, x) -> int:
-        graph = torch.jit.trace(module, x, check_trace=False).inlined_graph
-        counts = []
-        for node in graph.nodes():
-            kind = node.kind()
-            if kind == "prim::PythonOp":
-                kind = f"{kind}.{node.pyname()}"
-            if kind in self.handles:
-                counts.append(self.handles[kind](list(node.inputs()), list(node.outputs())))
-        assert counts
-        return sum(counts)
-
-
-@pytest.mark.parametrize(("own", "bias"), [("0.14", 1), ("0.17", 0), ("0.21", 0)])
-@pytest.mark.parametrize("attn_drop", [0.0, 0.5])
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_counter_of_operators_counts_attention(own, bias, attn_drop, install):
-    module = of(own, 2, install, 8, 4, 3)
-    module.attn_drop.p = attn_drop  # in training the halves compute
-    counter = natten.flops.add_natten_handle(Counter())
-    logits = 2 * 4 * 6 * 7 * 9
-    assert counter.total(module.train(), tokens(6, 7)) == logits * (2 * 2 + bias)
-
-
-def test_counts_of_values_in_a_graph():
-    from cuneigh.compat.natten import flops
-
-    def value(*sizes):
-        kind = types.SimpleNamespace(sizes=lambda: list(sizes))
-        return types.SimpleNamespace(type=lambda: kind)
-
-    query, logits = value(1, 2, 6, 7, 4), value(1, 2, 6, 7, 9)
-    assert flops.qk_rpb_flop([query, query, None], [logits]) == 2 * 6 * 7 * 9 * (4 + 1)
-    assert flops.qk_2d_rpb_flop([query, query], [logits]) == 2 * 6 * 7 * 9 * (4 + 1)
-    assert flops.av_flop([logits, query], [query]) == 2 * 6 * 7 * 9 * 4
-    with pytest.raises(ValueError, match=r"flops\.av_1d_flop: tensors of 4 axes are needed, not"):
-        flops.av_1d_flop([logits, query], [query])

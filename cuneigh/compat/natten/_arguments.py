@@ -44,6 +44,7 @@ TUNING = frozenset(
         *("backend", "torch_compile", "kernel_schedule", "run_persistent_kernel"),
         *("backward_use_pt_reduction", "backward_kv_splits", "q_tile_size", "kv_tile_size"),
         *("backward_q_tile_size", "backward_kv_tile_size"),
+        "op",  # of xformers
     ]
 )
 """Arguments that choose and tune NATTEN's own kernels, and say nothing to cuneigh's."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import cuneigh
-from cuneigh.compat.natten._arguments import flags, listed, refuse_nested
+from cuneigh.compat.natten._arguments import flags, listed, refuse_nested, steps
 
 _QK = {1: cuneigh.na1d_qk, 2: cuneigh.na2d_qk, 3: cuneigh.na3d_qk}
 _AV = {1: cuneigh.na1d_av, 2: cuneigh.na2d_av, 3: cuneigh.na3d_av}
@@ -50,7 +50,7 @@ def qk(
         _heads_last(query),
         _heads_last(key),
         listed(kernel_size),
-        dilation=listed(dilation),
+        dilation=steps(dilation),
         is_causal=flags(is_causal),
         rpb=rpb.to(key.dtype) if cast and isinstance(rpb, torch.Tensor) else rpb,
         additional_keys=_heads_last(additional_keys),
@@ -92,7 +92,7 @@ def av(
         _heads_last(attn.to(value.dtype) if cast else attn),
         _heads_last(value),
         listed(kernel_size),
-        dilation=listed(dilation),
+        dilation=steps(dilation),
         is_causal=flags(is_causal),
         additional_values=_heads_last(additional_values),
     )

@@ -28,8 +28,13 @@ def neighborhood(
     rpb: Any = None,
     return_lse: bool = False,
 ) -> Any:
-    """`cuneigh.na2d` or its kin, with None for a stride, dilation or is_causal not given."""
+    """`cuneigh.na2d` or its kin, with None for a stride, dilation or is_causal not given.
+
+    A bias is cast to the dtype of `query`.
+    """
     refuse_nested(f"na{rank}d", {"query": query, "key": key, "value": value})
+    if isinstance(rpb, torch.Tensor) and isinstance(query, torch.Tensor):
+        rpb = rpb.to(query.dtype)
     return _WHOLE[rank](
         query,
         key,

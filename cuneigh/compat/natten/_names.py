@@ -111,6 +111,9 @@ NAMES: dict[str, Names] = {
     "na1d": [("0.17", "NeighborhoodAttention1D na1d na1d_av na1d_qk")],
     "na2d": [("0.17", "NeighborhoodAttention2D na2d na2d_av na2d_qk")],
     "na3d": [("0.17", "NeighborhoodAttention3D na3d na3d_av na3d_qk")],
+    "nattencuda": [("0.14", "NeighborhoodAttention")],
+    "nattencuda1d": [("0.14", "NeighborhoodAttention1D natten1dav natten1dqkrpb")],
+    "nattencuda2d": [("0.14", "NeighborhoodAttention2D natten2dav natten2dqkrpb")],
     "natten1d": [
         ("0.14 0.15 0.17", "NeighborhoodAttention1D"),
         ("0.14", "natten1dav natten1dqkrpb"),
@@ -259,7 +262,8 @@ NAMES: dict[str, Names] = {
         ("0.21", "token_permute_operation token_unpermute_operation"),
     ],
 }
-"""By the name below ``natten``. What serves NATTEN's own tests, profiler and build is left out."""
+"""By the name below ``natten``. Not all releases of a generation have all of its names. What serves
+NATTEN's own tests, profiler and build is left out."""
 
 
 def names_of(module: str, generation: str | None) -> Iterator[str]:

@@ -22,7 +22,7 @@ from cuneigh.compat.natten import (
 )
 from cuneigh.compat.natten._names import NAMES, names_of
 from cuneigh.compat.natten._switch import release
-from cuneigh.compat.natten._unserved import Unserved
+from cuneigh.compat.natten._unserved import unserved
 
 
 def get_device_cc(device: Any = None) -> int:
@@ -89,4 +89,4 @@ def _object(module: str, name: str) -> Any:
     for source in SOURCES.get(module, SERVED):
         if hasattr(source, name):
             return getattr(source, name)
-    return Unserved(f"natten.{module}.{name}".replace("..", "."))
+    return unserved(f"natten.{module}".rstrip("."), name)

@@ -6,18 +6,20 @@ from typing import Any, NoReturn
 
 
 class Unserved:
-    """Stands for a function or a class of NATTEN."""
+    """Stands for a function or a class of NATTEN, of which a client may make a subclass."""
 
-    def __init__(self, name: str) -> None:
-        self.__name__ = self.__qualname__ = name
-
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+    def __new__(cls, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(
-            f"{self.__name__} has no counterpart in cuneigh, which has kernels of its own"
+            f"{cls.__module__}.{cls.__name__} has no counterpart in cuneigh, which has kernels of "
+            "its own"
         )
 
-    apply = __call__
-    """Of an autograd function."""
+    @classmethod
+    def apply(cls, *_: Any, **__: Any) -> NoReturn:
+        """Of an autograd function."""
+        cls()
 
-    def __repr__(self) -> str:
-        return f"<{self.__name__}, which has no counterpart in cuneigh>"
+
+def unserved(module: str, name: str) -> type[Unserved]:
+    """What stands for `name` of `module`."""
+    return type(name, (Unserved,), {"__module__": module})

@@ -46,6 +46,8 @@ class NeighborhoodAttentionGeneric(Own):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What NATTEN's own modules, if one was pickled, lack is added."""
         super().__setstate__(state)
+        if "embed_dim" not in state:
+            self.embed_dim = self.qkv.in_features
         if "na_dim" in state:
             self.rank = state["na_dim"]
         if "rpb" not in self._parameters:

@@ -33,7 +33,7 @@ def functions(rank: int) -> dict[str, list[Callable[..., Any]]]:
             query,
             key,
             kernel_size,
-            steps(dilation),
+            dilation,
             is_causal=is_causal,
             rpb=rpb,
             additional_keys=additional_keys,
@@ -53,7 +53,7 @@ def functions(rank: int) -> dict[str, list[Callable[..., Any]]]:
             attn,
             value,
             kernel_size,
-            steps(dilation),
+            dilation,
             is_causal=is_causal,
             additional_values=additional_values,
         )
