@@ -11,10 +11,12 @@ from cuneigh._ops.av import na1d_av, na2d_av, na3d_av
 from cuneigh._ops.neighborhood import na1d, na2d, na3d
 from cuneigh._ops.qk import na1d_qk, na2d_qk, na3d_qk
 from cuneigh._ops.types import Flags, Sizes
-from cuneigh._validate import window_arguments
+from cuneigh._validate import Window, window_arguments
 
 
-class _NeighborhoodAttention(nn.Module):  # type: ignore[misc]
+class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
+    """What the modules of every rank share."""
+
     rank: ClassVar[int]
     rpb: nn.Parameter | None
 
@@ -41,10 +43,9 @@ class _NeighborhoodAttention(nn.Module):  # type: ignore[misc]
             raise ValueError(
                 f"{name}: embed_dim={embed_dim} is not a multiple of num_heads={num_heads}"
             )
-        self.window = window_arguments(
-            name, self.rank, kernel_size, stride, dilation, is_causal
-        )._asdict()
-        if rel_pos_bias and (max(self.window["stride"]) > 1 or any(self.window["is_causal"])):
+        window = window_arguments(name, self.rank, kernel_size, stride, dilation, is_causal)
+        self.kernel_size, self.stride, self.dilation, self.is_causal = window
+        if rel_pos_bias and (max(window.stride) > 1 or any(window.is_causal)):
             raise ValueError(
                 f"{name}: rel_pos_bias=True needs stride=1 and is_causal=False on every axis"
             )
@@ -55,7 +56,7 @@ class _NeighborhoodAttention(nn.Module):  # type: ignore[misc]
         own = {"device": device, "dtype": dtype}
         self.qkv = nn.Linear(embed_dim, embed_dim * 3, bias=qkv_bias, **own)
         if rel_pos_bias:
-            sizes = [2 * size - 1 for size in self.window["kernel_size"]]
+            sizes = [2 * size - 1 for size in window.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *sizes, **own))
             nn.init.trunc_normal_(self.rpb, std=0.02)
         else:
@@ -71,16 +72,29 @@ class _NeighborhoodAttention(nn.Module):  # type: ignore[misc]
                 f"{type(self).__name__}: x has shape {tuple(x.shape)}, but "
                 f"[batch, {tokens}, {self.embed_dim}] is needed"
             )
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        projected: torch.Tensor = self.proj_drop(self.proj(self._attend(x)))
+        return projected
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention between the two projections."""
+        projected = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        # A graph of torch.jit knows the shapes of these, which it does not of what unbind returns
+        query, key, value = (projected.select(-3, i) for i in range(3))
+        window = self.window
         given: dict[str, Any] = {"scale": self.scale, "rpb": self.rpb}
         if self.training and self.attn_drop.p > 0:
             na_qk, na_av = _HALVES[self.rank]
-            weights = na_qk(query, key, **self.window, **given).softmax(-1)
-            output = na_av(self.attn_drop(weights), value, **self.window)
+            weights = na_qk(query, key, **window, **given).softmax(-1)
+            output = na_av(self.attn_drop(weights), value, **window)
         else:
-            output = _WHOLE[self.rank](query, key, value, **self.window, **given)
-        projected: torch.Tensor = self.proj_drop(self.proj(output.flatten(-2)))
-        return projected
+            output = _WHOLE[self.rank](query, key, value, **window, **given)
+        attended: torch.Tensor = output.flatten(-2)
+        return attended
+
+    @property
+    def window(self) -> dict[str, Any]:
+        """The window arguments of `na1d` and its kin."""
+        return {name: getattr(self, name) for name in Window._fields}
 
     def extra_repr(self) -> str:
         window = ", ".join(f"{name}={value}" for name, value in self.window.items())
@@ -117,16 +131,16 @@ _DOCUMENTATION = """{rank}-D neighborhood attention of ``[batch, {tokens}, embed
     """
 
 
-class NeighborhoodAttention1D(_NeighborhoodAttention):
+class NeighborhoodAttention1D(NeighborhoodAttention):
     __doc__ = _DOCUMENTATION.format(rank=1, tokens="X1")
     rank = 1
 
 
-class NeighborhoodAttention2D(_NeighborhoodAttention):
+class NeighborhoodAttention2D(NeighborhoodAttention):
     __doc__ = _DOCUMENTATION.format(rank=2, tokens="X1, X2")
     rank = 2
 
 
-class NeighborhoodAttention3D(_NeighborhoodAttention):
+class NeighborhoodAttention3D(NeighborhoodAttention):
     __doc__ = _DOCUMENTATION.format(rank=3, tokens="X1, X2, X3")
     rank = 3
