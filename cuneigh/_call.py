@@ -8,6 +8,9 @@
    and workspace, and runs the program, which launches the kernels.
 4. `program_for` makes such a program once: it chooses the backend and records what that launches.
 
+Kernels that a program lacks are compiled side by side, and with those of a call that PyTorch is
+going to differentiate those of its gradient.
+
 Adapters are known here by their contract only.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import compress, repeat
 from typing import Any, TypeVar
@@ -23,8 +27,9 @@ from cuneigh import _backends, _device
 from cuneigh._backends import Backend, Space, choose
 from cuneigh._device import current
 from cuneigh._frameworks.contract import SEEN, Adapter, Layout
+from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
-from cuneigh._problem import ARRAYS, Operands, Problem, Spec
+from cuneigh._problem import ARRAYS, OPTIONAL, Operands, Problem, Spec
 
 KEPT = 4096
 """Calls that are kept, and programs."""
@@ -106,6 +111,8 @@ class Call:
         self.problem, self.backend = problem, backend
         self.results = tuple(results)
         """Of every result that the operation has; None where not wanted."""
+        self.is_differentiated = False
+        """Whether a call for the gradients is expected to follow."""
         self._programs: dict[tuple[Layout, ...], Program] = {}
         self._gradients: dict[tuple[bool, ...], Call] = {}
 
@@ -159,6 +166,9 @@ class Call:
             self.results,
             layouts,
         )
+        program.compile()
+        if self.is_differentiated:
+            compile_gradient(self.problem, device, self.backend, self.arguments, layouts)
         if len(self._programs) == KEPT:
             self._programs.clear()
         self._programs[layouts] = program
@@ -186,8 +196,10 @@ class Call:
 
     @cached_property
     def with_lse(self) -> Call:
-        """The same call with all results of the operation, which is ``forward``."""
-        return self._with_all_results(self.arguments, self.problem)
+        """The call to make, of the operation ``forward``, if its gradient is to be called, too."""
+        call = self._with_all_results(self.arguments, self.problem)
+        call.is_differentiated = True
+        return call
 
     def gradient(self, given: tuple[bool, ...]) -> Call:
         """The call for the gradients of the arguments, in the order of the arguments.
@@ -249,6 +261,56 @@ def program_for(
     chosen = choose(problem, where, backend, {**given, **results_too})
     perform(chosen, problem, given, wanted, program)
     return program
+
+
+def compile_gradient(
+    problem: Problem,
+    device: int,
+    backend: str | None,
+    arguments: tuple[str, ...],
+    layouts: tuple[Layout, ...],
+) -> None:
+    """Have what the gradient of a forward needs compiled in the background, beside the forward.
+
+    `arguments` and `layouts` are those of the forward. What else the gradient takes is expected to
+    be contiguous. A gradient that no backend computes is an error of its own call, if that comes.
+    """
+    gradient, results = problem.gradient, ARRAYS[problem.operation].results
+    more = (*results, f"grad_{results[0]}")
+    expected = tuple((contiguous(gradient.spec(name).shape), 0) for name in more)
+    with suppress(RuntimeError):
+        program_for(
+            known_backends(),
+            gradient,
+            device,
+            backend,
+            (*arguments, *more),
+            gradient.results,
+            (*layouts, *expected),
+        ).compile()
+
+
+def rehearse(problem: Problem, device: _device.Device, backend: str | None) -> Program:
+    """What a call of contiguous arrays would launch on `device`, which need not be at hand."""
+    program = Program(device)
+    arguments, results, _ = ARRAYS[problem.operation]
+    given = {
+        name: program.array(problem.spec(name))
+        for name in arguments
+        if name not in OPTIONAL or _is_taken(problem, name)
+    }
+    wanted = {
+        name: None if spec is None else program.array(spec)
+        for name, spec in zip(results, problem.results, strict=True)
+    }
+    chosen = choose(problem, device, backend)
+    perform(chosen, problem, given, wanted, program)
+    return program
+
+
+def _is_taken(problem: Problem, name: str) -> bool:
+    """Whether the problem has the optional argument `name`; a gradient of lse it never has."""
+    return name in Operands._fields and getattr(problem.specs, name) is not None
 
 
 def perform(
