@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 import cupy
 import jax
 import torch
-from harness import provenance
 
 import cuneigh
+from cuneigh._device import cuda
+from cuneigh._measure.provenance import provenance
 
 SHAPE = (1, 14, 14, 4, 32)
 WINDOW = 7
@@ -87,7 +88,7 @@ class Nothing(torch.autograd.Function):  # type: ignore[misc]
 
 
 def main() -> None:
-    about = provenance()
+    about = provenance(cuda(0))
     print(f"commit {about['commit']}, {about['date']}, {about['gpu']}, driver {about['driver']}")
     print("microseconds from the call to its return, median of 1,000")
     for name, call, wait in cases():

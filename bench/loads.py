@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import cupy
-from harness import provenance
 
 import cuneigh
+from cuneigh._device import cuda
 from cuneigh._jit import Kernel, _load
+from cuneigh._measure.provenance import provenance
 
 SHAPE = (1, 14, 14, 4, 32)
 WINDOW = 7
@@ -35,7 +36,7 @@ def timed(function: Callable[..., Any], times: dict[Kernel, float]) -> Callable[
 
 
 def main() -> None:
-    about = provenance()
+    about = provenance(cuda(0))
     print(f"commit {about['commit']}, {about['date']}, {about['gpu']}, driver {about['driver']}")
     arrays = [cupy.ones(SHAPE, "float16") for _ in range(3)]
     find: dict[Kernel, float] = {}

@@ -82,9 +82,10 @@ def main() -> None:
             for name, figures in names.items():
                 print(rank, dtype, name, json.dumps(figures))
     if arguments.output:
-        from harness import provenance
+        from cuneigh._device import cuda
+        from cuneigh._measure.provenance import provenance
 
-        document = {**provenance(), "problems": results, "summary": summary}
+        document = {**provenance(cuda(0)), "problems": results, "summary": summary}
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -109,35 +110,18 @@ def volumes() -> list[dict[str, Any]]:
 def run(case: dict[str, Any], runs: list[str], budget_ms: float, backward: bool) -> dict[str, Any]:
     """Check and time one problem; a time is the smaller of the plain call's and its graph's."""
     import cupy
-    import numpy as np
-    from harness import check, measure
 
-    import cuneigh
-    from cuneigh import _validate
     from cuneigh._backends import choose
     from cuneigh._device import cuda
-    from cuneigh._problem import Operands, Spec
+    from cuneigh._measure import arrays, ours
+    from cuneigh._measure.cases import problem_of
+    from cuneigh._measure.clock import GpuClock
 
-    tokens, dtype = case["tokens"], case["dtype"]
-    rank = len(tokens)
-    shape = (case["batch"], *tokens, case["heads"], case["dim"])
-    rng = cupy.random.default_rng(1)
-    operands = [rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(3)]
-    window = {"kernel_size": tuple(case["kernel"]), "dilation": tuple(case["dilation"])}
-    spec = Spec(shape, dtype)
-    problem = _validate.attention_problem(
-        "bench",
-        "forward",
-        spec,
-        spec,
-        spec,
-        _validate.window_arguments(
-            "bench", rank, window["kernel_size"], 1, window["dilation"], False
-        ),
-        None,
-    )
-    function = (cuneigh.na1d, cuneigh.na2d, cuneigh.na3d)[rank - 1]
-    gradient = (cuneigh.na1d_backward, cuneigh.na2d_backward, cuneigh.na3d_backward)[rank - 1]
+    entry = {name: case[name] for name in ("tokens", "batch", "heads", "dim", "kernel", "dilation")}
+    problem = problem_of(entry, case["dtype"], "bench")
+    dtype, operands = problem.dtype, arrays.operands_of(cupy, problem)
+    grad_output = arrays.grad_output_of(cupy, problem)
+    measure = GpuClock().measure
     result = {name: value for name, value in case.items() if not name.endswith("_ms")}
     result["paper"] = {name: value for name, value in case.items() if name.endswith("_ms")}
     for name in runs:
@@ -147,18 +131,17 @@ def run(case: dict[str, Any], runs: list[str], budget_ms: float, backward: bool)
         os.environ["CUNEIGH_ALLOW_TF32"] = str(int(name == "gemm_tf32"))
 
         def call(backend: str = backend) -> Any:
-            return function(*operands, **window, backend=backend)
+            return ours.forward(problem, operands, backend)
 
         if name != "gemm_tf32":
-            check(problem, Operands(*operands), call())
-        result[f"{name}_ms"] = min(measure(call, budget_ms).values())
+            ours.check(problem, operands, None, backend)
+        result[f"{name}_ms"] = measure(call, budget_ms).best
 
         def both(backend: str = backend) -> Any:
-            output, lse = function(*operands, **window, return_lse=True, backend=backend)
-            return gradient(operands[0], *operands, output, lse, **window, backend=backend)
+            return ours.step(problem, operands, grad_output, backend)
 
         if backward and supported(replace(problem, operation="backward"), backend):
-            ms = min(measure(both, budget_ms).values())
+            ms = measure(both, budget_ms).best
             result[f"{name}_forward_backward_ms"] = ms
     os.environ.pop("CUNEIGH_ALLOW_TF32", None)
     result["chosen"] = choose(problem, cuda(0), None).NAME

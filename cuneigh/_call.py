@@ -27,6 +27,7 @@ from cuneigh import _backends, _device
 from cuneigh._backends import Backend, Space, choose
 from cuneigh._device import current
 from cuneigh._frameworks.contract import SEEN, Adapter, Layout
+from cuneigh._gpu.announce import Planned, overheard
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._problem import ARRAYS, OPTIONAL, Operands, Problem, Spec
@@ -290,8 +291,13 @@ def compile_gradient(
         ).compile()
 
 
-def rehearse(problem: Problem, device: _device.Device, backend: str | None) -> Program:
-    """What a call of contiguous arrays would launch on `device`, which need not be at hand."""
+def rehearse(
+    problem: Problem, device: _device.Device, backend: str | None
+) -> tuple[Program, list[Planned]]:
+    """What a call of contiguous arrays would launch on a GPU, which need not be at hand, and why.
+
+    Raises like `choose`.
+    """
     program = Program(device)
     arguments, results, _ = ARRAYS[problem.operation]
     given = {
@@ -303,9 +309,9 @@ def rehearse(problem: Problem, device: _device.Device, backend: str | None) -> P
         name: None if spec is None else program.array(spec)
         for name, spec in zip(results, problem.results, strict=True)
     }
-    chosen = choose(problem, device, backend)
-    perform(chosen, problem, given, wanted, program)
-    return program
+    with overheard() as plans:
+        perform(choose(problem, device, backend), problem, given, wanted, program)
+    return program, plans
 
 
 def _is_taken(problem: Problem, name: str) -> bool:

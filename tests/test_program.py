@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from cuneigh import _call, _device, _jit
 from cuneigh._backends import BACKENDS, fused, gemm, hopper, naive
-from cuneigh._gpu import tensor_map
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.tensor_map import TensorMap

@@ -1,4 +1,4 @@
-"""What is told of kernels that are being compiled, on standard error; `CUNEIGH_QUIET=1` silences it."""
+"""What is told on standard error of kernels being compiled; `CUNEIGH_QUIET=1` silences it."""
 
 from __future__ import annotations
 
@@ -58,8 +58,13 @@ def _bar() -> Any:
         return None
     try:
         from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-        from rich.progress import TimeElapsedColumn
+        from rich.progress import (
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
     except ImportError:
         return None
     columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from cuneigh.cli import compile, demo, doctor
+from cuneigh.cli import compile, demo, doctor, profile
 
-COMMANDS = {"doctor": doctor, "demo": demo, "compile": compile}
+COMMANDS = {"doctor": doctor, "demo": demo, "profile": profile, "compile": compile}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
