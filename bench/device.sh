@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one call. Results are written to $OUT (default: bench/results).
 #
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host memory naive grid h200
-#                                    (the default: all of these), soak, alternate
+#                                    profile (the default: all of these), soak, alternate
 #
 # `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
 # takes a GPU of compute capability 9.0.
@@ -74,7 +74,17 @@ demo() {
   return "${PIPESTATUS[0]}"
 }
 
-[ $# -gt 0 ] || set -- tests sanitizer doctor demo host memory naive grid h200
+# Whatever peers are installed beside it; FlexAttention is compiled anew for every problem.
+profile() {
+  {
+    python3 -m cuneigh profile -i 256 256 -n 24 -d 128 -w 80 80 -s 16 16 --backward --peers &&
+      python3 -m cuneigh profile -i 56 56 -b 128 -n 2 -d 32 -w 7 --backward --peers &&
+      python3 -m cuneigh profile --cases bench/cases.json --dry-run
+  } | tee "$OUT/profile.txt"
+  return "${PIPESTATUS[0]}"
+}
+
+[ $# -gt 0 ] || set -- tests sanitizer doctor demo host memory naive grid h200 profile
 for step in "$@"; do
   echo "== $step"
   "$step" || { echo "== $step FAILED"; failed=1; }

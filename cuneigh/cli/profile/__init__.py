@@ -130,6 +130,8 @@ def _run(options: argparse.Namespace) -> int:
         entries = [document.dry_run(case, device, options) for case in cases]
         made: dict[str, Any] = {"device": device.name or device.kind, "cases": entries}
     else:
+        if options.cases is None:
+            document.require(cases[0], device, options)
         made = document.heading(device, dtype)
         if not options.json:
             report.print_heading(made)
@@ -167,14 +169,15 @@ def cases_of(options: argparse.Namespace, dtype: str) -> Sequence[Any]:
     return [case for case in cases if not options.case or case.name in options.case]
 
 
+def along(values: list[Any] | None, default: Any) -> Any:
+    """What an option gives for the axes: one value for all of them, or one for each."""
+    if values is None:
+        return default
+    return values[0] if len(values) == 1 else tuple(values)
+
+
 def entry_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options of one problem as an entry of a file of cases."""
-
-    def along(values: list[Any] | None, default: Any) -> Any:
-        if values is None:
-            return default
-        return values[0] if len(values) == 1 else tuple(values)
-
     tokens = options.input_size
     return {
         "tokens": tokens,

@@ -105,6 +105,15 @@ def plans_of(backend: Backend, problems: tuple[Problem, ...], device: Device) ->
 # Timed
 
 
+def require(case: Case, device: Device, options: argparse.Namespace) -> None:
+    """Raise, with the reasons, if nothing that the options name can run the problem."""
+    problem = kinds(case.problem, options.backward).popitem()[1][-1]
+    names = options.backend or [None]
+    able = (backend for backend in _backends.BACKENDS if backend.NAME in names)
+    if None in names or all(backend.unsupported(problem, device) for backend in able):
+        choose(problem, device, names[0])
+
+
 def timed(
     case: Case, xp: Any, device: Device, ceilings: dict[str, float], options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -130,9 +139,6 @@ def _contenders(bench: Bench, options: argparse.Namespace) -> list[Backend | Row
         for backend in _backends.BACKENDS
         if unsupported(backend, problems, device) is None
     }
-    named = options.backend or [None]
-    if not any(name in times for name in options.backend or times):
-        choose(problems[-1], device, named[0])  # raises with the reason
     for backend in _backends.BACKENDS:
         name = backend.NAME
         if options.backend and name not in options.backend:
