@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cupy
+from figures import update as draw_figures
 
 from cuneigh._backends import BACKENDS, choose
 from cuneigh._device import cuda
@@ -66,6 +67,7 @@ def main() -> None:
                 )
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        draw_figures(arguments.output)
 
 
 def run(problem: Problem, longest: float) -> dict[str, dict[str, Any]]:

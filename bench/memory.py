@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import cupy
+from figures import update as draw_figures
 
 import cuneigh
 from cuneigh._device import cuda
@@ -52,6 +53,7 @@ def main() -> None:
                 )
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        draw_figures(arguments.output)
 
 
 def measure(tokens: tuple[int, ...], window: tuple[int, ...], with_rpb: bool) -> dict[str, int]:

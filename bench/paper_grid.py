@@ -4,7 +4,6 @@ The problems and the times of the paper's kernels are those of `paper-kernels-h2
 is added, for which the paper has no kernels. Every call is checked before it is timed.
 
     python bench/paper_grid.py --output bench/results/paper-grid.json
-    python bench/paper_grid.py --plot bench/results/paper-grid.json
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from figures import update as draw_figures
 
 ROOT = Path(__file__).resolve().parent
 
@@ -43,7 +44,6 @@ PAPER_GEMM = "the paper's GEMM"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw a figure from such a file, and run nothing")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--dim", type=int, help="only the problems with this head_dim")
     parser.add_argument("--dilation", type=int, help="only the problems with this dilation")
@@ -52,10 +52,6 @@ def main() -> None:
     )
     parser.add_argument("--budget-ms", type=float, default=40.0, help="time to spend on repeats")
     arguments = parser.parse_args()
-    if arguments.plot:
-        plot(arguments.plot)
-        return
-
     cases = json.loads((ROOT / "paper-kernels-h200.json").read_text())["problems"]
     results = []
     for case in cases + volumes():
@@ -87,6 +83,7 @@ def main() -> None:
 
         document = {**provenance(cuda(0)), "problems": results, "summary": summary}
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        draw_figures(arguments.output)
 
 
 def volumes() -> list[dict[str, Any]]:
@@ -199,16 +196,11 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def plot(path: Path) -> None:
+def draw(figure: Any, problems: list[dict[str, Any]]) -> None:
     """Improvement over the paper's naive kernels by kernel size, one panel a rank and dtype."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    problems = [p for p in json.loads(path.read_text())["problems"] if BASELINE in p["paper"]]
+    problems = [p for p in problems if BASELINE in p["paper"]]
     kinds = sorted({(len(p["tokens"]), p["dtype"]) for p in problems})
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 4), sharey=True)
+    panels = figure.subplots(1, len(kinds), sharey=True)
     for panel, (rank, dtype) in zip(panels, kinds, strict=True):
         group = [p for p in problems if (len(p["tokens"]), p["dtype"]) == (rank, dtype)]
         ticks: set[int] = set()
@@ -230,9 +222,3 @@ def plot(path: Path) -> None:
         panel.axhline(1, color="gray", linewidth=0.5)
         panel.legend()
     panels[0].set_ylabel("times as fast as the paper's naive kernel")
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-
-
-if __name__ == "__main__":
-    main()
