@@ -30,7 +30,7 @@ from cuneigh._frameworks.contract import SEEN, Adapter, Layout
 from cuneigh._gpu.announce import Planned, overheard
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
-from cuneigh._problem import ARRAYS, OPTIONAL, Operands, Problem, Spec
+from cuneigh._problem import ARRAYS, Operands, Problem, Spec
 
 KEPT = 4096
 """Calls that are kept, and programs."""
@@ -299,24 +299,29 @@ def rehearse(
     Raises like `choose`.
     """
     program = Program(device)
-    arguments, results, _ = ARRAYS[problem.operation]
-    given = {
-        name: program.array(problem.spec(name))
-        for name in arguments
-        if name not in OPTIONAL or _is_taken(problem, name)
-    }
+    given = {name: program.array(problem.spec(name)) for name in taken(problem)}
+    names = ARRAYS[problem.operation].results
     wanted = {
         name: None if spec is None else program.array(spec)
-        for name, spec in zip(results, problem.results, strict=True)
+        for name, spec in zip(names, problem.results, strict=True)
     }
     with overheard() as plans:
         perform(choose(problem, device, backend), problem, given, wanted, program)
     return program, plans
 
 
-def _is_taken(problem: Problem, name: str) -> bool:
-    """Whether the problem has the optional argument `name`; a gradient of lse it never has."""
-    return name in Operands._fields and getattr(problem.specs, name) is not None
+def taken(problem: Problem) -> tuple[str, ...]:
+    """The names of the arrays that a problem takes, without a gradient of lse."""
+    absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
+    names = ARRAYS[problem.operation].arguments
+    return tuple(name for name in names if name not in (*absent, "grad_lse"))
+
+
+def forget() -> None:
+    """Have every call choose its backend and record its program anew."""
+    _calls.clear()
+    program_for.cache_clear()
+    _backends._choose.cache_clear()
 
 
 def perform(

@@ -135,13 +135,6 @@ def test_views_hold_pointers_until_a_program_runs():
 # Backends
 
 
-def arguments_of(problem: Problem) -> tuple[str, ...]:
-    """The names of what the operation takes, but for a gradient of lse."""
-    absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
-    names = ARRAYS[problem.operation].arguments
-    return tuple(name for name in names if name not in (*absent, "grad_lse"))
-
-
 def program_of(
     problem: Problem, backend: str | None, names: Any, results: Any, layouts: Any, *off: Any
 ) -> Program:
@@ -156,7 +149,7 @@ def test_a_contiguous_call_loads_what_kernels_names(backend, data):
     """What `cuneigh compile` compiles ahead, no GPU needed."""
     drawn = supported(("forward", "backward")) if backend is hopper else problems()
     problem = data.draw(drawn.filter(lambda p: backend.unsupported(p, H200) is None))
-    names = arguments_of(problem)
+    names = _call.taken(problem)
     layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_device, "cuda", lambda index: H200)
@@ -205,7 +198,7 @@ def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, t
     _call.program_for.cache_clear()
     for problem in OPERATION_PROBLEMS.values():
         if backend.unsupported(problem, H200) is None:
-            names = arguments_of(problem)
+            names = _call.taken(problem)
             layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
             program_of(problem, backend.NAME, names, problem.results, layouts)
     assert packed

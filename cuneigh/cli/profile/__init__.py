@@ -61,6 +61,12 @@ def add_parser(subparsers: Any) -> None:
         help="time what is installed of SDPA, FlexAttention, FlashAttention-4 and NATTEN, too",
     )
     parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure other plans, too, and keep the fastest for later calls on this GPU "
+        "(CUNEIGH_TUNED=0 ignores them)",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="run nothing: list the backends with their plan and predicted time, or why not",
@@ -116,12 +122,18 @@ def _run(options: argparse.Namespace) -> int:
     # Here, and not above, for every command imports this module.
     from cuneigh._measure.arrays import here
     from cuneigh.cli.profile import document, report
+    from cuneigh.cli.profile.tune import tune
 
     if options.arch and not options.dry_run:
         raise ValueError("--arch is for --dry-run: other GPUs than this one cannot be timed")
     if options.peers and options.dry_run:
         raise ValueError("--peers are timed, which --dry-run does not do")
+    if options.tune and (options.dry_run or options.backend):
+        other = "--dry-run" if options.dry_run else "--backend"
+        raise ValueError(f"--tune measures all backends, which {other} does not allow")
     xp, device = here()
+    if options.tune and device.kind != "cuda":
+        raise RuntimeError("--tune is for GPUs, of which there is none here")
     device = device_of(options.arch) if options.arch else device
     dtype = SHORT.get(options.dtype, options.dtype)
     dtype = dtype or ("bfloat16" if device.kind == "cuda" else "float32")
@@ -137,8 +149,11 @@ def _run(options: argparse.Namespace) -> int:
             report.print_heading(made)
         made["cases"] = []
         for case in cases:
+            about = case.problem, xp, device, options.backward, options.budget
+            gained = tune(*about) if options.tune else []
             entry = document.timed(case, xp, device, made["ceilings"], options)
-            made["cases"].append(entry)
+            made["cases"].append({**entry, "tuned": gained} if options.tune else entry)
+            entry = made["cases"][-1]
             if not options.json:
                 report.print_case(entry, made["ceilings"])
     if options.json:

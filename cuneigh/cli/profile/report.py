@@ -25,11 +25,25 @@ def print_case(entry: dict[str, Any], ceilings: dict[str, float]) -> None:
     unit, factor = ("TFLOP/s", 1.0) if ceilings["product_tflops"] >= 1 else ("GFLOP/s", 1e3)
     columns = ("", "ms", "quartiles", "x", unit, "", "GB/s", "", "peak MiB")
     _print_title(entry)
+    for row in entry.get("tuned", ()):
+        _print_tuned(row)
     for title, rows in _by_kind(entry):
         timed = sorted((row for row in rows if "ms" in row), key=_best)
         lines = [_line(row, _best(timed[0]), factor) for row in timed]
         print(f"\n{title}")
         print_table(columns, [*lines, *([text] for text in _remarks(rows))])
+
+
+def _print_tuned(row: dict[str, Any]) -> None:
+    """What tuning has found for one operation."""
+    if row["backend"] == row["planner_backend"] and not row["plans"]:
+        found = "the planner's own choice is the fastest"
+    else:
+        found = f"{row['gain']:.1%} faster than the planner's choice, and kept"
+    times = f"{_digits(row['tuned_ms'])} ms, the planner's {_digits(row['planner_ms'])} ms"
+    print(f"tuned {row['operation']}: {row['backend']}, {times}: {found} ({row['tried']} tried)")
+    for text in [*row["plans"].values(), *(f"left out: {each}" for each in row["failed"])]:
+        print(f"    {text}")
 
 
 def _by_kind(entry: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -17,9 +17,9 @@ COLORS = {
     "token": "#f4f5f7",
     "seen": "#2f6fdb",
     "query": "#d62839",
-    "full": "#bfe3c6",
-    "partial": "#fbe3a6",
-    "skipped": "#dcdee3",
+    "full": "#a5dcb0",
+    "partial": "#fbdf95",
+    "skipped": "#d5d8de",
     "part": "#7b2cbf",
     "block": "#b79ad9",
     "box": "#9a8c5c",
@@ -127,7 +127,7 @@ def _panel(panel: Any, scene: Scene, region: tuple[slice, ...], number: int | No
     extent = (left - 0.5, left + shape[1] - 0.5, top + shape[0] - 0.5, top - 0.5)
     panel.imshow(cells, extent=extent, interpolation="nearest", aspect="equal")
     for tokens, color, size in (
-        (scene.seen, "seen", 0.62),
+        (scene.seen, "seen", 0.62 if scene.blocks is None else 0.42),
         (tuple(np.array([x]) for x in scene.query), "query", 0.9),
     ):
         _squares(panel, plane(tokens), top, left, COLORS[color], size)

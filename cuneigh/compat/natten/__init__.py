@@ -11,6 +11,10 @@
 - What ``natten`` is asked about itself (``natten.has_fused_na()``) and its switches
   (``natten.use_fused_na()``) are in `context`, and below the installed module as well.
 
+The DiNAT of Hugging Face's transformers, from 4.54 to 5.23, passes arrays whose axes are in another
+order than NATTEN's. Which order it is given is told by shapes and strides, so that these models run
+and give what 4.52 gave.
+
 Results of the heads-first functions are views of heads-last memory, whose ``.contiguous()`` NATTEN
 would have returned.
 """
