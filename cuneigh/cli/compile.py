@@ -15,6 +15,7 @@ from cuneigh._device import of_capability
 from cuneigh._problem import DTYPES, Operation, Problem
 from cuneigh._window import Axis
 from cuneigh.cli.positive import positive
+from cuneigh.cli.terminal import counting
 
 
 def add_parser(subparsers: Any) -> None:
@@ -73,8 +74,12 @@ def run(options: argparse.Namespace) -> int:
     compiled: dict[tuple[_jit.Kernel, str], _jit.Compiled] = {}
     try:
         for arch in options.arch:
-            kernels = [kernel for each in _problems(options) for kernel in _kernels(each, arch)]
-            compiled |= _jit.precompile(kernels, [arch], options.cache_dir, jobs=options.jobs)
+            needed = (kernel for each in _problems(options) for kernel in _kernels(each, arch))
+            kernels = list(dict.fromkeys(needed))
+            with counting(f"compiling for {arch}", len(kernels)) as on_done:
+                compiled |= _jit.precompile(
+                    kernels, [arch], options.cache_dir, jobs=options.jobs, on_done=on_done
+                )
     except (_jit.CompilationError, OSError) as error:
         print(f"python -m cuneigh compile: {error}", file=sys.stderr)
         return 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuneigh.cli.table import print_table
+from cuneigh.cli.terminal import print_table
 
 KINDS = {"forward": "forward", "forward_backward": "forward and backward"}
 

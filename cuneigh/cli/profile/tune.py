@@ -17,7 +17,7 @@ from cuneigh._measure import arrays, checks, ours
 from cuneigh._measure.clock import GpuClock
 from cuneigh._problem import Operands, Problem
 from cuneigh.cli.profile.document import FAR_SLOWER, Row, kinds
-from cuneigh.cli.table import progress
+from cuneigh.cli.terminal import progress
 
 NOISE = 0.01
 """The share by which a plan must be faster to be kept in place of the planner's."""

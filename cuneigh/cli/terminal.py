@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -60,15 +62,65 @@ def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Seq
     return True
 
 
-def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+def progress(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
     """The items, with a bar on standard error of how many are done where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield from items
+    with counting(what, total) as advance:
+        for item in items:
+            yield item
+            advance()
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal that moves whenever what it gives is called, by any thread."""
+    bar = _bar() if sys.stderr.isatty() else None
+    if bar is None:
+        yield lambda: None
         return
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+PATIENCE = 2.0
+"""Seconds after which something that takes long says so."""
+
+
+@contextmanager
+def patience(what: str) -> Iterator[None]:
+    """Say on standard error what is going on if it takes long: a terminal sees the time pass."""
+    with ExitStack() as stack:
+
+        def tell() -> None:
+            bar = _bar() if sys.stderr.isatty() else None
+            if bar is None:
+                print(f"{what} ..", file=sys.stderr, flush=True)
+                return
+            stack.enter_context(bar)
+            bar.add_task(what, total=None)
+
+        timer = threading.Timer(PATIENCE, tell)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+
+
+def _bar() -> Any:
+    """A bar of rich; None where that is not installed."""
     try:
         from rich.console import Console
-        from rich.progress import track
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
     except ImportError:
-        yield from items
-        return
-    yield from track(items, what, total=total, console=Console(stderr=True), transient=True)
+        return None
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
