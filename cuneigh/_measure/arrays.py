@@ -33,7 +33,7 @@ def normal(xp: Any, shape: Sequence[int], dtype: str, seed: int) -> Any:
     """
     rng = xp.random.default_rng(seed)
     if dtype != "bfloat16":
-        drawn = "float64" if dtype == "float64" else "float32"
+        drawn = np.float64 if dtype == "float64" else np.float32
         return rng.standard_normal(tuple(shape), dtype=drawn).astype(dtype, copy=False)
     import ml_dtypes
 

@@ -115,8 +115,6 @@ def _attention(given: Given, kernels: Kernels, tile: Box | None) -> Any:
         raise UnfitError("FlashAttention-4 needs a GPU")
     if kernels == "FLASH" and find_spec("flash_attn") is None:
         raise UnfitError("flash-attn-4 is not installed")
-    if not given.on_gpu and kernels == "TRITON" and tile is not None:
-        raise UnfitError("its kernels for the CPU gain nothing by tiles")
     try:
         import torch
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
