@@ -65,16 +65,17 @@ def speed() -> str:
     means, slower = [], []
     for kind, title in figures.KINDS.items():
         of_kind = [each for each in found if each.kind == kind and each.ratio is not None]
-        means.append(f"{geomean([e.ratio for e in of_kind]):.2f} times {title}")
+        means.append(f"{geomean([e.ratio for e in of_kind]):.2f} {title}")
         behind = [each for each in of_kind if each.ratio < 1]
         if behind:
             named = ", ".join(f"{each.case} ({each.ratio:.2f})" for each in behind)
             slower.append(f"**It is slower** {title} on {named}.")
     cases = len({each.case for each in found if each.ratio is not None})
+    gpu = results["gpu"].removeprefix("NVIDIA ")
     return (
-        f"As fast as the best of NATTEN 0.21, FlexAttention, FlashAttention-4 and cuDNN on {cases} "
-        f"problems, in bfloat16\non one {results['gpu'].removeprefix('NVIDIA ')}, as a geometric "
-        f"mean: {' and '.join(means)}.\n{' '.join(slower) or 'It is nowhere slower.'}\n"
+        f"How many times as fast as the fastest of NATTEN 0.21, FlexAttention, FlashAttention-4 "
+        f"and cuDNN, in bfloat16 on one\n{gpu}: {' and '.join(means)}, as geometric means of "
+        f"{cases} problems.\n{' '.join(slower) or 'It is nowhere slower.'}\n"
     )
 
 

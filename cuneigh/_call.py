@@ -276,17 +276,17 @@ def compile_gradient(
     `arguments` and `layouts` are those of the forward. What else the gradient takes is expected to
     be contiguous. A gradient that no backend computes is an error of its own call, if that comes.
     """
-    gradient, results = problem.gradient, ARRAYS[problem.operation].results
+    results = ARRAYS[problem.operation].results
     more = (*results, f"grad_{results[0]}")
-    expected = tuple((contiguous(gradient.spec(name).shape), 0) for name in more)
-    with suppress(RuntimeError):
+    expected = tuple((contiguous(problem.spec(name).shape), 0) for name in more)
+    with suppress(RuntimeError, TypeError):  # no backend, or no gradients in this dtype
         program_for(
             known_backends(),
-            gradient,
+            problem.gradient,
             device,
             backend,
             (*arguments, *more),
-            gradient.results,
+            problem.gradient.results,
             (*layouts, *expected),
         ).compile()
 

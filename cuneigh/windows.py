@@ -147,7 +147,7 @@ TABLE = (
 INTRODUCTION = """\
 What a window of w means, library by library: the keys that query 8 of a row of 16 sees for w = 3
 and for w = 4, what query 0 sees for w = 4, and query 8 in the causal form. "5..11" is 5 to 11, both
-included. The last column says which arguments of `cuneigh.na1d` give the same keys."""
+included. "In cuneigh" are the arguments of `cuneigh.na1d` that give the same keys."""
 
 RULES = """\
 - There are four meanings of one number: w keys (causal in transformers, xformers, Gemma, Mistral),
@@ -158,7 +158,7 @@ RULES = """\
   sees one key more.
 - At the borders cuneigh's windows are shifted inwards, as NATTEN's are, so that every query sees as
   many keys. All other attention libraries here cut them: there the first and last queries see fewer
-  keys than with the arguments in the last column. Causal windows are cut in all of them, here too.
+  keys than with the arguments that are given here. Causal windows are cut in all of them, here too.
 - `(l, r)` with other l and r than in the table has no counterpart: its window is not centered.
 - Where lengths of queries and keys differ, xformers and FlashAttention align the ends.
 - -1 stands for unlimited in anemoi-models, and (-1, -1) for no window in FlashAttention-4, which

@@ -42,7 +42,10 @@ def test_times_a_problem(
     def is_wrong(given: peers.Given) -> peers.Calls:
         return peers.Calls(lambda: 2 * given.value.expand_as(given.query), None)
 
-    names = {"breaks": breaks, "is wrong": is_wrong, "NATTEN": peers.PEERS["NATTEN"]}
+    def is_cut(given: peers.Given) -> peers.Calls:
+        return peers.Calls(lambda: given.value, None, inner=True)
+
+    names = {"breaks": breaks, "is wrong": is_wrong, "is cut": is_cut}
     monkeypatch.setattr(peers, "PEERS", {"SDPA": peers.PEERS["SDPA"], **names})
     made = profiled(f"{PROBLEM} --dtype fp32 --backward --peers", capsys)
     assert {"cpu", "cuneigh", "commit", "date"} <= made.keys()
@@ -63,6 +66,7 @@ def test_times_a_problem(
         assert "CUDA device" in rows["gemm", kind]["reason"]
     assert "WrongResultError: output at" in rows["is wrong", "forward"]["reason"]
     assert rows["is wrong", "forward_backward"]["reason"] == "has no backward here"
+    assert rows["is cut", "forward"]["reason"].startswith("all of its windows are cut")
 
 
 def test_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(_device, "cuda", lambda index: H100)
     monkeypatch.setattr(_load, "_loaded", {})
     monkeypatch.setattr(_load, "_started", {})
+    monkeypatch.setattr(_load, "_ready", {})
     monkeypatch.setattr(_progress, "PATIENCE", 0.01)
     _call.program_for.cache_clear()
     yield tmp_path

@@ -24,6 +24,8 @@ _loaded: dict[tuple[Kernel, int], Any] = {}
 _loading = threading.Lock()
 _started: dict[tuple[Kernel, tuple[int, int]], Future[Compiled]] = {}
 """What is being compiled, by kernel and compute capability, until it is loaded."""
+_ready: dict[tuple[Kernel, tuple[int, int]], Compiled] = {}
+"""What was found in the cache instead, so that it is looked for once."""
 _starting = threading.Lock()
 
 
@@ -38,13 +40,16 @@ def start(kernels: Iterable[Kernel], device: Device) -> None:
     Returns at once. An error is raised where the kernel is loaded.
     """
     with _starting:
-        missing = [
-            kernel
-            for kernel in kernels
-            if (kernel, device.index) not in _loaded
-            and (kernel, device.capability) not in _started
-            and stored(kernel, device) is None
-        ]
+        missing = []
+        for kernel in kernels:
+            key = kernel, device.capability
+            if (kernel, device.index) in _loaded or key in _started:
+                continue
+            found = stored(kernel, device)
+            if found is None:
+                missing.append(kernel)
+            else:
+                _ready[key] = found
         if not missing or _compiler.version() is None:
             return
         _progress.tell(missing, device.arch)
@@ -83,13 +88,16 @@ def _load(kernel: Kernel, device: Device) -> Any:
 
 def _compiled(kernel: Kernel, device: Device) -> Compiled:
     """`kernel` compiled for `device`, by a thread that was started for it or here."""
-    future = _started.get((kernel, device.capability))
+    key = kernel, device.capability
+    ready, future = _ready.pop(key, None), _started.get(key)
+    if ready is not None:
+        return ready
     if future is None:
         return choose(kernel, device)
     try:
         return _progress.wait(future, _started.values())
     finally:
-        _started.pop((kernel, device.capability), None)
+        _started.pop(key, None)
 
 
 def stored(kernel: Kernel, device: Device) -> Compiled | None:

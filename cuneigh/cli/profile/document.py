@@ -234,6 +234,8 @@ class Bench:
         if calls.inner:
             far = self.problem.axes[0].kernel_size
             tokens = [t for t in tokens if far <= t[0] < self.problem.tokens[0] - far]
+            if not tokens:
+                raise peers.UnfitError("all of its windows are cut at a border, and ours are not")
         if self.kind == FORWARD:
             output = calls.restore(calls.forward())
             checks.check_forward(self.problem, self.operands, output, tokens=tokens)
