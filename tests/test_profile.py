@@ -42,10 +42,7 @@ def test_times_a_problem(
     def is_wrong(given: peers.Given) -> peers.Calls:
         return peers.Calls(lambda: 2 * given.value.expand_as(given.query), None)
 
-    def is_cut(given: peers.Given) -> peers.Calls:
-        return peers.Calls(lambda: given.value, None, inner=True)
-
-    names = {"breaks": breaks, "is wrong": is_wrong, "is cut": is_cut}
+    names = {"breaks": breaks, "is wrong": is_wrong}
     monkeypatch.setattr(peers, "PEERS", {"SDPA": peers.PEERS["SDPA"], **names})
     made = profiled(f"{PROBLEM} --dtype fp32 --backward --peers", capsys)
     assert {"cpu", "cuneigh", "commit", "date"} <= made.keys()
@@ -66,7 +63,25 @@ def test_times_a_problem(
         assert "CUDA device" in rows["gemm", kind]["reason"]
     assert "WrongResultError: output at" in rows["is wrong", "forward"]["reason"]
     assert rows["is wrong", "forward_backward"]["reason"] == "has no backward here"
-    assert rows["is cut", "forward"]["reason"].startswith("all of its windows are cut")
+
+
+def test_a_peer_that_cuts_windows_is_compared_far_from_the_borders(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_cut(given: peers.Given) -> peers.Calls:
+        """Ours, but for queries near the borders."""
+        output = ours.forward(given.problem, Operands(given.query, given.key, given.value), None)
+        output[:, :2] = output[:, -2:] = 7
+        return peers.Calls(lambda: output, None, "windows are cut", inner=True)
+
+    monkeypatch.setattr(peers, "PEERS", {"is cut": is_cut})
+    pytest.importorskip("torch")
+    for options, told in (("-i 40 -w 5", None), ("-i 8 -w 5", "all of its windows are cut")):
+        (case,) = profiled(f"{options} --budget 1 --peers", capsys)["cases"]
+        (row,) = (row for row in case["rows"] if row["name"] == "is cut")
+        assert row["note"] == "windows are cut"
+        assert ("ms" in row) == (told is None)
+        assert told is None or told in row["reason"]
 
 
 def test_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
