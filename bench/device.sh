@@ -3,7 +3,7 @@
 #
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host loads memory scaling
 #                                    naive grid h200 profile (the default: all of these), soak,
-#                                    alternate
+#                                    alternate, tune
 #
 # `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
 # takes a GPU of compute capability 9.0.
@@ -78,6 +78,13 @@ profile() {
       python3 -m cuneigh profile -i 56 56 -b 128 -n 2 -d 32 -w 7 --backward --peers &&
       python3 -m cuneigh profile --cases bench/cases.json --dry-run
   } | tee "$OUT/profile.txt"
+  return "${PIPESTATUS[0]}"
+}
+
+# In a cache of its own, so that no other step takes the plans that it keeps.
+tune() {
+  CUNEIGH_CACHE_DIR=$(mktemp -d) python3 -m cuneigh profile --cases bench/cases.json --backward \
+    --case seq4k-w65 nat-stage1 hdit-128 video-causal --tune | tee "$OUT/tune.txt"
   return "${PIPESTATUS[0]}"
 }
 
