@@ -13,7 +13,6 @@ of threads. How busy other processes kept the machine meanwhile is measured and 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import math
@@ -21,7 +20,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -32,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cuneigh
+from cuneigh._device import CPU
 
 ROOT = Path(__file__).resolve().parent
 FLEX_BLOCKS = (16, 32, 64, 128)
@@ -321,32 +320,10 @@ def status(name: str) -> int:
 
 
 def provenance(threads: int) -> dict[str, Any]:
-    from threadpoolctl import threadpool_info
+    from cuneigh._measure import provenance
 
-    (blas,) = (each for each in threadpool_info() if "numpy" in each["filepath"])
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "blas": f"{blas['internal_api']} {blas['version']} {blas.get('architecture', '')}".strip(),
-        "commit": git("describe", "--always", "--dirty", "--abbrev=12") or "unknown",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(": ", 1)[1] for x in lines if x.startswith("model name")), "unknown")
-
-
-def git(*arguments: str) -> str:
-    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return run.stdout.strip()
+    about = {**provenance.provenance(CPU), "threads": threads, "python": platform.python_version()}
+    return {**about, "numpy": np.__version__}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call. Results are written to $OUT (default: bench/results).
 #
-#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host memory naive grid h200
-#                                    (the default: all of these), soak, alternate
+#     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host loads memory scaling
+#                                    naive grid h200 profile (the default: all of these), soak,
+#                                    alternate, tune
 #
 # `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
 # takes a GPU of compute capability 9.0.
@@ -46,14 +47,10 @@ soak() {
 }
 
 memory() { python3 bench/memory.py --output "$OUT/memory.json"; }
-host() {
-  {
-    python3 bench/host.py &&
-      python3 bench/loads.py >/dev/null && # fills the disk cache
-      python3 bench/loads.py
-  } | tee "$OUT/host.txt"
-  return "${PIPESTATUS[0]}"
-}
+host() { python3 bench/host.py --output "$OUT/host.json"; }
+# First calls, cold and warm, beside those of the peers that are installed.
+loads() { python3 bench/loads.py --output "$OUT/loads.json"; }
+scaling() { python3 bench/scaling.py --output "$OUT/scaling.json"; }
 
 h200() { python3 bench/h200.py --output "$OUT/h200.json" | tail -n 60; return "${PIPESTATUS[0]}"; }
 naive() { python3 bench/naive.py --output "$OUT/naive.json" | tail -n 12; return "${PIPESTATUS[0]}"; }
@@ -70,11 +67,28 @@ alternate() {
 relative() { sed -e "s|$PWD/||g" -e "s|$PWD||g" -e "s|$HOME|~|g"; }
 doctor() { python3 -m cuneigh doctor | relative | tee "$OUT/doctor.txt"; return "${PIPESTATUS[0]}"; }
 demo() {
-  { time (cd "$OUT" && python3 -m cuneigh demo); } 2>&1 | relative | tee "$OUT/demo.txt"
+  { time (cd "$OUT" && python3 -m cuneigh demo --output demo.jpg); } 2>&1 | relative | tee "$OUT/demo.txt"
   return "${PIPESTATUS[0]}"
 }
 
-[ $# -gt 0 ] || set -- tests sanitizer doctor demo host memory naive grid h200
+# Whatever peers are installed beside it; FlexAttention is compiled anew for every problem.
+profile() {
+  {
+    python3 -m cuneigh profile -i 256 256 -n 24 -d 128 -w 80 80 -s 16 16 --backward --peers &&
+      python3 -m cuneigh profile -i 56 56 -b 128 -n 2 -d 32 -w 7 --backward --peers &&
+      python3 -m cuneigh profile --cases bench/cases.json --dry-run
+  } | tee "$OUT/profile.txt"
+  return "${PIPESTATUS[0]}"
+}
+
+# In a cache of its own, so that no other step takes the plans that it keeps.
+tune() {
+  CUNEIGH_CACHE_DIR=$(mktemp -d) python3 -m cuneigh profile --cases bench/cases.json --backward \
+    --case seq4k-w65 nat-stage1 hdit-128 video-causal --tune | tee "$OUT/tune.txt"
+  return "${PIPESTATUS[0]}"
+}
+
+[ $# -gt 0 ] || set -- tests sanitizer doctor demo host loads memory scaling naive grid h200 profile
 for step in "$@"; do
   echo "== $step"
   "$step" || { echo "== $step FAILED"; failed=1; }

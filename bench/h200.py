@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import cupy
-import ml_dtypes
-import numpy as np
-from harness import ROOT, ceilings, check, measure, provenance
+from figures import update as draw_figures
 
-import cuneigh
-from cuneigh import _validate
 from cuneigh._backends import BACKENDS, choose
 from cuneigh._device import cuda
-from cuneigh._problem import Operands, Problem, Spec
+from cuneigh._measure import arrays, ours
+from cuneigh._measure.cases import read
+from cuneigh._measure.clock import GpuClock, copy_gbps
+from cuneigh._measure.provenance import provenance
+from cuneigh._problem import Operands, Problem
+
+ROOT = Path(__file__).resolve().parent
+measure = GpuClock().measure
 
 NAIVE_TFLOPS = 7.0
 """What the naive kernels reach, which says how long they would take."""
@@ -38,12 +41,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", help="names of the cases to run; default: all")
     arguments = parser.parse_args()
     peers = json.loads((ROOT / "peers-h200.json").read_text())["cases"]
-    document: dict[str, Any] = {**provenance(), **ceilings(), "cases": {}}
-    for case in json.loads((ROOT / "cases.json").read_text()):
-        name = case["name"]
+    ceiling = {"copy_gbps": copy_gbps()}
+    document: dict[str, Any] = {**provenance(cuda(0)), **ceiling, "cases": {}}
+    for name, problem in read(ROOT / "cases.json", "bfloat16"):
         if arguments.cases and name not in arguments.cases:
             continue
-        results = document["cases"][name] = run(case, arguments.longest)
+        results = document["cases"][name] = run(problem, arguments.longest)
         for backend, figures in results.items():
             if backend == "chosen":
                 continue
@@ -64,32 +67,18 @@ def main() -> None:
                 )
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        draw_figures(arguments.output)
 
 
-def run(case: dict[str, Any], longest: float) -> dict[str, dict[str, Any]]:
+def run(problem: Problem, longest: float) -> dict[str, dict[str, Any]]:
     """The figures of one case, by backend and kind."""
-    rank = len(case["tokens"])
-    shape = (case["batch"], *case["tokens"], case["heads"], case["dim"])
-    operands = Operands(*(normal(shape, seed) for seed in range(3)))
-    grad_output = normal(shape, 3)
-    function = getattr(cuneigh, f"na{rank}d")
-    gradient = getattr(cuneigh, f"na{rank}d_backward")
-    keywords = {
-        "kernel_size": tuple(case["kernel"]),
-        "stride": tuple(case["stride"]),
-        "dilation": tuple(case["dilation"]),
-        "is_causal": tuple(case["causal"]),
-    }
-    problem = problem_of(case, shape)
+    operands = arrays.operands_of(cupy, problem)
+    grad_output = arrays.grad_output_of(cupy, problem)
     results: dict[str, dict[str, Any]] = {}
     naive_ms = problem.flops() / NAIVE_TFLOPS / 1e9
 
-    def forward(backend: str) -> Any:
-        return function(*operands[:3], **keywords, backend=backend)
-
     def both(backend: str) -> None:
-        output, lse = function(*operands[:3], **keywords, return_lse=True, backend=backend)
-        gradient(grad_output, *operands[:3], output, lse, **keywords, backend=backend)
+        ours.step(problem, operands, grad_output, backend)
 
     device = cuda(0)
     takes = {
@@ -103,12 +92,15 @@ def run(case: dict[str, Any], longest: float) -> dict[str, dict[str, Any]]:
     for backend in ("naive", "hopper", "fused"):
         if (backend == "naive" and naive_ms > longest) or "forward" not in takes[backend]:
             continue
-        check(problem, operands, forward(backend))
+        ours.check(problem, operands, None, backend)
         figures = results[backend] = {
-            "forward": timed(problem, lambda backend=backend: forward(backend))
+            "forward": timed(
+                problem, lambda backend=backend: ours.forward(problem, operands, backend)
+            )
         }
         slow = backend == "naive" and 3.5 * naive_ms > longest
         if "forward_backward" in takes[backend] and not slow:
+            ours.check(problem, operands, grad_output, backend)
             figures["forward_backward"] = timed(
                 problem, lambda backend=backend: both(backend), passes=3.5
             )
@@ -167,38 +159,14 @@ def ms_of(call: Callable[[], object]) -> float:
     return ms
 
 
-def problem_of(case: dict[str, Any], shape: tuple[int, ...]) -> Problem:
-    spec = Spec(shape, "bfloat16")
-    window = _validate.window_arguments(
-        "bench",
-        len(case["tokens"]),
-        case["kernel"],
-        case["stride"],
-        case["dilation"],
-        case["causal"],
-    )
-    return _validate.attention_problem("bench", "forward", spec, spec, spec, window, None)
-
-
 def timed(problem: Problem, call: Callable[[], object], passes: float = 1.0) -> dict[str, Any]:
     """Times, and the useful operations and compulsory bytes over the better one."""
-    figure: dict[str, Any] = measure(call, budget_ms=100.0)
-    best = min(figure.values())
+    times = measure(call, budget_ms=100.0)
+    figure: dict[str, Any] = times._asdict()
+    best = times.best
     figure["tflops"] = round(passes * problem.flops() / best / 1e9, 2)
     figure["gbps"] = round(problem.bytes() / best / 1e6, 1)
     return figure
-
-
-def normal(shape: tuple[int, ...], seed: int) -> Any:
-    """Normally distributed bfloat16 numbers, made by truncating float32 ones part by part."""
-    bits = cupy.empty(shape, np.uint16)
-    rng = cupy.random.default_rng(seed)
-    flat = bits.ravel()
-    for start in range(0, flat.size, 1 << 26):
-        part = flat[start : start + (1 << 26)]
-        numbers = rng.standard_normal(part.size, dtype=np.float32)
-        part[...] = (numbers.view(np.uint32) >> 16).astype(np.uint16)
-    return bits.view(ml_dtypes.bfloat16)
 
 
 if __name__ == "__main__":

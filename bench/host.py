@@ -7,16 +7,21 @@ the frameworks take for the same arrays without cuneigh is measured beside it.
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import cupy
 import jax
 import torch
-from harness import provenance
+from figures import update as draw_figures
 
 import cuneigh
+from cuneigh._device import cuda
+from cuneigh._measure.provenance import provenance
 
 SHAPE = (1, 14, 14, 4, 32)
 WINDOW = 7
@@ -87,11 +92,20 @@ class Nothing(torch.autograd.Function):  # type: ignore[misc]
 
 
 def main() -> None:
-    about = provenance()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
+    options = parser.parse_args()
+    about = provenance(cuda(0))
     print(f"commit {about['commit']}, {about['date']}, {about['gpu']}, driver {about['driver']}")
     print("microseconds from the call to its return, median of 1,000")
+    figures = {}
     for name, call, wait in cases():
-        print(f"{name:36s} {median_us(call, wait):6.1f}")
+        figures[name.strip()] = round(median_us(call, wait), 2)
+        print(f"{name:36s} {figures[name.strip()]:6.1f}", flush=True)
+    if options.output:
+        document = {**about, "microseconds": figures}
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+        draw_figures(options.output)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cupy
-from h200 import normal
-from harness import provenance
+from figures import update as draw_figures
 
 import cuneigh
+from cuneigh._device import cuda
+from cuneigh._measure.arrays import normal
+from cuneigh._measure.clock import GpuClock
+from cuneigh._measure.provenance import provenance
 
 HEADS, DIM = 8, 64
 MIB = 1 << 20
@@ -30,36 +32,11 @@ CASES: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...]]] = {
 }
 
 
-class Peak(cupy.cuda.MemoryHook):
-    """The most that is allocated at a time while the hook is active."""
-
-    name = "peak"
-
-    def __init__(self) -> None:
-        self.now = self.most = 0
-
-    def malloc_postprocess(self, **event: Any) -> None:
-        self.now += event["mem_size"]
-        self.most = max(self.most, self.now)
-
-    def free_preprocess(self, **event: Any) -> None:
-        self.now -= event["mem_size"]
-
-
-def peak(call: Callable[[], object]) -> int:
-    """Bytes that `call` has allocated at its peak, when it runs for the second time."""
-    call()
-    with Peak() as hook:
-        results = call()
-        del results
-    return hook.most
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
     arguments = parser.parse_args()
-    document: dict[str, Any] = {**provenance(), "heads": HEADS, "dim": DIM, "cases": []}
+    document: dict[str, Any] = {**provenance(cuda(0)), "heads": HEADS, "dim": DIM, "cases": []}
     print(f"{'':28} tokens  forward MiB (allowed)  backward MiB (allowed)")
     for name, (layouts, window) in CASES.items():
         for tokens in layouts:
@@ -76,12 +53,13 @@ def main() -> None:
                 )
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        draw_figures(arguments.output)
 
 
 def measure(tokens: tuple[int, ...], window: tuple[int, ...], with_rpb: bool) -> dict[str, int]:
     rank = len(tokens)
     shape = (1, *tokens, HEADS, DIM)
-    query, key, value, grad_output = (normal(shape, seed) for seed in range(4))
+    query, key, value, grad_output = (normal(cupy, shape, "bfloat16", seed) for seed in range(4))
     keywords: dict[str, Any] = {"kernel_size": window, "backend": "fused"}
     if with_rpb:
         keywords["rpb"] = cupy.zeros((HEADS, *(2 * size - 1 for size in window)), "float32")
@@ -91,9 +69,11 @@ def measure(tokens: tuple[int, ...], window: tuple[int, ...], with_rpb: bool) ->
     bias_bytes = keywords["rpb"].nbytes if with_rpb else 0
     return {
         "queries": query.size // (HEADS * DIM),
-        "forward": peak(lambda: forward(query, key, value, return_lse=True, **keywords)),
+        "forward": GpuClock().peak(lambda: forward(query, key, value, return_lse=True, **keywords)),
         "forward_allowed": output.nbytes + lse.nbytes,
-        "backward": peak(lambda: backward(grad_output, query, key, value, output, lse, **keywords)),
+        "backward": GpuClock().peak(
+            lambda: backward(grad_output, query, key, value, output, lse, **keywords)
+        ),
         "backward_allowed": 4 * 3 * query.size + bias_bytes + lse.nbytes + 64 * MIB,
     }
 

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import cupy
-import numpy as np
-from harness import ROOT, check, measure, provenance
 
-import cuneigh
-from cuneigh import _validate
-from cuneigh._problem import Operands, Spec
+from cuneigh._device import cuda
+from cuneigh._measure import arrays, ours
+from cuneigh._measure.cases import problem_of
+from cuneigh._measure.clock import GpuClock
+from cuneigh._measure.provenance import provenance
+
+ROOT = Path(__file__).resolve().parent
 
 FP32_TFLOPS = 67.0
 """Peak of the FMA units of an H200, by its datasheet."""
@@ -56,44 +58,24 @@ def main() -> None:
     for kind, figures in summary.items():
         print(kind, figures)
     if arguments.output:
-        document = {**provenance(), "problems": results, "summary": summary}
+        document = {**provenance(cuda(0)), "problems": results, "summary": summary}
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Check and time one problem."""
-    tokens, dim, dtype = case["tokens"], case["dim"], case["dtype"]
-    rng = cupy.random.default_rng(1)
-    shape = (case["batch"], *tokens, case["heads"], dim)
-    query, key, value = (
-        rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(3)
-    )
-    function = (cuneigh.na1d, cuneigh.na2d)[len(tokens) - 1]
-
-    def call() -> Any:
-        return function(
-            query,
-            key,
-            value,
-            kernel_size=tuple(case["kernel"]),
-            dilation=tuple(case["dilation"]),
-            backend="naive",
-        )
-
-    spec = Spec(shape, dtype)
-    window = _validate.window_arguments(
-        "bench", len(tokens), case["kernel"], 1, case["dilation"], False
-    )
-    problem = _validate.attention_problem("bench", "forward", spec, spec, spec, window, None)
-    check(problem, Operands(query, key, value), call())
-    times = measure(call, budget_ms=60.0)
-    ours = min(times.values())
+    entry = {name: case[name] for name in ("tokens", "batch", "heads", "dim", "kernel", "dilation")}
+    problem = problem_of(entry, case["dtype"], "bench")
+    operands = arrays.operands_of(cupy, problem)
+    ours.check(problem, operands, None, "naive")
+    times = GpuClock().measure(lambda: ours.forward(problem, operands, "naive"), budget_ms=60.0)
     return {
         **case,
-        **times,
-        "ours_ms": ours,
-        "ratio": case["naive_softmax_ms"] / ours,
-        "tflops": problem.flops() / ours / 1e9,
+        "ms": times.ms,
+        "graph_ms": times.graph_ms,
+        "ours_ms": times.best,
+        "ratio": case["naive_softmax_ms"] / times.best,
+        "tflops": problem.flops() / times.best / 1e9,
         "bound_ms": problem.flops() / FP32_TFLOPS / 1e9,
     }
 

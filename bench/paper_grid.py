@@ -4,7 +4,6 @@ The problems and the times of the paper's kernels are those of `paper-kernels-h2
 is added, for which the paper has no kernels. Every call is checked before it is timed.
 
     python bench/paper_grid.py --output bench/results/paper-grid.json
-    python bench/paper_grid.py --plot bench/results/paper-grid.json
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from figures import update as draw_figures
 
 ROOT = Path(__file__).resolve().parent
 
@@ -43,7 +44,6 @@ PAPER_GEMM = "the paper's GEMM"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw a figure from such a file, and run nothing")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--dim", type=int, help="only the problems with this head_dim")
     parser.add_argument("--dilation", type=int, help="only the problems with this dilation")
@@ -52,10 +52,6 @@ def main() -> None:
     )
     parser.add_argument("--budget-ms", type=float, default=40.0, help="time to spend on repeats")
     arguments = parser.parse_args()
-    if arguments.plot:
-        plot(arguments.plot)
-        return
-
     cases = json.loads((ROOT / "paper-kernels-h200.json").read_text())["problems"]
     results = []
     for case in cases + volumes():
@@ -82,10 +78,12 @@ def main() -> None:
             for name, figures in names.items():
                 print(rank, dtype, name, json.dumps(figures))
     if arguments.output:
-        from harness import provenance
+        from cuneigh._device import cuda
+        from cuneigh._measure.provenance import provenance
 
-        document = {**provenance(), "problems": results, "summary": summary}
+        document = {**provenance(cuda(0)), "problems": results, "summary": summary}
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        draw_figures(arguments.output)
 
 
 def volumes() -> list[dict[str, Any]]:
@@ -109,35 +107,18 @@ def volumes() -> list[dict[str, Any]]:
 def run(case: dict[str, Any], runs: list[str], budget_ms: float, backward: bool) -> dict[str, Any]:
     """Check and time one problem; a time is the smaller of the plain call's and its graph's."""
     import cupy
-    import numpy as np
-    from harness import check, measure
 
-    import cuneigh
-    from cuneigh import _validate
     from cuneigh._backends import choose
     from cuneigh._device import cuda
-    from cuneigh._problem import Operands, Spec
+    from cuneigh._measure import arrays, ours
+    from cuneigh._measure.cases import problem_of
+    from cuneigh._measure.clock import GpuClock
 
-    tokens, dtype = case["tokens"], case["dtype"]
-    rank = len(tokens)
-    shape = (case["batch"], *tokens, case["heads"], case["dim"])
-    rng = cupy.random.default_rng(1)
-    operands = [rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(3)]
-    window = {"kernel_size": tuple(case["kernel"]), "dilation": tuple(case["dilation"])}
-    spec = Spec(shape, dtype)
-    problem = _validate.attention_problem(
-        "bench",
-        "forward",
-        spec,
-        spec,
-        spec,
-        _validate.window_arguments(
-            "bench", rank, window["kernel_size"], 1, window["dilation"], False
-        ),
-        None,
-    )
-    function = (cuneigh.na1d, cuneigh.na2d, cuneigh.na3d)[rank - 1]
-    gradient = (cuneigh.na1d_backward, cuneigh.na2d_backward, cuneigh.na3d_backward)[rank - 1]
+    entry = {name: case[name] for name in ("tokens", "batch", "heads", "dim", "kernel", "dilation")}
+    problem = problem_of(entry, case["dtype"], "bench")
+    dtype, operands = problem.dtype, arrays.operands_of(cupy, problem)
+    grad_output = arrays.grad_output_of(cupy, problem)
+    measure = GpuClock().measure
     result = {name: value for name, value in case.items() if not name.endswith("_ms")}
     result["paper"] = {name: value for name, value in case.items() if name.endswith("_ms")}
     for name in runs:
@@ -147,18 +128,17 @@ def run(case: dict[str, Any], runs: list[str], budget_ms: float, backward: bool)
         os.environ["CUNEIGH_ALLOW_TF32"] = str(int(name == "gemm_tf32"))
 
         def call(backend: str = backend) -> Any:
-            return function(*operands, **window, backend=backend)
+            return ours.forward(problem, operands, backend)
 
         if name != "gemm_tf32":
-            check(problem, Operands(*operands), call())
-        result[f"{name}_ms"] = min(measure(call, budget_ms).values())
+            ours.check(problem, operands, None, backend)
+        result[f"{name}_ms"] = measure(call, budget_ms).best
 
         def both(backend: str = backend) -> Any:
-            output, lse = function(*operands, **window, return_lse=True, backend=backend)
-            return gradient(operands[0], *operands, output, lse, **window, backend=backend)
+            return ours.step(problem, operands, grad_output, backend)
 
         if backward and supported(replace(problem, operation="backward"), backend):
-            ms = min(measure(both, budget_ms).values())
+            ms = measure(both, budget_ms).best
             result[f"{name}_forward_backward_ms"] = ms
     os.environ.pop("CUNEIGH_ALLOW_TF32", None)
     result["chosen"] = choose(problem, cuda(0), None).NAME
@@ -216,16 +196,11 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def plot(path: Path) -> None:
+def draw(figure: Any, problems: list[dict[str, Any]]) -> None:
     """Improvement over the paper's naive kernels by kernel size, one panel a rank and dtype."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    problems = [p for p in json.loads(path.read_text())["problems"] if BASELINE in p["paper"]]
+    problems = [p for p in problems if BASELINE in p["paper"]]
     kinds = sorted({(len(p["tokens"]), p["dtype"]) for p in problems})
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 4), sharey=True)
+    panels = figure.subplots(1, len(kinds), sharey=True)
     for panel, (rank, dtype) in zip(panels, kinds, strict=True):
         group = [p for p in problems if (len(p["tokens"]), p["dtype"]) == (rank, dtype)]
         ticks: set[int] = set()
@@ -247,9 +222,3 @@ def plot(path: Path) -> None:
         panel.axhline(1, color="gray", linewidth=0.5)
         panel.legend()
     panels[0].set_ylabel("times as fast as the paper's naive kernel")
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-
-
-if __name__ == "__main__":
-    main()

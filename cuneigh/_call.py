@@ -8,6 +8,9 @@
    and workspace, and runs the program, which launches the kernels.
 4. `program_for` makes such a program once: it chooses the backend and records what that launches.
 
+Kernels that a program lacks are compiled side by side, and with those of a call that PyTorch is
+going to differentiate those of its gradient.
+
 Adapters are known here by their contract only.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import compress, repeat
 from typing import Any, TypeVar
@@ -23,6 +27,8 @@ from cuneigh import _backends, _device
 from cuneigh._backends import Backend, Space, choose
 from cuneigh._device import current
 from cuneigh._frameworks.contract import SEEN, Adapter, Layout
+from cuneigh._gpu.announce import Planned, overheard
+from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._problem import ARRAYS, Operands, Problem, Spec
 
@@ -106,6 +112,8 @@ class Call:
         self.problem, self.backend = problem, backend
         self.results = tuple(results)
         """Of every result that the operation has; None where not wanted."""
+        self.is_differentiated = False
+        """Whether a call for the gradients is expected to follow."""
         self._programs: dict[tuple[Layout, ...], Program] = {}
         self._gradients: dict[tuple[bool, ...], Call] = {}
 
@@ -159,6 +167,9 @@ class Call:
             self.results,
             layouts,
         )
+        program.compile()
+        if self.is_differentiated:
+            compile_gradient(self.problem, device, self.backend, self.arguments, layouts)
         if len(self._programs) == KEPT:
             self._programs.clear()
         self._programs[layouts] = program
@@ -190,8 +201,10 @@ class Call:
 
     @cached_property
     def with_lse(self) -> Call:
-        """The same call with all results of the operation, which is ``forward``."""
-        return self._with_all_results(self.arguments, self.problem)
+        """The call to make, of the operation ``forward``, if its gradient is to be called, too."""
+        call = self._with_all_results(self.arguments, self.problem)
+        call.is_differentiated = True
+        return call
 
     def gradient(self, given: tuple[bool, ...]) -> Call:
         """The call for the gradients of the arguments, in the order of the arguments.
@@ -253,6 +266,66 @@ def program_for(
     chosen = choose(problem, where, backend, {**given, **results_too})
     perform(chosen, problem, given, wanted, program)
     return program
+
+
+def compile_gradient(
+    problem: Problem,
+    device: int,
+    backend: str | None,
+    arguments: tuple[str, ...],
+    layouts: tuple[Layout, ...],
+) -> None:
+    """Have what the gradient of a forward needs compiled in the background, beside the forward.
+
+    `arguments` and `layouts` are those of the forward. What else the gradient takes is expected to
+    be contiguous. A gradient that no backend computes is an error of its own call, if that comes.
+    """
+    results = ARRAYS[problem.operation].results
+    more = (*results, f"grad_{results[0]}")
+    expected = tuple((contiguous(problem.spec(name).shape), 0) for name in more)
+    with suppress(RuntimeError, TypeError):  # no backend, or no gradients in this dtype
+        program_for(
+            known_backends(),
+            problem.gradient,
+            device,
+            backend,
+            (*arguments, *more),
+            problem.gradient.results,
+            (*layouts, *expected),
+        ).compile()
+
+
+def rehearse(
+    problem: Problem, device: _device.Device, backend: str | None
+) -> tuple[Program, list[Planned]]:
+    """What a call of contiguous arrays would launch on a GPU, which need not be at hand, and why.
+
+    Raises like `choose`.
+    """
+    program = Program(device)
+    given = {name: program.array(problem.spec(name)) for name in taken(problem)}
+    names = ARRAYS[problem.operation].results
+    wanted = {
+        name: None if spec is None else program.array(spec)
+        for name, spec in zip(names, problem.results, strict=True)
+    }
+    with overheard() as plans:
+        perform(choose(problem, device, backend), problem, given, wanted, program)
+    return program, plans
+
+
+def taken(problem: Problem) -> tuple[str, ...]:
+    """The names of the arrays that a problem takes, without a gradient of lse."""
+    absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
+    names = ARRAYS[problem.operation].arguments
+    return tuple(name for name in names if name not in (*absent, "grad_lse"))
+
+
+def forget() -> None:
+    """Have every call choose its backend and record its program anew."""
+    _calls.clear()
+    program_for.cache_clear()
+    _backends._choose.cache_clear()
 
 
 def perform(

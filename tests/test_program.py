@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from cuneigh import _call, _device, _jit
 from cuneigh._backends import BACKENDS, fused, gemm, hopper, naive
-from cuneigh._gpu import tensor_map
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.tensor_map import TensorMap
@@ -49,6 +48,7 @@ def launched(monkeypatch):
         ))  # fmt: skip
 
     monkeypatch.setattr(driver, "launchKernel", launch_kernel)
+    monkeypatch.setattr(_jit, "start", lambda kernels, device: None)
     monkeypatch.setattr(_jit, "load", loaded)
     monkeypatch.setattr(_device, "cuda", lambda index: H200)
     return calls
@@ -96,8 +96,10 @@ def test_more_shared_memory_is_asked_for_where_it_is_needed(monkeypatch, launche
     monkeypatch.setattr(_jit, "load", lambda *_: function)
     program = Program(H200)
     program.launch(KERNEL, (1, 1), 32, [0], shared_bytes=10_000)
+    program.load()
     assert function.max_dynamic_shared_size_bytes == 49152
     program.launch(KERNEL, (1, 1), 32, [0], shared_bytes=100_000)
+    program.load()
     assert function.max_dynamic_shared_size_bytes == 100_000
 
 
@@ -133,13 +135,6 @@ def test_views_hold_pointers_until_a_program_runs():
 # Backends
 
 
-def arguments_of(problem: Problem) -> tuple[str, ...]:
-    """The names of what the operation takes, but for a gradient of lse."""
-    absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
-    names = ARRAYS[problem.operation].arguments
-    return tuple(name for name in names if name not in (*absent, "grad_lse"))
-
-
 def program_of(
     problem: Problem, backend: str | None, names: Any, results: Any, layouts: Any, *off: Any
 ) -> Program:
@@ -154,21 +149,13 @@ def test_a_contiguous_call_loads_what_kernels_names(backend, data):
     """What `cuneigh compile` compiles ahead, no GPU needed."""
     drawn = supported(("forward", "backward")) if backend is hopper else problems()
     problem = data.draw(drawn.filter(lambda p: backend.unsupported(p, H200) is None))
-    names = arguments_of(problem)
+    names = _call.taken(problem)
     layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
-    seen = set()
-
-    def recording(kernel, device):
-        seen.add(kernel)
-        return loaded(kernel, device)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_jit, "load", recording)
         patch.setattr(_device, "cuda", lambda index: H200)
-        patch.setattr(driver, "launchKernel", lambda *_: None)
-        patch.setattr(tensor_map, "driver_functions", lambda: None)
         _call.program_for.cache_clear()
         made = program_of(problem, backend.NAME, names, problem.results, layouts)
+    seen = set(made.kernels)
     expected = set(backend.kernels(problem, H200))
     assert seen <= expected
     assert seen == expected or backend is fused, "fused names those of other windows too"
@@ -213,7 +200,7 @@ def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, t
     _call.program_for.cache_clear()
     for problem in OPERATION_PROBLEMS.values():
         if backend.unsupported(problem, H200) is None:
-            names = arguments_of(problem)
+            names = _call.taken(problem)
             layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
             program_of(problem, backend.NAME, names, problem.results, layouts)
     assert packed
@@ -265,15 +252,15 @@ def test_a_program_is_kept_for_calls_that_are_laid_out_alike(launched, monkeypat
     assert len({id(program) for program in (first, *others)}) == len(others) + 1
 
 
-def test_a_result_off_its_alignment_is_stored_in_narrower_pieces(monkeypatch, launched):
-    seen = []
-    monkeypatch.setattr(
-        _jit, "load", lambda kernel, device: seen.append(kernel.plan) or loaded(kernel, device)
-    )
+def test_a_result_off_its_alignment_is_stored_in_narrower_pieces(monkeypatch):
+    monkeypatch.setattr(_device, "cuda", lambda index: H200)
     _call.program_for.cache_clear()
-    for misalignments in ((), (8, 0), (2, 4)):
+    made = [
         forward_of(backend="naive", misalignments=misalignments)
-    widths = [re.search(r"kValueVector = (\d+)", plan)[1] for plan in seen]
+        for misalignments in ((), (8, 0), (2, 4))
+    ]
+    plans = [kernel.plan for program in made for kernel in program.kernels]
+    widths = [re.search(r"kValueVector = (\d+)", plan)[1] for plan in plans]
     assert widths == ["8", "4", "1"]
 
 

@@ -2,10 +2,14 @@
 
 import re
 import shlex
+import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from helpers.imports import Package, strings_of
 
@@ -72,3 +76,44 @@ def test_the_error_message_is_the_real_one() -> None:
     array = np.zeros((1, 56, 56, 1, 1))
     with pytest.raises(ValueError, match=f"^{re.escape(message.strip())}$"):
         cuneigh.na2d(array, array, array, kernel_size=9, dilation=7)
+
+
+# What is made of results and of backends
+
+
+@pytest.fixture(scope="module")
+def made() -> Any:
+    """`bench/readme.py`."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        return import_module("readme")
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+
+
+def test_it_is_short() -> None:
+    assert README.count("\n") <= 200
+
+
+def test_numbers_and_the_support_matrix_are_up_to_date(made: Any) -> None:
+    assert made.with_parts(README) == README, "run python bench/readme.py"
+    assert made.BENCHMARKS.read_text(encoding="utf-8") == made.benchmarks()
+
+
+def test_figures_are_those_of_the_committed_results(made: Any) -> None:
+    drawn = {name for name, figure in made.figures.FIGURES_BY_NAME.items() if figure.can_be_drawn}
+    assert {path.name for path in made.FIGURES.iterdir()} == drawn | {made.PLAN.name}
+    for name in drawn:
+        with PIL.Image.open(made.FIGURES / name) as picture:
+            digest = made.figures.FIGURES_BY_NAME[name].digest()
+            assert picture.text["Source"] == digest, "run python bench/readme.py"
+    with PIL.Image.open(made.PLAN) as picture:
+        assert picture.text["Source"] == made.plan_source(made.plan_scene())
+
+
+def test_pictures_are_there_and_small() -> None:
+    for document in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
+        pictures = re.findall(r"!\[.*?\]\((.+?)\)", document.read_text(encoding="utf-8"))
+        assert pictures
+        for picture in pictures:
+            assert (document.parent / picture).stat().st_size < 200_000, picture

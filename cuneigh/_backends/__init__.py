@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, cast
 
 from cuneigh._backends import cpu, fused, gemm, hopper, naive
 from cuneigh._device import Device
+from cuneigh._gpu import tuned
 from cuneigh._gpu.announce import announce
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program
@@ -67,6 +68,11 @@ class Backend(Protocol):
 
     def predicted_ms(self, problem: Problem, device: Device) -> float:
         """How long a call is expected to take, in milliseconds."""
+
+    # A backend that can be tuned has this, too, and asks `_gpu.tuned` for its plans:
+    #
+    #     def plans(self, problem: Problem, device: Device) -> Mapping[str, Sequence[object]]:
+    #         """By pass, the plans that are worth measuring, the best by prediction first."""
 
     def kernels(self, problem: Problem, device: Device) -> list[Kernel]:
         """What a call of contiguous arrays loads on `device`, if the problem is supported there.
@@ -160,6 +166,8 @@ def choose(
 ) -> Backend:
     """The backend called `name`, or of those that support `problem` the one expected to be fastest.
 
+    That is the one that tuning has found, if it was asked, or that with the smallest prediction.
+
     `arrays` as in `Backend.unsupported`. Raises ValueError for an unknown name and RuntimeError,
     with the reason of every backend that was asked, when none can run the problem.
     """
@@ -191,4 +199,8 @@ def _choose(
                 announce(backend.NAME, problem.operation, problem, reason)
     if len(supporting) == 1 or problem.is_empty:  # nothing to compare, or a problem without a time
         return supporting[0]
+    measured = tuned.find(problem, device)
+    for backend in supporting:
+        if measured is not None and measured.backend == backend.NAME:
+            return backend
     return min(supporting, key=lambda backend: backend.predicted_ms(problem, device))

@@ -1,17 +1,48 @@
-"""`CUNEIGH_PRINT_PLANS=1`: every plan that a backend makes, as one line on standard error."""
+"""The plans that backends make, told to whoever wants to know.
+
+`CUNEIGH_PRINT_PLANS=1` prints every one as one line on standard error; `overheard` collects them.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
+from typing import NamedTuple
 
 from cuneigh._problem import Problem
 
 
+class Planned(NamedTuple):
+    """What a backend does for one pass of an operation."""
+
+    backend: str
+    pass_: str
+    plan: object
+
+
+_listener: ContextVar[list[Planned] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def overheard() -> Iterator[list[Planned]]:
+    """The plans that are made in the meantime, in their order."""
+    plans: list[Planned] = []
+    token = _listener.set(plans)
+    try:
+        yield plans
+    finally:
+        _listener.reset(token)
+
+
 def announce(backend: str, pass_: str, problem: Problem, plan: object) -> None:
-    """Print the plan of `backend` for one pass of an operation, once for each problem and plan."""
+    """Tell the plan of `backend` for one pass; it is printed once for each problem and plan."""
+    listener = _listener.get()
+    if listener is not None:
+        listener.append(Planned(backend, pass_, plan))
     if os.environ.get("CUNEIGH_PRINT_PLANS", "").strip() == "1":
         _print_once(f"cuneigh: {backend} {pass_} of {describe(problem)}: {plan}")
 

@@ -3,14 +3,18 @@
 A backend is asked once. It is given `Array`s, of which everything is known but their addresses, and
 adds launches to a `Program`. From then on a call runs the program with the addresses of its arrays:
 what the backend decides and computes in Python takes the host far longer than launching does.
+
+Recording needs no GPU and no compiler. All kernels of a program are compiled side by side, and
+loaded, when the recording is complete.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +32,12 @@ Parameter = npt.NDArray[Any] | Sequence[int | Pointer] | TensorMap
 """An argument that a kernel takes by value: a record, 64-bit words, or a tensor map."""
 
 
+class Recorded(Protocol):
+    """Something to launch that may have to be loaded first."""
+
+    def load(self, device: Device) -> Step: ...
+
+
 class Program:
     """Launches in their order, and the arrays between them; immutable once a backend returns."""
 
@@ -36,7 +46,9 @@ class Program:
         self.workspace: list[Spec] = []
         """Arrays to allocate for each run, contiguous; their addresses follow all others."""
         self._arrays = 0
+        self._recorded: list[Recorded] = []
         self._steps: list[Step] = []
+        """What is recorded, loaded."""
 
     def run(self, addresses: Sequence[int], stream: int) -> None:
         """Launch everything on the CUDA stream `stream`; the device is current.
@@ -44,8 +56,29 @@ class Program:
         `addresses` are those of arguments, results and workspace, in the order in which these were
         added. All memory must stay as it is until the stream has come that far.
         """
-        for step in self._steps:
+        for step in self._steps or self.load():
             step(addresses, stream)
+
+    @property
+    def kernels(self) -> list[_jit.Kernel]:
+        """The kernels that are launched, each once."""
+        launches = (each for each in self._recorded if isinstance(each, Launch))
+        return list(dict.fromkeys(launch.kernel for launch in launches))
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it has run, or is empty: nothing is left to compile."""
+        return len(self._steps) == len(self._recorded)
+
+    def compile(self) -> None:
+        """Have all kernels that are not there yet compiled in the background, side by side."""
+        _jit.start(self.kernels, self.device)
+
+    def load(self) -> list[Step]:
+        """Wait for the kernels and load them; from then on a run only launches."""
+        self.compile()
+        self._steps = [each.load(self.device) for each in self._recorded]
+        return self._steps
 
     # What a backend adds to it
 
@@ -69,7 +102,7 @@ class Program:
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Workspace for one run, contiguous, whose elements are 0 when the launches after come."""
         made = self.allocate(shape, dtype)
-        self.add(_Clear(made))
+        self._recorded.append(_Clear(made))
         return made
 
     def launch(
@@ -85,21 +118,44 @@ class Program:
         Each of `parameters` is one argument of the kernel: the address of an array is
         ``[array.pointer]``, and several words are the members of one struct.
         """
-        function = _jit.load(kernel, self.device)
-        if function.max_dynamic_shared_size_bytes < shared_bytes:
-            function.max_dynamic_shared_size_bytes = shared_bytes
-        size = (*grid, 1, threads, 1, 1, shared_bytes)
-        self.add(_Launch(function.kernel.ptr, size, parameters))
+        self._recorded.append(Launch(kernel, grid, threads, parameters, shared_bytes))
 
     def add(self, step: Step) -> None:
-        """Add anything that can be launched."""
-        self._steps.append(step)
+        """Add anything that can be launched and needs no kernel of ours."""
+        self._recorded.append(_Loaded(step))
 
     def copied(self, source: Array) -> Array:
         """A contiguous copy."""
         target = self.allocate(source.shape, source.dtype)
         self.add(_Copy(source, target, self.device.index))
         return target
+
+
+class _Loaded(NamedTuple):
+    """A step that is ready as it is."""
+
+    step: Step
+
+    def load(self, device: Device) -> Step:
+        return self.step
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """The launch of a kernel as it was recorded."""
+
+    kernel: _jit.Kernel
+    grid: tuple[int, int]
+    threads: int
+    parameters: Sequence[Parameter]
+    shared_bytes: int
+
+    def load(self, device: Device) -> Step:
+        function = _jit.load(self.kernel, device)
+        if function.max_dynamic_shared_size_bytes < self.shared_bytes:
+            function.max_dynamic_shared_size_bytes = self.shared_bytes
+        size = (*self.grid, 1, self.threads, 1, 1, self.shared_bytes)
+        return _Launch(function.kernel.ptr, size, self.parameters)
 
 
 class _Launch:
@@ -156,18 +212,21 @@ class _Launch:
         self._launch(stream, start, 0)
 
 
-class _Clear:
+class _Clear(NamedTuple):
     """Zeros for a contiguous array."""
 
-    def __init__(self, target: Array) -> None:
+    target: Array
+
+    def load(self, device: Device) -> Step:
         from cupy.cuda import runtime
 
-        self._clear, self._pointer = runtime.memsetAsync, target.pointer
-        self._bytes = target.size * target.itemsize
+        clear, (slot, offset) = runtime.memsetAsync, self.target.pointer
+        size = self.target.size * self.target.itemsize
 
-    def __call__(self, addresses: Sequence[int], stream: int) -> None:
-        slot, offset = self._pointer
-        self._clear(addresses[slot] + offset, 0, self._bytes, stream)
+        def step(addresses: Sequence[int], stream: int) -> None:
+            clear(addresses[slot] + offset, 0, size, stream)
+
+        return step
 
 
 def cupy_stream(pointer: int) -> Any:

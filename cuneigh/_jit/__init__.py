@@ -7,15 +7,16 @@ fills a cache ahead of time. One file for each step:
 - `_compiler`: NVRTC, and nothing else of CUDA;
 - `_cache`: one directory per compiled kernel, shared by any number of processes;
 - `_build`: `compile` and `precompile`, which join these three;
-- `_load`: the kernels of this process, ready to launch.
+- `_load`: the kernels of this process, ready to launch, those it lacks compiled side by side;
+- `_progress`: what a user is told meanwhile.
 
-Environment: `CUNEIGH_CACHE_DIR` moves the cache.
+Environment: `CUNEIGH_CACHE_DIR` moves the cache, `CUNEIGH_QUIET=1` says nothing of compiling.
 """
 
 from cuneigh._jit._build import compile, precompile
 from cuneigh._jit._cache import Cache, Compiled, default_directory
 from cuneigh._jit._compiler import CompilationError, Resources, unavailable
-from cuneigh._jit._load import load
+from cuneigh._jit._load import load, start
 from cuneigh._jit._sources import Kernel, Sources, packaged, plan_source
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "packaged",
     "plan_source",
     "precompile",
+    "start",
     "unavailable",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,16 +59,24 @@ def precompile(
     cache_dir: str | os.PathLike[str] | None = None,
     *,
     jobs: int | None = None,
+    on_done: Callable[[], None] = lambda: None,
 ) -> dict[tuple[Kernel, str], Compiled]:
     """Fill a cache directory, the usual one by default, with every kernel for every architecture.
 
-    Needs no GPU. `jobs` kernels are compiled at a time, one per processor by default. Raises
-    CompilationError, or OSError when the directory cannot be written to.
+    Needs no GPU. `jobs` kernels are compiled at a time, one per processor by default, and `on_done`
+    is called after each. Raises CompilationError, or OSError when the directory cannot be written
+    to.
     """
     cache = Cache(default_directory() if cache_dir is None else Path(cache_dir))
     cache.root.mkdir(parents=True, exist_ok=True)  # fails now rather than after the first kernel
     # Once each: problems of one model have many kernels in common.
     tasks = list(dict.fromkeys(itertools.product(kernels, archs)))
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:  # NVRTC releases the GIL
-        compiled = pool.map(lambda task: compile(*task, cache=cache), tasks)
+
+        def one(task: tuple[Kernel, str]) -> Compiled:
+            compiled = compile(*task, cache=cache)
+            on_done()
+            return compiled
+
+        compiled = pool.map(one, tasks)
         return dict(zip(tasks, compiled, strict=True))

@@ -1,12 +1,20 @@
-"""The kernels that this process has loaded, ready to launch."""
+"""The kernels that this process has loaded, ready to launch, and those being compiled for it.
+
+What several kernels need to be compiled is `start`ed for all of them before the first is loaded:
+NVRTC compiles each in a thread of its own.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 from cuneigh._device import Device, current
-from cuneigh._jit import _compiler
+from cuneigh._jit import _compiler, _progress
 from cuneigh._jit._build import compile, find
 from cuneigh._jit._cache import Compiled
 from cuneigh._jit._compiler import CompilationError
@@ -14,6 +22,39 @@ from cuneigh._jit._sources import Kernel
 
 _loaded: dict[tuple[Kernel, int], Any] = {}
 _loading = threading.Lock()
+_started: dict[tuple[Kernel, tuple[int, int]], Future[Compiled]] = {}
+"""What is being compiled, by kernel and compute capability, until it is loaded."""
+_ready: dict[tuple[Kernel, tuple[int, int]], Compiled] = {}
+"""What was found in the cache instead, so that it is looked for once."""
+_starting = threading.Lock()
+
+
+@cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cuneigh-nvrtc")
+
+
+def start(kernels: Iterable[Kernel], device: Device) -> None:
+    """Have those kernels that are not there yet compiled for `device`, all at a time.
+
+    Returns at once. An error is raised where the kernel is loaded.
+    """
+    with _starting:
+        missing = []
+        for kernel in kernels:
+            key = kernel, device.capability
+            if (kernel, device.index) in _loaded or key in _started:
+                continue
+            found = stored(kernel, device)
+            if found is None:
+                missing.append(kernel)
+            else:
+                _ready[key] = found
+        if not missing or _compiler.version() is None:
+            return
+        _progress.tell(missing, device.arch)
+        for kernel in missing:
+            _started[kernel, device.capability] = _compilers().submit(choose, kernel, device)
 
 
 def load(kernel: Kernel, device: Device) -> Any:
@@ -30,7 +71,7 @@ def load(kernel: Kernel, device: Device) -> Any:
 def _load(kernel: Kernel, device: Device) -> Any:
     import cupy
 
-    compiled = choose(kernel, device)
+    compiled = _compiled(kernel, device)
     with current(device.index):
         try:
             function = cupy.RawModule(path=str(compiled.cubin)).get_function(compiled.symbol)
@@ -45,22 +86,44 @@ def _load(kernel: Kernel, device: Device) -> Any:
     return function
 
 
+def _compiled(kernel: Kernel, device: Device) -> Compiled:
+    """`kernel` compiled for `device`, by a thread that was started for it or here."""
+    key = kernel, device.capability
+    ready, future = _ready.pop(key, None), _started.get(key)
+    if ready is not None:
+        return ready
+    if future is None:
+        return choose(kernel, device)
+    try:
+        return _progress.wait(future, _started.values())
+    finally:
+        _started.pop(key, None)
+
+
+def stored(kernel: Kernel, device: Device) -> Compiled | None:
+    """What the cache holds of `kernel` for `device`.
+
+    Where there is no NVRTC, anything that runs on the device will do.
+    """
+    own, older = _targets(kernel, device)
+    for arch in own if _compiler.version() is not None else own + older:
+        compiled = find(kernel, arch)
+        if compiled is not None:
+            return compiled
+    return None
+
+
 def choose(kernel: Kernel, device: Device) -> Compiled:
     """`kernel` compiled for `device`.
 
     What was compiled for exactly this kind of device is taken from the cache. Otherwise it is
-    compiled for the best architecture that NVRTC knows; without NVRTC, anything in the cache that
-    runs on the device will do.
+    compiled for the best architecture that NVRTC knows.
     """
-    own, older = architectures_of(device)
-    if kernel.arch_specific:
-        own, older = [kernel.target(device.arch)], []
-    installed = _compiler.version() is not None
-    for arch in own if installed else own + older:
-        compiled = find(kernel, arch)
-        if compiled is not None:
-            return compiled
+    compiled = stored(kernel, device)
+    if compiled is not None:
+        return compiled
     known = _compiler.architectures()  # the error to report when there is no NVRTC
+    own, older = _targets(kernel, device)
     for arch in own + older:
         if arch.rstrip("a") in known:
             return compile(kernel, arch)
@@ -68,6 +131,11 @@ def choose(kernel: Kernel, device: Device) -> Compiled:
         f"NVRTC {_compiler.version()} compiles for {', '.join(known)}, and none of these runs on "
         f"{device.name}, which is {device.arch}: install another CUDA version"
     )
+
+
+def _targets(kernel: Kernel, device: Device) -> tuple[list[str], list[str]]:
+    """`architectures_of` for a kernel that may need one architecture alone."""
+    return ([kernel.target(device.arch)], []) if kernel.arch_specific else architectures_of(device)
 
 
 def architectures_of(device: Device) -> tuple[list[str], list[str]]:

@@ -169,7 +169,8 @@ def na2d(
     Notes
     -----
     The operator is from [1]_, dilation from [2]_ and causal and strided windows from [3]_. The
-    parameters mean what they mean in NATTEN, the authors' library.
+    parameters mean what they mean in NATTEN, the authors' library; ``help("cuneigh.windows")``
+    tells what a window of the same number means in others. ``python -m cuneigh show`` draws it.
 
     References
     ----------
@@ -180,14 +181,56 @@ def na2d(
 
     Examples
     --------
+    A sliding window: every query sees the 5 x 5 keys around it.
+
     >>> import cuneigh, numpy
-    >>> random = numpy.random.default_rng(0)
-    >>> query, key, value = random.standard_normal((3, 1, 8, 8, 2, 16))
+    >>> random = numpy.random.default_rng(0).standard_normal
+    >>> query, key, value = random((3, 1, 16, 16, 4, 8))
     >>> cuneigh.na2d(query, key, value, kernel_size=5).shape
-    (1, 8, 8, 2, 16)
-    >>> output, lse = cuneigh.na2d(query, key, value, 4, dilation=2, return_lse=True)
-    >>> lse.shape
-    (1, 8, 8, 2)
+    (1, 16, 16, 4, 8)
+
+    A causal axis: a query sees its own row and the 4 before it, so no later row changes anything.
+
+    >>> causal = cuneigh.na2d(query, key, value, kernel_size=5, is_causal=(True, False))
+    >>> first = [x[:, :8] for x in (query, key, value)]
+    >>> of_first = cuneigh.na2d(*first, kernel_size=5, is_causal=(True, False))
+    >>> bool(numpy.allclose(causal[:, :8], of_first))
+    True
+
+    Dilation: the same 25 keys, every third one along the second axis, where the window spans 13.
+
+    >>> output = cuneigh.na2d(query, key, value, kernel_size=5, dilation=(1, 3))
+
+    Stride: 4 x 4 neighboring queries share one window, which is faster; stride and kernel_size
+    alike are blocked attention.
+
+    >>> output = cuneigh.na2d(query, key, value, kernel_size=8, stride=4)
+    >>> blocked = cuneigh.na2d(query, key, value, kernel_size=4, stride=4)
+    >>> alone = [x[:, :4, :4] for x in (query, key, value)]
+    >>> bool(numpy.allclose(blocked[:, :4, :4], cuneigh.na2d(*alone, kernel_size=4)))
+    True
+
+    Grouped heads: 4 query heads read 2 key heads, so that keys and values are half as large.
+
+    >>> cuneigh.na2d(query, key[..., :2, :], value[..., :2, :], kernel_size=5).shape
+    (1, 16, 16, 4, 8)
+
+    Extra keys, such as registers or a prompt, that every query sees beside its window.
+
+    >>> extra = random((2, 1, 3, 4, 8))
+    >>> output = cuneigh.na2d(
+    ...     query, key, value, 5, additional_keys=extra[0], additional_values=extra[1]
+    ... )
+
+    The lse of two calls joins them: attention to the window and to a context beside it.
+
+    >>> near = cuneigh.na2d(query, key, value, kernel_size=5, return_lse=True)
+    >>> flat = query.reshape(1, 256, 4, 8)
+    >>> far = cuneigh.attention(flat, *extra, return_lse=True)
+    >>> far = [x.reshape(1, 16, 16, *x.shape[2:]) for x in far]
+    >>> joined, _ = cuneigh.merge_attentions([near[0], far[0]], [near[1], far[1]])
+    >>> bool(numpy.allclose(joined, output))
+    True
     """
     load_adapter(query)
     output, lse = compute(

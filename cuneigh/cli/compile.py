@@ -14,6 +14,8 @@ from cuneigh import _backends, _jit
 from cuneigh._device import of_capability
 from cuneigh._problem import DTYPES, Operation, Problem
 from cuneigh._window import Axis
+from cuneigh.cli.positive import positive
+from cuneigh.cli.terminal import counting
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,8 +39,8 @@ def add_parser(subparsers: Any) -> None:
         "--rank", nargs="+", action="extend", type=int, choices=(1, 2, 3), required=True
     )
     parser.add_argument("--dtype", nargs="+", action="extend", choices=DTYPES, required=True)
-    parser.add_argument("--head-dim", nargs="+", action="extend", type=_positive, required=True)
-    parser.add_argument("--value-dim", type=_positive, help="default: the head_dim")
+    parser.add_argument("--head-dim", nargs="+", action="extend", type=positive(int), required=True)
+    parser.add_argument("--value-dim", type=positive(int), help="default: the head_dim")
     parser.add_argument(
         "--operation",
         nargs="+",
@@ -63,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--jobs", type=_positive, metavar="N", help="default: the number of processors"
+        "--jobs", type=positive(int), metavar="N", help="default: the number of processors"
     )
 
 
@@ -72,8 +74,12 @@ def run(options: argparse.Namespace) -> int:
     compiled: dict[tuple[_jit.Kernel, str], _jit.Compiled] = {}
     try:
         for arch in options.arch:
-            kernels = [kernel for each in _problems(options) for kernel in _kernels(each, arch)]
-            compiled |= _jit.precompile(kernels, [arch], options.cache_dir, jobs=options.jobs)
+            needed = (kernel for each in _problems(options) for kernel in _kernels(each, arch))
+            kernels = list(dict.fromkeys(needed))
+            with counting(f"compiling for {arch}", len(kernels)) as on_done:
+                compiled |= _jit.precompile(
+                    kernels, [arch], options.cache_dir, jobs=options.jobs, on_done=on_done
+                )
     except (_jit.CompilationError, OSError) as error:
         print(f"python -m cuneigh compile: {error}", file=sys.stderr)
         return 1
@@ -122,13 +128,3 @@ def _kernels(problem: Problem, arch: str) -> list[_jit.Kernel]:
         if backend.unsupported(problem, device) is None
         for kernel in backend.kernels(problem, device)
     ]
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-_positive.__name__ = "positive int"  # argparse says "invalid positive int value"

@@ -26,6 +26,7 @@ from cuneigh._backends import BackendName, choose
 from cuneigh._device import CPU, Device, cuda
 from cuneigh._problem import Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
+from cuneigh.cli.terminal import patience
 
 Image = npt.NDArray[np.float32]
 """Rows, columns and channels; white is 1."""
@@ -241,12 +242,13 @@ def _run(options: argparse.Namespace) -> None:
     print(f"backend  {backend} on {device.name or 'the CPU'}")
 
     seconds = []
-    for _ in range(2):
-        begin = time.perf_counter()
-        output = denoise(tensors, options.window, strength, backend)
-        if device.kind == "cuda":
-            xp.cuda.get_current_stream().synchronize()
-        seconds.append(time.perf_counter() - begin)
+    with patience("denoising"):
+        for _ in range(2):
+            begin = time.perf_counter()
+            output = denoise(tensors, options.window, strength, backend)
+            if device.kind == "cuda":
+                xp.cuda.get_current_stream().synchronize()
+            seconds.append(time.perf_counter() - begin)
     rate = problem.flops() / seconds[1] / 1e9
     print(f"time     {seconds[1]:.3g} s, {rate:.0f} GFLOP/s (first call {seconds[0]:.3g} s)")
 

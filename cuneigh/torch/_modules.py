@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from cuneigh._validate import Window, window_arguments
 class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
     """What the modules of every rank share."""
 
-    rank: ClassVar[int]
+    rank: int
     rpb: nn.Parameter | None
 
     def __init__(

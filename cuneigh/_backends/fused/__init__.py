@@ -8,15 +8,18 @@ float32 is multiplied as three products of TF32 numbers, which keeps its precisi
 units where there is no TF32. An infinite element of a query or key then makes a logit NaN.
 
 There are kernels for windows of any size (`plan`, `launch`), and kernels for small windows of half
-types (`small`). `choice` compares the two.
+types (`small`). `choice` compares the two. With small windows the last bits of the output depend on
+whether lse is asked for, as derivatives do: with lse the weights are summed before they are
+rounded, without it after.
 """
 
 from __future__ import annotations
 
 from cuneigh._backends.fused import launch, plan
-from cuneigh._backends.fused.choice import predicted_ms
+from cuneigh._backends.fused.choice import plans, predicted_ms
 from cuneigh._backends.fused.launch import NAME, backward, forward
 from cuneigh._device import Device
+from cuneigh._gpu import tuned
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
@@ -29,11 +32,12 @@ __all__ = [
     "backward",
     "forward",
     "kernels",
+    "plans",
     "predicted_ms",
     "unsupported",
 ]
 
-SETTINGS = ()
+SETTINGS = (tuned.SETTING,)
 RELIES_ON = CONTRACT
 DTYPES = ("float16", "bfloat16", "float32")
 LONGEST = 256

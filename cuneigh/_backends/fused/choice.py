@@ -29,6 +29,28 @@ def choose_plan(
     return plan if cycles < small_plan.cost(problem, small, device, pass_) else small
 
 
+TRIED = 8
+"""Plans of each kind that tuning measures for one pass."""
+
+
+@lru_cache(maxsize=1024)
+def plans_to_try(
+    problem: Problem, device: Device, pass_: Pass
+) -> tuple[FusedPlan | SmallPlan, ...]:
+    """The plans worth measuring, of both kinds, those expected to be the fastest first."""
+    plans: list[FusedPlan | SmallPlan] = [choose_plan(problem, device, pass_)]
+    plans += fused_plan.plans_to_try(problem, device, pass_, TRIED)
+    plans += small_plan.plans_to_try(problem, device, pass_, TRIED)
+    return tuple(dict.fromkeys(plans))
+
+
+def plans(problem: Problem, device: Device) -> dict[str, tuple[FusedPlan | SmallPlan, ...]]:
+    """`plans_to_try` of every pass of an operation, by its name."""
+    return {
+        pass_.name: plans_to_try(problem, device, pass_) for pass_ in fused_plan.passes(problem)
+    }
+
+
 def predicted_ms(problem: Problem, device: Device) -> float:
     """How long a call with the plans for `device` is expected to take on an H200."""
     milliseconds = 0.0

@@ -11,12 +11,12 @@ import numpy as np
 
 from cuneigh import _jit
 from cuneigh._backends.fused import plan as fused_plan
-from cuneigh._backends.fused.choice import choose_plan
+from cuneigh._backends.fused.choice import choose_plan, plans_to_try
 from cuneigh._backends.fused.plan import Area, FusedPlan
 from cuneigh._backends.fused.small import launch as small
 from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._device import Device
-from cuneigh._gpu import sums
+from cuneigh._gpu import sums, tuned
 from cuneigh._gpu.announce import announce
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.boxes import count_walk
@@ -131,7 +131,17 @@ def _plan(
 ) -> FusedPlan | SmallPlan:
     """The plan of a pass over these arrays, which is announced."""
     readable_by_small = small.can_read([array for array in vectors if array is not None])
-    plan = choose_plan(problem, program.device, pass_, readable_by_small)
+    device = program.device
+
+    def by_planner() -> FusedPlan | SmallPlan:
+        return choose_plan(problem, device, pass_, readable_by_small)
+
+    def to_try() -> tuple[FusedPlan | SmallPlan, ...]:
+        return plans_to_try(problem, device, pass_)
+
+    plan = tuned.plan(NAME, pass_.name, problem, device, to_try, by_planner)
+    if isinstance(plan, SmallPlan) and not readable_by_small:
+        plan = by_planner()
     announce(NAME, pass_.name, problem, plan)
     return plan
 

@@ -153,6 +153,24 @@ def cheapest_shapes(problem: Problem, area: Area, pass_: Pass) -> FusedPlan:
     return FusedPlan(area, *rows[row_index], boxes[box_index])
 
 
+def plans_to_try(problem: Problem, device: Device, pass_: Pass, most: int) -> list[FusedPlan]:
+    """The cheapest plans of every area, `most` in all, the cheapest first."""
+    found: list[tuple[float, FusedPlan]] = []
+    for area in areas(problem, device, pass_):
+        rows, boxes = row_boxes(problem, area), column_boxes(problem, area.columns, pass_)
+        counts = count_walks(problem.axes, rows, boxes, pass_)
+        full: Any = counts.full * np.array([math.prod(box) == area.columns for box in boxes])
+        costs = cost_of(problem, area, counts._replace(full=full), pass_)
+        for place in np.argsort(costs, axis=None, kind="stable")[:most]:
+            row, box = np.unravel_index(place, costs.shape)
+            found.append((float(costs[row, box]), FusedPlan(area, *rows[row], boxes[box])))
+    found.sort(key=lambda pair: pair[0])
+    plans = [candidate for _, candidate in found[:most]]
+    if pass_ == FORWARD:
+        return [with_batch_heads(problem, candidate, device) for candidate in plans]
+    return plans
+
+
 TABLES = 1000
 """Cycles of a block's tables along each axis, those that other blocks do not hide."""
 IN_STEP = 1.04

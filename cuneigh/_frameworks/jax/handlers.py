@@ -13,7 +13,7 @@ from jax._src.export import _export
 
 from cuneigh import _device
 from cuneigh._backends import choose
-from cuneigh._call import known_backends, perform, program_for
+from cuneigh._call import compile_gradient, known_backends, perform, program_for
 from cuneigh._frameworks.contract import numpy_dtype
 from cuneigh._frameworks.jax import arithmetic, xla
 from cuneigh._frameworks.jax.calls import TARGET, CustomCall
@@ -110,6 +110,11 @@ def serve_cuda(asked: xla.Call) -> None:
             layouts,
             off if any(off) else (),
         )
+        if not program.is_loaded:
+            program.compile()
+            if "lse" in call.results:  # as where the call is differentiated
+                arguments = call.problem, index, call.backend, call.arguments
+                compile_gradient(*arguments, layouts)
         workspace = [asked.allocate(size_of(spec)) for spec in program.workspace]
         program.run([*asked.arguments, *asked.results, *workspace], asked.stream())
 

@@ -27,6 +27,10 @@ that names all meanings.
 - Clients that try ``na2d_qk`` first, and so would store all logits, are better served by "0.20" or
   "0.21", which leave old names out.
 
+The DiNAT of Hugging Face's transformers, from 4.54 to 5.23, passes arrays whose axes are in another
+order than NATTEN's. Which order it is given is told by shapes and strides, so that these models run
+and give what 4.52 gave.
+
 Results of the heads-first functions are views of heads-last memory, whose ``.contiguous()`` NATTEN
 would have returned. Not reproduced, on purpose: even windows of 0.14 at the right border, where no
 query sees the last key (here the last ones do), and derivatives that old releases got wrong. Sizes

@@ -221,12 +221,25 @@ def make_plan(problem: Problem, device: Device, pass_: Pass = FORWARD) -> SmallP
     """The cheapest plan for `device`; None if there is none."""
     if not takes(problem, pass_) or device.capability < (8, 0):
         return None
-    fitting = (
-        with_batch_heads(problem, candidate, device, pass_)
-        for candidate in candidates(problem, device, pass_)
-        if resident(problem, candidate, device, pass_)
-    )
+    fitting = _fitting(problem, device, pass_)
     return min(fitting, key=lambda plan: cost(problem, plan, device, pass_), default=None)
+
+
+def plans_to_try(problem: Problem, device: Device, pass_: Pass, most: int) -> list[SmallPlan]:
+    """The cheapest plans, the cheapest first."""
+    if not takes(problem, pass_) or device.capability < (8, 0):
+        return []
+    plans = sorted(
+        _fitting(problem, device, pass_), key=lambda plan: cost(problem, plan, device, pass_)
+    )
+    return plans[:most]
+
+
+def _fitting(problem: Problem, device: Device, pass_: Pass) -> Iterator[SmallPlan]:
+    """The plans that a multiprocessor holds."""
+    for candidate in candidates(problem, device, pass_):
+        if resident(problem, candidate, device, pass_):
+            yield with_batch_heads(problem, candidate, device, pass_)
 
 
 def with_batch_heads(problem: Problem, plan: SmallPlan, device: Device, pass_: Pass) -> SmallPlan:
