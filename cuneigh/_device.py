@@ -23,6 +23,8 @@ class Device:
     sm_count: int = 0
     shared_memory: int = 0
     """Bytes of shared memory that one block may have."""
+    memory: int = 0
+    """Bytes of its memory; 0 for a device that is only compiled for."""
 
     @property
     def arch(self) -> str:
@@ -71,6 +73,7 @@ def cuda(index: int) -> Device:
         capability=(properties["major"], properties["minor"]),
         sm_count=properties["multiProcessorCount"],
         shared_memory=properties["sharedMemPerBlockOptin"],
+        memory=properties["totalGlobalMem"],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,9 +20,10 @@ from hypothesis import strategies as st
 from cuneigh import _device, _jit
 from cuneigh._backends import choose, fused, hopper
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.plan import WIDTHS, division, make_plan, passes
+from cuneigh._backends.hopper.plan import WIDTHS, division, form_of, make_plan, passes, ways
 from cuneigh._backends.hopper.tensor_maps import Folding
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
+from cuneigh._gpu.passes import BACKWARD, DKV, DQ
 from cuneigh._problem import Operation, Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
 from cuneigh._window import Axis
@@ -193,11 +195,11 @@ def test_long_windows_are_its_and_small_ones_are_not(case):
 @given(problem=supported(("forward", "backward"), dims=ALL_DIMS))
 def test_records_have_the_size_that_the_struct_asserts(problem):
     """And what they hold is in range: NumPy raises OverflowError otherwise."""
-    for pass_ in passes(problem):
+    for pass_ in itertools.chain(*ways(problem)):
         plan = make_plan(problem, H200, pass_)
         work = division(problem, plan, H200, pass_)
         record = launch._record(problem, plan, pass_, work, [Folding(0, 0, 0)] * 4)
-        assert record.nbytes == 60 * problem.rank + 180
+        assert record.nbytes == 60 * problem.rank + 196
 
 
 # Consumers differ by the dimensions, the dtype and the sign of the scale, producers by the number
@@ -235,7 +237,7 @@ def kernels_of(
     kernels = [kernel for kernel in hopper.kernels(problem, H200) if "hopper/" in kernel.name]
     for kernel in kernels:
         expected = FLAGS if flags else ()
-        if kernel.name == "hopper/dkv":  # whose columns are queries
+        if kernel.name not in ("hopper/forward", "hopper/dq"):  # whose columns are queries
             expected = tuple(flag for flag in expected if flag != "kAdditional")
         assert tuple(flag for flag in FLAGS if f"{flag} = true" in kernel.plan) == expected
     return kernels
@@ -254,12 +256,42 @@ def test_the_kernels_below_have_every_flag_and_width():
 @pytest.mark.parametrize(("operation", "rank", "dtype", "head_dim", "value_dim", "flags"), COMPILED)
 def test_kernels_do_not_spill(operation, rank, dtype, head_dim, value_dim, flags, tmp_path):
     kernels = kernels_of(operation, rank, dtype, head_dim, value_dim, flags)
-    assert len(kernels) == len(passes(replace(LONG, operation=operation)))
+    has_sums = rank == 1 and head_dim > 64 and not flags
+    assert len(kernels) == {"forward": 1, "backward": 4 if has_sums else 2}[operation]
     for compiled in _jit.precompile(kernels, ["sm_90a"], tmp_path).values():
         resources = compiled.resources
         assert resources.registers > 0, "the log of NVRTC was not understood"
         assert resources.spill_stores + resources.spill_loads == 0
         assert resources.advice == ()
+
+
+@needs_nvrtc
+def test_the_kernel_of_all_gradients_does_not_spill_with_a_negative_scale(tmp_path):
+    """Which comes with dilation and additional keys above; this kernel takes neither."""
+    kernel = launch.kernel(
+        long_windows(operation="backward", scale=-1.0), form_of(LONG, H200, BACKWARD), BACKWARD
+    )
+    ((_, compiled),) = _jit.precompile([kernel], ["sm_90a"], tmp_path).items()
+    assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0
+    assert compiled.resources.advice == ()
+
+
+@pytest.mark.parametrize(
+    ("problem", "memory", "expected"),
+    [
+        (long_windows(), 139 << 30, (BACKWARD,)),
+        (long_windows((1 << 20,)), 139 << 30, (BACKWARD,)),
+        (long_windows((1 << 20,)), 80 << 30, (DQ, DKV)),  # sums of 4 GiB
+        (long_windows(), 0, (DQ, DKV)),
+        (long_windows(dim=64), 139 << 30, (DQ, DKV)),
+        (long_windows(additional=100), 139 << 30, (DQ, DKV)),
+        (dilated(2), 139 << 30, (DQ, DKV)),
+        (long_windows((64, 64), 32), 139 << 30, (DQ, DKV)),
+    ],
+)
+def test_one_kernel_computes_all_gradients_where_its_sums_have_room(problem, memory, expected):
+    problem = replace(problem, operation="backward")
+    assert passes(problem, replace(H200, memory=memory)) == expected
 
 
 @given(problem=supported(dims=ALL_DIMS), data=st.data())

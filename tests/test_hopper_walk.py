@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +20,15 @@ from cuneigh._backends.hopper.plan import (
     ROWS,
     Division,
     count,
+    count_sums,
     division,
+    head_sums,
     make_plan,
-    passes,
     shared_bytes,
+    ways,
 )
 from cuneigh._backends.hopper.tensor_maps import Folding
+from cuneigh._gpu.passes import BACKWARD
 
 NO_FOLDINGS = [Folding(0, 0, 0)] * 4
 
@@ -75,7 +80,9 @@ def find_tile(problem, pass_, record, number):
         active = int(record["active"][number - whole - divided * int(record["parts"]["divisor"])])
         number = whole + divided
     groups, first, columns = [], [], []
-    rest = int(record["tile_count"]) - 1 - number if record["longest_last"] else number
+    place = int(record["tile_count"]) - 1 - number if record["longest_last"] else number
+    rest = quotient(record["side_by_side"], place)
+    inner_head = place - rest * int(record["side_by_side"]["divisor"])
     for r in reversed(range(problem.rank)):
         axis, size = problem.axes[r], int(record["tile_box"][r])
         outer = quotient(record["tiles"][r], rest)
@@ -84,12 +91,16 @@ def find_tile(problem, pass_, record, number):
         rest = outer
         last = min(index + size, pass_.group_length(axis, group)) - 1
         window = pass_.window(axis)
+        begin, end = window(index, group)[0], window(last, group)[1]
+        if pass_.on_grid:
+            begin -= begin % int(record["column_box"][r])
         groups.append(group)
         first.append(index)
-        columns.append((window(index, group)[0], window(last, group)[1]))
-    batch = quotient(record["head_groups"], rest)
-    head_group = rest - batch * int(record["head_groups"]["divisor"])
-    head = head_group * int(record["heads_per_tile"])
+        columns.append((begin, end))
+    head_group = rest * int(record["side_by_side"]["divisor"]) + inner_head
+    batch = quotient(record["head_groups"], head_group)
+    head = head_group - batch * int(record["head_groups"]["divisor"])
+    head *= int(record["heads_per_tile"])
     group_size = int(record["group_size"]["divisor"])
     if pass_.rows_are_keys:
         column_heads = range(head * group_size, (head + 1) * group_size)
@@ -140,16 +151,20 @@ def windows_of(problem, pass_, record, tile, w):
         group, base = tile.groups[r], tile.columns[r][0]
         first = tile.first[r] + int(record["warpgroup"][w][1 + r])
         size, length = int(record["row_box"][r]), pass_.group_length(axis, group)
-        window, clamped = pass_.window(axis), [min(first + i, length - 1) for i in range(size)]
-        windows = np.array([window(index, group) for index in clamped]) - base
+        window, rows = pass_.window(axis), range(first, first + size)
+        windows = np.array(
+            [window(row, group) if row < length else (base, base) for row in rows]
+        )  # fmt: skip
+        windows -= base
         if first < length and tile.active >> w & 1:
-            low, high = windows[0], windows[-1]
-            yield windows, (low[0], high[1]), (high[0], low[1])
+            low, high = windows[0], windows[min(size, length - first) - 1]
+            hides = pass_.on_grid and first + size > length
+            yield windows, (low[0], high[1]), (0, 0) if hides else (high[0], low[1])
         else:  # it has no rows
             yield windows, (0, 0), (0, 0)
 
 
-def visit(windows, begins, record, words):
+def visit(pass_, windows, begins, record, words):
     """What a warpgroup does with a box of columns, and which of them its rows see [64, columns]."""
     row_box, column_box = record["row_box"].tolist(), record["column_box"].tolist()
     ends = begins + column_box
@@ -162,7 +177,7 @@ def visit(windows, begins, record, words):
         before, until = np.clip(of_coordinates - begins[r], 0, column_box[r]).T
         shown &= (words[r][until] & ~words[r][before])[of_row[r]]
     columns = math.prod(column_box)
-    if none:
+    if none and not pass_.on_grid:
         return NONE, np.zeros((ROWS, columns), bool)
     if covers:
         return ALL, np.ones((ROWS, columns), bool)
@@ -188,11 +203,11 @@ def token_numbers(axes, lengths, groups, first, box):
 def walks(draw):
     """A problem, a pass of it, a plan for that, and a division of the tiles."""
     problem = draw(supported(("forward", "backward"), most_tokens=300, dims=ALL_DIMS))
-    pass_ = draw(st.sampled_from(passes(problem)))
+    pass_ = draw(st.sampled_from(draw(st.sampled_from(ways(problem)))))
     plan = draw(st.sampled_from(plans(problem, pass_)))
     heads = problem.batch * pass_.heads(problem) // plan.heads
     tiles = count(problem, plan, pass_).blocks * heads
-    parts = draw(st.integers(1, plan.form.warpgroups))
+    parts = 1 if pass_ == BACKWARD else draw(st.integers(1, plan.form.warpgroups))
     whole = tiles if parts == 1 else draw(st.integers(0, tiles))
     return problem, pass_, plan, Division(tiles, whole, parts)
 
@@ -228,7 +243,7 @@ def test_every_visible_pair_is_met_once(walk):
                 column = token_numbers(
                     problem.axes, column_tokens, tile.groups, begin, plan.column_box
                 )
-                visibility, visible = visit(windows, begins, record, words)
+                visibility, visible = visit(pass_, windows, begins, record, words)
                 visits += head == 0 and visibility != NONE
                 full += head == 0 and visibility == ALL
                 i, j = np.nonzero(visible & exists[:, None])
@@ -242,6 +257,48 @@ def test_every_visible_pair_is_met_once(walk):
     assert (counts.visits, counts.full, counts.longest) == (visits, full, longest)
     if work.parts == 1:
         assert (counts.blocks, counts.loads) == (blocks, loads)
+
+
+# sums.cuh
+
+
+def turn_of(problem, record, tile, head, begin):
+    """The sum of a box of queries, and the number of the contribution of a tile to it."""
+    (axis,), (first,), size = problem.axes, tile.first, int(record["tile_box"][0])
+    box = (tile.batch * problem.heads + head) * int(record["head_sums"]) + begin // ROWS
+    return box, first // size - axis.window(begin, 0)[0] // size
+
+
+def queries_of_sum(problem, box):
+    """Batch entry, head and first index of the queries of a sum: dq_of_sums.cu."""
+    box, index = divmod(box, head_sums(problem))
+    return (*divmod(box, problem.heads), index * ROWS)
+
+
+@given(data=st.data())
+def test_tiles_add_to_a_sum_in_their_order(data):
+    """Each waits for the tiles before it alone, and none is awaited that does not come."""
+    problem = data.draw(supported(("backward",), most_tokens=3000, dims=ALL_DIMS, ranks=(1,)))
+    axes = (replace(problem.axes[0], dilation=1),)
+    problem = replace(problem, additional=None, axes=axes)
+    (plan,) = plans(problem, BACKWARD)
+    work = division(problem, plan, H200, BACKWARD)
+    assert work.parts == 1
+    record = _record(problem, plan, BACKWARD, work, NO_FOLDINGS)[0]
+    made: Counter[int] = Counter()
+    for number in range(work.blocks):
+        tile = find_tile(problem, BACKWARD, record, number)
+        ((begin, end),) = tile.columns
+        for head in tile.column_heads:
+            for box_begin in reversed(range(begin, end, ROWS)):
+                box, turn = turn_of(problem, record, tile, head, box_begin)
+                assert turn == made[box]
+                made[box] += 1
+                wanted = (tile.batch, head, box_begin)
+                assert queries_of_sum(problem, box) == wanted
+    assert max(made) < count_sums(problem)
+    queries = problem.batch * problem.heads * math.prod(problem.tokens)
+    assert len(made) * ROWS >= queries, "every query is of a box"
 
 
 @pytest.mark.parametrize("columns", [64, 128])
@@ -267,7 +324,7 @@ def test_the_last_additional_keys_are_shown(columns):
 
 @given(problem=supported(("forward", "backward"), most_tokens=1000, dims=ALL_DIMS))
 def test_a_plan_fits_the_kernel(problem):
-    for pass_ in passes(problem):
+    for pass_ in itertools.chain(*ways(problem)):
         plan = make_plan(problem, H200, pass_)
         assert plan in plans(problem, pass_)
         assert shared_bytes(problem, plan.form, pass_) <= H200.shared_memory

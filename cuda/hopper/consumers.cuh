@@ -26,16 +26,25 @@ struct Consumer {
     if (lane == 0) empty.arrive();
   }
 
-  // Waits for the rows of the next tile; false if there is none.
+  // Where the rows of the other warpgroup are, if there are two.
+  __device__ Ring<Plan::kRowSlots> others() const {
+    static_assert(Plan::kWarpgroups == 2 && Ring<Plan::kRowSlots>::kPowerOfTwo, "slots are pairs");
+    return {rows.position ^ 1};
+  }
+
+  // Waits for the rows of the next tile, if kSums for those of all warpgroups; false if there is
+  // none.
   __device__ bool begin_tile() {
     smem.tile_full[tiles.slot()].wait(tiles.parity());
     left = tile().boxes;
     if (left == kNoTile) return false;
     smem.row_full[rows.slot()].wait(rows.parity());
+    if constexpr (Plan::kSums) smem.row_full[others().slot()].wait(others().parity());
     return true;
   }
   __device__ void release_rows() {
     release(smem.row_empty[rows.slot()]);
+    if constexpr (Plan::kSums) release(smem.row_empty[others().slot()]);
     rows.advance(Plan::kWarpgroups);
   }
   __device__ void end_tile() {

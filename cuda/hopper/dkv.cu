@@ -7,7 +7,7 @@
 // barriers are those of the forward pass (forward.cu).
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
-#include "hopper/consumers.cuh"
+#include "hopper/gradients.cuh"
 #include "hopper/producers.cuh"
 
 namespace cuneigh::hopper {
@@ -56,34 +56,15 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       hold(logit);
       if (Plan::kSigned) multiply_by(logit, problem.sign);
       me.hide_invisible(logit);
-      // P^T = 2^(scale S^T - lse), in place of S^T; the lane's columns are 8 n + 2 quad and the
-      // next
-      const float4* statistics = reinterpret_cast<const float4*>(smem.statistics[stage]) + me.quad;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const float4 of_two = statistics[4 * n];  // {lse, delta, lse, delta} of the two columns
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          logit[n][i] =
-              ex2_approx(fmaf(logit[n][i], problem.scale, -(i % 2 ? of_two.z : of_two.x)));
-      }
+      const float4* statistics = statistics_of_box(me);
+      exponentiate(logit, problem.scale, statistics);  // P^T, in place of S^T
       // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
       unsigned weight[kSteps][4];  // P^T [64, kColumns]
       pack_weights<Element>(logit, 0, weight);
       accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
       wait_for_products<1>();
       hold(grad_weight);
-      // dS^T = P^T * (dP^T - delta), in place of dP^T; P^T is the rounded one that dV was made of
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const float4 of_two = statistics[4 * n];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float2 pair = unpack(weight[n / 2][n % 2 * 2 + half], Element());
-          grad_weight[n][2 * half] = pair.x * (grad_weight[n][2 * half] - of_two.y);
-          grad_weight[n][2 * half + 1] = pair.y * (grad_weight[n][2 * half + 1] - of_two.w);
-        }
-      }
+      multiply_by_weights<Element>(grad_weight, weight, statistics);  // dS^T, in place of dP^T
       // dK += dS^T Q, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
       unsigned grad_logit[kSteps][4];  // dS^T [64, kColumns]
       pack_weights<Element>(grad_weight, 0, grad_logit);
@@ -97,17 +78,8 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     }
 
     me.release_rows();
-    const Tile<Plan::kRank>& tile = me.tile();
-    const int head = tile.head + problem.warpgroup[w][0];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int token[Plan::kRank];
-      const bool exists = token_of_row<Plan>(problem, tile, w, me.row + 8 * half, token);
-      store_row(grad_key, half, problem.gradient_scale, me.quad,
-                arguments.grad_key.at(tile.batch, token, head), problem.head_dim, exists);
-      store_row(grad_value, half, 1.0f, me.quad, arguments.grad_value.at(tile.batch, token, head),
-                problem.value_dim, exists);
-    }
+    store_key_gradients(problem, me, arguments.grad_key, arguments.grad_value, grad_key,
+                        grad_value);
     me.end_tile();
   }
 }
@@ -123,7 +95,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
     // No column is an additional key: the last two maps are never used
-    produce({key, value, query, grad_output, query, grad_output}, arguments.statistics,
+    produce({key, value, query, grad_output, query, grad_output}, arguments.statistics, {},
             arguments.taken, smem);
   } else {
     set_registers<true, kConsumerRegisters<Plan>>();

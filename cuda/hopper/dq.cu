@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
     // Statistics are those of the rows, which the consumers read
-    produce({query, grad_output, key, value, additional_keys, additional_values}, {},
+    produce({query, grad_output, key, value, additional_keys, additional_values}, {}, {},
             arguments.taken, smem);
   } else {
     set_registers<true, kConsumerRegisters<Plan>>();

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
     // Rows have no vo, hence the query twice, and there are no statistics
-    produce({query, query, key, value, additional_keys, additional_values}, {}, arguments.taken,
+    produce({query, query, key, value, additional_keys, additional_values}, {}, {}, arguments.taken,
             smem);
   } else {
     set_registers<true, kConsumerRegisters<Plan>>();

@@ -3,8 +3,8 @@
 // A thread of a warpgroup holds a row's logits with a fourth of the columns: bit t of a word stands
 // for the column 8 (t / 2) + 2 quad + t % 2, where quad is lane % 4. A pair is visible if it is so
 // along every axis, so that the word of a row is the conjunction of one word for its coordinate
-// along each axis. Two warps make those words for each box of columns, and say for each warpgroup
-// whether it needs them: consumers know nothing of the geometry.
+// along each axis. One or two warps make those words for each box of columns, and say for each
+// warpgroup whether it needs them: consumers know nothing of the geometry.
 #pragma once
 
 #include "hopper/tile.cuh"
@@ -96,19 +96,19 @@ __device__ void fill_mask_tables(const HopperProblem<kRank>& problem,
 }
 
 // Writes to the tables which columns each coordinate of a tile's rows sees, and which the warpgroup
-// `w` as a whole.
-template <typename Plan>
+// `w` as a whole. `kLanes` lanes share the work. Rows past the end of an axis see nothing; if
+// kSums, their logits must be hidden, since they count in sums of columns.
+template <typename Plan, int kLanes>
 __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Plan::kRank>& tile,
                         int lane, int w, MaskTables<Plan::kRank, Plan::kWarpgroups>& tables) {
 #pragma unroll 1
-  for (int i = lane; i < Plan::kWarpgroups * problem.coordinates; i += 64) {
+  for (int i = lane; i < Plan::kWarpgroups * problem.coordinates; i += kLanes) {
     Coordinate& coordinate = tables.coordinate[i];
     const int r = coordinate.axis, base = tile.columns[r].begin;
     const Axis axis = axis_of<Plan>(problem, r);
-    const GroupIndex first = tile.first[r];
-    const int last = rows_of_group<Plan>(axis, first.group) - 1;
-    const Range window =
-        window_of<Plan>(axis, smaller(first.index + coordinate.offset, last), first.group);
+    const int group = tile.first[r].group, index = tile.first[r].index + coordinate.offset;
+    Range window = {base, base};
+    if (index < rows_of_group<Plan>(axis, group)) window = window_of<Plan>(axis, index, group);
     coordinate.window = {window.begin - base, window.end - base};
   }
 #pragma unroll 1
@@ -122,6 +122,7 @@ __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Pl
       const Range low = window_of<Plan>(axis, first, group);
       const Range high = window_of<Plan>(axis, smaller(first + problem.row_box[r], end) - 1, group);
       windows = {{low.begin - base, high.end - base}, {high.begin - base, low.end - base}};
+      if (Plan::kSums && first + problem.row_box[r] > end) windows.all = {0, 0};
     }
     tables.windows[r][lane] = windows;
   }
@@ -144,12 +145,12 @@ __device__ Visibility visibility_of(const HopperProblem<kRank>& problem,
 }
 
 // Makes the words of the lane's coordinates for the box of columns that begins at `first`.
-template <int kRank, int kWarpgroups>
+template <int kLanes, int kRank, int kWarpgroups>
 __device__ void make_words(const HopperProblem<kRank>& problem,
                            const MaskTables<kRank, kWarpgroups>& tables, int lane,
                            const int (&first)[kRank], QuadWords* words) {
 #pragma unroll 1
-  for (int i = lane; i < kWarpgroups * problem.coordinates; i += 64) {
+  for (int i = lane; i < kWarpgroups * problem.coordinates; i += kLanes) {
     const int r = tables.coordinate[i].axis;
     int begin = first[0];
 #pragma unroll

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuneigh/layout.cuh"
-#include "hopper/shared.cuh"
+#include "hopper/sums.cuh"
 
 namespace cuneigh::hopper {
 
@@ -29,17 +29,6 @@ struct Coordinates {
 struct Maps {
   const TensorMap &row_qk, &row_vo, &column_qk, &column_vo, &additional_keys, &additional_values;
 };
-
-// Calls visit(tile) for every tile of this block, as warp 1 announces them.
-template <typename Plan, typename Visit>
-__device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
-  for (Ring<2> ring;; ring.advance()) {
-    smem.tile_full[ring.slot()].wait(ring.parity());
-    if (smem.tile[ring.slot()].boxes == kNoTile) break;
-    visit(smem.tile[ring.slot()]);
-    if (threadIdx.x % 32 == 0) smem.tile_empty[ring.slot()].arrive();
-  }
-}
 
 // Loads a box of tokens into `lines` [kLines][kTokens] of 64 elements; `full` is their barrier.
 template <int kLines, int kRank, int kTokens, typename Line>
@@ -118,7 +107,8 @@ __device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
 }
 
 // Warp 1, of which one lane does it all: announces the tiles of this block and loads their rows.
-// `taken` counts tiles beyond the first of each block; null if there are none.
+// `taken` counts tiles beyond the first of each block; null if there are none. If kSums it counts
+// all of them, since tiles must be begun in the order of their numbers.
 template <typename Plan>
 __device__ void begin_tiles(const Maps& maps, unsigned* taken, SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank;
@@ -126,14 +116,16 @@ __device__ void begin_tiles(const Maps& maps, unsigned* taken, SharedMemory<Plan
   const auto& problem = smem.problem;
   Ring<2> tiles;
   Ring<Plan::kRowSlots> rows;
-  for (int number = blockIdx.x, next = 0;; number = next, tiles.advance()) {
+  const unsigned untaken = Plan::kSums ? 0 : gridDim.x;  // tiles that are not counted
+  int number = Plan::kSums ? atomicAdd(taken, 1u) : blockIdx.x;
+  for (int next = 0;; number = next, tiles.advance()) {
     smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
     Tile<kRank>& tile = smem.tile[tiles.slot()];
     const bool end = number >= problem.block_tiles;
     if (end) {
       tile.boxes = kNoTile;
     } else {
-      next = taken ? gridDim.x + atomicAdd(taken, 1u) : number + gridDim.x;
+      next = taken ? untaken + atomicAdd(taken, 1u) : number + gridDim.x;
       find_tile<Plan>(problem, number, tile);
     }
     smem.tile_full[tiles.slot()].arrive();
@@ -160,21 +152,21 @@ __device__ void begin_tiles(const Maps& maps, unsigned* taken, SharedMemory<Plan
   }
 }
 
-// {lse * log2(e), delta} of the query that is column `lane` of a box; of one that does not exist,
-// numbers that make its weights 0.
+// {lse * log2(e), delta} of the query that is column number `column` of a box; of one that does not
+// exist, numbers that make its weights 0.
 template <typename Plan>
 __device__ float2 statistics_of(const HopperProblem<Plan::kRank>& problem,
                                 const View<const float2, Plan::kRank>& statistics,
                                 const Tile<Plan::kRank>& tile, int head,
-                                const int (&first)[Plan::kRank], int lane) {
+                                const int (&first)[Plan::kRank], int column) {
   int token[Plan::kRank];
   bool exists = true;
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
     const Axis axis = axis_of<Plan>(problem, r);
     const int group = tile.first[r].group;
-    const int index = tile.columns[r].begin + first[r] + lane % problem.column_box[r];
-    lane /= problem.column_box[r];
+    const int index = tile.columns[r].begin + first[r] + column % problem.column_box[r];
+    column /= problem.column_box[r];
     exists &= index < axis.group_length(group);
     token[r] = axis.token({group, index});
   }
@@ -182,13 +174,12 @@ __device__ float2 statistics_of(const HopperProblem<Plan::kRank>& problem,
   return *statistics.at(tile.batch, token, head);
 }
 
-// Warps 2 and 3, as one team of 64 lanes: what every warpgroup does with every box of columns, and
-// the statistics of columns that are queries.
+// Warps 2 and 3, as one team of 64 lanes, or warp 2 alone: what every warpgroup does with every box
+// of columns, and the statistics of columns that are queries.
 template <typename Plan>
 __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
                            SharedMemory<Plan>& smem) {
-  constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups;
-  static_assert(!Plan::kRowsAreKeys || Plan::kColumns == 64, "a lane has one column");
+  constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups, kLanes = kMaskLanes<Plan>;
   const auto& problem = smem.problem;
   Ring<Plan::kStages> ring;
   // The lane of the team, asked for anew each time: registers are few
@@ -208,15 +199,26 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
     ring.advance();
   };
   for_each_tile(smem, [&](const Tile<kRank>& tile) {
-    look_up<Plan>(problem, tile, lane(), looked_after(), smem.mask);
+    look_up<Plan, kLanes>(problem, tile, lane(), looked_after(), smem.mask);
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
-      if constexpr (Plan::kRowsAreKeys) {  // from memory, while the box before is worked on
-        const float2 mine = statistics_of<Plan>(problem, statistics, tile, head, first, lane());
+      if constexpr (Plan::kRowsAreKeys) {
+        // One is read from memory while the box before is worked on; registers are few
+        const auto read = [&](int i) {
+          return statistics_of<Plan>(problem, statistics, tile, head, first, lane() + i * kLanes);
+        };
+        const float2 mine = read(0);
         smem.qk_empty[ring.slot()].wait(ring.parity() ^ 1);
         smem.statistics[ring.slot()][lane()] = mine;
+#pragma unroll
+        for (int i = 1; i < Plan::kColumns / kLanes; ++i)
+          smem.statistics[ring.slot()][lane() + i * kLanes] = read(i);
       }
-      publish(visibility_of(problem, smem.mask, lane(), first),
-              [&](QuadWords* words) { make_words(problem, smem.mask, lane(), first, words); });
+      Visibility visibility = visibility_of(problem, smem.mask, lane(), first);
+      // All warpgroups multiply by the dS of all, and no box is passed over
+      if (Plan::kSums && visibility == kNone) visibility = kPartial;
+      publish(visibility, [&](QuadWords* words) {
+        make_words<kLanes>(problem, smem.mask, lane(), first, words);
+      });
     });
     if (Plan::kAdditional) {
       bool none = false;
@@ -226,7 +228,7 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
       for (int left = problem.additional; left > 0; left -= Plan::kColumns) {
         const Visibility visibility = none ? kNone : left >= Plan::kColumns ? kAll : kPartial;
         publish(visibility, [&](QuadWords* words) {
-          for (int i = lane(); i < 4 * kWarpgroups * problem.coordinates; i += 64)
+          for (int i = lane(); i < 4 * kWarpgroups * problem.coordinates; i += kLanes)
             words[i / 4].word[i % 4] = first_columns(left, i % 4);
         });
       }
@@ -235,19 +237,23 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   });
 }
 
-// A producer: one of the four warps of the first warpgroup. `statistics` are read if rows are keys.
+// A producer: one of the four warps of the first warpgroup. `statistics` are read if rows are keys,
+// `sums` if kSums.
 template <typename Plan>
 __device__ void produce(const Maps& maps, const View<const float2, Plan::kRank>& statistics,
-                        unsigned* taken, SharedMemory<Plan>& smem) {
+                        const Sums& sums, unsigned* taken, SharedMemory<Plan>& smem) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp >= 2)
+  if (warp == 2 || (warp == 3 && !Plan::kSums)) {
     make_masks(statistics, smem);
-  else if (lane != 0)
+  } else if (lane != 0) {
     return;
-  else if (warp == 0)
+  } else if (warp == 0) {
     load_boxes(maps, smem);
-  else
+  } else if (warp == 1) {
     begin_tiles(maps, taken, smem);
+  } else {
+    if constexpr (Plan::kSums) add_sums(sums, smem);
+  }
 }
 
 }  // namespace cuneigh::hopper

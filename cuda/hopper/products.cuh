@@ -54,4 +54,42 @@ __device__ void pack_weights(const float (&weight)[kTiles][4], int first,
     }
 }
 
+// Writes a left operand [kRows, 16 kSteps] of this warpgroup, transposed, into a tile of lines
+// [16 kSteps][kRows] in shared memory, swizzled as TMA would.
+template <int kSteps>
+__device__ void store_transposed(const unsigned (&operand)[kSteps][4], unsigned lines) {
+  // Lanes 8 m to 8 m + 7 say where the lines of the matrix m of 8 x 8 elements go; its columns are
+  // rows of the operand, 16 of which are this warp's
+  const int lane = threadIdx.x % 32, matrix = lane / 8, inside = lane % 8;
+  const int line = matrix / 2 * 8 + inside, chunk = threadIdx.x % 128 / 32 * 2 + matrix % 2;
+  const unsigned address = lines + line * kLineBytes + (chunk ^ inside) * 16;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     address + step * 16 * kLineBytes),
+                 "r"(operand[step][0]), "r"(operand[step][1]), "r"(operand[step][2]),
+                 "r"(operand[step][3])
+                 : "memory");
+}
+
+// Issues product = left^T right, [kRows, kColumns] = [kTiles kRows, kRows]^T [kTiles kRows,
+// kColumns], from what `store_transposed` has written, tile after tile, and from tiles of rows that
+// lie `right_bytes` apart.
+template <typename Element, int kTiles, int kColumns>
+__device__ void multiply_transposed(float (&product)[kColumns / 8][4], Descriptor left,
+                                    Descriptor right, int right_bytes) {
+  fence_registers();
+#pragma unroll
+  for (int step = 0; step < kTiles * kRows / 16; ++step) {
+    const int tile = step / 4, inside = step % 4;
+    const Descriptor a = left + (tile * kRows * kLineBytes + inside * 32) / kDescriptorBytes;
+    const Descriptor b = right + (tile * right_bytes + inside * 16 * kLineBytes) / kDescriptorBytes;
+    if (step == 0)
+      Wgmma<kColumns, Element>::template shared_columns<false>(product, a, b);
+    else
+      Wgmma<kColumns, Element>::template shared_columns<true>(product, a, b);
+  }
+  commit_products();
+}
+
 }  // namespace cuneigh::hopper

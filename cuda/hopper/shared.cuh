@@ -17,6 +17,7 @@
 //   static constexpr bool kDilated;      some dilation is not 1
 //   static constexpr bool kAdditional;   there are additional keys among the columns
 //   static constexpr bool kSigned;       scale is not positive
+//   static constexpr bool kSums;         tiles add to sums of the columns, too (sums.cuh)
 //   using Element;                       float16 or bfloat16
 // };
 #pragma once
@@ -50,14 +51,30 @@ struct ColumnBox {
   bool is_additional;
 };
 
+// What a kernel whose tiles add to sums of columns has beside `SharedMemory`: one contribution, and
+// the dS of all warpgroups of which it is made, of two boxes of columns: a warpgroup may be ahead
+// of the others.
+template <typename Plan, bool kSums = Plan::kSums>
+struct SumMemory {};
 template <typename Plan>
-struct SharedMemory {
+struct SumMemory<Plan, true> {
+  static_assert(Plan::kRank == 1 && Plan::kWarpgroups == 2 && Plan::kColumns == kRows &&
+                    lines_of(Plan::kHeadDim) == 2,
+                "dS of a warpgroup and a box is a tile of lines, and so is its dQ");
+
+  typename Plan::Element grad_logit[2][Plan::kWarpgroups][kRows][kLineElements];  // [queries, keys]
+  float4 sum[Plan::kWarpgroups][kLineElements / 8][128];  // of dQ: as a thread has it
+};
+
+template <typename Plan>
+struct SharedMemory : SumMemory<Plan> {
   static constexpr int kQkLines = lines_of(Plan::kHeadDim);
   static constexpr int kVoLines = lines_of(Plan::kValueDim);
   static constexpr int kRowLines = kQkLines + (Plan::kBackward ? kVoLines : 0);
   using Line = typename Plan::Element[kLineElements];
 
   // [slots][lines of a row][rows][64]; every [rows][64] begins at a multiple of 1024 bytes
+  static_assert(!Plan::kSums || sizeof(SumMemory<Plan>) % 1024 == 0, "so does what follows it");
   Line row[Plan::kRowSlots][kRowLines][kRows];  // the lines of vo after those of qk
   Line column_qk[Plan::kStages][kQkLines][Plan::kColumns];
   Line column_vo[Plan::kStages][kVoLines][Plan::kColumns];
@@ -73,7 +90,24 @@ struct SharedMemory {
   Barrier row_full[Plan::kRowSlots], row_empty[Plan::kRowSlots];
   Barrier qk_full[Plan::kStages], qk_empty[Plan::kStages];
   Barrier vo_full[Plan::kStages], vo_empty[Plan::kStages];
+  Barrier sum_full, sum_empty;                      // of `SumMemory::sum`
+  Barrier grad_logit_full[2], grad_logit_empty[2];  // of `SumMemory::grad_logit`
 };
+
+// Lanes of the warps that make masks.
+template <typename Plan>
+constexpr int kMaskLanes = Plan::kSums ? 32 : 64;
+
+// Calls visit(tile) for every tile of this block, as warp 1 announces them.
+template <typename Plan, typename Visit>
+__device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
+  for (Ring<2> ring;; ring.advance()) {
+    smem.tile_full[ring.slot()].wait(ring.parity());
+    if (smem.tile[ring.slot()].boxes == kNoTile) break;
+    visit(smem.tile[ring.slot()]);
+    if (threadIdx.x % 32 == 0) smem.tile_empty[ring.slot()].arrive();
+  }
+}
 
 // Prepares the memory of the block. Every thread must call it.
 template <typename Plan>
@@ -87,17 +121,23 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     constexpr int kConsumerWarps = 4 * Plan::kWarpgroups;
     for (int i = 0; i < 2; ++i) {
       smem.tile_full[i].init(1);
-      smem.tile_empty[i].init(3 + kConsumerWarps);  // warps 0, 2 and 3 of the producers
+      smem.tile_empty[i].init(3 + kConsumerWarps);  // warps 0, 2 and 3 of the producers, too
     }
     for (int i = 0; i < Plan::kRowSlots; ++i) {
       smem.row_full[i].init(1);
-      smem.row_empty[i].init(4);  // warps of the warpgroup
+      smem.row_empty[i].init(Plan::kSums ? kConsumerWarps : 4);  // of who reads these rows
     }
     for (int i = 0; i < Plan::kStages; ++i) {
-      smem.qk_full[i].init(1 + 2);  // the loader, and the warps that make masks
+      smem.qk_full[i].init(1 + kMaskLanes<Plan> / 32);  // the loader, and the makers of masks
       smem.vo_full[i].init(1);
       smem.qk_empty[i].init(kConsumerWarps);
       smem.vo_empty[i].init(kConsumerWarps);
+    }
+    smem.sum_full.init(kConsumerWarps);
+    smem.sum_empty.init(1);
+    for (int i = 0; i < 2; ++i) {
+      smem.grad_logit_full[i].init(kConsumerWarps);
+      smem.grad_logit_empty[i].init(kConsumerWarps);
     }
     fence_barrier_init();
   }

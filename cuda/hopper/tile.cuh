@@ -7,8 +7,9 @@
 // Each consumer warpgroup of a block takes a box of 64 rows. The boxes of a block's warpgroups lie
 // side by side, along the axes or over query heads that share a key head, and make a tile. The
 // window union of a tile, of the columns in the window of any of its rows, is one range along each
-// axis; boxes of columns cover it from its begin on. After them come the additional keys. All in
-// indices of one dilation group.
+// axis; boxes of columns cover it from its begin on, or from the begin of a box of a grid that all
+// tiles share (Plan::kSums). After them come the additional keys. All in indices of one dilation
+// group.
 #pragma once
 
 #include "cuneigh/boxes.cuh"
@@ -55,6 +56,7 @@ struct HopperProblem {
   int column_box[kRank];
   Divisor tiles[kRank];  // along each axis, in group-major order
   Divisor head_groups;   // row heads, divided by those of a tile
+  Divisor side_by_side;  // of these: how many have their tiles at a place one after another
   Divisor group_size;    // query heads that share a key head
 
   int warpgroup[kMostWarpgroups][1 + kRank];  // head and index where each begins in its tile
@@ -74,14 +76,15 @@ struct HopperProblem {
   int head_dim;
   int value_dim;
   int longest_last;  // whether later tiles see more: the last ones come first
+  int head_sums;     // sums of a head (sums.cuh): boxes of columns
   // Of query or key (qk) and of value or dO (vo)
   Folding row_qk, row_vo, column_qk, column_vo;
   float scale;           // of logits, times log2(e)
   float sign;            // what logits are multiplied by before that
   float gradient_scale;  // of dQ and dK
 };
-static_assert(sizeof(HopperProblem<1>) == 60 + 180 && sizeof(HopperProblem<2>) == 2 * 60 + 180 &&
-                  sizeof(HopperProblem<3>) == 3 * 60 + 180,
+static_assert(sizeof(HopperProblem<1>) == 60 + 196 && sizeof(HopperProblem<2>) == 2 * 60 + 196 &&
+                  sizeof(HopperProblem<3>) == 3 * 60 + 196,
               "the record that launch.py packs has these sizes");
 
 // An axis of the problem. Where no axis is dilated the compiler is told that its dilation is 1.
@@ -124,7 +127,9 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
     number = problem.whole_tiles + divided;
   }
   int boxes = 1;
-  unsigned rest = problem.longest_last ? problem.tile_count - 1 - number : number;
+  const unsigned place = problem.longest_last ? problem.tile_count - 1 - number : number;
+  unsigned rest = problem.side_by_side.quotient(place);
+  const unsigned inner_head = place - rest * problem.side_by_side.divisor;
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
     const Axis axis = axis_of<Plan>(problem, r);
@@ -136,15 +141,17 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
     const int end =
         smaller(first.index + problem.tile_box[r], rows_of_group<Plan>(axis, first.group));
     tile.first[r] = first;
-    const Range columns = {window_of<Plan>(axis, first.index, first.group).begin,
-                           window_of<Plan>(axis, end - 1, first.group).end};
+    Range columns = {window_of<Plan>(axis, first.index, first.group).begin,
+                     window_of<Plan>(axis, end - 1, first.group).end};
+    if (Plan::kSums) columns.begin -= columns.begin % problem.column_box[r];
     tile.columns[r] = columns;
     boxes *= ceil_div(columns.end - columns.begin, problem.column_box[r]);
   }
   if (Plan::kRowsAreKeys) boxes *= problem.group_size.divisor;
   if (Plan::kAdditional) boxes += ceil_div(problem.additional, Plan::kColumns);
-  const int batch = problem.head_groups.quotient(rest);
-  const int head = (rest - batch * problem.head_groups.divisor) * problem.heads_per_tile;
+  const unsigned head_group = rest * problem.side_by_side.divisor + inner_head;
+  const int batch = problem.head_groups.quotient(head_group);
+  const int head = (head_group - batch * problem.head_groups.divisor) * problem.heads_per_tile;
   tile.boxes = boxes;
   tile.batch = batch;
   tile.head = head;
@@ -152,24 +159,32 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
       Plan::kRowsAreKeys ? head * problem.group_size.divisor : problem.group_size.quotient(head);
 }
 
-// Calls visit() with every value of `first` that the boxes of one column head have, in raster
-// order; the axes before kAxis are set.
-template <int kAxis = 0, int kRank, typename Visit>
+// Calls visit() with every value of `first` that the boxes of one column head have, in raster order
+// or, if kSums, in the reverse of that; the axes before kAxis are set.
+template <bool kSums, int kAxis = 0, int kRank, typename Visit>
 __device__ void for_each_first(const HopperProblem<kRank>& problem, const Tile<kRank>& tile,
                                int (&first)[kRank], Visit&& visit) {
   if constexpr (kAxis == kRank) {
     visit();
   } else {
     const Range& columns = tile.columns[kAxis];  // read again each time: registers are few
+    if constexpr (kSums) {
+      const int last = columns.end - 1 - columns.begin;
 #pragma unroll 1
-    for (first[kAxis] = 0; first[kAxis] < columns.end - columns.begin;
-         first[kAxis] += problem.column_box[kAxis])
-      for_each_first<kAxis + 1>(problem, tile, first, visit);
+      for (first[kAxis] = last - last % problem.column_box[kAxis]; first[kAxis] >= 0;
+           first[kAxis] -= problem.column_box[kAxis])
+        for_each_first<kSums, kAxis + 1>(problem, tile, first, visit);
+    } else {
+#pragma unroll 1
+      for (first[kAxis] = 0; first[kAxis] < columns.end - columns.begin;
+           first[kAxis] += problem.column_box[kAxis])
+        for_each_first<kSums, kAxis + 1>(problem, tile, first, visit);
+    }
   }
 }
 
-// Calls visit(head, first) for every box of the columns of a tile: for each column head, in raster
-// order. `first` counts columns from the first of the tile on.
+// Calls visit(head, first) for every box of the columns of a tile: for each column head, in the
+// order of `for_each_first`. `first` counts columns from the first of the tile on.
 template <typename Plan, typename Visit>
 __device__ void for_each_box(const HopperProblem<Plan::kRank>& problem,
                              const Tile<Plan::kRank>& tile, Visit&& visit) {
@@ -177,9 +192,10 @@ __device__ void for_each_box(const HopperProblem<Plan::kRank>& problem,
   if constexpr (Plan::kRowsAreKeys) {
 #pragma unroll 1
     for (int h = 0; h < problem.group_size.divisor; ++h)
-      for_each_first(problem, tile, first, [&] { visit(tile.column_head + h, first); });
+      for_each_first<Plan::kSums>(problem, tile, first,
+                                  [&] { visit(tile.column_head + h, first); });
   } else {
-    for_each_first(problem, tile, first, [&] { visit(tile.column_head, first); });
+    for_each_first<Plan::kSums>(problem, tile, first, [&] { visit(tile.column_head, first); });
   }
 }
 

@@ -25,4 +25,34 @@ __device__ inline void load_box(unsigned target, const TensorMap& map, Barrier& 
       : "memory");
 }
 
+// Writes `bytes` of shared memory to global memory, or adds them to the float32 that lie there.
+// Several of these make a group, which the thread that issued them commits and awaits.
+__device__ inline void store_bulk(float* target, unsigned source, unsigned bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target),
+               "r"(source), "r"(bytes)
+               : "memory");
+}
+__device__ inline void add_bulk(float* target, unsigned source, unsigned bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
+      "r"(source), "r"(bytes)
+      : "memory");
+}
+__device__ inline void commit_bulk() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until shared memory has been read, and may be written anew.
+__device__ inline void wait_until_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// Waits until global memory has been written.
+__device__ inline void wait_until_written() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Orders what this thread reads and writes by itself, and what TMA and wgmma do: in shared memory,
+// or in global memory.
+__device__ inline void fence_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ inline void fence_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 }  // namespace cuneigh::hopper

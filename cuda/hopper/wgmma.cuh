@@ -115,6 +115,16 @@ struct Wgmma;
                    ", p, 1, 1, 0, 0; }"                                                                \
                    : CUNEIGH_ACCUMULATORS_OF_##count : "l"(left), "l"(right), "n"(kAdd));              \
     }                                                                                                  \
+    /* d = left right, or d += it if kAdd: [64, 16] [16, kColumns] in shared memory */                 \
+    template <bool kAdd>                                                                               \
+    __device__ static void shared_columns(float (&d)[kColumns / 8][4], Descriptor left,                \
+                                          Descriptor right) {                                          \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #after_2 ", 0; "                                 \
+                   "wgmma.mma_async.sync.aligned.m64n" #kColumns "k16.f32." type "." type              \
+                   " {" CUNEIGH_REGISTERS_OF_##count "}, %" #after_0 ", %" #after_1                    \
+                   ", p, 1, 1, 0, 1; }"                                                                \
+                   : CUNEIGH_ACCUMULATORS_OF_##count : "l"(left), "l"(right), "n"(kAdd));              \
+    }                                                                                                  \
     /* d += left right: [64, 16] in registers, [16, kColumns] in shared memory */                      \
     __device__ static void registers(float (&d)[kColumns / 8][4], const unsigned (&left)[4],           \
                                      Descriptor right) {                                               \

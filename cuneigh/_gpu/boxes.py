@@ -56,7 +56,7 @@ class WalkCounts(NamedTuple):
     """What blocks walk over, along one axis or in a whole layout.
 
     A block takes a box of rows, of which each warp (or warpgroup) has a part, and walks over boxes
-    of columns that begin where its window union begins and cover it.
+    of columns that cover its window union: from its begin on, or those of a grid (`Pass.on_grid`).
     """
 
     blocks: int
@@ -64,9 +64,12 @@ class WalkCounts(NamedTuple):
     loads: int
     """Pairs of a block and a box of columns that it loads."""
     visits: int
-    """Pairs of a warp and a box of columns that it does not skip."""
+    """Pairs of a warp and a box of columns that it does not skip. On a grid, none skips any."""
     full: int
-    """Visits in which every column lies in the window of every row; in others some are masked."""
+    """Visits in which every column lies in the window of every row; in others some are masked.
+
+    On a grid, only those of warps whose rows all exist.
+    """
     longest: int
     """Boxes of columns of the longest walk."""
 
@@ -84,7 +87,8 @@ def count_walk(
     def count(axis: Axis) -> WalkCounts:
         return _count_walk(axis, warp_box, warps, column_box, pass_)
 
-    return WalkCounts(*_count_repeated(axis, warp_box * warps, count))
+    common = math.lcm(warp_box * warps, column_box if pass_.on_grid else 1)
+    return WalkCounts(*_count_repeated(axis, common, count))
 
 
 def _count_repeated(
@@ -117,9 +121,13 @@ def _count_walk(axis: Axis, warp_box: int, warps: int, column_box: int, pass_: P
         length = len(begin)
         first = np.arange(0, length, size)
         low, high = window_unions(begin, end, size)
+        if pass_.on_grid:
+            low -= low % column_box
         boxes = -(-(high - low) // column_box)
         blocks += groups * len(first)
         loads += groups * int(boxes.sum())
+        if pass_.on_grid:
+            visits += groups * int(boxes.sum()) * warps
         longest = max(longest, int(boxes.max()))
         for warp in range(warps):
             has_rows = first + warp * warp_box < length
@@ -129,8 +137,11 @@ def _count_walk(axis: Axis, warp_box: int, warps: int, column_box: int, pass_: P
             origin = low[has_rows]
             any_begin, any_end = begin[first_row] - origin, end[last_row] - origin
             all_begin, all_end = begin[last_row] - origin, end[first_row] - origin
-            visits += groups * int((-(-any_end // column_box) - any_begin // column_box).sum())
+            if not pass_.on_grid:
+                visits += groups * int((-(-any_end // column_box) - any_begin // column_box).sum())
             whole = np.maximum(all_end // column_box - -(-all_begin // column_box), 0)
+            if pass_.on_grid:
+                whole[first_row + warp_box > length] = 0
             full += groups * int(whole.sum())
     return WalkCounts(blocks, loads, visits, full, longest)
 

@@ -2,8 +2,9 @@
 
 A kernel works on rows and columns: a block keeps a box of rows and goes over the boxes of columns
 that lie in their windows. In the forward pass and for dQ rows are queries and columns are keys; the
-window of a row is the window of the query. For dK and dV rows are keys and columns are queries; the
-window of a row is the inverse window of the key, which holds the queries that see it.
+window of a row is the window of the query. For dK and dV, and where one kernel computes all three
+gradients, rows are keys and columns are queries; the window of a row is the inverse window of the
+key, which holds the queries that see it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from cuneigh._window import Axis, Index
 class Pass:
     """What one kernel of an operation computes."""
 
-    name: Literal["forward", "dq", "dkv", "dk", "dv"]
+    name: Literal["forward", "backward", "dq", "dkv", "dk", "dv"]
     rows_are_keys: bool
     products: float
     """Its matrix products, in units of those of the forward pass."""
+    on_grid: bool = False
+    """Boxes of columns are those of a grid from the first column of each dilation group on.
+
+    All blocks have them in common. Otherwise they begin where a block's window union begins.
+    """
 
     def __str__(self) -> str:
         return self.name
@@ -59,6 +65,8 @@ class Pass:
 
 
 FORWARD = Pass("forward", rows_are_keys=False, products=1.0)
+BACKWARD = Pass("backward", rows_are_keys=True, products=2.5, on_grid=True)
+"""All three gradients: blocks add to sums of dQ."""
 DQ = Pass("dq", rows_are_keys=False, products=1.5)
 DKV = Pass("dkv", rows_are_keys=True, products=2.0)
 DK = Pass("dk", rows_are_keys=True, products=1.5)

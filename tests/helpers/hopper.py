@@ -25,7 +25,7 @@ from cuneigh._gpu.arrays import Array, Pointer
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._problem import Problem
 
-H200 = Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)
+H200 = Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024, 139 << 30)
 ALL_DIMS = tuple(itertools.product((8, 16, 24, 32, 40, 64, 72, 96, 104, 128, 200, 256), repeat=2))
 COMPILED_DIMS = ((64, 64), (128, 128), (32, 32), (72, 104), (128, 64), (256, 200))
 """Head and value dimensions where every new pair is a kernel to compile."""

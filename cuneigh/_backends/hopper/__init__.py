@@ -6,8 +6,11 @@ kernels multiply dense boxes of queries and keys, so that a non-finite *value* m
 whose box of keys held it though their window did not (0 * NaN is NaN). In a forward a non-finite
 key reaches only the queries whose window holds it.
 
-The backward takes two kernels, one for dQ and one for dK and dV: no sum depends on the order of
-blocks, and nothing is kept in memory between them but lse and delta.
+The backward takes two kernels, one for dQ and one for dK and dV, and keeps nothing in memory between
+them but lse and delta. Along a single axis, for head dims from 72 on, one kernel computes all
+gradients with five products instead of seven: its blocks add to sums of dQ in a fixed order. The
+sums take 4 bytes for each element of the query, as long as that is a small part of the device's
+memory. Neither way does a result depend on the order in which blocks run.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Mapping
 
 from cuneigh._backends.hopper import launch
 from cuneigh._backends.hopper.launch import NAME, backward, forward
-from cuneigh._backends.hopper.plan import passes, predicted_ms
+from cuneigh._backends.hopper.plan import predicted_ms, ways
 from cuneigh._backends.hopper.tensor_maps import unreadable
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
@@ -77,7 +80,7 @@ def unsupported(
             return f"takes dilations up to {MOST_DILATION}, not {along.dilation} on axis {axis}"
     if problem.scale and not SMALLEST_SCALE < abs(problem.scale) < LARGEST_SCALE:
         return f"takes scales from {SMALLEST_SCALE} to {LARGEST_SCALE}, not {problem.scale}"
-    rows = max(pass_.rows(problem) for pass_ in passes(problem))
+    rows = max(pass_.rows(problem) for way in ways(problem) for pass_ in way)
     if rows > MOST_ROWS:
         return f"takes up to {MOST_ROWS} head vectors of queries or of keys, not {rows}"
     for name, array in (_contiguous(problem) if arrays is None else arrays).items():

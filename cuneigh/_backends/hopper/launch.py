@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 from typing import Any
@@ -12,25 +13,31 @@ import numpy.typing as npt
 from cuneigh import _jit
 from cuneigh._backends.hopper.plan import (
     ROWS,
+    SUM_FLOATS,
     Division,
     Form,
     HopperPlan,
+    count_sums,
     division,
     form_of,
+    head_sums,
     is_dilated,
     make_plan,
     padded,
     passes,
     pieces,
     shared_bytes,
+    side_by_side,
+    ways,
     width,
 )
 from cuneigh._backends.hopper.tensor_maps import Folding, map_of_additional, map_of_tokens
 from cuneigh._device import Device
 from cuneigh._gpu import sums
 from cuneigh._gpu.announce import announce
+from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.boxes import Box, count_walk
-from cuneigh._gpu.passes import DKV, DQ, FORWARD, Pass
+from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import AXIS, axis_record
 from cuneigh._gpu.views import Views, readable
@@ -60,14 +67,20 @@ def backward(
     of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
     statistics = program.allocate((*lse.shape, 2), "float32")
     sums.delta(problem, grad_output, readable(output, program), lse, grad_lse, statistics, program)
+    of_rows_that_are_keys = Views(problem.rank)
+    of_rows_that_are_keys.pairs(statistics)
+    of_rows_that_are_keys.vectors(gradients.key, gradients.value)
+    if BACKWARD in passes(problem, program.device):
+        _launch_backward(
+            program, problem, of_keys, of_queries, of_rows_that_are_keys, gradients.query
+        )
+        return
     views = Views(problem.rank)  # `DqArguments` of cuda/hopper/dq.cu
     views.pairs(statistics)
     views.vectors(gradients.query)
     _launch(program, problem, DQ, of_queries, of_keys, _additional(problem, operands), views)
-    views = Views(problem.rank)  # `DkvArguments` of cuda/hopper/dkv.cu
-    views.pairs(statistics)
-    views.vectors(gradients.key, gradients.value)
-    _launch(program, problem, DKV, of_keys, of_queries, None, views)
+    # `DkvArguments` of cuda/hopper/dkv.cu
+    _launch(program, problem, DKV, of_keys, of_queries, None, of_rows_that_are_keys)
     if problem.additional:
         sums.attention_gradients(
             problem, operands, grad_output, lse, statistics.component(1), gradients, program
@@ -75,8 +88,13 @@ def backward(
 
 
 def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
-    """The kernels of a supported problem."""
-    needed = [kernel(problem, form_of(problem, device, pass_), pass_) for pass_ in passes(problem)]
+    """The kernels of a supported problem, of all the ways to compute it."""
+    needed = []
+    for pass_ in itertools.chain(*ways(problem)):
+        form = form_of(problem, device, pass_)
+        needed.append(kernel(problem, form, pass_))
+        if pass_ == BACKWARD:
+            needed.append(kernel(problem, form, pass_, "dq_of_sums"))
     if problem.operation == "backward":
         needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
     return needed
@@ -89,6 +107,39 @@ def _additional(problem: Problem, operands: Operands) -> tuple[Any, Any] | None:
     return operands.additional_keys, operands.additional_values
 
 
+def _launch_backward(
+    program: Program,
+    problem: Problem,
+    of_keys: tuple[Any, Any],
+    of_queries: tuple[Any, Any],
+    views: Views,
+    grad_query: Any,
+) -> None:
+    """Launch the kernel that computes all gradients, and the one that rounds the sums of dQ.
+
+    `views` are `BackwardArguments` of cuda/hopper/backward.cu up to the sums.
+    """
+    plan = make_plan(problem, program.device, BACKWARD)
+    count = count_sums(problem)
+    sums_of_dq = program.allocate((count, SUM_FLOATS), "float32")
+    # [count + 1] Contributions to each of the sums, and tiles that blocks have taken
+    counters = program.zeros((count + 1,), COUNTER)
+    views.addresses(sums_of_dq, counters)
+    record = _launch(
+        program, problem, BACKWARD, of_keys, of_queries, None, views, counters.component(count)
+    )
+    views = Views(problem.rank)  # `DqOfSumsArguments` of cuda/hopper/dq_of_sums.cu
+    views.addresses(sums_of_dq)
+    views.vectors(grad_query)
+    program.launch(
+        kernel(problem, plan.form, BACKWARD, "dq_of_sums"),
+        (count, 1),
+        128 * plan.form.warpgroups,
+        record,
+        views.words,
+    )
+
+
 def _launch(
     program: Program,
     problem: Problem,
@@ -97,11 +148,13 @@ def _launch(
     columns: tuple[Any, Any],
     additional: tuple[Any, Any] | None,
     views: Views,
-) -> None:
+    taken: Array | None = None,
+) -> npt.NDArray[Any]:
     """Launch the kernel of a pass over `rows` and `columns`, the arrays of qk and then of vo.
 
-    `views` are the arguments of the pass but for the last one, the counter of tiles. `additional`
-    is None where no column is an additional key.
+    `views` are the arguments of the pass but for the last one, the counter of the tiles that blocks
+    have taken: `taken`, or one of its own if a block takes more than one. `additional` is None
+    where no column is an additional key. Returns the record that the kernel is given.
     """
     plan = make_plan(problem, program.device, pass_)
     form = plan.form
@@ -120,23 +173,28 @@ def _launch(
         maps += maps[-1:] * 2  # for parameters that the kernel does not touch
 
     work = division(problem, plan, program.device, pass_)
-    # The counter of the tiles that blocks have taken, 4 bytes; none where no block takes a second.
-    one_round = work.blocks <= program.device.sm_count
-    views.addresses(None if one_round else program.zeros((1,), "float32"))
+    if taken is None and work.blocks > program.device.sm_count:
+        taken = program.zeros((1,), COUNTER)
+    views.addresses(taken)
+    record = _record(problem, plan, pass_, work, foldings)
     program.launch(
         kernel(problem, form, pass_),
         (min(work.blocks, program.device.sm_count), 1),
         128 * (form.warpgroups + 1),
-        _record(problem, plan, pass_, work, foldings),
+        record,
         views.words,
         *maps,
         shared_bytes=shared_bytes(problem, form, pass_),
     )
+    return record
 
 
 @lru_cache(maxsize=1024)
-def kernel(problem: Problem, form: Form, pass_: Pass) -> _jit.Kernel:
-    """The kernel of a pass, with the plan that cuda/hopper/shared.cuh describes."""
+def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Kernel:
+    """The kernel `name` of a pass, with the plan that cuda/hopper/shared.cuh describes.
+
+    Without a name it is the one with the name of the pass.
+    """
     constants = {
         "kRank": problem.rank,
         "kWarpgroups": form.warpgroups,
@@ -155,9 +213,10 @@ def kernel(problem: Problem, form: Form, pass_: Pass) -> _jit.Kernel:
         "kDilated": is_dilated(problem),
         "kAdditional": bool(problem.additional) and not pass_.rows_are_keys,
         "kSigned": problem.scale <= 0,
+        "kSums": pass_ == BACKWARD,
     }
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
-    return _jit.Kernel(f"hopper/{pass_}", source, arch_specific=True)
+    return _jit.Kernel(f"hopper/{name or pass_}", source, arch_specific=True)
 
 
 def _piece(problem: Problem, box: Box) -> Box:
@@ -167,6 +226,8 @@ def _piece(problem: Problem, box: Box) -> Box:
 
 # Constants and structs of cuda/hopper/tile.cuh
 MOST_WARPGROUPS = 3
+COUNTER = "float32"
+"""Of the size of a counter, an unsigned integer; frameworks need not have those."""
 DIVISOR = np.dtype([("divisor", "u4"), ("multiplier", "u4"), ("shift", "u4")])
 PIECES = np.dtype([("count", "i4"), ("rows", "i4"), ("tokens", "i4")])
 FOLDING = np.dtype([(name, "i4") for name in Folding._fields])
@@ -197,6 +258,7 @@ def _record(
                 *((name, "i4", (rank,)) for name in boxes),
                 ("tiles", DIVISOR, (rank,)),
                 ("head_groups", DIVISOR),
+                ("side_by_side", DIVISOR),
                 ("group_size", DIVISOR),
                 ("warpgroup", "i4", (MOST_WARPGROUPS, 1 + rank)),
                 ("tile_count", "i4"),
@@ -209,6 +271,7 @@ def _record(
                 ("row_pieces", PIECES),
                 ("column_pieces", PIECES),
                 *((name, "i4") for name in ("additional", "head_dim", "value_dim", "longest_last")),
+                ("head_sums", "i4"),
                 ("foldings", FOLDING, (4,)),  # of rows and of columns, qk and vo of either
                 *((name, "f4") for name in ("scale", "sign", "gradient_scale")),
             ],
@@ -223,6 +286,7 @@ def _record(
         for axis, *sizes in zip(axes, plan.row_box, plan.warpgroups, plan.column_box, strict=True)
     ]
     record["head_groups"] = divisor(pass_.heads(problem) // plan.heads)
+    record["side_by_side"] = divisor(side_by_side(problem, plan, pass_))
     record["group_size"] = divisor(problem.group_size)
     for w in range(plan.form.warpgroups):
         head, *place = np.unravel_index(w, (plan.heads, *plan.warpgroups))
@@ -245,6 +309,7 @@ def _record(
     record["head_dim"], record["value_dim"] = problem.head_dim, problem.value_dim
     # Late queries see many keys, early keys are seen by many queries.
     record["longest_last"] = any(axis.is_causal for axis in axes) and not pass_.rows_are_keys
+    record["head_sums"] = head_sums(problem)
     record["foldings"] = foldings
     record["gradient_scale"] = problem.scale
     record["scale"] = (abs(problem.scale) or 1.0) * math.log2(math.e)

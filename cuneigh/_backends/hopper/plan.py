@@ -19,7 +19,7 @@ import numpy as np
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import Box, WalkCounts, count_walk, count_walks, powers_of_two
 from cuneigh._gpu.costs import Cycles
-from cuneigh._gpu.passes import DKV, DQ, FORWARD, Pass
+from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, Pass
 from cuneigh._gpu.rates import H200
 from cuneigh._problem import Problem, size_of
 
@@ -70,9 +70,32 @@ class HopperPlan:
         return f"{warpgroups} warpgroups{heads} of {rows} rows, boxes of {columns} columns"
 
 
-def passes(problem: Problem) -> tuple[Pass, ...]:
-    """The passes of an operation, in their order."""
-    return (FORWARD,) if problem.operation == "forward" else (DQ, DKV)
+SHARE_OF_SUMS = 1 / 32
+"""Of the device's memory, the most that the sums of dQ may take."""
+
+
+def ways(problem: Problem) -> list[tuple[Pass, ...]]:
+    """The ways to compute an operation: the passes of each, in their order.
+
+    One kernel for all gradients has five products where two kernels have seven, but cannot have
+    additional keys, which are no rows. Along several axes its tiles would wait for each other for
+    longer than two products take, and so they do where those of short vectors take little
+    (bench/NOTES.md).
+    """
+    if problem.operation == "forward":
+        return [(FORWARD,)]
+    along_one = problem.rank == 1 and not is_dilated(problem)
+    if along_one and problem.head_dim > LINE and not problem.additional:
+        return [(BACKWARD,), (DQ, DKV)]
+    return [(DQ, DKV)]
+
+
+@lru_cache(maxsize=1024)
+def passes(problem: Problem, device: Device) -> tuple[Pass, ...]:
+    """The passes for `device`: of the ways for whose sums it has room, the one of least time."""
+    room = device.memory * SHARE_OF_SUMS
+    fitting = [way for way in ways(problem) if BACKWARD not in way or sum_bytes(problem) <= room]
+    return min(fitting, key=lambda way: _milliseconds(problem, device, way))
 
 
 def padded(dim: int) -> int:
@@ -94,11 +117,13 @@ def form_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Form:
     """The form for these dimensions: as much of shared memory as there is holds boxes."""
     longest = max(problem.head_dim, problem.value_dim)
     # Two sums fill the registers that one does with vectors twice as long.
-    warpgroups = 3 if longest <= (64 if pass_ == DKV else 128) else 2
+    warpgroups = 3 if longest <= (64 if pass_ == DKV else 128) and pass_ != BACKWARD else 2
     columns = 128 if longest <= 128 and pass_ == FORWARD else 64
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
-    for bigger in ("row_slots",) * warpgroups + ("stages",) * 2:
-        candidate = form._replace(**{bigger: getattr(form, bigger) + 1})
+    # Where warpgroups read each other's rows, those of a tile come together
+    slots = warpgroups if pass_ == BACKWARD else 1
+    for bigger, by in (("row_slots", slots),) * (warpgroups // slots) + (("stages", 1),) * 2:
+        candidate = form._replace(**{bigger: getattr(form, bigger) + by})
         if shared_bytes(problem, candidate, pass_) <= device.shared_memory:
             form = candidate
     return form
@@ -112,15 +137,52 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     lines = form.row_slots * ROWS * (qk_lines if pass_ == FORWARD else qk_lines + vo_lines)
     lines += form.stages * form.columns * (qk_lines + vo_lines)
     size = 128 * lines + 16 * form.stages * coordinates
+    if pass_ == BACKWARD:  # SumMemory: dS of all warpgroups, twice, and a contribution to dQ
+        size += 2 * form.warpgroups * ROWS * 128 + SUM_FLOATS * 4
     size += 8 * form.stages * (form.columns if pass_.rows_are_keys else 2)  # statistics
     # MaskTables: prefixes, their bases, numbers, coordinates, window unions
     tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
     size += math.ceil(tables / 16) * 16
     size += 2 * (20 + 16 * rank)  # tiles
     size += 4 * form.stages * form.warpgroups  # visibility
-    size += 60 * rank + 180 + 4 * rank + 12  # the problem, and the last box of columns
-    barriers = 4 + 2 * form.row_slots + 4 * form.stages
+    size += 60 * rank + 196 + 4 * rank + 12  # the problem, and the last box of columns
+    barriers = 4 + 2 * form.row_slots + 4 * form.stages + 6
     return math.ceil((math.ceil(size / 8) * 8 + 8 * barriers) / 16) * 16
+
+
+SUM_FLOATS = ROWS * 2 * LINE
+"""Numbers in the sum of a box of queries: two lines of dQ."""
+
+
+def head_sums(problem: Problem) -> int:
+    """Sums of dQ of a head: boxes of queries along the only axis."""
+    return math.ceil(problem.tokens[0] / ROWS)
+
+
+def count_sums(problem: Problem) -> int:
+    """Sums of dQ of all heads and batch entries."""
+    return problem.batch * problem.heads * head_sums(problem)
+
+
+def sum_bytes(problem: Problem) -> int:
+    """Bytes of the sums of dQ."""
+    return 4 * SUM_FLOATS * count_sums(problem)
+
+
+MOST_SIDE_BY_SIDE = 8
+"""Heads whose tiles at a place come one after another; more would share too little of the cache."""
+
+
+def side_by_side(problem: Problem, plan: HopperPlan, pass_: Pass) -> int:
+    """Groups of row heads whose tiles at a place come one after another.
+
+    In the backward pass several, since tiles of other heads do not wait for each other. Elsewhere
+    one, so that the tiles at work have most of their columns in common.
+    """
+    if pass_ != BACKWARD:
+        return 1
+    groups = pass_.heads(problem) // plan.heads
+    return max(n for n in range(1, MOST_SIDE_BY_SIDE + 1) if groups % n == 0)
 
 
 def most_coordinates(rank: int) -> int:
@@ -145,6 +207,7 @@ LONG = Cycles(
 """Of vectors of more than 128 elements."""
 
 
+OF_BACKWARD = Cycles(1 / 2400, logit=0.0, copy=0.0, box=2_400, row=0.0, block=5_000, mask=0.05)
 OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, mask=0.0491)
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
 
@@ -152,7 +215,7 @@ OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, 
 def constants(problem: Problem, pass_: Pass) -> Cycles:
     """The fit for a kernel."""
     if pass_ != FORWARD:
-        return OF_DQ if pass_ == DQ else OF_DKV
+        return {BACKWARD: OF_BACKWARD, DQ: OF_DQ, DKV: OF_DKV}[pass_]
     longest = max(problem.head_dim, problem.value_dim)
     return SHORT if longest <= 64 else MIDDLE if longest <= 128 else LONG
 
@@ -222,7 +285,13 @@ def division(problem: Problem, plan: HopperPlan, device: Device, pass_: Pass = F
     multiprocessors = max(device.sm_count, 1)
     last = tiles % multiprocessors
     parts = 1
-    while last and parts < plan.form.warpgroups and last * (parts + 1) <= multiprocessors:
+    # In the backward pass a warpgroup needs what the others make
+    while (
+        pass_ != BACKWARD
+        and last
+        and parts < plan.form.warpgroups
+        and last * (parts + 1) <= multiprocessors
+    ):
         parts += 1
     return Division(tiles, tiles - last if parts > 1 else tiles, parts)
 
@@ -240,12 +309,21 @@ def count(problem: Problem, plan: HopperPlan, pass_: Pass = FORWARD) -> WalkCoun
 
 def predicted_ms(problem: Problem, device: Device) -> float:
     """How long a call with the plans for `device` is expected to take on an H200."""
-    milliseconds = 0.0
+    milliseconds = _milliseconds(problem, device, passes(problem, device))
     if problem.operation == "backward":  # delta reads output and its gradient
         milliseconds += H200.launch_ms + 2 * size_of(problem.output) / H200.memory_bytes
-    for pass_ in passes(problem):
+    return milliseconds
+
+
+def _milliseconds(problem: Problem, device: Device, passes: tuple[Pass, ...]) -> float:
+    """What the kernels of these passes are expected to take."""
+    milliseconds = 0.0
+    for pass_ in passes:
         cycles = cost(problem, make_plan(problem, device, pass_), device, pass_)
         milliseconds += 2 * H200.launch_ms + cycles / H200.cycles
+        if pass_ == BACKWARD:  # sums are cleared, in part, and read; dQ is written
+            moved = sum_bytes(problem) + size_of(problem.specs.query)
+            milliseconds += H200.launch_ms + moved / H200.memory_bytes
     return milliseconds
 
 

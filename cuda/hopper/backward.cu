@@ -1,0 +1,186 @@
+// All gradients of attention on Hopper's tensor cores, by five products. Rows are keys, columns are
+// queries. With P = 2^(scale S - lse) and dS = P * (dP - delta), a consumer does for each box of
+// queries, of each query head that reads its keys,
+//   S^T = K Q^T, dP^T = V dO^T, P^T and dS^T, dV += P^T dO, dQ = dS K, dK += dS^T Q,
+// and multiplies dK by the scale in the end. The transposed weights stay in registers: they are
+// left operands of dV and dK. For dQ the warpgroups meet: each writes its dS to shared memory, and
+// makes its columns of dQ from the dS and the keys of both. A producer warp adds that to sums in
+// memory (sums.cuh), which another kernel (dq_of_sums.cu) turns into dQ.
+//
+// The probabilities are computed while dP^T is, dS^T while dV is. dQ is that of the box before: by
+// then the other warpgroup has written its dS, though it may be half a box behind, which is where
+// it fills the gaps that this one leaves to the tensor cores. dQ leaves while dK is made. Other
+// roles, tiles and barriers are those of the forward pass (forward.cu).
+#include "cuneigh/layout.cuh"
+#include "cuneigh/types.cuh"
+#include "hopper/gradients.cuh"
+#include "hopper/producers.cuh"
+
+namespace cuneigh::hopper {
+
+template <typename Plan>
+struct BackwardArguments {
+  View<const float2, Plan::kRank> statistics;  // of queries: {lse * log2(e), delta}
+  View<typename Plan::Element, Plan::kRank> grad_key, grad_value;
+  Sums sums;        // of dQ
+  unsigned* taken;  // 0 before the launch; see `begin_tiles`
+};
+
+// How a warpgroup makes its line of dQ, [64, 64] of a box of queries.
+template <typename Plan>
+struct QueryGradient {
+  static constexpr int kTiles = kLineElements / 8;
+
+  SharedMemory<Plan>& smem;
+  const int w;
+  Ring<2> exchange;  // of dS: the slot of the current box
+  Ring<1> sums;
+
+  // Writes dS of the current box, given this thread's part of dS^T [64, kColumns].
+  template <int kSteps>
+  __device__ void share(const unsigned (&grad_logit)[kSteps][4]) const {
+    smem.grad_logit_empty[exchange.slot()].wait(exchange.parity() ^ 1);
+    store_transposed(grad_logit, shared_address(smem.grad_logit[exchange.slot()][w]));
+    fence_shared();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) smem.grad_logit_full[exchange.slot()].arrive();
+  }
+
+  // Until all warpgroups have shared dS of the box before.
+  __device__ void wait() const {
+    smem.grad_logit_full[exchange.before().slot()].wait(exchange.before().parity());
+  }
+
+  // Issues dQ = dS K of the box before; `keys` is this warpgroup's line of the keys of all.
+  __device__ void issue(float (&grad_query)[kTiles][4], Descriptor keys) const {
+    const Descriptor grad_logits = rows_descriptor(shared_address(smem.grad_logit));
+    constexpr int kSlot = sizeof(smem.grad_logit[0]) / kDescriptorBytes;
+    multiply_transposed<typename Plan::Element, Plan::kWarpgroups, kLineElements>(
+        grad_query, grad_logits + exchange.before().slot() * kSlot, keys, sizeof(smem.row[0]));
+  }
+
+  // Hands dQ of the box before over to `add_sums`.
+  __device__ void hand_over(const float (&grad_query)[kTiles][4]) {
+    smem.sum_empty.wait(sums.parity() ^ 1);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const auto& four = grad_query[i];
+      smem.sum[w][i][threadIdx.x % 128] = make_float4(four[0], four[1], four[2], four[3]);
+    }
+    fence_shared();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      smem.grad_logit_empty[exchange.before().slot()].arrive();
+      smem.sum_full.arrive();
+    }
+    sums.advance();
+  }
+};
+
+// A consumer: warpgroup `w`, all of its 128 threads.
+template <typename Plan>
+__device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
+                              const BackwardArguments<Plan>& arguments, SharedMemory<Plan>& smem,
+                              int w) {
+  using Element = typename Plan::Element;
+  using Smem = SharedMemory<Plan>;
+  constexpr int kTiles = Plan::kColumns / 8, kSteps = Plan::kColumns / 16;
+  Consumer<Plan> me(smem, w);
+  QueryGradient<Plan> dq = {smem, w, {}, {}};
+  const Descriptor rows_at = rows_descriptor(shared_address(smem.row));
+  const Descriptor queries_at = rows_descriptor(shared_address(smem.column_qk));
+  const Descriptor grad_outputs_at = rows_descriptor(shared_address(smem.column_vo));
+  const Descriptor query_columns_at =
+      columns_descriptor(shared_address(smem.column_qk), sizeof(smem.column_qk[0][0]));
+  const Descriptor grad_output_columns_at =
+      columns_descriptor(shared_address(smem.column_vo), sizeof(smem.column_vo[0][0]));
+  const Descriptor key_columns_at =  // of this warpgroup's line
+      columns_descriptor(shared_address(smem.row[0][w]), sizeof(smem.row[0][0]));
+
+  while (me.begin_tile()) {
+    constexpr int kSlot = sizeof(smem.row[0]) / kDescriptorBytes;
+    const Descriptor keys = rows_at + me.rows.slot() * kSlot;
+    const Descriptor values = keys + Smem::kQkLines * (sizeof(smem.row[0][0]) / kDescriptorBytes);
+    const Descriptor key_columns = key_columns_at + (me.rows.slot() - w) * kSlot;
+    float grad_key[Plan::kHeadColumns / 8][4] = {};     // dK [64, kHeadColumns]
+    float grad_value[Plan::kValueColumns / 8][4] = {};  // dV [64, kValueColumns]
+    bool is_first = true;
+
+    while (me.begin_box()) {
+      const unsigned stage = me.boxes.slot();
+      const unsigned qk = stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
+      const unsigned vo = stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
+      // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
+      // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
+      float logit[kTiles][4], grad_weight[kTiles][4];
+      multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
+      me.wait_for_vo();
+      multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
+      wait_for_products<1>();
+      hold(logit);
+      if (Plan::kSigned) multiply_by(logit, problem.sign);
+      me.hide_invisible(logit);
+      const float4* statistics = statistics_of_box(me);
+      exponentiate(logit, problem.scale, statistics);  // P^T, in place of S^T
+      // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
+      unsigned weight[kSteps][4];  // P^T [64, kColumns]
+      pack_weights<Element>(logit, 0, weight);
+      accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
+      wait_for_products<1>();
+      hold(grad_weight);
+      multiply_by_weights<Element>(grad_weight, weight, statistics);  // dS^T, in place of dP^T
+      unsigned grad_logit[kSteps][4];                                 // dS^T [64, kColumns]
+      pack_weights<Element>(grad_weight, 0, grad_logit);
+      dq.share(grad_logit);
+      // dQ of the box before; that of a tile's first box, of nothing, goes nowhere
+      float grad_query[QueryGradient<Plan>::kTiles][4];  // [64, 64]
+      if (!is_first) dq.wait();
+      dq.issue(grad_query, key_columns);
+      // dK += dS^T Q, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
+      accumulate<Element, Plan::kHeadColumns>(grad_key, grad_logit, query_columns_at + qk);
+      wait_for_products<1>();
+      hold(grad_value);
+      hold(grad_query);
+      me.release_vo();
+      if (!is_first) dq.hand_over(grad_query);
+      wait_for_products<0>();
+      hold(grad_key);
+      me.release_qk();
+      me.end_box();
+      dq.exchange.advance();
+      is_first = false;
+    }
+    float grad_query[QueryGradient<Plan>::kTiles][4];
+    dq.wait();
+    dq.issue(grad_query, key_columns);
+    wait_for_products<0>();
+    hold(grad_query);
+    me.release_rows();
+    dq.hand_over(grad_query);
+    store_key_gradients(problem, me, arguments.grad_key, arguments.grad_value, grad_key,
+                        grad_value);
+    me.end_tile();
+  }
+}
+
+template <typename Plan>
+__global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
+    backward(const HopperProblem<Plan::kRank> problem, const BackwardArguments<Plan> arguments,
+             const __grid_constant__ TensorMap key, const __grid_constant__ TensorMap value,
+             const __grid_constant__ TensorMap query,
+             const __grid_constant__ TensorMap grad_output) {
+  auto& smem = begin_block<Plan>(problem);
+  // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    set_registers<false, kProducerRegisters<Plan>>();
+    // No column is an additional key: the last two maps are never used
+    produce({key, value, query, grad_output, query, grad_output}, arguments.statistics,
+            arguments.sums, arguments.taken, smem);
+  } else {
+    set_registers<true, kConsumerRegisters<Plan>>();
+    differentiate(problem, arguments, smem, warpgroup - 1);
+  }
+}
+
+}  // namespace cuneigh::hopper

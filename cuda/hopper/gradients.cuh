@@ -1,0 +1,66 @@
+// What consumers do where rows are keys and columns are queries: weights and gradients of logits,
+// transposed, and the gradients of keys and values.
+#pragma once
+
+#include "hopper/consumers.cuh"
+
+namespace cuneigh::hopper {
+
+// A thread holds the columns 8 n + 2 quad and the next of a box: entry 4 n of its statistics is
+// {lse, delta, lse, delta} of these two queries.
+template <typename Plan>
+__device__ const float4* statistics_of_box(const Consumer<Plan>& me) {
+  return reinterpret_cast<const float4*>(me.smem.statistics[me.boxes.slot()]) + me.quad;
+}
+
+// P^T = 2^(scale S^T - lse), in place of S^T [64, 8 kTiles].
+template <int kTiles>
+__device__ void exponentiate(float (&logit)[kTiles][4], float scale, const float4* statistics) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const float4 of_two = statistics[4 * n];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      logit[n][i] = ex2_approx(fmaf(logit[n][i], scale, -(i % 2 ? of_two.z : of_two.x)));
+  }
+}
+
+// dS^T = P^T * (dP^T - delta), in place of dP^T [64, 8 kTiles]. P^T is the rounded one that dV is
+// made of.
+template <typename Element, int kTiles>
+__device__ void multiply_by_weights(float (&grad_weight)[kTiles][4],
+                                    const unsigned (&weight)[kTiles / 2][4],
+                                    const float4* statistics) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const float4 of_two = statistics[4 * n];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 pair = unpack(weight[n / 2][n % 2 * 2 + half], Element());
+      grad_weight[n][2 * half] = pair.x * (grad_weight[n][2 * half] - of_two.y);
+      grad_weight[n][2 * half + 1] = pair.y * (grad_weight[n][2 * half + 1] - of_two.w);
+    }
+  }
+}
+
+// Writes this thread's rows of dK [64, 8 kKeyTiles] and dV [64, 8 kValueTiles].
+template <typename Plan, typename View, int kKeyTiles, int kValueTiles>
+__device__ void store_key_gradients(const HopperProblem<Plan::kRank>& problem,
+                                    const Consumer<Plan>& me, const View& grad_key_view,
+                                    const View& grad_value_view,
+                                    const float (&grad_key)[kKeyTiles][4],
+                                    const float (&grad_value)[kValueTiles][4]) {
+  const Tile<Plan::kRank>& tile = me.tile();
+  const int head = tile.head + problem.warpgroup[me.w][0];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int token[Plan::kRank];
+    const bool exists = token_of_row<Plan>(problem, tile, me.w, me.row + 8 * half, token);
+    store_row(grad_key, half, problem.gradient_scale, me.quad,
+              grad_key_view.at(tile.batch, token, head), problem.head_dim, exists);
+    store_row(grad_value, half, 1.0f, me.quad, grad_value_view.at(tile.batch, token, head),
+              problem.value_dim, exists);
+  }
+}
+
+}  // namespace cuneigh::hopper
