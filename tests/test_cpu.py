@@ -33,7 +33,6 @@ from threadpoolctl import threadpool_info
 
 from cuneigh._backends import cpu
 from cuneigh._backends.cpu import gradients as gradient_sums
-from cuneigh._backends.cpu import threads as cpu_threads
 from cuneigh._backends.cpu import tiles
 from cuneigh._device import CPU, Device
 from cuneigh._problem import Operands, Spec
@@ -350,18 +349,6 @@ def test_a_forked_process_computes():
     """
     environment = os.environ | {"CUNEIGH_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
-
-
-def test_environment_variables_set_the_number_of_threads(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "5")
-    assert cpu_threads.thread_count() == 5
-    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "many")
-    assert cpu_threads.thread_count() == 3
-    monkeypatch.setenv("OMP_NUM_THREADS", "0")
-    assert cpu_threads.thread_count() == 1
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert 1 <= cpu_threads.thread_count() <= os.cpu_count()
 
 
 def test_arrays_on_a_gpu_are_refused_with_the_reason():
