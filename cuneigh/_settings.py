@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 
@@ -99,7 +99,7 @@ CACHE_DIR = Setting(
 )
 TRUST_CACHE_DIR = Setting("CUNEIGH_TRUST_CACHE_DIR", FLAG, _flag, "0")
 
-SETTINGS: tuple[Setting[object], ...] = (
+SETTINGS: tuple[Setting[Any], ...] = (
     CACHE_DIR,
     TRUST_CACHE_DIR,
     WORKSPACE_BYTES,

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from cuneigh._device import Device
+from cuneigh._device import Device, installation
 from cuneigh._problem import Spec
 
 Layout = tuple[tuple[int, ...], int]
@@ -248,5 +248,5 @@ def import_cupy() -> None:
     except ImportError as error:
         raise ImportError(
             "cuneigh works on CUDA arrays through CuPy, which is not installed: "
-            "pip install 'cuneigh[cuda13]', or 'cuneigh[cuda12]' for a CUDA 12 driver"
+            + installation()
         ) from error

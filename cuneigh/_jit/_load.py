@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-from cuneigh._device import Device, current
+from cuneigh._device import Device, current, installation
 from cuneigh._jit import _compiler, _progress
 from cuneigh._jit._build import compile, find
 from cuneigh._jit._cache import Compiled
@@ -80,8 +80,8 @@ def _load(kernel: Kernel, device: Device) -> Any:
             driver = cupy.cuda.runtime.driverGetVersion()
             raise CompilationError(
                 f"the driver, which supports CUDA {driver // 1000}.{driver % 1000 // 10}, does not "
-                f"load {compiled.cubin} on {device.name} ({error}): update the driver, or install "
-                "the CUDA version of cuneigh that matches it ('cuneigh[cuda12]', 'cuneigh[cuda13]')"
+                f"load {compiled.cubin} on {device.name} ({error}): update the driver, or "
+                f"{installation()}"
             ) from error
     return function
 

@@ -23,7 +23,7 @@ from threadpoolctl import ThreadpoolController
 
 
 class _Library(NamedTuple):
-    """A BLAS library of the process; `read` and `write` its number of threads, past all watching."""
+    """A BLAS library of the process; `read` and `write` its number of threads as it is."""
 
     file: str
     is_process_wide: bool
