@@ -10,6 +10,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from cuneigh._messages import shown
+
 Value = TypeVar("Value")
 
 
@@ -32,9 +34,8 @@ class Setting(Generic[Value]):
             return None
         value = self.parse(text)
         if value is None:
-            shown = text if len(text) <= 100 else f"{text[:100]}..."
             raise ValueError(
-                f"the environment has {self.name}={shown!r}, but it must be {self.legal}"
+                f"the environment has {self.name}={shown(text)}, but it must be {self.legal}"
             )
         return value
 

@@ -235,7 +235,15 @@ def test_doctor_finds_illegal_environment_variables(
     for name, text in illegal.items():
         assert f"{name}: the environment has {name}={text!r}, but it must be" in output
     assert ["CUNEIGH_NUM_THREADS", "2"] in [line.split() for line in output.splitlines()]
-    assert main(["compile", *"--arch sm_80 --rank 1 --dtype float32 --head-dim 8".split()]) == 1
+    assert (
+        main(
+            [
+                "compile",
+                *["--arch", "sm_80", "--rank", "1", "--dtype", "float32", "--head-dim", "8"],
+            ]
+        )
+        == 1
+    )
     assert "CUNEIGH_CACHE_DIR='~nosuchuser/x'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main(["compile", "--help"])

@@ -24,6 +24,10 @@ Memory = tuple[list[int], tuple[Layout, ...], list[Any]]
 """Of several arrays on a GPU, the addresses, the layouts, and what keeps the memory."""
 
 
+class NoMemoryError(ValueError):
+    """An array has no memory any more; `Adapter.check` raises an error that names it."""
+
+
 class Adapter:
     """How cuneigh reads and makes the arrays of one framework.
 
@@ -247,6 +251,5 @@ def import_cupy() -> None:
         import cupy  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "cuneigh works on CUDA arrays through CuPy, which is not installed: "
-            + installation()
+            "cuneigh works on CUDA arrays through CuPy, which is not installed: " + installation()
         ) from error

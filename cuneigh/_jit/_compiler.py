@@ -19,7 +19,13 @@ from cuneigh._jit._sources import Kernel, Sources
 
 STATISTICS = "--ptxas-options=-v"
 """Has the assembler say what a kernel takes."""
-OPTIONS = ("--std=c++17", "-default-device", "-lineinfo", STATISTICS)
+RESTRICT = "--restrict"
+"""No memory that a kernel writes through one pointer is read or written through another.
+
+NVRTC compiles with this whatever comes after the first program of a process that asked for it,
+anybody's. With it always, a kernel is the same in every process.
+"""
+OPTIONS = ("--std=c++17", "-default-device", "-lineinfo", RESTRICT, STATISTICS)
 """What every kernel is compiled with, apart from the architecture and the include directory."""
 
 FINGERPRINT_BYTES = 1 << 16
@@ -208,7 +214,8 @@ def _nvrtc() -> Any:
         nvrtc.getVersion()
     except (ImportError, OSError, RuntimeError) as error:
         raise CompilationError(
-            f"CUDA kernels cannot be compiled, because NVRTC does not load: {installation()}", str(error)
+            f"CUDA kernels cannot be compiled, because NVRTC does not load: {installation()}",
+            str(error),
         ) from error
     return nvrtc
 
@@ -219,7 +226,8 @@ def _header_directory() -> str:
     directory = header_directory()
     if directory is None:
         raise CompilationError(
-            f"CUDA kernels cannot be compiled: the CUDA runtime headers are missing: {installation()}"
+            "CUDA kernels cannot be compiled: the CUDA runtime headers are missing: "
+            + installation()
         )
     return directory
 

@@ -36,15 +36,15 @@ def thread_count() -> int:
 def in_order(
     compute: Callable[[Item, Space], Result],
     items: Iterable[Item],
+    threads: int,
     workspace: Callable[[], AbstractContextManager[Space]],
     collect: Callable[[Result], None] | None,
 ) -> None:
-    """``compute(item, space)`` for all items, on several threads.
+    """``compute(item, space)`` for all items, on so many threads at most.
 
     Each thread has a space of its own. `collect` is called with every result, by one thread at a
     time and in the order of the items, before the space in which the result was made is used again.
     """
-    threads = thread_count()
     if isinstance(items, list):
         threads = min(threads, len(items))
     source = enumerate(items)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuneigh._gpu.arrays import Pointer
 from cuneigh._device import installation
+from cuneigh._gpu.arrays import Pointer
 
 CUDA_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
 """cudaDataType_t by dtype."""
