@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from helpers.brute_force import sees
-from helpers.strategies import Inputs, numpy_dtype
+from helpers.strategies import numpy_dtype
 
 from cuneigh._problem import Problem
 from cuneigh._window import Axis
@@ -83,10 +83,8 @@ class Dense:
         self.group = problem.group_size
         self.seen = xp.asarray(mask(problem))
         self._arrays = arrays
-        half = problem.dtype in ("float16", "bfloat16")
         self.eps = float(ml_dtypes.finfo(numpy_dtype(problem.dtype)).eps)
         self.sum_eps = float(np.finfo(problem.accumulator).eps)
-        self.half = half
 
     def tokens(self, name: str, extra: str | None = None) -> Any:
         """[batch, heads, tokens (and additional ones), dim], repeated over the query heads."""
@@ -117,10 +115,9 @@ class Dense:
 
     def allowed(self, terms: Any, factor: float = 1.0) -> float:
         """From the absolute sums of terms and the relative error of each term."""
-        largest = float(terms.max()) if terms.size else 0.0
         rounding = self.eps + self.sum_eps * factor
         smallest = float(ml_dtypes.finfo(numpy_dtype(self.problem.dtype)).smallest_normal)
-        return FACTOR * (rounding * largest + smallest)
+        return FACTOR * (rounding * largest(terms) + smallest)
 
     def run(self) -> dict[str, Result]:
         return getattr(self, self.problem.operation)()
@@ -129,28 +126,27 @@ class Dense:
         """Weights, output and lse as they are, and how far logits may magnify errors."""
         xp = self.xp
         logits, terms = self.logits()
-        highest = logits.max(-1, keepdims=True, initial=-np.inf)
+        highest = logits.max(-1, keepdims=True)
         highest = xp.where(xp.isfinite(highest), highest, 0)
         weights = xp.exp(logits - highest)
         total = weights.sum(-1, keepdims=True)
         lse = xp.where(total > 0, highest + xp.log(xp.where(total > 0, total, 1)), -xp.inf)
         weights = weights / xp.where(total > 0, total, 1)
-        magnified = 1 + (float(terms.max()) if terms.size else 0.0)
+        magnified = 1 + largest(terms)
         return weights, weights @ self.tokens("value", "additional_values"), lse[..., 0], magnified
 
     def forward(self) -> dict[str, Result]:
-        weights, output, lse, magnified = self.attention()
-        values = abs(self.tokens("value", "additional_values")).max(initial=0.0)
-        finite = self.xp.where(self.xp.isfinite(lse), abs(lse), 0).max(initial=0.0)
+        _, output, lse, magnified = self.attention()
+        values = abs(self.tokens("value", "additional_values"))
+        finite = self.xp.where(self.xp.isfinite(lse), abs(lse), 0)
         # lse is of the accumulator's dtype
-        of_lse = FACTOR * self.sum_eps * (float(finite) + magnified)
+        of_lse = FACTOR * self.sum_eps * (largest(finite) + magnified)
         return {
             "output": Result(self.whole(output), self.allowed(values, magnified)),
             "lse": Result(self.whole(lse[..., None])[..., 0], of_lse),
         }
 
     def backward(self) -> dict[str, Result]:
-        xp = self.xp
         weights, _, _, magnified = self.attention()
         query, key = self.tokens("query"), self.tokens("key", "additional_keys")
         value, grad = self.tokens("value", "additional_values"), self.tokens("grad_output")
@@ -222,8 +218,7 @@ class Dense:
     def selected(self, matrix: Any, hidden: float) -> Any:
         """[batch, x1..xr, heads, slots]"""
         xp, slots = self.xp, self.xp.asarray(slots_of(self.problem))
-        batch, heads, queries, keys = matrix.shape
-        more = xp.full((batch, heads, queries, 1), hidden)
+        more = xp.full((*matrix.shape[:3], 1), hidden)
         padded = xp.concatenate([matrix, more], -1)
         picked = xp.take_along_axis(
             padded, xp.broadcast_to(slots, (*matrix.shape[:2], *slots.shape)), -1
@@ -276,6 +271,11 @@ class Dense:
         return results
 
 
+def largest(terms: Any) -> float:
+    """Of an array that may be empty."""
+    return float(terms.max()) if terms.size else 0.0
+
+
 def wrong(got: Any, result: Result, xp: Any) -> str | None:
     """What is wrong with an array; None if nothing is."""
     expected, allowed = result
@@ -285,8 +285,5 @@ def wrong(got: Any, result: Result, xp: Any) -> str | None:
     finite = xp.isfinite(expected)
     if not bool((xp.where(finite, xp.isfinite(got), got == expected)).all()):
         return "it is finite where it should not be, or the other way round"
-    error = float(xp.where(finite, abs(got - xp.where(finite, expected, 0)), 0).max(initial=0.0))
+    error = largest(xp.where(finite, abs(got - xp.where(finite, expected, 0)), 0))
     return None if error <= allowed else f"it errs {error:.3g}, where {allowed:.3g} is allowed"
-
-
-__all__ = ["Dense", "Inputs", "Result", "mask", "wrong"]
