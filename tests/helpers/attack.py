@@ -41,7 +41,7 @@ from cuneigh import _call, _jit
 from cuneigh._problem import Problem, Spec
 from cuneigh._validate import Window, attention_problem, av_problem, qk_problem
 
-MOST_KERNELS = 450
+MOST_KERNELS = 350
 CHUNK = 50
 """Problems that a process takes at a time."""
 LIMIT = 60.0

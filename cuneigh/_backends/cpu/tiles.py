@@ -375,12 +375,18 @@ class Bounds(NamedTuple):
     most_logits: int
     most_bytes: int
     per_logit: int
+    per_new_key: int
+    """Of keys that the tile before does not see: what halos share is copied once."""
     per_key: int
     per_query: int
 
     def bytes(self, tile: Tile) -> int:
         """What the arrays of a tile and a key head take, roughly and at most."""
-        return self.per_logit * tile.logits + self.per_key * tile.keys + self.per_query * tile.width
+        first, new_keys = tile.strips[0], tile.keys
+        if first.tiles > 1:
+            new_keys = tile.keys * min(first.queries, first.keys) // first.keys
+        of_keys = self.per_new_key * new_keys + self.per_key * tile.keys
+        return self.per_logit * tile.logits + of_keys + self.per_query * tile.width
 
     def tiles(self, tile: Tile, logits: int) -> int:
         """Tiles of a box that aims at so many logits; one at least, however large it is."""
@@ -396,8 +402,9 @@ def bounds_of(problem: Problem) -> Bounds:
         MOST_LOGITS // 2 if is_backward else MOST_LOGITS,
         workspace_limit() // PARALLEL_BOXES,
         itemsize * (3 if is_backward else 1),
-        itemsize * dims * (2 if is_backward else 1),
-        itemsize * dims * (4 if is_backward else 3) + (16 + 2 * itemsize) * slots,
+        itemsize * dims,
+        itemsize * dims if is_backward else 0,
+        itemsize * dims * (4 if is_backward else 2) + (16 + 2 * itemsize) * slots,
     )
 
 
