@@ -1,4 +1,4 @@
-"""The attack on the GPU backends, on the cpu backend: its oracle is right and finds what is wrong."""
+"""The attack on the GPU backends, tried on the cpu backend: its oracle finds what is wrong."""
 
 from __future__ import annotations
 
