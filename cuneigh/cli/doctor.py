@@ -63,7 +63,7 @@ class Report:
         print(f"\n{text}", flush=True)
 
     def line(self, label: str, text: str) -> None:
-        print(f"  {label:14}{text}", flush=True)
+        print(f"  {label:13} {text}", flush=True)
 
     def problem(self, label: str, text: str) -> None:
         self.line(label, f"PROBLEM {len(self.problems) + 1}")
