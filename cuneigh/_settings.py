@@ -98,6 +98,8 @@ CACHE_DIR = Setting(
     _path,
     "cuneigh in the user's cache directory",
 )
+TUNED = Setting("CUNEIGH_TUNED", FLAG, _flag, "1")
+QUIET = Setting("CUNEIGH_QUIET", FLAG, _flag, "0")
 TRUST_CACHE_DIR = Setting("CUNEIGH_TRUST_CACHE_DIR", FLAG, _flag, "0")
 
 SETTINGS: tuple[Setting[Any], ...] = (
@@ -107,6 +109,8 @@ SETTINGS: tuple[Setting[Any], ...] = (
     NUM_THREADS,
     ALLOW_TF32,
     PRINT_PLANS,
+    TUNED,
+    QUIET,
 )
 
 

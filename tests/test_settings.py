@@ -18,6 +18,8 @@ ILLEGAL = {
     "CUNEIGH_ALLOW_TF32": ["2", "maybe"],
     "CUNEIGH_PRINT_PLANS": ["2", "11"],
     "CUNEIGH_TRUST_CACHE_DIR": ["all"],
+    "CUNEIGH_TUNED": ["-1"],
+    "CUNEIGH_QUIET": ["very"],
     "CUNEIGH_CACHE_DIR": ["~nosuchuser/x"],
 }
 

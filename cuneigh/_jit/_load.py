@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -53,8 +54,9 @@ def start(kernels: Iterable[Kernel], device: Device) -> None:
         if not missing or _compiler.version() is None:
             return
         _progress.tell(missing, device.arch)
-        for kernel in missing:
-            _started[kernel, device.capability] = _compilers().submit(choose, kernel, device)
+        with suppress(RuntimeError):  # no thread can be started any more: `load` compiles then
+            for kernel in missing:
+                _started[kernel, device.capability] = _compilers().submit(choose, kernel, device)
 
 
 def load(kernel: Kernel, device: Device) -> Any:
