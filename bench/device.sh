@@ -3,10 +3,12 @@
 #
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host loads memory scaling
 #                                    naive grid h200 profile (the default: all of these), soak,
-#                                    alternate, tune
+#                                    attack, alternate, tune
 #
 # `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
-# takes a GPU of compute capability 9.0.
+# takes a GPU of compute capability 9.0. `attack` compares random calls of all backends with dense
+# float64 for $SECONDS_OF_ATTACK (default: 150), and tries what is hard: numbers that are not finite,
+# more than 2^31 elements, threads with a stream each, memory that runs out.
 #
 # `alternate` compares this checkout with an older one, whose folder is $OLD, by turns on this GPU:
 #
@@ -43,6 +45,12 @@ sanitizer() {
 soak() {
   python3 tests/helpers/soak.py --seconds "${SECONDS_OF_SOAK:-400}" 2>&1 |
     tee "$OUT/soak.txt" | tail -n 20
+  return "${PIPESTATUS[0]}"
+}
+
+attack() {
+  python3 tests/helpers/attack.py --seconds "${SECONDS_OF_ATTACK:-150}" 2>&1 |
+    tee "$OUT/attack.txt" | tail -n 40
   return "${PIPESTATUS[0]}"
 }
 

@@ -24,12 +24,13 @@ from itertools import compress, repeat
 from typing import Any, TypeVar
 
 from cuneigh import _backends, _device
-from cuneigh._backends import Backend, Space, choose
+from cuneigh._backends import Backend, NoBackendError, Space, choose
 from cuneigh._device import current
-from cuneigh._frameworks.contract import SEEN, Adapter, Layout
+from cuneigh._frameworks.contract import SEEN, Adapter, Layout, NoMemoryError
 from cuneigh._gpu.announce import Planned, overheard
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
+from cuneigh._messages import shown
 from cuneigh._problem import ARRAYS, Operands, Problem, Spec
 
 KEPT = 4096
@@ -101,7 +102,8 @@ class Call:
         results: Sequence[Spec | None],
     ) -> None:
         if backend is not None and not isinstance(backend, str):
-            raise TypeError(f"{name}: backend={backend!r} is {type(backend).__name__}, not a str")
+            kind = type(backend).__name__
+            raise TypeError(f"{name}: backend={shown(backend)} is {kind}, not a str")
         if reason := _backends.unknown(backend):
             raise ValueError(f"{name}: {reason}")
         self.name = name
@@ -123,7 +125,10 @@ class Call:
         A framework that watches the arguments, to differentiate or to trace the call, comes first.
         """
         if self.adapter.watches(arrays):
-            return self.adapter.record(self, arrays)
+            try:
+                return self.adapter.record(self, arrays)
+            except NoBackendError as error:
+                raise RuntimeError(f"{self.name}: {error}") from None
         return self.run(arrays)
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
@@ -131,6 +136,16 @@ class Call:
 
         A problem that is empty launches nothing: its results are those of no keys at all.
         """
+        try:
+            return self._run(arrays)
+        except NoBackendError as error:
+            raise RuntimeError(f"{self.name}: {error}") from None
+        except NoMemoryError:
+            for name, array in zip(self.arguments, arrays, strict=True):
+                self.adapter.check(self.name, name, array, borrowed=True)
+            raise
+
+    def _run(self, arrays: Sequence[Any]) -> list[Any]:
         adapter, problem, device = self.adapter, self.problem, self._device
         if device is not None and (problem.is_empty or adapter.launches):
             choose(problem, device, self.backend)  # raises what any other problem would

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 
@@ -43,10 +44,12 @@ SHARED_MEMORY = {
     (8, 0): 163,
     (8, 6): 99,
     (8, 7): 163,
+    (8, 8): 99,
     (8, 9): 99,
     (9, 0): 227,
     (10, 0): 227,
     (10, 3): 227,
+    (10, 7): 227,
     (11, 0): 227,
     (12, 0): 99,
     (12, 1): 99,
@@ -84,6 +87,32 @@ def driver_library() -> ctypes.CDLL | None:
         return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return None
+
+
+def driver_version() -> int:
+    """The newest CUDA version that the driver supports (1000 major + 10 minor); 0 without one."""
+    driver, version = driver_library(), ctypes.c_int()
+    if driver is not None:
+        driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
+def installation() -> str:
+    """The command that installs what CUDA needs, of the version that this machine can use."""
+    driver = driver_version() // 1000
+    if _is_installed("cupy-cuda12x") or 0 < driver < 13:
+        return "pip install 'cuneigh[cuda12]'"
+    if _is_installed("cupy-cuda13x") or driver:
+        return "pip install 'cuneigh[cuda13]'"
+    return "pip install 'cuneigh[cuda13]', or 'cuneigh[cuda12]' for a driver older than 580"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def current(index: int) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from functools import lru_cache, wraps
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
+from cuneigh._messages import shown
 from cuneigh._problem import ARRAYS, DTYPES, SUPPORTED, Operands, Operation, Problem, Spec
 from cuneigh._window import Axis
 
@@ -91,10 +92,16 @@ def window_arguments(
 
 def _per_axis(call: str, name: str, value: Any, rank: int, convert: Any) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
+        if getattr(value, "ndim", 0) > 0:
+            raise TypeError(
+                f"{call}: {name}={shown(value)} is {_type_name(value)}; a tuple with an entry for "
+                f"each of the {rank} token axes is needed, or one value for all of them"
+            )
         return (convert(call, name, value),) * rank
     if len(value) != rank:
         raise ValueError(
-            f"{call}: {name}={value!r} has {len(value)} entries, but there are {rank} token axes"
+            f"{call}: {name}={shown(value)} has {len(value)} entries, but there are {rank} token "
+            "axes"
         )
     return tuple(convert(call, f"{name}[{axis}]", entry) for axis, entry in enumerate(value))
 
@@ -111,14 +118,14 @@ def _integer(call: str, name: str, value: Any) -> int:
             return operator.index(value)
         except TypeError:
             pass
-    raise TypeError(f"{call}: {name}={value!r} is {_type_name(value)}, not an int")
+    raise TypeError(f"{call}: {name}={shown(value)} is {_type_name(value)}, not an int")
 
 
 def boolean(call: str, name: str, value: Any) -> bool:
     """`value` as a bool; TypeError unless it is one, of Python or of an array library."""
     if _boolean_like(value):
         return bool(value)
-    raise TypeError(f"{call}: {name}={value!r} is {_type_name(value)}, not a bool")
+    raise TypeError(f"{call}: {name}={shown(value)} is {_type_name(value)}, not a bool")
 
 
 def _boolean_like(value: object) -> bool:
@@ -137,13 +144,13 @@ def scale_or_default(call: str, scale: object) -> float | None:
 def finite_scale(call: str, scale: object) -> float:
     """`scale` as a float; TypeError unless it is a real number, ValueError unless finite."""
     if not isinstance(scale, Real) or _boolean_like(scale):
-        raise TypeError(f"{call}: scale={scale!r} is {_type_name(scale)}, not a real number")
+        raise TypeError(f"{call}: scale={shown(scale)} is {_type_name(scale)}, not a real number")
     try:
         result = float(scale)
     except OverflowError:
         result = math.inf
     if not math.isfinite(result):
-        raise ValueError(f"{call}: scale={scale!r} is not finite")
+        raise ValueError(f"{call}: scale={shown(scale)} is not finite")
     return result
 
 
@@ -158,12 +165,15 @@ def neighborhood_axes(
     for axis, (length, k, s, d, causal) in enumerate(zip(tokens, *window, strict=True)):
         for name, size in (("kernel_size", k), ("dilation", d), ("stride", s)):
             if size < 1:
-                raise ValueError(f"{call}: {name}={size} on axis {axis} must be at least 1")
+                raise ValueError(f"{call}: {name}={shown(size)} on axis {axis} must be at least 1")
         if s > k:
-            raise ValueError(f"{call}: stride={s} on axis {axis} must not exceed kernel_size={k}")
+            raise ValueError(
+                f"{call}: stride={shown(s)} on axis {axis} must not exceed kernel_size={shown(k)}"
+            )
         if length and k * d > length:
             raise ValueError(
-                f"{call}: kernel_size={k} times dilation={d} on axis {axis} is {k * d}, "
+                f"{call}: kernel_size={shown(k)} times dilation={shown(d)} on axis {axis} is "
+                f"{shown(k * d)}, "
                 f"which exceeds that axis's length {length}"
                 f"{_heads_first_hint(tokens, window, heads)}"
             )

@@ -188,6 +188,43 @@ def test_flags_must_be_bools(value):
             cuneigh.attention(QUERY, QUERY, QUERY, is_causal=value)
 
 
+def test_long_values_are_not_repeated_as_a_whole():
+    array = np.zeros((1, 9, 1, 4))
+    long = "x" * 10**6
+    for arguments in (
+        {"kernel_size": long},
+        {"kernel_size": (3,) * 10**6},
+        {"kernel_size": 10**5000},
+        {"kernel_size": 3, "stride": -(10**5000)},
+        {"kernel_size": 3, "stride": 10**5000},
+        {"kernel_size": 3, "scale": 10**5000},
+        {"kernel_size": 3, "scale": long},
+        {"kernel_size": 3, "is_causal": long},
+        {"kernel_size": 3, "backend": long},
+        {"kernel_size": 3, "backend": [long]},
+    ):
+        name = list(arguments)[-1]
+        with pytest.raises((TypeError, ValueError), match=f"na1d: {name}=") as error:
+            cuneigh.na1d(array, array, array, **arguments)
+        assert len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize("name", ["kernel_size", "stride", "dilation", "is_causal"])
+def test_an_array_in_place_of_a_tuple_is_refused(name):
+    array = np.zeros((1, 9, 9, 1, 4))
+    arguments = {"kernel_size": 3} | {name: np.ones(2, bool if name == "is_causal" else int)}
+    with pytest.raises(TypeError, match=rf"na2d: {name}=array\(.* a tuple with an entry for each"):
+        cuneigh.na2d(array, array, array, **arguments)
+
+
+def test_what_no_backend_can_run_names_the_call():
+    array = np.zeros((1, 9, 1, 4))
+    for call in (cuneigh.na1d_qk, cuneigh.na1d_av):
+        given = (array, array) if call is cuneigh.na1d_qk else (array[..., :3], array)
+        with pytest.raises(RuntimeError, match=f"^{call.__name__}: no backend can run this"):
+            call(*given, 3, backend="naive")
+
+
 @pytest.mark.parametrize("value", [0, True, b"cpu", ["cpu"]], ids=repr)
 def test_a_backend_is_named_by_a_string(value):
     words = re.escape(f"na1d: backend={value!r} is {type(value).__name__}, not a str")

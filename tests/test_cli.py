@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cuneigh import _jit
+from cuneigh import _backends, _device, _jit
 from cuneigh._backends import BACKENDS, Backend, cpu, fused, hopper, naive
 from cuneigh._device import of_capability
 from cuneigh._jit import _build as build
@@ -215,9 +216,57 @@ def test_doctor_finds_an_unwritable_cache(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("CUNEIGH_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(_backends, "BACKENDS", ())
     code = main(["doctor"])
     assert code == (1 if doctor._driver()[1] else 0), "the cache is for GPUs"
     assert "set CUNEIGH_CACHE_DIR to a directory" in capsys.readouterr().out
+
+
+def test_doctor_finds_illegal_environment_variables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    illegal = {"CUNEIGH_CACHE_DIR": "~nosuchuser/x", "CUNEIGH_WORKSPACE_BYTES": "abc"}
+    for name, text in illegal.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "2")
+    monkeypatch.setattr(_backends, "BACKENDS", ())
+    assert main(["doctor"]) == 1
+    output = capsys.readouterr().out
+    for name, text in illegal.items():
+        assert f"{name}: the environment has {name}={text!r}, but it must be" in output
+    assert ["CUNEIGH_NUM_THREADS", "2"] in [line.split() for line in output.splitlines()]
+    assert (
+        main(
+            [
+                "compile",
+                *["--arch", "sm_80", "--rank", "1", "--dtype", "float32", "--head-dim", "8"],
+            ]
+        )
+        == 1
+    )
+    assert "CUNEIGH_CACHE_DIR='~nosuchuser/x'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["compile", "--help"])
+
+
+@pytest.mark.parametrize(
+    ("driver", "installed", "advised"),
+    [
+        (0, set(), {"cuda13", "cuda12"}),
+        (0, {"cupy-cuda12x"}, {"cuda12"}),
+        (0, {"cupy-cuda13x"}, {"cuda13"}),
+        (12080, set(), {"cuda12"}),
+        (12080, {"cupy-cuda13x"}, {"cuda12"}),
+        (13000, {"cupy-cuda12x"}, {"cuda12"}),
+        (13010, set(), {"cuda13"}),
+    ],
+)
+def test_what_to_install_fits_the_machine(
+    driver: int, installed: set[str], advised: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_device, "driver_version", lambda: driver)
+    monkeypatch.setattr(_device, "_is_installed", installed.__contains__)
+    assert set(re.findall(r"'cuneigh\[(\w+)\]'", _device.installation())) == advised
 
 
 def wrong(problem: Any, operands: Any, output: Any, lse: Any, allocate: Any) -> None:

@@ -31,13 +31,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
+import cuneigh
 from cuneigh._backends import cpu
 from cuneigh._backends.cpu import gradients as gradient_sums
-from cuneigh._backends.cpu import threads as cpu_threads
 from cuneigh._backends.cpu import tiles
+from cuneigh._call import perform
 from cuneigh._device import CPU, Device
-from cuneigh._problem import Operands, Spec
-from cuneigh._validate import attention_problem, neighborhood_axes, window_arguments
+from cuneigh._problem import ARRAYS, Operands, Spec
+from cuneigh._validate import (
+    attention_problem,
+    av_problem,
+    neighborhood_axes,
+    qk_problem,
+    window_arguments,
+)
 
 CUTS = {
     "usual": {},
@@ -117,7 +124,7 @@ def test_strips_hold_every_query_once_and_all_that_it_sees(data, queries, biased
 def test_boxes_hold_every_query_of_every_head_once(problem, name):
     count = np.zeros(problem.lse.shape, int)
     with cut(name):
-        for box in tiles.boxes(problem):
+        for box in tiles.boxes(problem)[0]:
             tokens = box.query_tokens
             along = [
                 np.add.outer(first, offset)
@@ -298,6 +305,52 @@ def test_memory_beyond_the_results_is_bounded(operation):
     assert peak <= 256 * 2**20
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_workspace_is_bounded_in_bytes(operation, monkeypatch):
+    """Of short windows of long vectors, of which few logits need much."""
+    monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", "3MiB")
+    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "8")
+    make = {"qk": qk_problem, "av": av_problem}.get(operation[:2])
+    query = Spec((1, 2048, 1, 256), "float32")
+    axes = window_arguments("test", 1, 3, 1, 1, False)
+    if make is None:
+        problem = attention((2048,), (256, 256), "float32", 3, operation, heads=1)
+    elif make is qk_problem:
+        problem = make("test", operation, query, query, axes, 1.0)
+    else:
+        problem = make("test", operation, query._replace(shape=(1, 2048, 1, 3)), query, axes)
+    given = inputs(problem, np.random.default_rng(0))
+    results = [None if spec is None else np.empty(*spec) for spec in problem.results]
+    made = dict(zip(ARRAYS[operation].results, results, strict=True))
+    arguments = given.operands._asdict() | given._asdict()
+    arguments |= {"output": given.operands.value, "lse": np.zeros(problem.lse.shape, "float32")}
+    tracemalloc.start()
+    perform(cpu, problem, arguments, made, np.empty)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 3 << 20
+
+
+@pytest.mark.parametrize("stride", [0, 8, -4])
+def test_an_array_with_gaps_is_not_copied_as_a_whole(stride, monkeypatch):
+    """Rows of one element that is repeated, of every second element, and reversed ones."""
+    numbers = np.random.default_rng(0).standard_normal((1, 1024, 4, 128), dtype="float32")
+    array = {
+        0: np.broadcast_to(numbers[..., :1], numbers.shape),
+        8: numbers.repeat(2, -1)[..., ::2],
+        -4: numbers[..., ::-1],
+    }[stride]
+    assert array.strides[-1] == stride
+    expected = cuneigh.na1d(*(np.ascontiguousarray(array),) * 3, 5)
+    monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", "1MiB")
+    tracemalloc.start()
+    output = cuneigh.na1d(array, array, array, 5)
+    peak = tracemalloc.get_traced_memory()[1] - output.nbytes
+    tracemalloc.stop()
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+    assert peak < array.nbytes
+
+
 def test_calls_from_several_threads_do_not_disturb_each_other():
     problem = attention((30, 31), (8, 8), "float32", 7, "backward")
     given_inputs = [inputs(problem, np.random.default_rng(seed)) for seed in range(8)]
@@ -352,18 +405,6 @@ def test_a_forked_process_computes():
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
-def test_environment_variables_set_the_number_of_threads(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "5")
-    assert cpu_threads.thread_count() == 5
-    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "many")
-    assert cpu_threads.thread_count() == 3
-    monkeypatch.setenv("OMP_NUM_THREADS", "0")
-    assert cpu_threads.thread_count() == 1
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert 1 <= cpu_threads.thread_count() <= os.cpu_count()
-
-
 def test_arrays_on_a_gpu_are_refused_with_the_reason():
     problem = attention((8,), (4, 4))
     assert cpu.unsupported(problem, CPU) is None
@@ -372,5 +413,5 @@ def test_arrays_on_a_gpu_are_refused_with_the_reason():
 
 def test_a_tile_of_a_very_long_window_is_small():
     problem = attention((1 << 20,), (64, 64), kernel_size=1 << 20)
-    box = next(iter(tiles.boxes(problem)))
+    box = next(iter(tiles.boxes(problem)[0]))
     assert math.prod((*box.lead, box.tile.keys, box.tile.width)) <= 1 << 24

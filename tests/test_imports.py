@@ -24,14 +24,22 @@ CUDA = ROOT / "cuda"
 SOURCES = sorted(path.relative_to(CUDA).as_posix() for path in CUDA.rglob("*.cu*"))
 NAMES = [backend.NAME for backend in BACKENDS]
 
-PURE = {"cuneigh._window", "cuneigh._problem", "cuneigh._device"}
+PURE = {
+    "cuneigh._window",
+    "cuneigh._problem",
+    "cuneigh._device",
+    "cuneigh._settings",
+    "cuneigh._messages",
+}
 """What is to be computed and on what: modules that load no array library and no kernel."""
 
 MAY_IMPORT = {
     "cuneigh._window": set(),
     "cuneigh._device": set(),
+    "cuneigh._messages": set(),
+    "cuneigh._settings": {"cuneigh._messages"},
     "cuneigh._problem": {"cuneigh._window"},
-    "cuneigh._validate": {"cuneigh._window", "cuneigh._problem"},
+    "cuneigh._validate": {"cuneigh._window", "cuneigh._problem", "cuneigh._messages"},
     "cuneigh.reference": PURE,
     "cuneigh._jit": PURE,
     "cuneigh._gpu": {*PURE, "cuneigh._jit"},

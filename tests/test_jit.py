@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +182,88 @@ def test_what_only_one_architecture_has_is_compiled_for_it(tree: Path, cache: Ca
     compiled = _jit.compile(kernel, "sm_90", cache=cache, sources=sources)
     assert compiled == _jit.compile(kernel, "sm_90a", cache=cache, sources=sources)
     assert "sm_90a" in str(compiled.cubin)
+
+
+def compilations(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parent / "helpers" / "compilations.py"
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+@needs_nvrtc
+def test_first_compilations_side_by_side_and_after_somebody_elses() -> None:
+    done = compilations()
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif("OLDER_NVRTC" not in os.environ, reason="OLDER_NVRTC names no other NVRTC")
+def test_first_compilations_of_nvrtc_13_0() -> None:
+    """In which threads do not wait for a library that the first of them loads."""
+    directory = os.environ["OLDER_NVRTC"]
+    (library,) = Path(directory).rglob("libnvrtc.so.*")
+    done = compilations(directory, LD_LIBRARY_PATH=str(library.parent))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["13.0"]
+
+
+def test_the_first_compilation_of_a_process_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: set[int] = set()
+    seen: list[int] = []
+
+    class Compiler:
+        def compileProgram(self, program: int, options: object) -> None:  # noqa: N802 - NVRTC's
+            running.add(program)
+            time.sleep(0.02)
+            seen.append(len(running))
+            running.remove(program)
+            if program == 0:
+                raise ValueError("the first one fails")
+
+    monkeypatch.setattr(compiler, "_has_compiled", False)
+    errors = []
+
+    def build(program: int) -> None:
+        try:
+            compiler._compile(Compiler(), program, ())
+        except ValueError as error:
+            errors.append(error)
+
+    for programs in ([0], range(1, 5)):
+        threads = [threading.Thread(target=build, args=(program,)) for program in programs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(errors) == 1
+    assert seen[:2] == [1, 1]
+    assert len(seen) == 5
+
+
+@needs_nvrtc
+def test_the_build_of_nvrtc_counts(tmp_path: Path) -> None:
+    version = compiler.build_version()
+    assert version is not None
+    assert version.startswith(f"{compiler.version()}-")
+    library = tmp_path / "library"
+    prints = set()
+    for content in (b"a", b"b", b"b" * 2, b"x" * 200_000, b"x" * 199_999 + b"y"):
+        library.write_bytes(content)
+        prints.add(compiler._fingerprint(library))
+    assert len(prints) == 5
+
+
+def test_sources_are_read_from_an_archive(tree: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "package.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in tree.rglob("*.cu*"):
+            file.write(path, f"cuneigh/_cuda/{path.relative_to(tree).as_posix()}")
+    zipped = Sources(zipfile.Path(archive, "cuneigh/_cuda/"))
+    assert zipped.texts == Sources(tree).texts
+    assert zipped.digest == Sources(tree).digest
 
 
 # The key

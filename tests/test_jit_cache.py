@@ -7,8 +7,11 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import pytest
 from helpers.toy_kernel import KERNEL, built, entries, needs_nvrtc
 
 from cuneigh import _jit
-from cuneigh._jit import Cache, CompilationError, Kernel, Sources
+from cuneigh._jit import Cache, CompilationError, Kernel, Resources, Sources
+from cuneigh._jit import _cache as cache_module
 from cuneigh._jit import _compiler as compiler
 
 pytest_plugins = ["helpers.toy_installation"]
@@ -114,6 +118,8 @@ DAMAGES = {
     "missing field": write_metadata('{"symbol": "x"}'),
     "bad resources": change_metadata(resources={"registers": 1, "unknown": 2}),
     "bad checksum": change_metadata(sha256=None),
+    "another symbol": change_metadata(symbol="symbo1"),
+    "other resources": change_metadata(resources=asdict(Resources(9, 2, 3, 4, 5))),
     "empty directory": empty,
 }
 
@@ -244,6 +250,116 @@ def test_read_only_cache_is_still_read(cache: Cache, monkeypatch: pytest.MonkeyP
     assert Cache(cache.root, spare=True).find("key", "13.0") == expected
 
 
+def test_a_spare_is_no_error_where_warnings_are(
+    unwritable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = Cache(unwritable, spare=True).store("key", "13.0", "unit", built())
+    assert compiled.symbol == "symbol"
+    assert "cannot write compiled kernels" in capsys.readouterr().err
+
+
+def test_with_nothing_to_write_to_the_error_says_what_to_do(
+    unwritable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(unwritable))
+    with pytest.raises(CompilationError, match=r"neither in .* set CUNEIGH_CACHE_DIR"):
+        Cache(unwritable, spare=True).store("key", "13.0", "unit", built())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_leaves_the_spare_of_its_parent(unwritable: Path) -> None:
+    script = (
+        "import os, warnings\n"
+        "from pathlib import Path\n"
+        "from cuneigh._jit import Cache, Resources\n"
+        "from cuneigh._jit._compiler import Built\n"
+        "warnings.simplefilter('ignore')\n"
+        f"cache = Cache(Path({str(unwritable)!r}), spare=True)\n"
+        "def store(key):\n"
+        "    built = Built(b'x', 's', Resources(1, 2, 3, 4, 5))\n"
+        "    return cache.store(key, '13.0', '', built).cubin\n"
+        "first = store('first')\n"
+        "child = os.fork()\n"
+        "if child:\n"
+        "    assert os.waitpid(child, 0)[1] == 0\n"
+        "    assert first.exists() and store('second').parents[2] == first.parents[2]\n"
+        "else:\n"
+        "    assert store('third').parents[2] != first.parents[2]\n"
+        "print(first.parents[2], flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not Path(done.stdout.split()[0]).exists(), "it goes with the process that made it"
+
+
+# Whose kernels are taken
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes are those of POSIX")
+
+
+@posix
+@pytest.mark.parametrize("up", range(-1, 3), ids=["file", "entry", "key", "root"])
+def test_what_others_can_write_is_not_taken(
+    up: int, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cubin = cache.store("key", "13.0", "unit", built()).cubin
+    place = cubin if up < 0 else cubin.parents[up]
+    for mode in (0o020, 0o002):
+        own = stat.S_IMODE(place.stat().st_mode)
+        place.chmod(own | mode)
+        assert cache.find("key", "13.0") is None
+        if place == cache.root:
+            with pytest.raises(PermissionError, match=r"others may write to .*TRUST_CACHE_DIR=1"):
+                cache.store("other", "13.0", "unit", built())
+        monkeypatch.setenv("CUNEIGH_TRUST_CACHE_DIR", "1")
+        assert cache.find("key", "13.0") is not None
+        monkeypatch.delenv("CUNEIGH_TRUST_CACHE_DIR")
+        place.chmod(own)
+        assert cache.find("key", "13.0") is not None
+
+
+@posix
+def test_what_another_user_has_written_is_not_taken(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cubin = cache.store("key", "13.0", "unit", built()).cubin
+    monkeypatch.setattr(os, "geteuid", lambda: cubin.stat().st_uid + 1)
+    if cubin.stat().st_uid == 0:  # whose kernels everybody takes
+        assert cache.find("key", "13.0") is not None
+        for path in (cubin, *cubin.parents[:3]):
+            os.chown(path, 12345, -1)
+            assert cache.find("key", "13.0") is None
+            os.chown(path, 0, -1)
+        os.chown(cubin, 12345, -1)
+    assert cache.find("key", "13.0") is None
+    monkeypatch.setenv("CUNEIGH_TRUST_CACHE_DIR", "yes")
+    assert cache.find("key", "13.0") is not None
+
+
+@posix
+def test_an_umask_that_lets_others_write_does_not_count(cache: Cache) -> None:
+    mask = os.umask(0)
+    try:
+        compiled = cache.store("key", "13.0", "unit", built())
+    finally:
+        os.umask(mask)
+    assert cache.find("key", "13.0") == compiled
+
+
+def test_drafts_of_killed_processes_are_removed(cache: Cache) -> None:
+    cache.make()
+    old, new = cache.root / ".draft-old", cache.root / ".draft-new"
+    for draft in (old, new):
+        draft.mkdir()
+        (draft / "kernel.cu").touch()
+    before = time.time() - cache_module.DRAFT_SECONDS - 1
+    os.utime(old, (before, before))
+    cache.store("key", "13.0", "unit", built())
+    assert not old.exists()
+    assert new.exists(), "somebody may be writing it"
+
+
 @needs_nvrtc
 def test_precompile_does_not_fall_back(unwritable: Path, installation: None) -> None:
     with pytest.raises(OSError, match="file"):
@@ -254,9 +370,15 @@ def test_contents(cache: Cache) -> None:
     assert cache.contents() == (0, 0)
     for version in ("12.9", "13.0"):
         cache.store("key", version, "unit", built(b"x" * 1000))
+    (cache.root / "key" / "nvrtc-x").touch()
+    (cache.root / "nvrtc-x").touch()
     kernels, size = cache.contents()
     assert kernels == 2
     assert 2000 < size < 4000
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -270,6 +392,13 @@ def test_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert _jit.default_directory() == tmp_path / "cuneigh"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert _jit.default_directory() == Path.home() / ".cache" / "cuneigh"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert _jit.default_directory() == Path.home() / ".cache" / "cuneigh"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "home", no_home)
+        directory = _jit.default_directory()
+        assert directory.parent == Path(tempfile.gettempdir())
+        assert directory.name.startswith("cuneigh-")
     monkeypatch.setattr(sys, "platform", "darwin")
     assert _jit.default_directory() == Path.home() / "Library" / "Caches" / "cuneigh"
     monkeypatch.setattr(sys, "platform", "win32")

@@ -293,6 +293,22 @@ def test_merging_does_not_overflow(far):
     np.testing.assert_array_equal(lse, np.float32(far + math.log(2)))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_no_call_raises_where_numpy_does(dtype):
+    """Underflow is harmless, infinities are legal, and both are told by the results."""
+    tiny = (unit(1, 9, 2, 4) * 1e-30).astype(dtype)
+    lse = np.ones(tiny.shape[:-1], "float64" if dtype == "float64" else "float32")
+    weights = np.full((1, 9, 2, 3), 1e-5, dtype)
+    with np.errstate(all="raise"):
+        cuneigh.na1d(tiny, tiny, tiny, 3)
+        cuneigh.na1d_backward(tiny, tiny, tiny, tiny, tiny, lse, 3)
+        cuneigh.na1d_qk_backward(weights, tiny, tiny, 3)
+        cuneigh.na1d_av_backward(tiny, weights, tiny, 3)
+        for far in (110, 1e4, np.inf, -np.inf):
+            output, _ = cuneigh.merge_attentions([tiny, tiny], [lse, lse + lse.dtype.type(far)])
+            assert np.isnan(output).all() == (far == np.inf)
+
+
 # What they say of themselves
 
 

@@ -24,6 +24,19 @@ torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.usefixtures(no_compiled_code.__name__)
 
+
+@pytest.mark.parametrize("size", [0, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_without_its_memory_is_refused(dtype, size):
+    whole_, key = (torch.ones(1, 9, 1, 4, dtype=dtype) for _ in range(2))
+    cuneigh.na1d(whole_, whole_, whole_, 3)  # a call like it, whose checks are remembered
+    key.untyped_storage().resize_(size)
+    for gradients in (False, True):
+        query = whole_.clone().requires_grad_(gradients)
+        with pytest.raises(ValueError, match=f"na1d: key reaches beyond .* has {size} bytes"):
+            cuneigh.na1d(query, key, whole_, 3)
+
+
 # Autocast
 
 

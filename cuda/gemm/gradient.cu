@@ -1,6 +1,6 @@
 // From the dense products of tiles, Q K^T and dP = dO V^T, to P = exp(S - lse) and
-// dS = P (dP - delta), with zeros for keys that a row does not see. What is written may take the
-// place of what is read.
+// dS = P (dP - delta), with zeros for keys that a row does not see. What is written takes the place
+// of what is read if both are of one type.
 //
 // blockIdx.x: a tile and a slice of its rows. A team of Plan::kLanes lanes takes a row. On the way
 // it leaves delta = sum(dO * O) - grad_lse for the gradient of rpb.
@@ -37,6 +37,14 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const int keys = volume(tiles.halo);
   const Extents<Plan::kRank> halo(tiles.halo);
   const Number scale = Number(problem.scale);
+  const Number *products, *grad_weights;
+  if constexpr (kSame<Element, Number>) {
+    products = arguments.weights;
+    grad_weights = arguments.grad_logits;
+  } else {
+    products = arguments.products;
+    grad_weights = arguments.grad_weights;
+  }
 
   for_each_row<Plan>(
       tiles, arguments.slices,
@@ -65,9 +73,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
           Numbers product, grad_weight;
           Elements weight, grad_logit;
           if (seen) {
-            product = *reinterpret_cast<const Numbers*>(arguments.products + start + column);
-            grad_weight =
-                *reinterpret_cast<const Numbers*>(arguments.grad_weights + start + column);
+            product = *reinterpret_cast<const Numbers*>(products + start + column);
+            grad_weight = *reinterpret_cast<const Numbers*>(grad_weights + start + column);
           }
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {

@@ -12,10 +12,11 @@ namespace cuneigh::gemm {
 
 template <typename Plan>
 struct SoftmaxArguments {
-  BiasView<Plan> rpb;                                   // [heads, 2 K - 1, ..], or null
-  NumberView<Plan> lse;                                 // [batch, x1..xr, heads], or null
-  const Accumulator<typename Plan::Element>* products;  // [tiles, rows, columns]
-  typename Plan::Element* weights;                      // [tiles, rows, columns]
+  BiasView<Plan> rpb;    // [heads, 2 K - 1, ..], or null
+  NumberView<Plan> lse;  // [batch, x1..xr, heads], or null
+  // [tiles, rows, columns] each, one array if they are of one type
+  const Accumulator<typename Plan::Element>* products;
+  typename Plan::Element* weights;
   long long slices;
 };
 
@@ -71,8 +72,12 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       tiles, arguments.slices,
       [&](const Tile<Plan::kRank>& tile, const TileRow<Plan::kRank>& row, long long start) {
         constexpr bool kBiased = !kSame<typename Plan::Bias, void>;
-        const Number* source = arguments.products + start;
         Element* target = arguments.weights + start;
+        const Number* source;
+        if constexpr (kSame<Element, Number>)
+          source = target;  // the weights take the place of the products
+        else
+          source = arguments.products + start;
 
         // S = scale Q K^T + bias, -inf where the row does not see the key
         auto finish = [&](int column, unsigned seen, Number(&logit)[kVector]) {

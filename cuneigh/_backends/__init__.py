@@ -26,6 +26,7 @@ from cuneigh._gpu.announce import announce
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program
 from cuneigh._jit import Kernel
+from cuneigh._messages import shown
 from cuneigh._problem import Operands, Problem
 from cuneigh._window import Promise
 
@@ -158,7 +159,11 @@ def unknown(name: str | None) -> str | None:
     names = [backend.NAME for backend in BACKENDS]
     if name is None or name in names:
         return None
-    return f"backend={name!r} is not one of {', '.join(map(repr, names))}"
+    return f"backend={shown(name)} is not one of {', '.join(map(repr, names))}"
+
+
+class NoBackendError(RuntimeError):
+    """No backend, or not the one asked for, can run a problem; a call adds its name."""
 
 
 def choose(
@@ -168,7 +173,7 @@ def choose(
 
     That is the one that tuning has found, if it was asked, or that with the smallest prediction.
 
-    `arrays` as in `Backend.unsupported`. Raises ValueError for an unknown name and RuntimeError,
+    `arrays` as in `Backend.unsupported`. Raises ValueError for an unknown name and NoBackendError,
     with the reason of every backend that was asked, when none can run the problem.
     """
     described = None if arrays is None else tuple(arrays.items())
@@ -192,7 +197,7 @@ def _choose(
     supporting = [backend for backend, reason in reasons.items() if reason is None]
     if not supporting:
         told = "; ".join(f"{backend.NAME}: {reason}" for backend, reason in reasons.items())
-        raise RuntimeError(f"no backend can run this problem; {told}")
+        raise NoBackendError(f"no backend can run this problem; {told}")
     if given is not None:  # say so where the layout of arrays is all that keeps a backend away
         for backend, reason in reasons.items():
             if reason and backend.unsupported(problem, device) is None:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from cuneigh._device import Device
+from cuneigh._device import Device, installation
 from cuneigh._problem import Spec
 
 Layout = tuple[tuple[int, ...], int]
@@ -22,6 +22,10 @@ Layout = tuple[tuple[int, ...], int]
 
 Memory = tuple[list[int], tuple[Layout, ...], list[Any]]
 """Of several arrays on a GPU, the addresses, the layouts, and what keeps the memory."""
+
+
+class NoMemoryError(ValueError):
+    """An array has no memory any more; `Adapter.check` raises an error that names it."""
 
 
 class Adapter:
@@ -247,6 +251,5 @@ def import_cupy() -> None:
         import cupy  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "cuneigh works on CUDA arrays through CuPy, which is not installed: "
-            "pip install 'cuneigh[cuda13]', or 'cuneigh[cuda12]' for a CUDA 12 driver"
+            "cuneigh works on CUDA arrays through CuPy, which is not installed: " + installation()
         ) from error

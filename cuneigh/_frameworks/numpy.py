@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,10 @@ class NumPyAdapter(Adapter):
     def full(self, own: str, shape: tuple[int, ...], dtype: str, value: float) -> Array:
         return np.full(shape, value, numpy_dtype(dtype))
 
-    def operations(self, own: str) -> AbstractContextManager[Any]:
-        return nullcontext(np)
+    @contextmanager
+    def operations(self, own: str) -> Iterator[Any]:
+        with np.errstate(all="ignore"):  # infinities are legal, and terms may be as small as 0
+            yield np
 
     def cast(self, array: Array, dtype: str) -> Array:
         return array.astype(numpy_dtype(dtype), copy=False)

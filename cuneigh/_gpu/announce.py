@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
+from cuneigh import _settings
 from cuneigh._problem import Problem
 
 
@@ -43,7 +43,7 @@ def announce(backend: str, pass_: str, problem: Problem, plan: object) -> None:
     listener = _listener.get()
     if listener is not None:
         listener.append(Planned(backend, pass_, plan))
-    if os.environ.get("CUNEIGH_PRINT_PLANS", "").strip() == "1":
+    if _settings.PRINT_PLANS.read():
         _print_once(f"cuneigh: {backend} {pass_} of {describe(problem)}: {plan}")
 
 

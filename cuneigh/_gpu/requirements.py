@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuneigh._device import Device
+from cuneigh._device import Device, installation
 
 
 def no_gpu(device: Device) -> str | None:
@@ -10,7 +10,6 @@ def no_gpu(device: Device) -> str | None:
     if device.kind == "cuda":
         return None
     return (
-        "needs arrays on a CUDA device, but these are on the CPU; with an NVIDIA GPU, install "
-        "'cuneigh[cuda12]' or 'cuneigh[cuda13]' and pass CuPy, PyTorch or JAX arrays that live "
-        "on it"
+        "needs arrays on a CUDA device, but these are on the CPU; with an NVIDIA GPU, "
+        f"{installation()} and pass CuPy, PyTorch or JAX arrays that live on it"
     )

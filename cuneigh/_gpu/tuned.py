@@ -9,7 +9,6 @@ it is damaged or of another version of the kernels. `CUNEIGH_TUNED=0` ignores it
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,13 +18,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cuneigh import _jit
+from cuneigh import _jit, _settings
 from cuneigh._device import Device
 from cuneigh._problem import Problem
 
 Plan = TypeVar("Plan")
 
-SETTING = "CUNEIGH_TUNED"
+SETTING = _settings.TUNED.name
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def location() -> Path:
 
 def is_ignored() -> bool:
     """Whether the user wants the planner's own choices: CUNEIGH_TUNED=0."""
-    return os.environ.get(SETTING, "").strip() == "0"
+    return _settings.TUNED.read() is False
 
 
 def version() -> str:
@@ -68,7 +67,7 @@ def store(problem: Problem, device: Device, entry: Entry) -> None:
     document = _read(path)
     entries = document.setdefault("gpus", {}).setdefault(_name_of(device), {})
     entries[repr(problem)] = {**vars(entry), "plans": dict(entry.plans)}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _jit.Cache(path.parent).make()
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, suffix=".json", delete=False, encoding="utf-8"
     ) as file:

@@ -10,7 +10,8 @@ fills a cache ahead of time. One file for each step:
 - `_load`: the kernels of this process, ready to launch, those it lacks compiled side by side;
 - `_progress`: what a user is told meanwhile.
 
-Environment: `CUNEIGH_CACHE_DIR` moves the cache, `CUNEIGH_QUIET=1` says nothing of compiling.
+Environment: `CUNEIGH_CACHE_DIR` moves the cache, `CUNEIGH_TRUST_CACHE_DIR=1` shares it,
+`CUNEIGH_QUIET=1` says nothing of compiling.
 """
 
 from cuneigh._jit._build import compile, precompile

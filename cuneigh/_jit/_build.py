@@ -32,7 +32,7 @@ def find(
 ) -> Compiled | None:
     """`kernel` for `arch` if the cache holds it."""
     cache = cache or shared(default_directory())
-    return cache.find(key_of(kernel, arch, sources or packaged()), _compiler.version())
+    return cache.find(key_of(kernel, arch, sources or packaged()), _compiler.build_version())
 
 
 def compile(
@@ -48,7 +48,7 @@ def compile(
     if found is not None:
         return found
     built = _compiler.build(kernel, kernel.target(arch), sources)
-    version = _compiler.version()
+    version = _compiler.build_version()
     assert version is not None, "NVRTC has just compiled"
     return cache.store(key_of(kernel, arch, sources), version, kernel.unit, built)
 
@@ -68,7 +68,7 @@ def precompile(
     to.
     """
     cache = Cache(default_directory() if cache_dir is None else Path(cache_dir))
-    cache.root.mkdir(parents=True, exist_ok=True)  # fails now rather than after the first kernel
+    cache.make()  # fails now rather than after the first kernel
     # Once each: problems of one model have many kernels in common.
     tasks = list(dict.fromkeys(itertools.product(kernels, archs)))
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:  # NVRTC releases the GIL

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import re
+import threading
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from cuneigh._device import installation
 from cuneigh._jit._sources import Kernel, Sources
 
 STATISTICS = "--ptxas-options=-v"
 """Has the assembler say what a kernel takes."""
-OPTIONS = ("--std=c++17", "-default-device", "-lineinfo", STATISTICS)
+RESTRICT = "--restrict"
+"""No memory that a kernel writes through one pointer is read or written through another.
+
+NVRTC compiles with this whatever comes after the first program of a process that asked for it,
+anybody's. With it always, a kernel is the same in every process.
+"""
+OPTIONS = ("--std=c++17", "-default-device", "-lineinfo", RESTRICT, STATISTICS)
 """What every kernel is compiled with, apart from the architecture and the include directory."""
 
-INSTALL = "pip install 'cuneigh[cuda13]' (or 'cuneigh[cuda12]' for a driver of the 12 series)"
+FINGERPRINT_BYTES = 1 << 16
 
 
 class CompilationError(RuntimeError):
@@ -59,7 +70,7 @@ def unavailable() -> str | None:
     if platform.system() == "Darwin":
         return "there is no CUDA on macOS"
     if find_spec("cupy") is None:
-        return f"CuPy is not installed: {INSTALL}"
+        return f"CuPy is not installed: {installation()}"
     return None
 
 
@@ -71,6 +82,41 @@ def version() -> str | None:
     except CompilationError:
         return None
     return f"{major}.{minor}"
+
+
+@cache
+def build_version() -> str | None:
+    """NVRTC's version and what tells its builds apart, which make different code: "13.2-1a2b3c4d".
+
+    NVRTC itself tells its build only in what it compiles.
+    """
+    number = version()
+    if number is None:
+        return None
+    file = _library_file()
+    return number if file is None else f"{number}-{_fingerprint(file)}"
+
+
+def _library_file() -> Path | None:
+    """The file of NVRTC's library."""
+    try:
+        pathfinder = import_module("cuda.pathfinder")
+        return Path(pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path)
+    except (ImportError, OSError, RuntimeError, TypeError):
+        return None
+
+
+def _fingerprint(library: Path) -> str:
+    """What tells a library from others, without reading the 100 MB that it has.
+
+    Its first bytes have the linker's identifier of the build, the last ones the table of sections.
+    """
+    digest = hashlib.sha256(str(library.stat().st_size).encode())
+    with library.open("rb") as file:
+        digest.update(file.read(FINGERPRINT_BYTES))
+        file.seek(-min(FINGERPRINT_BYTES, library.stat().st_size), os.SEEK_END)
+        digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()[:8]
 
 
 @cache
@@ -92,7 +138,7 @@ def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
     options = (*OPTIONS, f"--gpu-architecture={arch}", f"-I{_header_directory()}")
     program = _program(nvrtc, kernel, sources)
     try:
-        nvrtc.compileProgram(program, options)
+        _compile(nvrtc, program, options)
         return Built(
             cubin=nvrtc.getCUBIN(program),
             symbol=nvrtc.getLoweredName(program, kernel.instance),
@@ -106,6 +152,25 @@ def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
         ) from None
     finally:
         nvrtc.destroyProgram(program)
+
+
+_first = threading.Lock()
+_has_compiled = False
+
+
+def _compile(nvrtc: Any, program: Any, options: tuple[str, ...]) -> None:
+    """Compile; the first compilation of a process goes alone.
+
+    In it NVRTC loads a second library, for which 13.0 does not have other threads wait: they fail.
+    """
+    global _has_compiled
+    if not _has_compiled:
+        with _first:
+            if not _has_compiled:
+                nvrtc.compileProgram(program, options)
+                _has_compiled = True
+                return
+    nvrtc.compileProgram(program, options)
 
 
 def _program(nvrtc: Any, kernel: Kernel, sources: Sources) -> Any:
@@ -149,7 +214,8 @@ def _nvrtc() -> Any:
         nvrtc.getVersion()
     except (ImportError, OSError, RuntimeError) as error:
         raise CompilationError(
-            f"CUDA kernels cannot be compiled, because NVRTC does not load: {INSTALL}", str(error)
+            f"CUDA kernels cannot be compiled, because NVRTC does not load: {installation()}",
+            str(error),
         ) from error
     return nvrtc
 
@@ -160,7 +226,8 @@ def _header_directory() -> str:
     directory = header_directory()
     if directory is None:
         raise CompilationError(
-            f"CUDA kernels cannot be compiled: the CUDA runtime headers are missing: {INSTALL}"
+            "CUDA kernels cannot be compiled: the CUDA runtime headers are missing: "
+            + installation()
         )
     return directory
 

@@ -10,10 +10,11 @@ import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from cuneigh._device import Device, current
+from cuneigh._device import Device, current, installation
 from cuneigh._jit import _compiler, _progress
 from cuneigh._jit._build import compile, find
 from cuneigh._jit._cache import Compiled
@@ -53,8 +54,9 @@ def start(kernels: Iterable[Kernel], device: Device) -> None:
         if not missing or _compiler.version() is None:
             return
         _progress.tell(missing, device.arch)
-        for kernel in missing:
-            _started[kernel, device.capability] = _compilers().submit(choose, kernel, device)
+        with suppress(RuntimeError):  # no thread can be started any more: `load` compiles then
+            for kernel in missing:
+                _started[kernel, device.capability] = _compilers().submit(choose, kernel, device)
 
 
 def load(kernel: Kernel, device: Device) -> Any:
@@ -80,8 +82,8 @@ def _load(kernel: Kernel, device: Device) -> Any:
             driver = cupy.cuda.runtime.driverGetVersion()
             raise CompilationError(
                 f"the driver, which supports CUDA {driver // 1000}.{driver % 1000 // 10}, does not "
-                f"load {compiled.cubin} on {device.name} ({error}): update the driver, or install "
-                "the CUDA version of cuneigh that matches it ('cuneigh[cuda12]', 'cuneigh[cuda13]')"
+                f"load {compiled.cubin} on {device.name} ({error}): update the driver, or "
+                f"{installation()}"
             ) from error
     return function
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import sys
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 from cuneigh._jit._cache import default_directory
 from cuneigh._jit._sources import Kernel
+from cuneigh._settings import QUIET
 
 Result = TypeVar("Result")
 
@@ -20,7 +20,7 @@ PATIENCE = 2.0
 
 def is_quiet() -> bool:
     """Whether the user wants to read nothing of it: CUNEIGH_QUIET=1."""
-    return os.environ.get("CUNEIGH_QUIET", "").strip() == "1"
+    return bool(QUIET.read())
 
 
 def tell(kernels: Sequence[Kernel], arch: str) -> None:

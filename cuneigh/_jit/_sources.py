@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 
@@ -60,17 +62,13 @@ def plan_source(
 class Sources:
     """A tree of sources, read once: what is hashed is exactly what is compiled."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Traversable) -> None:
         self.root = root
 
     @cached_property
     def texts(self) -> dict[str, str]:
         """The text of every file, by the name that an `#include` gives it."""
-        files = sorted(self.root.rglob("*.cu")) + sorted(self.root.rglob("*.cuh"))
-        return {
-            file.relative_to(self.root).as_posix(): file.read_text(encoding="utf-8")
-            for file in files
-        }
+        return dict(sorted(_texts(self.root)))
 
     @cached_property
     def digest(self) -> str:
@@ -82,9 +80,16 @@ class Sources:
         return digest.hexdigest()
 
 
+def _texts(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _texts(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith((".cu", ".cuh")):
+            yield prefix + entry.name, entry.read_text(encoding="utf-8")
+
+
 @cache
 def packaged() -> Sources:
     """The sources of this installation: package data of a wheel, `cuda/` of a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    wheel = package / "_cuda"
-    return Sources(wheel if wheel.is_dir() else package.parent / "cuda")
+    data = resources.files("cuneigh") / "_cuda"  # in a folder or in an archive
+    return Sources(data if data.is_dir() else Path(__file__).resolve().parents[2] / "cuda")

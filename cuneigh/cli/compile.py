@@ -59,13 +59,17 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--cache-dir",
         type=Path,
-        default=_jit.default_directory(),
         metavar="DIR",
         help="where the kernels go; set CUNEIGH_CACHE_DIR to it where they are used "
-        "(default: %(default)s)",
+        "(default: the cache directory of this user)",
     )
     parser.add_argument(
         "--jobs", type=positive(int), metavar="N", help="default: the number of processors"
+    )
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="all that a thread of each kernel takes, and the advice of the assembler",
     )
 
 
@@ -73,14 +77,15 @@ def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     compiled: dict[tuple[_jit.Kernel, str], _jit.Compiled] = {}
     try:
+        directory = options.cache_dir or _jit.default_directory()
         for arch in options.arch:
             needed = (kernel for each in _problems(options) for kernel in _kernels(each, arch))
             kernels = list(dict.fromkeys(needed))
             with counting(f"compiling for {arch}", len(kernels)) as on_done:
                 compiled |= _jit.precompile(
-                    kernels, [arch], options.cache_dir, jobs=options.jobs, on_done=on_done
+                    kernels, [arch], directory, jobs=options.jobs, on_done=on_done
                 )
-    except (_jit.CompilationError, OSError) as error:
+    except (_jit.CompilationError, OSError, ValueError) as error:
         print(f"python -m cuneigh compile: {error}", file=sys.stderr)
         return 1
     seconds = time.perf_counter() - start
@@ -91,7 +96,11 @@ def run(options: argparse.Namespace) -> int:
             f"{kernel.target(arch):8} {kernel.name:28} {resources.registers:3} registers"
             + (f", {spilled} bytes spilled" if spilled else "")
         )
-    print(f"{len(compiled)} kernels in {options.cache_dir}, {seconds:.1f} s")
+        if options.verbose:
+            print(f"{'':9}{resources.stack} bytes of stack, {resources.shared} of shared memory")
+            for line in resources.advice:
+                print(f"{'':9}{line}")
+    print(f"{len(compiled)} kernels in {directory}, {seconds:.1f} s")
     return 0
 
 

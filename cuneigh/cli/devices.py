@@ -19,7 +19,7 @@ MULTIPROCESSORS = {
     (12, 0): 170,
     (12, 1): 48,
 }
-"""Of the largest product of each compute capability."""
+"""Of the largest product of each compute capability; others count as the one before them."""
 
 
 def device_of(arch: str) -> Device:
@@ -31,4 +31,5 @@ def device_of(arch: str) -> Device:
         raise ValueError(f"--arch {arch} is not one of {known}")
     device = of_capability(capability)
     name = f"a GPU of compute capability {capability[0]}.{capability[1]}"
-    return replace(device, name=name, sm_count=MULTIPROCESSORS[capability])
+    before = max(each for each in MULTIPROCESSORS if each <= capability)
+    return replace(device, name=name, sm_count=MULTIPROCESSORS[before])

@@ -25,9 +25,10 @@ import threadpoolctl
 import cuneigh
 from cuneigh import _backends, _jit, reference
 from cuneigh._backends import Backend
-from cuneigh._device import CPU, Device, cuda, driver_library
+from cuneigh._device import CPU, Device, cuda, driver_library, driver_version, installation
 from cuneigh._jit import _compiler
 from cuneigh._problem import DTYPES, Operands, Problem, Spec
+from cuneigh._settings import SETTINGS
 from cuneigh._validate import Window, attention_problem
 
 
@@ -44,6 +45,7 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     report = Report()
     _packages(report)
+    _settings(report)
     devices = [CPU, *_gpus(report)]
     _compilation(report, devices)
     _working_backends(report, devices)
@@ -61,7 +63,7 @@ class Report:
         print(f"\n{text}", flush=True)
 
     def line(self, label: str, text: str) -> None:
-        print(f"  {label:14}{text}", flush=True)
+        print(f"  {label:13} {text}", flush=True)
 
     def problem(self, label: str, text: str) -> None:
         self.line(label, f"PROBLEM {len(self.problems) + 1}")
@@ -93,6 +95,19 @@ def _packages(report: Report) -> None:
         report.line(label, metadata.version(name) if find_spec(name) else "not installed")
 
 
+def _settings(report: Report) -> None:
+    """The environment variables; an illegal one is a problem wherever it is read."""
+    report.heading("Environment variables")
+    for setting in SETTINGS:
+        try:
+            value = setting.read()
+        except ValueError as error:
+            report.problem(setting.name, str(error))
+            continue
+        text = f"not set: {setting.default}" if value is None else str(value)
+        print(f"  {setting.name:26}{text}")
+
+
 def _gpus(report: Report) -> list[Device]:
     """The CUDA devices that can be used."""
     report.heading("GPU")
@@ -122,8 +137,7 @@ def _gpus(report: Report) -> list[Device]:
         report.problem(
             "devices",
             f"CuPy cannot use them: {error}; the driver supports CUDA {_dotted(driver)} and CuPy "
-            f"is built for {_dotted(runtime)}: update the driver, or install the extra of cuneigh "
-            "that matches it ('cuneigh[cuda12]', 'cuneigh[cuda13]')",
+            f"is built for {_dotted(runtime)}: update the driver, or {installation()}",
         )
         return []
     for device in devices:
@@ -138,11 +152,10 @@ def _driver() -> tuple[int, int]:
     driver = driver_library()
     if driver is None:
         return 0, 0
-    version, count = ctypes.c_int(), ctypes.c_int()
-    driver.cuDriverGetVersion(ctypes.byref(version))
+    count = ctypes.c_int()
     if driver.cuInit(0) == 0:
         driver.cuDeviceGetCount(ctypes.byref(count))
-    return version.value, count.value
+    return driver_version(), count.value
 
 
 def _dotted(version: int) -> str:
@@ -155,23 +168,26 @@ def _compilation(report: Report, devices: list[Device]) -> None:
     needed = report.problem if len(devices) > 1 else report.line
     version = _compiler.version()
     if version is None:
-        needed("NVRTC", f"missing, so that only the cached kernels run: {_compiler.INSTALL}")
+        needed("NVRTC", f"missing, so that only the cached kernels run: {installation()}")
     else:
         report.line("NVRTC", f"{version}, for {', '.join(_compiler.architectures())}")
     headers = _compiler.header_directory()
     if headers is None:
-        needed("headers", f"of the CUDA runtime are missing: {_compiler.INSTALL}")
+        needed("headers", f"of the CUDA runtime are missing: {installation()}")
     else:
         report.line("headers", headers)
-    directory = _jit.default_directory()
-    kernels, size = _jit.Cache(directory).contents()
-    report.line("cache", f"{directory}, {kernels} kernels, {size / 2**20:.1f} MiB")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
+        cache = _jit.Cache(_jit.default_directory())
+    except ValueError:  # of an environment variable, which has been told
+        return
+    try:
+        cache.make()
+        tempfile.TemporaryFile(dir=cache.root).close()
     except OSError as error:
         advice = "set CUNEIGH_CACHE_DIR to a directory that can be written to"
-        needed("cache", f"it cannot be written to ({error}): {advice}")
+        needed("cache", f"it cannot be used ({error}): {advice}")
+    kernels, size = cache.contents()
+    report.line("cache", f"{cache.root}, {kernels} kernels, {size / 2**20:.1f} MiB")
 
 
 # Which backends work

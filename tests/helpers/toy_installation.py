@@ -48,7 +48,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             raise CompilationError("NVRTC is missing")
 
         monkeypatch.setattr(compiler, "_nvrtc", missing)
-        for cached in (compiler.version, compiler.architectures):
+        for cached in (compiler.version, compiler.build_version, compiler.architectures):
             monkeypatch.setattr(compiler, cached.__name__, cached.__wrapped__)
 
     return disappear

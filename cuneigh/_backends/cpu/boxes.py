@@ -91,7 +91,9 @@ def for_each_box(
     def quietly(box: Box, space: Workspace) -> Result:
         return compute(box, space)
 
-    in_order(quietly, boxes(problem), lambda: workspace(problem.accumulator), collect)
+    of_problem, threads = boxes(problem)
+    threads = min(thread_count(), threads)
+    in_order(quietly, of_problem, threads, lambda: workspace(problem.accumulator), collect)
 
 
 # What queries and halos hold
@@ -190,7 +192,8 @@ def view_halo(box: Box, rows: Rows, space: Workspace) -> Array | None:
     view = rows.view(box.key_tokens)
     if view is None or view.dtype != space.dtype:
         return None
-    return view if view.strides[-2] >= rows.dim * view.itemsize else None
+    rows_are_whole = view.strides[-1] == view.itemsize or rows.dim == 1
+    return view if rows_are_whole and view.strides[-2] >= rows.dim * view.itemsize else None
 
 
 def is_aligned(array: Array) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from cuneigh._backends.cpu.tiles import Integers, Tokens
+from cuneigh._backends.cpu.tiles import COPIES, Integers, Tokens, workspace_limit
 
 Array = npt.NDArray[Any]
 
@@ -16,20 +17,23 @@ Array = npt.NDArray[Any]
 class Rows:
     """An array ``[batch, tokens.., heads, dim]`` whose memory is seen as a table of rows of `dim`.
 
-    Transposed, broadcast and reversed arrays are tables too, their rows in another order; only an
-    array whose rows are not contiguous, or do not lie on a grid of row lengths, is copied.
+    Transposed, broadcast and reversed arrays are tables too, their rows in another order. An array
+    whose rows are not contiguous, or do not lie on a grid of row lengths, is copied if that takes
+    little memory; if not, it is a table of rows that overlap, which is slower to read.
     """
 
     def __init__(self, array: Array) -> None:
         *lengths, dim = array.shape
         unit = dim * array.itemsize
-        byte_strides = [
-            stride if n > 1 else 0 for stride, n in zip(array.strides, lengths, strict=False)
-        ]
+        byte_strides = _byte_strides(array)
         gaps = dim > 1 and array.strides[-1] != array.itemsize
-        if gaps or any(stride % unit for stride in byte_strides):
-            array = np.ascontiguousarray(array)
-            byte_strides = list(array.strides[:-1])
+        self._is_grid = not gaps and not any(stride % unit for stride in byte_strides)
+        if not self._is_grid:
+            if array.nbytes <= workspace_limit() // COPIES:
+                array, self._is_grid = np.ascontiguousarray(array), True
+                byte_strides = _byte_strides(array)
+            else:
+                unit = math.gcd(*byte_strides) or array.itemsize
         strides = [stride // unit for stride in byte_strides]  # in rows of the table
         ends = [stride * (n - 1) for stride, n in zip(strides, lengths, strict=True)]
         self._origin = -sum(end for end in ends if end < 0)
@@ -39,7 +43,8 @@ class Rows:
             lowest = array[tuple(-1 if stride < 0 else 0 for stride in strides)]
             shape = 1 + sum(map(abs, ends)), dim
             writeable = array.flags.writeable
-            self.table = as_strided(lowest, shape, (unit, array.itemsize), writeable=writeable)
+            step = array.strides[-1] if dim > 1 else array.itemsize
+            self.table = as_strided(lowest, shape, (unit, step), writeable=writeable)
         self._batch_stride, *self._token_strides, self._head_stride = strides
 
     @property
@@ -51,7 +56,7 @@ class Rows:
         view = self.view(tokens)
         if view is not None:
             np.copyto(out, view)
-        elif self.table.dtype == out.dtype:
+        elif self.table.dtype == out.dtype and self._is_grid:
             # With mode="raise", np.take copies once more.
             np.take(self.table, self._index(tokens), 0, out=out, mode="clip")
         else:
@@ -87,3 +92,9 @@ class Rows:
     def _index(self, tokens: Tokens) -> Integers:
         strides = self._batch_stride, *self._token_strides, self._head_stride
         return tokens.index(self._origin, *strides)
+
+
+def _byte_strides(array: Array) -> list[int]:
+    """Of all axes but the last; 0 along an axis of one element, whose stride means nothing."""
+    strides = zip(array.strides, array.shape[:-1], strict=False)
+    return [stride if n > 1 else 0 for stride, n in strides]

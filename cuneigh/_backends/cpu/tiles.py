@@ -14,12 +14,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cuneigh._problem import Problem
+from cuneigh import _settings
+from cuneigh._problem import DTYPES, Problem
 from cuneigh._window import Axis
 
 Integers = npt.NDArray[np.int64]
@@ -276,8 +277,9 @@ class Box:
 LARGEST_TILE = 256
 """Queries of a tile, times query heads of a key head, that are worth trying."""
 
-LARGEST_TILE_LOGITS = 1 << 22
-"""Logits of a tile and one key head beyond which it counts as slow, to save memory."""
+LARGEST_TILE_ELEMENTS = 1 << 22
+"""Logits of a tile and one key head, or elements of its vectors, beyond which it counts as slow, to
+save memory."""
 
 SMALL_PRODUCT = 1_000_000
 """Multiplications up to which OpenBLAS multiplies without packing its operands first."""
@@ -316,7 +318,10 @@ def cut(
         columns = -(-width // 16) * 16
         flop_ns = 1 / 130 if columns * halo * dims <= 2 * SMALL_PRODUCT else 1 / 100
         logit_ns = (2 * dims * flop_ns + 1.2) * (1 + 8 / columns)
-        too_large = max(width * halo / LARGEST_TILE_LOGITS, 1)
+        too_large = math.prod(
+            max(elements / LARGEST_TILE_ELEMENTS, 1)
+            for elements in (width * halo, (3 * width + halo) * dims)
+        )
         logits = (keys + tiles * additional) * columns * logit_ns * too_large
         return logits + copied * dims * 0.5 + tiles * width * dims * 1.5 + boxes * 1e5 / repeats
 
@@ -345,38 +350,109 @@ threads seldom wait for each other, which they do to run Python."""
 BOXES = 4
 """Boxes that a problem is cut into when that keeps them within those sizes."""
 
+WORKSPACE_BYTES = 256 << 20
+"""What a call may take besides its results unless CUNEIGH_WORKSPACE_BYTES says otherwise."""
+
+PARALLEL_BOXES = 16
+"""Boxes that fit in the workspace together."""
+
+COPIES = 64
+"""A call's arguments are copied, if they must be, where that takes this part of the workspace."""
+
 KEPT_BYTES = 1 << 22
 """What the boxes of a problem may take to be kept for its next call; 8 problems are."""
 
 
-def boxes(problem: Problem) -> Iterable[Box]:
-    """All of `problem`, always in the same order."""
+def workspace_limit() -> int:
+    """In bytes. A single tile is computed all the same if it takes more."""
+    given = _settings.WORKSPACE_BYTES.read()
+    return WORKSPACE_BYTES if given is None else given
+
+
+class Bounds(NamedTuple):
+    """How large a box may be, and the bytes that its parts take."""
+
+    most_logits: int
+    most_bytes: int
+    per_logit: int
+    per_new_key: int
+    """Of keys that the tile before does not see: what halos share is copied once."""
+    per_key: int
+    per_query: int
+
+    def bytes(self, tile: Tile) -> int:
+        """What the arrays of a tile and a key head take, roughly and at most."""
+        first, new_keys = tile.strips[0], tile.keys
+        if first.tiles > 1:
+            new_keys = tile.keys * min(first.queries, first.keys) // first.keys
+        of_keys = self.per_new_key * new_keys + self.per_key * tile.keys
+        return self.per_logit * tile.logits + of_keys + self.per_query * tile.width
+
+    def tiles(self, tile: Tile, logits: int) -> int:
+        """Tiles of a box that aims at so many logits; one at least, however large it is."""
+        return max(min(logits // tile.logits, self.most_bytes // self.bytes(tile)), 1)
+
+
+def bounds_of(problem: Problem) -> Bounds:
+    itemsize = DTYPES[problem.accumulator]
+    dims = problem.head_dim + problem.value_dim
+    is_backward = problem.operation.endswith("backward")
+    slots = 0 if problem.operation in ("forward", "backward") else problem.slots
+    return Bounds(
+        MOST_LOGITS // 2 if is_backward else MOST_LOGITS,
+        workspace_limit() // PARALLEL_BOXES,
+        itemsize * (3 if is_backward else 1),
+        itemsize * dims,
+        itemsize * dims if is_backward else 0,
+        itemsize * dims * (4 if is_backward else 2) + (16 + 2 * itemsize) * slots,
+    )
+
+
+def boxes(problem: Problem) -> tuple[Iterable[Box], int]:
+    """All of `problem`, always in the same order, and how many threads have room for theirs.
+
+    The boxes do not depend on the number of threads, since sums depend on the boxes.
+    """
     sizes = problem.batch, problem.kv_heads, problem.group_size, problem.additional or 0
     dims, repeats = problem.head_dim + problem.value_dim, problem.batch * problem.kv_heads
     strips = cut(problem.axes, problem.rpb_dtype is not None, dims, repeats, *sizes[2:])
     keys = math.prod(sum(strip.tiles * strip.keys for strip in along) for along in strips)
-    most = MOST_LOGITS // 2 if problem.operation.endswith("backward") else MOST_LOGITS
+    bounds = bounds_of(problem)
+    threads = max(workspace_limit() * 7 // 8 // _largest(strips, bounds, *sizes), 1)
     if 8 * keys * repeats > KEPT_BYTES:  # for the indices of rows
-        return _boxes(strips, most, *sizes)
-    return _kept_boxes(strips, most, *sizes)
+        return _boxes(strips, bounds, *sizes), threads
+    return _kept_boxes(strips, bounds, *sizes), threads
 
 
 # Strips are the same if they are one object: `cut` returns the same ones for the same problem.
 @lru_cache(maxsize=8)
-def _kept_boxes(strips: Cut, most: int, *sizes: int) -> list[Box]:
-    return list(_boxes(strips, most, *sizes))
+def _kept_boxes(strips: Cut, bounds: Bounds, *sizes: int) -> list[Box]:
+    return list(_boxes(strips, bounds, *sizes))
+
+
+@lru_cache(maxsize=256)
+def _largest(
+    strips: Cut, bounds: Bounds, batch: int, kv_heads: int, group_size: int, additional: int
+) -> int:
+    """Bytes of the largest box."""
+    kinds = [Tile(each, group_size, additional) for each in itertools.product(*strips)]
+    return max(
+        bounds.bytes(tile)
+        * min(bounds.tiles(tile, bounds.most_logits), tile.count * batch * kv_heads)
+        for tile in kinds
+    )
 
 
 def _boxes(
-    strips: Cut, most: int, batch: int, kv_heads: int, group_size: int, additional: int
+    strips: Cut, bounds: Bounds, batch: int, kv_heads: int, group_size: int, additional: int
 ) -> Iterator[Box]:
     kinds = [Tile(each, group_size, additional) for each in itertools.product(*strips)]
     kinds.sort(key=lambda tile: -tile.count * tile.logits)  # so that threads end at the same time
     total = sum(tile.count * tile.logits for tile in kinds) * batch * kv_heads
-    budget = min(max(total * 9 // (8 * BOXES), FEWEST_LOGITS), most)
+    budget = min(max(total * 9 // (8 * BOXES), FEWEST_LOGITS), bounds.most_logits)
     for tile in kinds:
         counts = batch, *(strip.tiles for strip in tile.strips), kv_heads
-        batches, *along, heads = blocks(counts, budget // tile.logits)
+        batches, *along, heads = blocks(counts, bounds.tiles(tile, budget))
         for block in itertools.product(*along):
             of = list(zip(tile.strips, block, strict=True))
             first_query = tuple(strip.first_query[tiles.start : tiles.stop] for strip, tiles in of)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cuneigh._device import installation
 from cuneigh._gpu.arrays import Pointer
-from cuneigh._jit._compiler import INSTALL
 
 CUDA_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
 """cudaDataType_t by dtype."""
@@ -101,7 +101,7 @@ def _library() -> Any:
     try:
         found = pathfinder.load_nvidia_dynamic_lib("cublas")
     except pathfinder.DynamicLibNotFoundError as error:
-        raise RuntimeError(f"cuBLAS is not installed: {INSTALL}") from error
+        raise RuntimeError(f"cuBLAS is not installed: {installation()}") from error
     library = ctypes.CDLL(found.abs_path)
     pointer: Any
     number: Any

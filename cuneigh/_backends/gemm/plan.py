@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cuneigh import _settings
 from cuneigh._gpu.rates import H200
 from cuneigh._problem import DTYPES, Problem
 from cuneigh._window import Axis
@@ -136,13 +136,13 @@ class GemmPlan:
 
 def workspace_limit() -> int:
     """Bytes of workspace that the tiles of a chunk may take."""
-    given = os.environ.get("CUNEIGH_WORKSPACE_BYTES", "").strip()
-    return int(given) if given else WORKSPACE_BYTES
+    given = _settings.WORKSPACE_BYTES.read()
+    return WORKSPACE_BYTES if given is None else given
 
 
 def allows_tf32() -> bool:
     """Whether products may round float32 factors to TF32: CUNEIGH_ALLOW_TF32=1."""
-    return os.environ.get("CUNEIGH_ALLOW_TF32", "").strip() == "1"
+    return bool(_settings.ALLOW_TF32.read())
 
 
 def plan_of(problem: Problem, contiguous: bool) -> GemmPlan:

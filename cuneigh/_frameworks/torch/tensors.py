@@ -19,6 +19,7 @@ from cuneigh import _device
 from cuneigh._frameworks.contract import (
     Adapter,
     Memory,
+    NoMemoryError,
     host_array,
     import_cupy,
     numpy_dtype,
@@ -35,6 +36,23 @@ TRACED = frozenset([FakeTensor, FunctionalTensor])
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+LOW = 1 << 40
+"""Few tensors have an address below this; those without memory have the offset in their storage."""
+
+
+def is_freed(array: torch.Tensor) -> bool:
+    """Whether the tensor lacks memory, as after ``untyped_storage().resize_(0)``."""
+    if array.numel() == 0:
+        return False
+    last = array.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True)
+    )
+    try:
+        return bool(array.untyped_storage().nbytes() < (last + 1) * array.itemsize)
+    except (NotImplementedError, RuntimeError):  # a transformation's, without a storage of its own
+        return False
 
 
 def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Any:
@@ -56,6 +74,11 @@ class TensorAdapter(Adapter):
             raise TypeError(f"{call}: {name} is a {layout} tensor; a dense one is needed")
         if borrowed and array.device.type not in (*DEVICES, "meta"):
             raise ValueError(f"{call}: {name} is on device {array.device}; cpu or cuda is needed")
+        if borrowed and type(array) in PLAIN and is_freed(array):
+            raise ValueError(
+                f"{call}: {name} reaches beyond its storage, which has "
+                f"{array.untyped_storage().nbytes()} bytes: it was freed or made smaller"
+            )
 
     def spec(self, array: torch.Tensor) -> Spec:
         shape = tuple(array.shape) if torch._C._get_tracing_state() is None else _numbers(array)
@@ -85,6 +108,8 @@ class TensorAdapter(Adapter):
         return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=own)
 
     def borrow(self, array: torch.Tensor) -> npt.NDArray[Any]:
+        if is_freed(array):
+            raise NoMemoryError
         # By its address: `Tensor.numpy` would make it impossible to resize the storage for good.
         array = array.resolve_neg()
         dtype = numpy_dtype(DTYPE_NAMES[array.dtype])
@@ -100,6 +125,8 @@ class TensorAdapter(Adapter):
             if array.is_neg():  # a pending change of sign, which nobody else can see
                 array = array.resolve_neg()
             address = array.data_ptr()
+            if address < LOW and is_freed(array):
+                raise NoMemoryError
             addresses.append(address)
             layouts.append((array.stride(), address % 16))
             owners.append(array)

@@ -7,11 +7,10 @@ A case has rows, one for each contender and kind. A row holds times and what fol
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
-from cuneigh import _backends
+from cuneigh import _backends, _settings
 from cuneigh._backends import Backend, choose
 from cuneigh._call import rehearse
 from cuneigh._device import Device
@@ -183,7 +182,7 @@ class Bench:
             "plans": plans_of(backend, self.problems, self.device),
             "predicted_ms": predicted(backend, self.problems, self.device),
         }
-        tf32 = os.environ.get("CUNEIGH_ALLOW_TF32", "").strip() == "1"
+        tf32 = bool(_settings.ALLOW_TF32.read())
         tolerance = checks.tolerance_of(self.problem, tf32)
         about = self.problem, self.operands
         try:
