@@ -6,10 +6,10 @@ kernels multiply dense boxes of queries and keys, so that a non-finite *value* m
 whose box of keys held it though their window did not (0 * NaN is NaN). In a forward a non-finite
 key reaches only the queries whose window holds it.
 
-The backward takes two kernels, one for dQ and one for dK and dV, and keeps nothing in memory between
-them but lse and delta. Along a single axis, for head dims from 72 on, one kernel computes all
-gradients with five products instead of seven: its blocks add to sums of dQ in a fixed order. The
-sums take 4 bytes for each element of the query, as long as that is a small part of the device's
+The backward takes two kernels, one for dQ and one for dK and dV, and keeps nothing in memory
+between them but lse and delta. Along a single axis, for head dims from 72 on, one kernel computes
+all gradients with five products instead of seven: its blocks add to sums of dQ in a fixed order.
+The sums take 4 bytes for each element of the query, as long as that is a small part of the device's
 memory. Neither way does a result depend on the order in which blocks run.
 """
 
