@@ -71,6 +71,24 @@ def test_nothing_is_copied(dtype):
         np.testing.assert_array_equal(native, view)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_that_were_divided_as_unsigned_numbers_are_understood(dtype):
+    """As CuPy divides those of a reversed axis."""
+    view = numbers(dtype=dtype)[0][:, ::-1, ::-2]
+
+    class Unsigned(Speaker):
+        def __dlpack__(self, **keywords):
+            capsule = super().__dlpack__(**keywords)
+            tensor, size = tensor_in(capsule), view.itemsize
+            for axis in range(tensor.ndim):
+                tensor.strides[axis] = tensor.strides[axis] * size % 2**64 // size
+            return capsule
+
+    native = borrow(Unsigned(view), Place("cpu", 0))
+    assert native.strides == view.strides
+    np.testing.assert_array_equal(native, view)
+
+
 @pytest.mark.parametrize("name", ["speaker", "tvm"])
 def test_memory_lives_as_long_as_it_is_used_and_no_longer(name):
     (numpy_array,) = numbers()

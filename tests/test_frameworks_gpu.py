@@ -88,6 +88,7 @@ def test_nothing_waits_for_a_scale_on_a_gpu():
     wanted = cuneigh.na2d(query, query, query, 3, scale=0.25)
     source, scale = cupy.float32(0.25), cupy.zeros((), "float32")
     spin = cupy.RawKernel(SPIN, "spin")
+    scale.fill(source)  # compiles what fills, which takes longer than the other kernel spins
     cuneigh.na2d(query, query, query, 3, scale=scale)
     cupy.cuda.Device().synchronize()
     with cupy.cuda.Stream(non_blocking=True) as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from math import prod
 from typing import Any, NamedTuple
 
@@ -86,11 +87,23 @@ def borrow(array: Any, place: Place) -> Any:
         raise BufferError(f"it is on device {place}, but gave memory on device {found}")
     dtype = numpy_dtype(_supported(_dtype_name(tensor)))
     shape = tuple(tensor.shape[: tensor.ndim]) if tensor.ndim else ()
-    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else contiguous(shape)
+    strides = _strides(tensor, dtype.itemsize) if tensor.strides else contiguous(shape)
     address = (tensor.data or 0) + tensor.byte_offset
     if place.kind == "cpu":
         return host_array(capsule, address, shape, strides, dtype, writeable=False)
     return _on_gpu(capsule, address, shape, strides, dtype, place.number)
+
+
+def _strides(tensor: Tensor, itemsize: int) -> tuple[int, ...]:
+    """Elements from one index to the next along each axis.
+
+    CuPy, up to 14.2 at least, divides bytes as unsigned numbers: of a reversed axis comes a stride
+    of nearly 2^62 for -1, which is right in multiples of 2^64 bytes.
+    """
+    return tuple(
+        ctypes.c_int64(stride * itemsize).value // itemsize
+        for stride in tensor.strides[: tensor.ndim]
+    )
 
 
 def _ask(array: Any, **stream: int) -> Any:
