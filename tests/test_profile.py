@@ -247,6 +247,23 @@ def test_a_long_window_is_checked_as_strictly() -> None:
         checks.check_forward(problem, operands, np.zeros_like(output))
 
 
+def test_gradients_that_cancel_are_right_within_what_they_are_made_of() -> None:
+    """A query that sees one key has no gradient, but for sums that are taken in another order."""
+    problem = problem_of(
+        {"tokens": [40], "heads": 2, "dim": 16, "kernel": 9, "causal": [True]}, "bfloat16"
+    )
+    operands = arrays.operands_of(np, problem)
+    grad_output = arrays.grad_output_of(np, problem)
+    output, lse, gradients = ours.step(problem, operands, grad_output, None)
+    found = Operands(*gradients)
+    assert not found.query[:, 0].any()
+    found.query[:, 0] = 1e-4
+    checks.check_gradients(problem, operands, grad_output, output, lse, found)
+    shifted = found._replace(query=np.roll(found.query, 1, axis=1))
+    with pytest.raises(checks.WrongResultError, match="gradient of query at"):
+        checks.check_gradients(problem, operands, grad_output, output, lse, shifted)
+
+
 def test_numbers_are_normal_in_every_dtype() -> None:
     for dtype in checks.EPS:
         numbers = arrays.normal(np, (4, 500), dtype, 3)

@@ -42,10 +42,14 @@ class Tolerance(NamedTuple):
 
     eps: float
 
-    def require(self, what: str, got: Any, terms: Numbers) -> None:
-        """Raise unless `got` is the sum of `terms` over their first axis."""
+    def require(self, what: str, got: Any, terms: Numbers, sizes: Numbers | None = None) -> None:
+        """Raise unless `got` is the sum of `terms` over their first axis.
+
+        `sizes` are those of the numbers whose rounding counts, where terms are differences of them.
+        """
         right = terms.sum(0)
-        allowed = self.eps * (ROUNDINGS * np.sqrt((terms**2).sum(0)) + np.abs(right))
+        sizes = terms if sizes is None else sizes
+        allowed = self.eps * (ROUNDINGS * np.sqrt((sizes**2).sum(0)) + np.abs(right))
         # An element may be 0 by cancellation: its neighbors say how large the numbers are.
         allowed = np.maximum(allowed, self.eps * np.abs(right).max(initial=0.0))
         error = np.abs(float64(got) - right)
@@ -109,9 +113,9 @@ def check_gradients(
         logits, key, value = _row(problem, operands, token, batch, head)
         gradient = float64(grad_output[place])
         weights = np.exp(logits - float64(lse[place]))
-        scores = weights * (value @ gradient - gradient @ float64(output[place]))
-        terms = problem.scale * scores[:, None] * key
-        tolerance.require(f"the gradient of query at {place}", gradients.query[place], terms)
+        delta = gradient @ float64(output[place])
+        terms = _grad_logits(problem, weights, value @ gradient, delta, key)
+        tolerance.require(f"the gradient of query at {place}", gradients.query[place], *terms)
     for token, batch, kv_head in _places(problem, problem.kv_heads, some):
         place = (batch, *token, kv_head)
         heads = slice(kv_head * problem.group_size, (kv_head + 1) * problem.group_size)
@@ -127,11 +131,24 @@ def check_gradients(
         out = rows(output, *about).reshape(-1, problem.value_dim)
         key, value = float64(operands.key[place]), float64(operands.value[place])
         weights = np.exp(problem.scale * (query @ key) - rows(lse, *about).reshape(-1))
-        scores = weights * (gradient @ value - (gradient * out).sum(-1))
-        terms = problem.scale * scores[:, None] * query
-        tolerance.require(f"the gradient of key at {place}", gradients.key[place], terms)
-        terms = weights[:, None] * gradient
-        tolerance.require(f"the gradient of value at {place}", gradients.value[place], terms)
+        delta = (gradient * out).sum(-1)
+        terms = _grad_logits(problem, weights, gradient @ value, delta, query)
+        tolerance.require(f"the gradient of key at {place}", gradients.key[place], *terms)
+        of_value = weights[:, None] * gradient
+        tolerance.require(f"the gradient of value at {place}", gradients.value[place], of_value)
+
+
+def _grad_logits(
+    problem: Problem, weights: Numbers, grad_weights: Numbers, delta: Any, vectors: Numbers
+) -> tuple[Numbers, Numbers]:
+    """Gradients of logits times vectors, and what they would be if nothing cancelled.
+
+    The gradient of a weight and delta may be nearly the same, as they are where a query sees one
+    key; both have been rounded.
+    """
+    differences = grad_weights - delta, np.abs(grad_weights) + np.abs(delta)
+    terms, sizes = (problem.scale * (weights * each)[:, None] * vectors for each in differences)
+    return terms, sizes
 
 
 def _places(
