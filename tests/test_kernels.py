@@ -163,7 +163,7 @@ def test_all_headers_can_be_included_together(order: int, tmp_path: Path) -> Non
 def test_every_source_is_compiled() -> None:
     """There is no `.cu` that no backend names."""
     full = [*problems("float16", [3], rpb_dtype="float16", additional=1)]
-    plain = [*problems("float16", [1], length=32)]
+    plain = [*problems("float16", [1], length=32), *problems("float16", [1], head_dim=128)]
     kernels = {
         kernel.name
         for problem in full + plain

@@ -56,7 +56,7 @@ struct HopperProblem {
   int column_box[kRank];
   Divisor tiles[kRank];  // along each axis, in group-major order
   Divisor head_groups;   // row heads, divided by those of a tile
-  Divisor side_by_side;  // of these: how many have their tiles at a place one after another
+  Divisor side_by_side;  // if kSums, those whose tiles at a place come one after another; else 1
   Divisor group_size;    // query heads that share a key head
 
   int warpgroup[kMostWarpgroups][1 + kRank];  // head and index where each begins in its tile
@@ -128,8 +128,12 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
   }
   int boxes = 1;
   const unsigned place = problem.longest_last ? problem.tile_count - 1 - number : number;
-  unsigned rest = problem.side_by_side.quotient(place);
-  const unsigned inner_head = place - rest * problem.side_by_side.divisor;
+  unsigned rest = place, inner_heads = 1, inner_head = 0;
+  if (Plan::kSums) {
+    inner_heads = problem.side_by_side.divisor;
+    rest = problem.side_by_side.quotient(place);
+    inner_head = place - rest * inner_heads;
+  }
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
     const Axis axis = axis_of<Plan>(problem, r);
@@ -149,7 +153,7 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
   }
   if (Plan::kRowsAreKeys) boxes *= problem.group_size.divisor;
   if (Plan::kAdditional) boxes += ceil_div(problem.additional, Plan::kColumns);
-  const unsigned head_group = rest * problem.side_by_side.divisor + inner_head;
+  const unsigned head_group = rest * inner_heads + inner_head;
   const int batch = problem.head_groups.quotient(head_group);
   const int head = (head_group - batch * problem.head_groups.divisor) * problem.heads_per_tile;
   tile.boxes = boxes;

@@ -44,6 +44,8 @@ LOW = 1 << 40
 
 def is_freed(array: torch.Tensor) -> bool:
     """Whether the tensor lacks memory, as after ``untyped_storage().resize_(0)``."""
+    if torch._C._get_tracing_state() is not None:  # then sizes are tensors
+        return False
     if array.numel() == 0:
         return False
     last = array.storage_offset() + sum(
