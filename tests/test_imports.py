@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "cuneigh._settings": {"cuneigh._messages"},
     "cuneigh._problem": {"cuneigh._window"},
     "cuneigh._validate": {"cuneigh._window", "cuneigh._problem", "cuneigh._messages"},
+    "cuneigh._shards": {"cuneigh._window"},
     "cuneigh.reference": PURE,
     "cuneigh._jit": PURE,
     "cuneigh._gpu": {*PURE, "cuneigh._jit"},
