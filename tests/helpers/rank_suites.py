@@ -1,0 +1,166 @@
+"""What the ranks of `helpers.ranks` run: all ranks of a suite call the same function."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import cuneigh
+from cuneigh.torch import distributed
+
+WHOLE = {1: cuneigh.na1d, 2: cuneigh.na2d, 3: cuneigh.na3d}
+SHARDED = {1: distributed.na1d, 2: distributed.na2d, 3: distributed.na3d}
+
+
+class Case(NamedTuple):
+    """A layout, how it is cut, and a call."""
+
+    layout: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    parameters: dict[str, Any]
+    heads: tuple[int, int]
+    has_rpb: bool
+    additional: int | None
+    has_mask: bool
+
+
+def draw_axis(draw: random.Random) -> tuple[int, dict[str, Any]]:
+    """A layout and a legal window along one axis."""
+    border = draw.choice(["shift", "cut", "wrap"])
+    dilation = draw.choice([1, 1, 2, 3])
+    groups = draw.randint(1, 6)
+    layout = groups * dilation + (0 if border == "wrap" else draw.randrange(dilation))
+    kernel_size = draw.randint(1, groups + 2 * (border == "cut"))
+    stride = draw.choice([1, draw.randint(1, kernel_size)])
+    is_causal = border != "wrap" and draw.random() < 0.3
+    return layout, {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "dilation": dilation,
+        "is_causal": is_causal,
+        "border": border,
+    }
+
+
+def cut(draw: random.Random, layout: int, count: int) -> tuple[int, ...]:
+    """Shards of any sizes, now and then empty."""
+    cuts = sorted(draw.randint(0, layout) for _ in range(count - 1))
+    return tuple(b - a for a, b in zip([0, *cuts], [*cuts, layout], strict=True))
+
+
+def draw_case(draw: random.Random, grid: tuple[int, ...]) -> Case:
+    axes = [draw_axis(draw) for _ in grid]
+    layout = tuple(length for length, _ in axes)
+    parameters = {name: tuple(of[name] for _, of in axes) for name in axes[0][1]}
+    has_rpb = max(parameters["stride"]) == 1 and not any(parameters["is_causal"])
+    return Case(
+        layout,
+        tuple(cut(draw, length, count) for length, count in zip(layout, grid, strict=True)),
+        parameters,
+        draw.choice([(2, 2), (4, 2), (3, 1)]),
+        has_rpb and draw.random() < 0.7,
+        draw.choice([None, None, 0, 2]),
+        draw.random() < MASKS,
+    )
+
+
+def arrays_of(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Those of the whole layout, alike on all ranks."""
+    torch.manual_seed(hash((case.layout, case.sizes)) % 1000)
+    (heads, kv_heads), batch, dim, value_dim = case.heads, 2, 3, 2
+    arrays = {
+        "query": torch.randn(batch, *case.layout, heads, dim),
+        "key": torch.randn(batch, *case.layout, kv_heads, dim),
+        "value": torch.randn(batch, *case.layout, kv_heads, value_dim),
+    }
+    if case.has_rpb:
+        arrays["rpb"] = torch.randn(heads, *(2 * k - 1 for k in case.parameters["kernel_size"]))
+    if case.additional is not None:
+        arrays["additional_keys"] = torch.randn(batch, case.additional, kv_heads, dim)
+        arrays["additional_values"] = torch.randn(batch, case.additional, kv_heads, value_dim)
+    arrays = {name: array.to(dtype) for name, array in arrays.items()}
+    if case.has_mask:
+        arrays["key_mask"] = torch.rand(batch, *case.layout) < 0.7
+    return arrays
+
+
+SHARED = "rpb", "additional_keys", "additional_values"
+
+
+def check(case: Case, sharding: distributed.Sharding, place: tuple[int, ...]) -> None:
+    """A sharded call, and all of its gradients, against one of the whole layout."""
+    arrays, rank = arrays_of(case), len(case.layout)
+    box = tuple(
+        slice(sum(sizes[:shard]), sum(sizes[: shard + 1]))
+        for sizes, shard in zip(case.sizes, place, strict=True)
+    )
+    mine = (slice(None), *box)
+    local = {
+        name: (array if name in SHARED else array[mine]).clone() for name, array in arrays.items()
+    }
+    for given in (arrays, local):
+        for name, array in given.items():
+            array.requires_grad_(name != "key_mask")
+    expected = WHOLE[rank](**arrays, **case.parameters, return_lse=True)
+    got = SHARDED[rank](**local, **case.parameters, return_lse=True, sharding=sharding)
+    incoming = [torch.randn_like(one) for one in expected]
+    for one, gradient in zip(expected, incoming, strict=True):
+        gradient[one.isinf()] = 0
+    differentiate(expected, incoming)
+    differentiate(got, [one[mine] for one in incoming])
+    for one, whole in zip(got, expected, strict=True):
+        close(one, whole[mine], case)
+    for name, array in local.items():
+        if name == "key_mask":
+            continue
+        gradient = array.grad
+        if name in SHARED:
+            dist.all_reduce(gradient)
+        whole = arrays[name].grad
+        close(gradient, whole if name in SHARED else whole[mine], (case, name))
+
+
+def differentiate(results: Any, incoming: Any) -> None:
+    torch.autograd.backward(tuple(results), tuple(incoming))
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, what: Any, tolerance: float = 1e-12) -> None:
+    assert got.shape == expected.shape, (what, got.shape, expected.shape)
+    torch.testing.assert_close(
+        got, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what}\n{text}"
+    )
+
+
+def grids(world: int) -> list[tuple[tuple[int, ...], DeviceMesh]]:
+    """Meshes of all ranks for layouts of one to three token axes."""
+    flat = init_device_mesh("cpu", (world,), mesh_dim_names=("x",))
+    found = [((world,), flat), ((1, world), flat), ((world, 1), flat)]
+    if world == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("x", "y"))
+        found += [((2, 2), square), ((2, 1, 2), square)]
+    return found
+
+
+def mesh_axes(grid: tuple[int, ...]) -> tuple[str | None, ...]:
+    names = iter("xy")
+    return tuple(None if count == 1 else next(names) for count in grid)
+
+
+def plain(rank: int, world: int) -> None:
+    """Plain tensors of any sizes of shards, with every window, border and operand."""
+    draw = random.Random(world)
+    for grid, mesh in grids(world):
+        here = dict(zip("xy", mesh.get_coordinate(), strict=False))
+        place = tuple(0 if name is None else here[name] for name in mesh_axes(grid))
+        for _ in range(EXAMPLES):
+            case = draw_case(draw, grid)
+            check(case, distributed.Sharding(mesh, mesh_axes(grid), sizes=case.sizes), place)
+
+
+EXAMPLES = 12
+MASKS = 0.0
