@@ -122,7 +122,9 @@ def test_pieces_are_all_queries_and_the_first_sees_own_keys_only(many):
 
 
 def test_chunks_are_those_of_torch():
-    assert chunks(9, 4) == (3, 3, 3, 0)
-    assert chunks(15, 2) == (8, 7)
-    assert chunks(2, 4) == (1, 1, 0, 0)
-    assert chunks(0, 2) == (0, 0)
+    assert chunks(9, [4]) == (3, 3, 3, 0)
+    assert chunks(15, [2]) == (8, 7)
+    assert chunks(2, [4]) == (1, 1, 0, 0)
+    assert chunks(0, [2]) == (0, 0)
+    assert chunks(9, [2, 3]) == (2, 2, 1, 2, 2, 0)
+    assert chunks(9, []) == (9,)

@@ -13,7 +13,7 @@ longer than the layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -98,10 +98,19 @@ class Shards:
         return _inner(self.axis, own)
 
 
-def chunks(length: int, count: int) -> tuple[int, ...]:
-    """The sizes of the shards that ``torch.chunk``, and so ``DTensor``, makes; some may be 0."""
-    size = -(-length // count)
-    return tuple(max(0, min(size, length - size * shard)) for shard in range(count))
+def chunk(tokens: Range, count: int, shard: int) -> Range:
+    """One of `count` shards as ``torch.chunk``, and so ``DTensor``, makes them; it may be empty."""
+    size = -(-tokens.length // count)
+    start = min(tokens.start + size * shard, tokens.stop)
+    return Range(start, min(start + size, tokens.stop))
+
+
+def chunks(length: int, counts: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of all shards, where each of the first is cut again, and so on."""
+    ranges = [Range(0, length)]
+    for count in counts:
+        ranges = [chunk(one, count, shard) for one in ranges for shard in range(count)]
+    return tuple(one.length for one in ranges)
 
 
 @lru_cache(maxsize=65536)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import cuneigh
 from cuneigh.torch import distributed
@@ -160,6 +161,80 @@ def plain(rank: int, world: int) -> None:
         for _ in range(EXAMPLES):
             case = draw_case(draw, grid)
             check(case, distributed.Sharding(mesh, mesh_axes(grid), sizes=case.sizes), place)
+
+
+# DTensor
+
+
+def draw_placements(
+    draw: random.Random, case: Case, mesh: DeviceMesh
+) -> dict[str, tuple[Any, ...]]:
+    """Legal ones for every argument."""
+    rank, (heads, kv_heads) = len(case.layout), case.heads
+    tokens: dict[str, int] = {f"token {axis}": 1 + axis for axis in range(rank)}
+    of_query = {"batch": 0, "heads": 1 + rank, **tokens}
+    of_mask = {"batch": 0, **tokens}
+    of_extra = {"batch": 0, "heads": 2}
+    axes = {name: of_query for name in ("query", "key", "value")}
+    axes |= {"additional_keys": of_extra, "additional_values": of_extra}
+    axes |= {"rpb": {"heads": 0}, "key_mask": of_mask}
+    placements: dict[str, list[Any]] = {name: [] for name in axes}
+    roles = [draw.choice([None, "batch", "heads", *tokens, *tokens]) for _ in range(mesh.ndim)]
+    for role, count in zip(roles, mesh.shape, strict=True):
+        uneven = role == "heads" and (
+            heads % count or kv_heads % count or roles.count("heads") > 1
+        )
+        is_replicated = role == "heads" and draw.random() < 0.5
+        for name, of in axes.items():
+            cut = role in of and not (name != "query" and (is_replicated or draw.random() < 0.2))
+            if uneven and name not in ("query", "rpb"):
+                cut = False
+            cut = cut and not any(
+                before == role and type(placement) is Replicate
+                for before, placement in zip(roles, placements[name], strict=False)
+            )
+            placements[name].append(Shard(of[role]) if cut else Replicate())
+    return {name: tuple(of) for name, of in placements.items()}
+
+
+def check_dtensor(
+    case: Case, mesh: DeviceMesh, placements: dict[str, tuple[Any, ...]], compiled: bool = False
+) -> None:
+    arrays, rank, what = arrays_of(case), len(case.layout), (case, placements)
+    cut = {
+        name: distribute_tensor(array, mesh, placements[name], src_data_rank=None)
+        for name, array in arrays.items()
+    }
+    for given in (arrays, cut):
+        for name in given:
+            given[name] = given[name].detach().requires_grad_(name != "key_mask")
+    expected = WHOLE[rank](**arrays, **case.parameters, return_lse=True)
+    call = SHARDED[rank]
+    if compiled:
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got = call(**cut, **case.parameters, return_lse=True)
+    incoming = [torch.randn_like(one) for one in expected]
+    for one, gradient in zip(expected, incoming, strict=True):
+        gradient[one.isinf()] = 0
+    differentiate(expected, incoming)
+    given = [distribute_tensor(one, mesh, placements["query"], src_data_rank=None) for one in incoming]
+    differentiate(got, given)
+    for one, whole in zip(got, expected, strict=True):
+        assert one.placements == placements["query"]
+        close(one.full_tensor(), whole, what)
+    for name, array in cut.items():
+        if name != "key_mask":
+            close(array.grad.full_tensor(), arrays[name].grad, (name, what))
+
+
+def dtensor(rank: int, world: int) -> None:
+    """DTensor, whose shards are those of torch.chunk, cut in every way."""
+    draw = random.Random(10 + world)
+    for shape in [(world,), (2, world // 2)]:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("x", "y")[: len(shape)])
+        for _ in range(EXAMPLES * 2):
+            case = draw_case(draw, (1,) * draw.choice([1, 1, 2]))
+            check_dtensor(case, mesh, draw_placements(draw, case, mesh))
 
 
 EXAMPLES = 12

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
+import cuneigh
 from cuneigh._backends import BackendName
 from cuneigh._ops.types import Borders, Flags, Sizes
 from cuneigh.torch.distributed._call import attend
+from cuneigh.torch.distributed._dtensor import has_dtensor, unwrapped, wrapped
 from cuneigh.torch.distributed._sharding import Sharding
 
 __all__ = ["Sharding", "na1d", "na2d", "na3d"]
@@ -143,6 +145,46 @@ def na3d(
     return _call((3, *window, scale, return_lse, backend, border), arrays, sharding)
 
 
+_WHOLE: Any = {1: cuneigh.na1d, 2: cuneigh.na2d, 3: cuneigh.na3d}
+
+
 def _call(parameters: tuple[Any, ...], arrays: tuple[Any, ...], sharding: Sharding | None) -> Any:
-    output, lse = attend(parameters, sharding.text, *arrays)
+    rank = parameters[0]
+    call = f"na{rank}d"
+    if not has_dtensor(arrays):
+        if not isinstance(sharding, Sharding):
+            raise TypeError(
+                f"{call}: sharding={sharding!r} is {type(sharding).__name__}; for tensors that are "
+                f"not DTensor a cuneigh.torch.distributed.Sharding is needed"
+            )
+        return _results(*attend(parameters, sharding.text, *arrays))
+    if sharding is not None:
+        raise ValueError(f"{call}: sharding was given, but DTensor arguments say it themselves")
+    recipe, local = unwrapped(call, rank, arrays)
+    query, value = arrays[0], arrays[2]
+    if recipe.sharding:
+        output, lse = attend(parameters, recipe.sharding, *local)
+    else:
+        _, *window, scale, return_lse, backend, border = parameters
+        made = _WHOLE[rank](
+            *local[:3],
+            *window,
+            scale,
+            *local[3:6],
+            return_lse,
+            backend,
+            border=border,
+            layout=tuple(query.shape[1 : 1 + rank]),
+            query_start=recipe.query_start,
+            key_mask=local[6],
+        )
+        output, lse = made if return_lse else (made, None)
+    shape = tuple(query.shape[:-1])
+    return _results(
+        wrapped(output, query, (*shape, value.shape[-1])),
+        None if lse is None else wrapped(lse, query, shape),
+    )
+
+
+def _results(output: torch.Tensor, lse: torch.Tensor | None) -> Any:
     return output if lse is None else (output, lse)

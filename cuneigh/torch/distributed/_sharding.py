@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -59,7 +60,7 @@ class Sharding:
             raise ValueError(
                 f"Sharding: mesh_axes={tuple(mesh_axes)!r} has an axis of the mesh twice"
             )
-        counts = [math.prod(mesh.size(n) for n in numbers) for numbers in self.mesh_axes]
+        counts = [[mesh.size(number) for number in numbers] for numbers in self.mesh_axes]
         self.sizes = _sizes(counts, layout, sizes)
         """Of the shards along every token axis; None where a call's query tells."""
         self.text = _text(mesh, self.mesh_axes, self.sizes)
@@ -111,7 +112,7 @@ def _numbers(mesh: DeviceMesh, axis: int, named: MeshAxes) -> tuple[int, ...]:
 
 
 def _sizes(
-    counts: Sequence[int],
+    counts: Sequence[Sequence[int]],
     layout: Sequence[int] | None,
     sizes: Sequence[Sequence[int] | None] | None,
 ) -> tuple[tuple[int, ...] | None, ...]:
@@ -126,11 +127,11 @@ def _sizes(
     if layout is not None:
         for axis, length in enumerate(layout):
             _check_size(f"layout[{axis}]", length)
-        return tuple(chunks(length, count) for length, count in zip(layout, counts, strict=True))
+        return tuple(map(chunks, layout, counts))
     if sizes is None:
         return (None,) * len(counts)
     known = []
-    for axis, (of_axis, count) in enumerate(zip(sizes, counts, strict=True)):
+    for axis, (of_axis, count) in enumerate(zip(sizes, map(math.prod, counts), strict=True)):
         if of_axis is None:
             known.append(None)
             continue
@@ -164,22 +165,26 @@ def _text(
     here = mesh.get_coordinate()
     if here is None:
         raise ValueError(f"Sharding: rank {dist.get_rank()} is not in the mesh {mesh}")
-    group = _group(mesh, sorted(used))
     # The ranks that differ from this one along the axes that are used, in the order of the grid
     there = [slice(None) if axis in used else here[axis] for axis in range(mesh.ndim)]
     ranks = mesh.mesh[tuple(there)].permute([sorted(used).index(number) for number in used])
+    ranks = ranks.flatten().tolist()
+    if len(used) == 1:
+        group = mesh.get_group(used[0])
+    else:
+        group = _group_of(dist.group.WORLD, mesh.device_type, tuple(sorted(ranks)))
     members = dist.get_process_group_ranks(group)
-    order = [members.index(rank) for rank in ranks.flatten().tolist()]
+    order = [members.index(rank) for rank in ranks]
     place = order.index(dist.get_rank(group))
     return json.dumps((group.group_name, order, place, counts, sizes))
 
 
-def _group(mesh: DeviceMesh, used: list[int]) -> Any:
-    if len(used) == 1:
-        return mesh.get_group(used[0])
-    if mesh.mesh_dim_names is None:
-        raise ValueError(
-            "Sharding: token axes are cut along several axes of a mesh without names; give it "
-            "mesh_dim_names"
-        )
-    return mesh[tuple(mesh.mesh_dim_names[number] for number in used)]._flatten().get_group()
+@lru_cache(maxsize=1024)
+def _group_of(world: dist.ProcessGroup, device: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """A process group of several axes of a mesh.
+
+    It is none of the mesh's own: once that has axes of which others are made, DTensor moves shards
+    by these, and takes shards of shards for even ones.
+    """
+    timeout = world._get_backend(torch.device(device)).options._timeout
+    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
