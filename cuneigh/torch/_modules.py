@@ -34,6 +34,7 @@ class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
         *,
         rel_pos_bias: bool = False,
         attn_drop: float = 0.0,
+        sharding: Any = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -49,6 +50,12 @@ class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
             raise ValueError(
                 f"{name}: rel_pos_bias=True needs stride=1 and is_causal=False on every axis"
             )
+        if sharding is not None and attn_drop:
+            raise ValueError(
+                f"{name}: attn_drop={attn_drop} cannot be combined with sharding: weights of "
+                f"attention are not exchanged"
+            )
+        self.sharding = sharding
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
@@ -86,6 +93,10 @@ class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
             na_qk, na_av = _HALVES[self.rank]
             weights = na_qk(query, key, **window, **given).softmax(-1)
             output = na_av(self.attn_drop(weights), value, **window)
+        elif self.sharding is not None:
+            output = _sharded(self.rank)(
+                query, key, value, **window, **given, sharding=self.sharding
+            )
         else:
             output = _WHOLE[self.rank](query, key, value, **window, **given)
         attended: torch.Tensor = output.flatten(-2)
@@ -103,6 +114,15 @@ class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
 
 _WHOLE = {1: na1d, 2: na2d, 3: na3d}
 _HALVES = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
+
+
+
+def _sharded(rank: int) -> Any:
+    """The function for layouts in shards, for which PyTorch's distributed part is imported."""
+    from cuneigh.torch import distributed
+
+    return (distributed.na1d, distributed.na2d, distributed.na3d)[rank - 1]
+
 
 _DOCUMENTATION = """{rank}-D neighborhood attention of ``[batch, {tokens}, embed_dim]``.
 
@@ -126,6 +146,10 @@ _DOCUMENTATION = """{rank}-D neighborhood attention of ``[batch, {tokens}, embed
         Whether to learn a relative positional bias, for stride 1 and no causal axis.
     attn_drop : float
         Probability of dropout of attention weights, which then are in memory while training.
+    sharding : cuneigh.torch.distributed.Sharding, optional
+        How a layout is cut over the ranks of a mesh: the module is then called with the shard of
+        each rank. Parameters are the same on all ranks, and gradients those of the rank's tokens,
+        which DDP and FSDP add up as they do for those of a batch.
     device, dtype
         Of the parameters, as in ``torch.nn.Linear``.
     """

@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from torch.nn.parallel import DistributedDataParallel
 
 import cuneigh
+import cuneigh.torch
 from cuneigh.torch import distributed
 
 WHOLE = {1: cuneigh.na1d, 2: cuneigh.na2d, 3: cuneigh.na3d}
@@ -93,7 +97,9 @@ def arrays_of(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, torch
 SHARED = "rpb", "additional_keys", "additional_values"
 
 
-def check(case: Case, sharding: distributed.Sharding, place: tuple[int, ...]) -> None:
+def check(
+    case: Case, sharding: distributed.Sharding, place: tuple[int, ...], call: Any = None
+) -> None:
     """A sharded call, and all of its gradients, against one of the whole layout."""
     arrays, rank = arrays_of(case), len(case.layout)
     box = tuple(
@@ -108,7 +114,8 @@ def check(case: Case, sharding: distributed.Sharding, place: tuple[int, ...]) ->
         for name, array in given.items():
             array.requires_grad_(name != "key_mask")
     expected = WHOLE[rank](**arrays, **case.parameters, return_lse=True)
-    got = SHARDED[rank](**local, **case.parameters, return_lse=True, sharding=sharding)
+    call = call or SHARDED[rank]
+    got = call(**local, **case.parameters, return_lse=True, sharding=sharding)
     incoming = [torch.randn_like(one) for one in expected]
     for one, gradient in zip(expected, incoming, strict=True):
         gradient[one.isinf()] = 0
@@ -198,7 +205,7 @@ def draw_placements(
 
 
 def check_dtensor(
-    case: Case, mesh: DeviceMesh, placements: dict[str, tuple[Any, ...]], compiled: bool = False
+    case: Case, mesh: DeviceMesh, placements: dict[str, tuple[Any, ...]], call: Any = None
 ) -> None:
     arrays, rank, what = arrays_of(case), len(case.layout), (case, placements)
     cut = {
@@ -209,9 +216,7 @@ def check_dtensor(
         for name in given:
             given[name] = given[name].detach().requires_grad_(name != "key_mask")
     expected = WHOLE[rank](**arrays, **case.parameters, return_lse=True)
-    call = SHARDED[rank]
-    if compiled:
-        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    call = call or SHARDED[rank]
     got = call(**cut, **case.parameters, return_lse=True)
     incoming = [torch.randn_like(one) for one in expected]
     for one, gradient in zip(expected, incoming, strict=True):
@@ -235,6 +240,58 @@ def dtensor(rank: int, world: int) -> None:
         for _ in range(EXAMPLES * 2):
             case = draw_case(draw, (1,) * draw.choice([1, 1, 2]))
             check_dtensor(case, mesh, draw_placements(draw, case, mesh))
+
+
+# Around other parts of PyTorch
+
+
+def compiled(rank: int, world: int) -> None:
+    """Programs of torch.compile without a graph break."""
+    (_, mesh), *_ = grids(world)
+    case = fixed_case(world)
+    call = torch.compile(SHARDED[2], fullgraph=True, backend="aot_eager")
+    check(case, distributed.Sharding(mesh, ("x", None), sizes=case.sizes), (rank, 0), call)
+    placements = {name: (Replicate() if name in SHARED else Shard(1),) for name in arrays_of(case)}
+    check_dtensor(case, mesh, placements, call)
+
+
+def fixed_case(world: int) -> Case:
+    """Windows that cross the borders of uneven shards, and every operand."""
+    window = {"kernel_size": (3, 2), "stride": 1, "dilation": (2, 1), "is_causal": False}
+    sizes = (tuple(range(2, 2 + world)), (5,))
+    layout = tuple(map(sum, sizes))
+    return Case(layout, sizes, {**window, "border": ("cut", "shift")}, (4, 2), True, 2, MASKS > 0)
+
+
+def modules(rank: int, world: int) -> None:
+    """A module on a mesh beside one of the whole layout; alone, in DDP and in FSDP2."""
+    (_, mesh), *_ = grids(world)
+    sizes = tuple(range(2, 2 + world))
+    sharding = distributed.Sharding(mesh, ("x", None), sizes=(sizes, None))
+    torch.manual_seed(0)
+    x = torch.randn(2, sum(sizes), 4, 8)
+    mine = x[:, sum(sizes[:rank]) : sum(sizes[: rank + 1])]
+    own = {"kernel_size": 3, "rel_pos_bias": True}
+    whole = cuneigh.torch.NeighborhoodAttention2D(8, 2, **own)
+    expected = whole(x)
+    expected.square().sum().backward()
+    for wrap in (None, DistributedDataParallel, fully_shard):
+        sharded = cuneigh.torch.NeighborhoodAttention2D(8, 2, **own, sharding=sharding)
+        sharded.load_state_dict(whole.state_dict())
+        module = sharded if wrap is None else wrap(sharded)
+        for _ in range(2):
+            module.zero_grad()
+            got = module(mine)
+            close(got, expected[:, sum(sizes[:rank]) : sum(sizes[: rank + 1])], wrap, 1e-5)
+            got.square().sum().backward()
+        for name, parameter in sharded.named_parameters():
+            gradient = parameter.grad
+            if wrap is None:
+                dist.all_reduce(gradient)
+            else:  # which both take the mean over the ranks
+                gradient = gradient.full_tensor() if wrap is fully_shard else gradient
+                gradient = gradient * world
+            close(gradient, whole.get_parameter(name).grad, (wrap, name), 1e-4)
 
 
 EXAMPLES = 12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import accumulate
-from operator import mul
+from operator import index, mul
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ def unwrapped(call: str, rank: int, arrays: tuple[Any, ...]) -> tuple[Recipe, tu
                 f"{call}: {name} is on {array.device_mesh}, but query is on {query.device_mesh}"
             )
     given = tuple(
-        None if array is None else (tuple(array.shape), tuple(array.placements)) for array in arrays
+        [None if array is None else (_numbers(array.shape), array.placements) for array in arrays]
     )
     recipe = _recipe(query.device_mesh, call, rank, given)
     local = tuple(
@@ -53,6 +53,11 @@ def unwrapped(call: str, rank: int, arrays: tuple[Any, ...]) -> tuple[Recipe, tu
         for array, of in zip(arrays, recipe.taken, strict=True)
     )
     return recipe, local
+
+
+def _numbers(shape: torch.Size) -> tuple[int, ...]:
+    """The shape in numbers, also where a program is compiled for sizes that are symbols."""
+    return tuple([index(size) for size in shape])
 
 
 def _local(array: DTensor, taken: Taken) -> torch.Tensor:
