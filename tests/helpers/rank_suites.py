@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -292,6 +293,68 @@ def modules(rank: int, world: int) -> None:
                 gradient = gradient.full_tensor() if wrap is fully_shard else gradient
                 gradient = gradient * world
             close(gradient, whole.get_parameter(name).grad, (wrap, name), 1e-4)
+
+
+# Errors
+
+
+def raised(call: Any) -> str:
+    """The error of a call, with its type."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was raised")
+
+
+def errors(rank: int, world: int) -> None:
+    """Every rank raises, and is told which rank and argument it was; nobody waits for ever."""
+    group = dist.new_group(timeout=timedelta(seconds=1.5))
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("x",))
+    sharding = distributed.Sharding(mesh, ("x",), layout=(4 * world,))
+    last = world - 1
+
+    def attend(mine: Any = torch.float32, size: int = 4, batch: int = 1, **parameters: Any) -> Any:
+        """A call in which the last rank is another one; the others have what is usual."""
+        is_last = rank == last
+        dtype = mine if is_last else torch.float32
+        shape = (batch if is_last else 1, size if is_last else 4, 2, 4)
+        arrays = [torch.ones(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
+        given = {"kernel_size": 3, **(parameters if is_last else {})}
+        return distributed.na1d(*arrays, **given, sharding=sharding)
+
+    for wrong, own in [
+        ({"mine": torch.complex64}, "TypeError: na1d: query has dtype complex64"),
+        ({"size": 5}, f"ValueError: na1d: query has size 5 on axis 1, but shard {last}"),
+        ({"kernel_size": 99}, "ValueError: na1d: kernel_size=99 times dilation=1 on axis 0"),
+    ]:
+        message = raised(lambda wrong=wrong: attend(**wrong))
+        expected = own if rank == last else f"RuntimeError: na1d: rank {last} failed with {own}"
+        assert message.startswith(expected), message
+    for wrong, expected in [
+        ({"kernel_size": 2}, f"kernel_size: rank 0 has [3], rank {last} has [2]"),
+        ({"border": "cut"}, f"border: rank 0 has ['shift'], rank {last} has ['cut']"),
+        ({"batch": 2}, "query: rank 0 has 'torch.float32 [1, tokens, 2, 4]'"),
+        ({"mine": torch.float64}, "query: rank 0 has 'torch.float32"),
+    ]:
+        message = raised(lambda wrong=wrong: attend(**wrong))
+        assert message.startswith(f"ValueError: na1d: ranks differ in {expected}"), message
+    attend().sum().backward()  # the group is as good as ever
+    for parameters, expected in [
+        ({}, f"waited for rank {last}; no call can use it any more ("),
+        ({}, f"failed before: rank {rank} exchanged keys and values in process group "),
+    ]:
+        if rank == last - 1:  # its neighbor, which alone waits for it
+            message = raised(lambda parameters=parameters: attend(**parameters))
+            assert expected in message, message
+    dist.barrier()
+    group = dist.new_group(timeout=timedelta(seconds=1.5))
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("x",))
+    sharding = distributed.Sharding(mesh, ("x",), layout=(4 * world,))
+    if rank != last:
+        message = raised(attend)
+        assert f"rank {last} did not make this call within the 1.5 s" in message, message
+    dist.barrier()
 
 
 EXAMPLES = 12

@@ -33,12 +33,16 @@ class Agreement:
         self._store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
         self._agreed: set[str] = set()
         self._round = 0
+        self._end: str | None = None
+        """Why no call can use the group any more."""
 
     def require(self, call: str, terms: Mapping[str, Any], device: torch.device) -> None:
         """Raise, alike on all ranks, unless all of them make this call on these terms.
 
         They are compared the first time only that this rank has them.
         """
+        if self._end is not None:
+            raise RuntimeError(f"{call}: this process group has failed before: {self._end}")
         said = json.dumps(terms)
         if said in self._agreed:
             return
@@ -73,10 +77,11 @@ class Agreement:
         seconds = self.timeout(device)
         missing = self._missing(str(turn), self.ranks, seconds)
         if missing:
-            raise RuntimeError(
-                f"{call}: {_named(missing)} did not make this call within the {seconds:g} s that "
-                f"the process group waits"
+            self._end = (
+                f"{_named(missing)} did not make this call within the {seconds:g} s that process "
+                f"group {self._group.group_name} waits; no call can use it any more"
             )
+            raise RuntimeError(f"{call}: {self._end}")
         return {rank: json.loads(self._store.get(f"{turn}/{rank}")) for rank in self.ranks}
 
     def _missing(self, place: str, ranks: list[int], seconds: float) -> list[int]:
@@ -116,13 +121,12 @@ class Agreement:
                 for rank in said
                 if "error" in (answer := json.loads(self._store.get(f"{place}/{rank}")))
             ]
-            who = _named(missing) if missing else _named(peers)
-            why = reasons[0] if reasons else f"waited for {who}"
-            raise RuntimeError(
-                f"{call}: rank {self.here} exchanged keys and values in process group "
-                f"{self._group.group_name}, and {why}. No call can use this group any more. "
-                f"({error})"
-            ) from error
+            why = reasons[0] if reasons else f"waited for {_named(missing or peers)}"
+            self._end = (
+                f"rank {self.here} exchanged keys and values in process group "
+                f"{self._group.group_name}, and {why}; no call can use it any more"
+            )
+            raise RuntimeError(f"{call}: {self._end} ({error})") from error
 
 
 def _named(ranks: list[int]) -> str:

@@ -103,10 +103,10 @@ class Task:
             if array is None:
                 of_arrays[name] = None
                 continue
-            shape = list(array.shape)
+            shape = list(map(str, array.shape))
             if name in ("query", "key", "value", "key_mask"):
                 shape[1 : 1 + self.rank] = ["tokens"] * self.rank
-            of_arrays[name] = f"{str(array.dtype).removeprefix('torch.')} {shape}"
+            of_arrays[name] = f"{array.dtype} [{', '.join(shape)}]"
         said = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("call", "group", "order", "place"):
             del said[name]
