@@ -113,15 +113,17 @@ class Agreement:
             yield
         except RuntimeError as error:
             self._store.set(f"failed/{self.here}", "")
-            missing = self._missing("failed", peers, PATIENCE)
+            # gloo's ranks wait for all others, also those that have nothing for them
+            absent = self._missing("failed", self.ranks, PATIENCE)
+            missing = [rank for rank in absent if rank in peers] or absent or peers
             place = f"{self._round}"
-            said = [rank for rank in peers if self._store.check([f"{place}/{rank}"])]
+            said = [rank for rank in self.ranks if self._store.check([f"{place}/{rank}"])]
             reasons = [
                 f"rank {rank} failed with {answer['error']}"
                 for rank in said
                 if "error" in (answer := json.loads(self._store.get(f"{place}/{rank}")))
             ]
-            why = reasons[0] if reasons else f"waited for {_named(missing or peers)}"
+            why = reasons[0] if reasons else f"waited for {_named(missing)}"
             self._end = (
                 f"rank {self.here} exchanged keys and values in process group "
                 f"{self._group.group_name}, and {why}; no call can use it any more"
