@@ -31,6 +31,10 @@ from cuneigh._backends.cpu.tiles import Box, Integers, Tile, combined
 from cuneigh._problem import Operands, Problem
 
 
+HIDDEN = -(1 << 40)
+"""What stands for a hidden key along one axis: less than any keys of the others make up for."""
+
+
 class Slots:
     """The dense elements of a box that the slots of its queries stand for."""
 
@@ -67,7 +71,7 @@ def slot_keys(tile: Tile) -> Integers:
     for r, strip in enumerate(tile.strips):
         stride = math.prod(later.keys for later in tile.strips[r + 1 :])
         key = strip.slot_keys()
-        along.append(np.where(key >= 0, key * stride, -tile.halo - 1))
+        along.append(np.where(key >= 0, key * stride, HIDDEN))
     keys: Integers = combined(np.add, along)
     additional = np.broadcast_to(np.arange(tile.halo, tile.keys), (tile.queries, tile.additional))
     return np.concatenate([keys, additional], 1)
