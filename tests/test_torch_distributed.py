@@ -1,0 +1,37 @@
+"""Layouts in shards over several processes, with gloo, against one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+SUITES = {
+    "plain": (2, 4),
+    "dtensor": (2, 4),
+    "compiled": (2,),
+    "modules": (2,),
+    "errors": (2, 4),
+}
+"""Of `helpers.rank_suites`, with how many ranks each runs."""
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="PyTorch lacks gloo")
+def test_ranks_compute_what_one_process_does(tmp_path):
+    """All in one process that forks the ranks, for PyTorch takes seconds to be imported."""
+    suites = [(suite, str(world)) for suite, worlds in SUITES.items() for world in worlds]
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.ranks", str(tmp_path), *sum(suites, ())],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
