@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from itertools import compress
 from typing import Any
 
@@ -17,7 +17,7 @@ from cuneigh import _device
 from cuneigh._backends import BACKENDS, choose
 from cuneigh._call import Call
 from cuneigh._frameworks.contract import Adapter, dtype_name, import_cupy, numpy_dtype, refuse
-from cuneigh._frameworks.jax import calls
+from cuneigh._frameworks.jax import calls, sharded
 from cuneigh._frameworks.numpy import ADAPTER as NUMPY
 from cuneigh._problem import ARRAYS, Spec
 
@@ -36,16 +36,9 @@ class JaxAdapter(Adapter):
             refuse(call, name, array, "a jax.Array is needed")
         if not borrowed:
             return
-        calls.refuse_explicit(call, name, array)
         if isinstance(array, jax.core.Tracer):
             return
-        devices = array.devices()
-        if len(devices) != 1:
-            raise ValueError(
-                f"{call}: {name} is spread over {len(devices)} devices; one device is needed, "
-                f"unless the call is made within jax.jit or jax.shard_map"
-            )
-        (device,) = devices
+        device = min(array.devices(), key=lambda device: device.id)
         if device.platform not in ("cpu", "gpu"):
             raise ValueError(f"{call}: {name} is on device {device}; a CPU or a GPU is needed")
 
@@ -111,10 +104,12 @@ class JaxAdapter(Adapter):
             choose(problem, _device.CPU, backend)  # raises now, not when the program runs
         names = ARRAYS[problem.operation].results
         wanted = tuple(compress(names, call.results))
+        asked = calls.CustomCall(problem, backend, call.arguments, wanted)
+        compute = partial(calls.eager, asked)
         if call.own_device is None:
             arrays = calls.spread(arrays, calls.spread_over(arrays))
-        asked = calls.CustomCall(problem, backend, call.arguments, wanted)
-        made = dict(zip(wanted, calls.eager(asked, *arrays), strict=True))
+            compute = sharded.function_of(call.name, asked, arrays) or compute
+        made = dict(zip(wanted, compute(*arrays), strict=True))
         return [made.get(name) for name in names]
 
 

@@ -8,7 +8,7 @@ whole `CustomCall` as an attribute, so that a compiled program means the same in
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 
 from cuneigh._call import of_nothing
 from cuneigh._frameworks.contract import numpy_dtype
+from cuneigh._frameworks.jax.partition import Cuttable, partitioned
 from cuneigh._problem import ARRAYS, Problem
 from cuneigh._window import Axis
 
@@ -141,29 +142,26 @@ eager = partial(jax.jit, static_argnums=0, inline=True)(compute)
 @lru_cache(maxsize=4096)
 def _batchable(call: CustomCall) -> Any:
     """The custom call of `call`, which ``jax.vmap`` makes a larger one of the same kind."""
-    arguments, results = (
-        [
-            jax.ShapeDtypeStruct(spec.shape, numpy_dtype(spec.dtype))
-            for spec in map(call.problem.spec, names)
-        ]
-        for names in (call.arguments, call.results)
-    )
-    launch = jax.ffi.ffi_call(TARGET, results)
-    text, is_empty = call.encoded(), call.problem.is_empty
+    problem = call.problem
+    arguments = [numpy_dtype(problem.spec(name).dtype) for name in call.arguments]
+    compute = _launched(call, problem)
+    sizes = [getattr(problem, name) for name in SIZES]
+    is_known = all(size is None or isinstance(size, int) for size in sizes)
+    cuttable = Cuttable(problem, call.arguments, call.results)
+    cut = partitioned(cuttable, partial(_launched, call)) if is_known else compute
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         for name, array, needed in zip(call.arguments, arrays, arguments, strict=True):
-            if array.dtype != needed.dtype:
+            if array.dtype != needed:
                 raise TypeError(
-                    f"cuneigh: {name} has dtype {needed.dtype}, of which JAX makes {array.dtype} "
-                    f"unless jax_enable_x64 is set"
+                    f"cuneigh: {name} has dtype {needed}, of which JAX makes {array.dtype} unless "
+                    f"jax_enable_x64 is set"
                 )
-        made = _of_nothing(call, results) if is_empty else launch(*arrays, call=text)
-        return spread(made, spread_over(arrays))
+        # Within jax.shard_map, arrays are those of one device already.
+        axes = spread_over(arrays)
+        return spread((compute if axes else cut)(*arrays), axes)
 
     def run_many(size: int, batched: Any, *arrays: jax.Array) -> Any:
-        for name, array in zip(call.arguments, arrays, strict=True):
-            refuse_explicit("cuneigh", name, array)
         into = _folded_axis(call, batched)
         own_mask = "key_mask" in call.arguments and batched[call.arguments.index("key_mask")]
         if into == "heads" and own_mask:  # which heads share
@@ -174,12 +172,12 @@ def _batchable(call: CustomCall) -> Any:
             stacked = tuple(jnp.stack(made) for made in zip(*each, strict=True))
             return stacked, (True,) * len(stacked)
         folded = [
-            _fold(array, _axis(name, into), size, is_batched)
+            _fold(array, _axis(name, into), size, is_batched, into)
             for name, array, is_batched in zip(call.arguments, arrays, batched, strict=True)
         ]
         made = _batchable(_enlarged(call, into, size))(*folded)
         unfolded = tuple(
-            _unfold(array, _axis(name, into), size, call.problem.spec(name).shape)
+            _unfold(array, _axis(name, into), size, call.problem.spec(name).shape, into)
             for name, array in zip(call.results, made, strict=True)
         )
         return unfolded, (True,) * len(unfolded)
@@ -189,27 +187,17 @@ def _batchable(call: CustomCall) -> Any:
     return batchable
 
 
-def _of_nothing(call: CustomCall, results: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-    """The results of a map over nothing: those of no keys at all."""
-    return [
-        jnp.full(result.shape, of_nothing(name), result.dtype)
-        for name, result in zip(call.results, results, strict=True)
-    ]
-
-
-def refuse_explicit(call: str, name: str, array: jax.Array) -> None:
-    """Raise for an array whose type says that it is sharded over explicit axes of a mesh."""
-    traced = isinstance(array, jax.core.Tracer)
-    sharding = getattr(jax.typeof(array) if traced else array, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return
-    explicit = set(sharding.mesh.explicit_axes)
-    if explicit.intersection(jax.tree.leaves(tuple(sharding.spec))):
-        raise NotImplementedError(
-            f"{call}: {name} is sharded as {sharding.spec} over explicit axes of a mesh, for which "
-            f"results have no type yet: make the call within jax.shard_map or, to let the compiler "
-            f"decide, within jax.jit and jax.sharding.auto_axes"
-        )
+def _launched(call: CustomCall, problem: Problem) -> Callable[..., Sequence[jax.Array]]:
+    """The function of arrays by which XLA computes `problem` in the place of that of `call`."""
+    call = replace(call, problem=problem)
+    specs = [problem.spec(name) for name in call.results]
+    results = [jax.ShapeDtypeStruct(spec.shape, numpy_dtype(spec.dtype)) for spec in specs]
+    if problem.is_empty:  # as for a map over nothing
+        return lambda *arrays: [
+            jnp.full(result.shape, of_nothing(name), result.dtype)
+            for name, result in zip(call.results, results, strict=True)
+        ]
+    return partial(jax.ffi.ffi_call(TARGET, results), call=call.encoded())
 
 
 def spread_over(arrays: Iterable[jax.Array]) -> frozenset[str]:
@@ -269,24 +257,32 @@ def _axis(name: str, into: Fold) -> int | None:
     return -1 if name in ("lse", "grad_lse") else -2
 
 
-def _fold(array: jax.Array, axis: int | None, size: int, is_batched: bool) -> jax.Array:
-    """`array` with its first axis, if it has the mapped one there, merged into `axis`."""
+def _fold(
+    array: jax.Array, axis: int | None, size: int, is_batched: bool, into: Fold
+) -> jax.Array:
+    """`array` with its first axis, if it has the mapped one there, merged into `axis`.
+
+    It goes behind the batch, so that one that is cut over devices stays cut.
+    """
     if axis is None:
         return array
     if not is_batched:
         array = jnp.broadcast_to(array, (size, *array.shape))
     axis %= array.ndim - 1
-    array = jnp.moveaxis(array, 0, axis)
-    before, (_, length), after = (
+    array = jnp.moveaxis(array, 0, axis + (into == "batch"))
+    before, (outer, inner), after = (
         array.shape[:axis],
         array.shape[axis : axis + 2],
         array.shape[axis + 2 :],
     )
-    return array.reshape(*before, size * length, *after)
+    return array.reshape(*before, outer * inner, *after)
 
 
-def _unfold(array: jax.Array, axis: int | None, size: int, of_one: tuple[int, ...]) -> jax.Array:
+def _unfold(
+    array: jax.Array, axis: int | None, size: int, of_one: tuple[int, ...], into: Fold
+) -> jax.Array:
     """The opposite of `_fold`, with the shape of one of the mapped arrays."""
     assert axis is not None, "a bias that stays as it is has no gradient among the results"
     axis %= array.ndim
-    return jnp.moveaxis(array.reshape(*of_one[:axis], size, *of_one[axis:]), axis, 0)
+    at = axis + (into == "batch")
+    return jnp.moveaxis(array.reshape(*of_one[:at], size, *of_one[at:]), at, 0)
