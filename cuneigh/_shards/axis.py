@@ -88,6 +88,12 @@ class Shards:
             if part.length:
                 yield part
 
+    def part(self, shard: int, key_start: int, key_length: int) -> Axis:
+        """The axis of a shard's queries where these keys are given."""
+        return replace(self.axis, length=self.sizes[shard], key_length=key_length).at(
+            self.starts[shard], key_start
+        )
+
     def inner(self, shard: int) -> Range:
         """The longest range of a shard's queries that see none but its own keys."""
         own, seen = self.own(shard), self.seen(shard)
