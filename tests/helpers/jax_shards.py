@@ -1,0 +1,159 @@
+"""JAX arrays over the four devices of a process: a program of its own, for `test_jax_shards`."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import cuneigh
+from cuneigh.jax import distributed
+
+RANDOM = np.random.default_rng(0).standard_normal
+GATHERS = "all-gather", "all-to-all", "collective-permute"
+CUT = P("b", None, None, "h")
+"""Along batch and heads."""
+
+
+def mesh_of(kind: AxisType, *axes: str) -> Any:
+    sizes = (4,) if len(axes) == 1 else (2, 2)
+    return jax.make_mesh(sizes, axes, axis_types=(kind,) * len(axes))
+
+
+def arrays_of(heads: int, kv_heads: int, *tokens: int) -> list[jax.Array]:
+    shapes = (heads, 3), (kv_heads, 3), (kv_heads, 2)
+    return [jnp.asarray(RANDOM((4, *tokens, *shape))) for shape in shapes]
+
+
+def close(got: Any, wanted: Any) -> None:
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), got, wanted)
+
+
+def with_gradients(call: Any, count: int) -> Any:
+    """The results of `call`, and their gradients with respect to the first `count` arguments."""
+
+    def total(*arrays: jax.Array) -> Any:
+        results = call(*arrays)
+        finite = [jnp.where(jnp.isfinite(one), one, 0) for one in jax.tree.leaves(results)]
+        return sum((one**2).sum() for one in finite), results
+
+    return jax.grad(total, tuple(range(count)), has_aux=True)
+
+
+def compiled(call: Any, arrays: Any, moved: tuple[str, ...] = ()) -> Any:
+    """The results of a compiled program, which moves arrays by nothing but `moved`."""
+    program = jax.jit(call).lower(*arrays).compile()
+    text = program.as_text()
+    found = {name for name in GATHERS if re.search(rf"\b{name}(-start)?\(", text)}
+    assert found <= set(moved), found
+    return program(*arrays)
+
+
+def placed(mesh: Any, arrays: Any, specs: Any) -> list[jax.Array]:
+    return [
+        jax.device_put(array, NamedSharding(mesh, spec))
+        for array, spec in zip(arrays, specs, strict=True)
+    ]
+
+
+def batch_and_heads(kind: AxisType) -> None:
+    """Nothing is gathered: forward, gradients and maps, eager and compiled."""
+    mesh = mesh_of(kind, "b", "h")
+    arrays = [*arrays_of(4, 2, 4, 5), jnp.asarray(RANDOM((4, 5, 5)))]
+    given = placed(mesh, arrays, [CUT, CUT, CUT, P("h")])
+
+    def call(query: Any, key: Any, value: Any, rpb: Any) -> Any:
+        return cuneigh.na2d(query, key, value, 3, rpb=rpb)
+
+    both = with_gradients(call, 4)
+    gradients, output = compiled(both, given)
+    cut = NamedSharding(mesh, CUT)
+    assert all(one.sharding.is_equivalent_to(cut, 5) for one in (output, *gradients[:3]))
+    wanted = jax.jit(both)(*arrays)
+    close((gradients, output), wanted)
+    close(call(*given), wanted[1])
+    mapped = jax.vmap(lambda query, key, value: cuneigh.na2d(query, key, value, 3), (0, 0, None))
+    twice = [jnp.stack([one, 2 * one]) for one in arrays[:2]] + arrays[2:3]
+    given = placed(mesh, twice, [P(None, *CUT)] * 2 + [CUT])
+    close(compiled(mapped, given), jax.jit(mapped)(*twice))
+
+
+def one_key_head(kind: AxisType) -> None:
+    """All devices have it; gradients are added up."""
+    mesh = mesh_of(kind, "b", "h")
+    arrays = arrays_of(4, 1, 4, 5)
+    given = placed(mesh, arrays, [CUT, P("b"), P("b")])
+    both = with_gradients(partial(cuneigh.na2d, kernel_size=3), 3)
+    close(compiled(both, given), jax.jit(both)(*arrays))
+
+
+def tokens_without_a_halo() -> None:
+    """On Auto axes they are gathered, and results are right; on Explicit ones it is an error."""
+    call, arrays = partial(cuneigh.na2d, kernel_size=3), arrays_of(4, 2, 4, 6)
+    specs = [P(None, "b"), P(None, None, "h"), P()]
+    close(jax.jit(call)(*placed(mesh_of(AxisType.Auto, "b", "h"), arrays, specs)), call(*arrays))
+    try:
+        call(*placed(mesh_of(AxisType.Explicit, "b", "h"), arrays, specs))
+    except NotImplementedError as error:
+        assert "na2d: query is sharded as P(None, 'b', None, None, None)" in str(error), error
+        assert "cuneigh.jax.distributed" in str(error), error
+    else:
+        raise AssertionError("explicit token axes were taken")
+
+
+def halos(kind: AxisType) -> None:
+    """Every border, windows that reach over several shards, and two axes at once."""
+    line, square = mesh_of(kind, "x"), mesh_of(kind, "x", "y")
+    for mesh, names, tokens, parameters in (
+        (line, ("x",), (12,), {"kernel_size": 5, "stride": 2, "border": "shift"}),
+        (line, ("x",), (8,), {"kernel_size": 4, "dilation": 2, "border": "wrap"}),
+        (line, (None, "x"), (3, 8), {"kernel_size": (2, 7), "border": ("shift", "cut")}),
+        (square, ("x", "y"), (4, 6), {"kernel_size": 3, "border": ("cut", "wrap")}),
+    ):
+        rank, spec = len(names), P(None, *names)
+        arrays = [*arrays_of(2, 1, *tokens), jnp.asarray(RANDOM((4, *tokens)) > -0.5)]
+        whole = (cuneigh.na1d, cuneigh.na2d)[rank - 1]
+        cut = (distributed.na1d, distributed.na2d)[rank - 1]
+
+        def on_one(query, key, value, key_mask, of=whole, with_=parameters):
+            return of(query, key, value, **with_, key_mask=key_mask, return_lse=True)
+
+        mapped = jax.shard_map(
+            partial(on_one, of=partial(cut, axis_names=names), with_=parameters),
+            mesh=mesh,
+            in_specs=(spec,) * 4,
+            out_specs=(spec,) * 2,
+        )
+        given = placed(mesh, arrays, [spec] * 4)
+        got, wanted = with_gradients(mapped, 3), with_gradients(on_one, 3)
+        close(compiled(got, given, ("collective-permute",)), jax.jit(wanted)(*arrays))
+
+
+def nothing_to_send() -> None:
+    """Windows that don't cross borders of shards."""
+    mesh, spec = mesh_of(AxisType.Auto, "x"), P(None, "x")
+    call = partial(distributed.na1d, kernel_size=3, stride=3, axis_names=("x",))
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    arrays = arrays_of(2, 2, 12)
+    got = compiled(mapped, placed(mesh, arrays, [spec] * 3))
+    close(got, cuneigh.na1d(*arrays, 3, stride=3))
+
+
+if __name__ == "__main__":
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        batch_and_heads(kind)
+    one_key_head(AxisType.Auto)
+    tokens_without_a_halo()
+    halos(AxisType.Auto)
+    nothing_to_send()
