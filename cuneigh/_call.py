@@ -36,6 +36,9 @@ from cuneigh._problem import ARRAYS, Operands, Problem, Spec
 KEPT = 4096
 """Calls that are kept, and programs."""
 
+WHOLE = 0, 0
+"""The starts of a call that is given a whole layout."""
+
 Examine = Callable[[tuple[Any, ...], Sequence[Any]], tuple["Call", Sequence[Any]]]
 """From the parameters and the array arguments of a public function, None for those not given, to
 its call and the arrays that this takes."""
@@ -45,16 +48,31 @@ _calls: dict[Any, Call] = {}
 """By their signatures."""
 
 
-def results_of(parameters: tuple[Any, ...], arrays: Sequence[Any], examine: Examine) -> list[Any]:
+Move = Callable[["Call", tuple[Any, ...], tuple[Any, ...]], Problem]
+"""From a call, the parameters of another one and its starts to the problem of that."""
+
+
+def results_of(
+    parameters: tuple[Any, ...],
+    starts: tuple[Any, ...],
+    arrays: Sequence[Any],
+    examine: Examine,
+    move: Move,
+) -> list[Any]:
     """The results of a call of a public function, None for those that are not wanted.
 
-    `examine` is asked about the call unless there was one like it.
+    `examine` is asked about the call unless there was one like it. `starts` are the parameters that
+    say which part of a layout is given; if there was a call with others, `move` is asked.
     """
     signature = _signature(parameters, arrays)
     call = None if signature is None else _calls.get(signature)
     if call is not None:
+        is_whole = starts == call.starts == WHOLE and type(starts[0]) is type(starts[1]) is int
+        if not is_whole:
+            call = call.at(starts, move(call, parameters, starts))
         return call.compute([array for array in arrays if array is not None])
-    call, given = examine(parameters, arrays)
+    call, given = examine((*parameters, *starts), arrays)
+    call.starts = starts
     if signature is not None:
         if len(_calls) == KEPT:
             _calls.clear()
@@ -116,8 +134,26 @@ class Call:
         """Of every result that the operation has; None where not wanted."""
         self.is_differentiated = False
         """Whether a call for the gradients is expected to follow."""
+        self.starts: tuple[Any, ...] = WHOLE
+        """The parameters `query_start` and `key_start`."""
         self._programs: dict[tuple[Layout, ...], Program] = {}
         self._gradients: dict[tuple[bool, ...], Call] = {}
+
+    def at(self, starts: tuple[Any, ...], problem: Problem) -> Call:
+        """The same call on another part of its layout, which makes its problem `problem`."""
+        if problem == self.problem:
+            return self
+        moved = Call(
+            self.name,
+            self.adapter,
+            self.own_device,
+            self.arguments,
+            problem,
+            self.backend,
+            self.results,
+        )
+        moved.starts = starts
+        return moved
 
     def compute(self, arrays: Sequence[Any]) -> list[Any]:
         """Arrays of the caller's framework for the results, None where not wanted.

@@ -126,6 +126,18 @@ def part_arguments(
     )
 
 
+def moved_problem(
+    call: str, problem: Problem, has_layout: bool, query_start: object, key_start: object
+) -> Problem:
+    """`problem` on the part of its layout that begins at these starts, which are checked."""
+    rank = problem.rank
+    queries = _per_axis(call, "query_start", query_start, rank, _integer)
+    keys = _per_axis(call, "key_start", key_start, rank, _integer)
+    for axis, found in enumerate(problem.axes):
+        _check_part(call, f"on axis {axis}", found, not has_layout, queries[axis], keys[axis])
+    return problem.at(queries, keys)
+
+
 def _per_axis(call: str, name: str, value: Any, rank: int, convert: Any) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
         if getattr(value, "ndim", 0) > 0:
