@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import math
 import random
 from datetime import timedelta
@@ -364,5 +363,5 @@ def errors(rank: int, world: int) -> None:
     dist.barrier()
 
 
-EXAMPLES = int(os.environ.get('EX', 6))
-MASKS = 0.0
+EXAMPLES = 4
+MASKS = 0.3
