@@ -138,7 +138,7 @@ def na3d(
     return _call(3, query, key, value, window, given, axis_names, border, key_mask)
 
 
-_WHOLE = {1: neighborhood.na1d, 2: neighborhood.na2d, 3: neighborhood.na3d}
+_WHOLE: Any = {1: neighborhood.na1d, 2: neighborhood.na2d, 3: neighborhood.na3d}
 
 
 def _call(

@@ -121,7 +121,6 @@ _WHOLE = {1: na1d, 2: na2d, 3: na3d}
 _HALVES = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
 
 
-
 def _sharded(rank: int) -> Any:
     """The function for layouts in shards, for which PyTorch's distributed part is imported."""
     from cuneigh.torch import distributed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
 from torch.nn.parallel import DistributedDataParallel
 
 import cuneigh
@@ -188,15 +186,13 @@ def draw_placements(
     of_query = {"batch": 0, "heads": 1 + rank, **tokens}
     of_mask = {"batch": 0, **tokens}
     of_extra = {"batch": 0, "heads": 2}
-    axes = {name: of_query for name in ("query", "key", "value")}
+    axes = dict.fromkeys(("query", "key", "value"), of_query)
     axes |= {"additional_keys": of_extra, "additional_values": of_extra}
     axes |= {"rpb": {"heads": 0}, "key_mask": of_mask}
     placements: dict[str, list[Any]] = {name: [] for name in axes}
     roles = [draw.choice([None, "batch", "heads", *tokens, *tokens]) for _ in range(mesh.ndim)]
     for role, count in zip(roles, mesh.shape, strict=True):
-        uneven = role == "heads" and (
-            heads % count or kv_heads % count or roles.count("heads") > 1
-        )
+        uneven = role == "heads" and (heads % count or kv_heads % count or roles.count("heads") > 1)
         is_replicated = role == "heads" and draw.random() < 0.5
         for name, of in axes.items():
             cut = role in of and not (name != "query" and (is_replicated or draw.random() < 0.2))
@@ -228,7 +224,9 @@ def check_dtensor(
     for one, gradient in zip(expected, incoming, strict=True):
         gradient[one.isinf()] = 0
     differentiate(expected, incoming)
-    given = [distribute_tensor(one, mesh, placements["query"], src_data_rank=None) for one in incoming]
+    given = [
+        distribute_tensor(one, mesh, placements["query"], src_data_rank=None) for one in incoming
+    ]
     differentiate(got, given)
     for one, whole in zip(got, expected, strict=True):
         assert one.placements == placements["query"]
@@ -246,6 +244,32 @@ def dtensor(rank: int, world: int) -> None:
         for _ in range(EXAMPLES):
             case = draw_case(draw, (1,) * draw.choice([1, 1, 2]))
             check_dtensor(case, mesh, draw_placements(draw, case, mesh))
+    refused_placements(init_device_mesh("cpu", (world,)))
+
+
+def refused_placements(mesh: DeviceMesh) -> None:
+    """What nothing but a gather would serve."""
+
+    def attend(of_query: Any, of_key: Any, heads: int = 4, kv_heads: int = 4) -> Any:
+        query, key = (
+            distribute_tensor(torch.ones(2, 8, count, 4), mesh, [placement], src_data_rank=None)
+            for count, placement in ((heads, of_query), (kv_heads, of_key))
+        )
+        return distributed.na1d(query, key, key, 3)
+
+    axis = "along axis 0 of the mesh"
+    for given, expected in [
+        ((Shard(3), Replicate()), f"query has placement S(3) {axis}, but Replicate(), or Shard of"),
+        ((Replicate(), Shard(1)), f"key has placement S(1) {axis}, along which query has R:"),
+        ((Shard(1), Shard(0)), "Shard(1) or Replicate() is needed"),
+        ((Shard(2), Shard(2), 8, 1), "key is sharded on its heads along axis 0 of the mesh, and"),
+    ]:
+        message = raised(lambda given=given: attend(*given))
+        assert message.startswith("ValueError: na1d: "), message
+        assert expected in message, message
+    mixed = distribute_tensor(torch.ones(2, 8, 4, 4), mesh, [Shard(1)], src_data_rank=None)
+    message = raised(lambda: distributed.na1d(mixed, torch.ones(2, 8, 4, 4), mixed, 3))
+    assert message.startswith("TypeError: na1d: key is of type torch.Tensor beside"), message
 
 
 # Around other parts of PyTorch

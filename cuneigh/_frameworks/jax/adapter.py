@@ -105,7 +105,7 @@ class JaxAdapter(Adapter):
         names = ARRAYS[problem.operation].results
         wanted = tuple(compress(names, call.results))
         asked = calls.CustomCall(problem, backend, call.arguments, wanted)
-        compute = partial(calls.eager, asked)
+        compute: Any = partial(calls.eager, asked)
         if call.own_device is None:
             arrays = calls.spread(arrays, calls.spread_over(arrays))
             compute = sharded.function_of(call.name, asked, arrays) or compute

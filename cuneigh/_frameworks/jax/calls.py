@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from cuneigh._call import of_nothing
 from cuneigh._frameworks.contract import numpy_dtype
@@ -257,9 +256,7 @@ def _axis(name: str, into: Fold) -> int | None:
     return -1 if name in ("lse", "grad_lse") else -2
 
 
-def _fold(
-    array: jax.Array, axis: int | None, size: int, is_batched: bool, into: Fold
-) -> jax.Array:
+def _fold(array: jax.Array, axis: int | None, size: int, is_batched: bool, into: Fold) -> jax.Array:
     """`array` with its first axis, if it has the mapped one there, merged into `axis`.
 
     It goes behind the batch, so that one that is cut over devices stays cut.

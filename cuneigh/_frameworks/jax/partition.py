@@ -107,7 +107,8 @@ class Cuttable(NamedTuple):
 
     def rule(self) -> SdyShardingRule:
         """What Shardy is told: which axes of arguments and results are the same, and cut alike."""
-        group, whole, mappings = self.problem.group_size, [], []
+        group, mappings = self.problem.group_size, []
+        whole: list[str] = []
         for names in (self.arguments, self.results):
             of_side = []
             for name in names:
@@ -153,9 +154,7 @@ def partitioned(call: Cuttable, launch: Callable[[Problem], Function]) -> Functi
 
     def cut_by(mesh: Any, arguments: Sequence[Any]) -> Cut:
         given = [argument.sharding for argument in arguments]
-        return call.cut(
-            mesh, [one.spec if isinstance(one, NamedSharding) else () for one in given]
-        )
+        return call.cut(mesh, [one.spec if isinstance(one, NamedSharding) else () for one in given])
 
     def infer(mesh: Any, arguments: Sequence[Any], results: Sequence[Any]) -> Any:
         return shardings(mesh, cut_by(mesh, arguments), call.results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -44,7 +44,9 @@ def _function(
     own = replace(call, problem=cuttable.local(mesh, cut))
 
     def compute(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return calls.compute(own, *calls.spread(arrays, calls.spread_over(arrays)))
+        spread = calls.spread(arrays, calls.spread_over(arrays))
+        results: tuple[jax.Array, ...] = calls.compute(own, *spread)
+        return results
 
     mapped = jax.shard_map(
         compute,
@@ -54,7 +56,6 @@ def _function(
         axis_names=frozenset(mesh.explicit_axes),
     )
 
-    @partial(jax.jit, inline=True)  # by which arrays that were put nowhere come to the mesh
     def function(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         # What all devices have whole, each takes its part of.
         placed = [
@@ -66,7 +67,9 @@ def _function(
         results: tuple[jax.Array, ...] = mapped(*placed)
         return results
 
-    return function
+    # By jax.jit arrays that were put nowhere come to the mesh.
+    compiled: Callable[..., tuple[jax.Array, ...]] = jax.jit(function, inline=True)
+    return compiled
 
 
 def _explicit(kind: Any) -> set[str]:

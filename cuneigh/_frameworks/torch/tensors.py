@@ -166,7 +166,8 @@ def _check_subclass(call: str, name: str, array: Any) -> None:
         raise TypeError(
             f"{call}: {name} is of type {type_name(array)}, whose __torch_dispatch__ decides what "
             f"operators do with it and does not know cuneigh's: pass a plain torch.Tensor, such as "
-            f"{name}.to_local() of a DTensor or {name}.dequantize() of a quantized tensor"
+            f"{name}.dequantize() of a quantized tensor; DTensor is taken by "
+            f"cuneigh.torch.distributed"
         )
 
 

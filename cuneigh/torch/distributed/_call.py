@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from cuneigh._backends import unknown
-
 from cuneigh._frameworks import adapter_of
 from cuneigh._frameworks.arguments import examine
 from cuneigh._problem import ARRAYS, OPTIONAL, Spec
@@ -49,9 +48,7 @@ def attend(parameters: tuple[Any, ...], sharding: str, *arrays: Any) -> list[Any
     return [output, lse if return_lse else None]
 
 
-def _checked(
-    parameters: tuple[Any, ...], grid: Grid, arrays: Any
-) -> tuple[Task, list[Any], bool]:
+def _checked(parameters: tuple[Any, ...], grid: Grid, arrays: Any) -> tuple[Task, list[Any], bool]:
     """The task, its arrays, and whether lse is wanted, of a call that is legal."""
     rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend, border = parameters
     name = f"na{rank}d"
@@ -91,9 +88,7 @@ def _sizes(
         )
     found = []
     place = np.unravel_index(grid.place, grid.counts)
-    for axis, (count, sizes, shard) in enumerate(
-        zip(grid.counts, grid.sizes, place, strict=True)
-    ):
+    for axis, (count, sizes, shard) in enumerate(zip(grid.counts, grid.sizes, place, strict=True)):
         for argument in ("query", "key", "value", "key_mask"):
             shape = specs[argument].shape if argument in specs else ()
             if len(shape) <= 1 + axis:

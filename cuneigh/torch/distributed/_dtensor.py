@@ -103,5 +103,3 @@ def _recipe_of(mesh: DeviceMesh, call: str, rank: int, given: tuple[Any, ...]) -
     layout = arguments["query"].shape[1 : 1 + rank]
     sharding = "" if is_local else Sharding(mesh, placed.token_axes, layout=layout).text
     return Recipe(taken, sharding, placed.starts(place))
-
-

@@ -97,7 +97,9 @@ class KeyGradients:
         if parts and parts[0].box == own:
             sums = [array.contiguous() for array in parts.pop(0).arrays]
         else:
-            sums = [torch.zeros_like(one, memory_format=torch.contiguous_format) for one in self._given]
+            sums = [
+                torch.zeros_like(one, memory_format=torch.contiguous_format) for one in self._given
+            ]
         for box, arrays in (*parts, *(came.parts() if came else ())):
             for total, array in zip(sums, arrays, strict=True):
                 total[of_tokens(box, own)] += array

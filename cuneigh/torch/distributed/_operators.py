@@ -12,7 +12,7 @@ import torch
 from cuneigh._problem import DIFFERENTIATED, OPTIONAL, Operands
 from cuneigh.torch.distributed._attention import backward, forward, lse_dtype
 from cuneigh.torch.distributed._exchange import format_of, tokens_in
-from cuneigh.torch.distributed._task import Task, task_of
+from cuneigh.torch.distributed._task import task_of
 
 _COUNT = len(Operands._fields)
 _OPERANDS = ", ".join(f"Tensor{'?' * (name in OPTIONAL)} {name}" for name in Operands._fields)
@@ -20,7 +20,9 @@ _OPERANDS = ", ".join(f"Tensor{'?' * (name in OPTIONAL)} {name}" for name in Ope
 
 def _sharded(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *arrays, text = args
-    return forward(task_of(text), Operands(*arrays))
+    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    made = forward(task_of(text), Operands(*arrays))
+    return made
 
 
 def _fake_sharded(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,5 +87,3 @@ _GRADIENTS = _define(
 )
 
 SHARDED.register_autograd(_backward, setup_context=_setup)
-
-__all__ = ["SHARDED", "Task"]

@@ -52,9 +52,7 @@ class Sharding:
         sizes: Sequence[Sequence[int] | None] | None = None,
     ) -> None:
         self.mesh = mesh
-        self.mesh_axes = tuple(
-            _numbers(mesh, axis, named) for axis, named in enumerate(mesh_axes)
-        )
+        self.mesh_axes = tuple(_numbers(mesh, axis, named) for axis, named in enumerate(mesh_axes))
         used = [number for numbers in self.mesh_axes for number in numbers]
         if len(set(used)) < len(used):
             raise ValueError(
@@ -106,7 +104,8 @@ def _numbers(mesh: DeviceMesh, axis: int, named: MeshAxes) -> tuple[int, ...]:
         else:
             axes = ", ".join(map(repr, names)) or f"0 to {mesh.ndim - 1}"
             raise ValueError(
-                f"Sharding: mesh_axes[{axis}]={named!r} is not an axis of the mesh, which has {axes}"
+                f"Sharding: mesh_axes[{axis}]={named!r} is not an axis of the mesh, whose axes are "
+                f"{axes}"
             )
     return tuple(found)
 
@@ -130,7 +129,7 @@ def _sizes(
         return tuple(map(chunks, layout, counts))
     if sizes is None:
         return (None,) * len(counts)
-    known = []
+    known: list[tuple[int, ...] | None] = []
     for axis, (of_axis, count) in enumerate(zip(sizes, map(math.prod, counts), strict=True)):
         if of_axis is None:
             known.append(None)

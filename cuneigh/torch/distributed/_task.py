@@ -91,8 +91,8 @@ class Task:
         pieces = self.plan.pieces
         if len(pieces) < 2:
             return pieces
-        batch, heads, dims = operands.query.shape[0], *operands.query.shape[-2:]
-        dims += operands.value.shape[-1]
+        batch, *_, heads, head_dim = operands.query.shape
+        dims = head_dim + operands.value.shape[-1]
         pairs = batch * heads * pieces[0].queries.tokens * math.prod(self.kernel_size)
         return pieces if 2 * pairs * dims >= WORTH_SPLITTING else self.plan.whole
 
