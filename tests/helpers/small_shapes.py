@@ -1,11 +1,14 @@
 """Every GPU kernel on small shapes, for compute-sanitizer: no pool hides a stray access.
 
-compute-sanitizer --tool memcheck python tests/helpers/small_shapes.py [BACKEND ..]
+compute-sanitizer --tool memcheck python tests/helpers/small_shapes.py [BACKEND .. RANK ..]
+
+With RACECHECK=1 the kernels are compiled for racecheck (cuda/hopper/barrier.cuh says what for).
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -29,6 +32,7 @@ from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._backends.hopper.plan import ways
 from cuneigh._gpu.passes import FORWARD, Pass
+from cuneigh._jit import _compiler
 from cuneigh._problem import DTYPES, Problem, Spec
 from cuneigh._validate import Window, attention_problem, av_problem, qk_problem
 
@@ -149,11 +153,13 @@ def take(way: tuple[Pass, ...], problem: Problem, device: _device.Device) -> tup
     return way
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str], ranks: list[int]) -> None:
     cupy.cuda.set_allocator(None)
+    if os.environ.get("RACECHECK") == "1":
+        _compiler.OPTIONS += ("-DCUNEIGH_ALL_LANES_ARRIVE",)
     device = _device.cuda(0)
     count = 0
-    for operation, dtype, rank in itertools.product(OPERATIONS, DTYPES, WINDOWS):
+    for operation, dtype, rank in itertools.product(OPERATIONS, DTYPES, ranks):
         cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
         cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
         small: list[Problem] = []
@@ -182,4 +188,7 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [backend.NAME for backend in BACKENDS])
+    main(
+        [name for name in sys.argv[1:] if not name.isdigit()] or [one.NAME for one in BACKENDS],
+        [int(rank) for rank in sys.argv[1:] if rank.isdigit()] or list(WINDOWS),
+    )
