@@ -12,7 +12,7 @@ fills a cache ahead of time. One file for each step:
 - `_progress`: what a user is told meanwhile.
 
 Environment: `CUNEIGH_CACHE_DIR` moves the cache, `CUNEIGH_TRUST_CACHE_DIR=1` shares it,
-`CUNEIGH_QUIET=1` says nothing of compiling.
+`CUNEIGH_QUIET=1` says nothing of compiling, `CUNEIGH_LINE_INFO=1` has kernels name their lines.
 """
 
 from cuneigh._jit._build import compile, precompile

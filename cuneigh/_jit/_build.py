@@ -22,7 +22,7 @@ def key_of(kernel: Kernel, arch: str, sources: Sources) -> str:
     folders of the kernel's own name become parts of it.
     """
     digest = hashlib.sha256()
-    for part in (sources.digest, kernel.unit, *_compiler.OPTIONS):
+    for part in (sources.digest, kernel.unit, *_compiler.options()):
         digest.update(part.encode() + b"\0")
     name = kernel.name.replace("/", ".")
     return f"{name}-{kernel.target(arch)}-{digest.hexdigest()[:32]}"
