@@ -155,7 +155,7 @@ def test_what_is_refused(problem, device):
 def test_few_kernels_serve_all_layouts_and_windows():
     rng = np.random.default_rng(0)
     chosen = set()
-    for _ in range(50):
+    for _ in range(25):
         tokens, batch = rng.integers(8, 200, 2), rng.integers(1, 9)
         kernel_size = [int(rng.integers(2, length + 1)) for length in tokens]
         dilation = [
@@ -243,13 +243,15 @@ def sizes_of(kernel):
 def is_part_of(kernel, other):
     """Whether `kernel` does a part of what `other` does, with as many registers or more.
 
-    It has shorter loops over rows, columns or dimensions, and no other difference.
+    It has shorter loops over rows, columns or dimensions, or adds no bias, and no other difference.
     """
     (sizes, rest), (others, rest_of_other) = sizes_of(kernel), sizes_of(other)
+    without_bias = re.sub(r"using Bias = \w+;", "using Bias = void;", rest_of_other)
     shorter = {"kRowTiles", "kColumns", "kHeadDim", "kValueDim", "kBlocks"}
     return (
-        (kernel.name, rest) == (other.name, rest_of_other)
-        and sizes != others
+        kernel.name == other.name
+        and rest in (rest_of_other, without_bias)
+        and (sizes, rest) != (others, rest_of_other)
         and all(
             size <= others[name] if name in shorter else size == others[name]
             for name, size in sizes.items()
