@@ -39,7 +39,7 @@ from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.boxes import Box, count_walk
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, Pass
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.records import AXIS, axis_record
+from cuneigh._gpu.records import AXIS, fill_axes
 from cuneigh._gpu.views import Views, readable
 from cuneigh._problem import Operands, Problem
 
@@ -278,7 +278,7 @@ def _record(
             align=True,
         ),
     )
-    record["axes"] = [axis_record(axis) for axis in axes]
+    fill_axes(record, problem)
     for name in boxes:
         record[name] = getattr(plan, name)
     record["tiles"] = [
