@@ -107,7 +107,7 @@ def _count_repeated(
 
     def without(repetitions: int) -> tuple[int, ...]:
         length = axis.length - repetitions * period * axis.dilation
-        return count(replace(axis, length=length, key_length=length))
+        return count(replace(axis, length=length, key_length=length, layout=length))
 
     short, longer = without(repetitions), without(repetitions - 1)
     return tuple(a + repetitions * (b - a) for a, b in zip(short, longer, strict=True))

@@ -20,6 +20,7 @@ from cuneigh._backends.fused.choice import plans, predicted_ms
 from cuneigh._backends.fused.launch import NAME, backward, forward
 from cuneigh._device import Device
 from cuneigh._gpu import tuned
+from cuneigh._gpu.ordinary import extraordinary
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
@@ -46,7 +47,7 @@ LONGEST = 256
 
 def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
-    if reason := no_gpu(device):
+    if reason := no_gpu(device) or extraordinary(problem):
         return reason
     if problem.operation not in ("forward", "backward"):
         return f"computes attention and its gradients, not {problem.operation} alone"

@@ -23,6 +23,7 @@ from cuneigh._backends.hopper.plan import predicted_ms, ways
 from cuneigh._backends.hopper.tensor_maps import unreadable
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
+from cuneigh._gpu.ordinary import extraordinary
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
@@ -60,7 +61,7 @@ def unsupported(
     problem: Problem, device: Device, arrays: Mapping[str, Array | None] | None = None
 ) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
-    if reason := no_gpu(device):
+    if reason := no_gpu(device) or extraordinary(problem):
         return reason
     longest = LONGEST.get(problem.operation)
     if longest is None:

@@ -18,6 +18,7 @@ from cuneigh._backends.naive.launch import (
     qk_backward,
 )
 from cuneigh._device import Device
+from cuneigh._gpu.ordinary import extraordinary
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._problem import Problem
 from cuneigh._window import Promise
@@ -44,7 +45,7 @@ RELIES_ON = Promise.ONE_RANGE | Promise.INSIDE
 
 def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
-    return no_gpu(device)
+    return no_gpu(device) or extraordinary(problem)
 
 
 def predicted_ms(problem: Problem, device: Device) -> float:
