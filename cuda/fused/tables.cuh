@@ -216,9 +216,7 @@ __device__ void fill_prefix_masks(const FusedProblem<Plan::kRank>& problem, Tabl
 template <typename Plan>
 __device__ int end_of_given(const Axis& axis, int group, int end, int begin) {
   if (!axis.crosses()) return end;
-  const int columns = column_group<Plan>(axis, group);
-  const int given =
-      Plan::kRowsAreKeys ? axis.group_length(columns) : axis.key_group_length(columns);
+  const int given = columns_of_group<Plan>(axis, group);
   return smaller(end, begin - axis.turned(begin) + given);
 }
 
