@@ -30,6 +30,7 @@ from cuneigh._frameworks.contract import SEEN, Adapter, Layout, NoMemoryError
 from cuneigh._gpu.announce import Planned, overheard
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
+from cuneigh._gpu.records import start_words
 from cuneigh._messages import shown
 from cuneigh._problem import ARRAYS, Operands, Problem, Spec
 
@@ -168,14 +169,16 @@ class Call:
             addresses, layouts, owners = adapter.memory(arrays)
             program = self._programs.get(layouts) or self._program(device, layouts)
             made = adapter.allocate(own_device, (*self.results, *program.workspace), addresses)
+            addresses.extend(self._start_words)
             program.run(addresses, adapter.stream(own_device))
         del owners  # whose memory goes only to what comes after these launches
         return made[: len(self.results)]
 
     def _program(self, device: int, layouts: tuple[Layout, ...]) -> Program:
+        problem = self.problem.anywhere
         program = program_for(
             known_backends(),
-            self.problem,
+            problem,
             device,
             self.backend,
             self.arguments,
@@ -184,7 +187,7 @@ class Call:
         )
         program.compile()
         if self.is_differentiated:
-            compile_gradient(self.problem, device, self.backend, self.arguments, layouts)
+            compile_gradient(problem, device, self.backend, self.arguments, layouts)
         if len(self._programs) == KEPT:
             self._programs.clear()
         self._programs[layouts] = program
@@ -207,6 +210,10 @@ class Call:
         finally:
             _device.HOST_THREADS.reset(before)
         return made
+
+    @cached_property
+    def _start_words(self) -> tuple[int, ...]:
+        return start_words(self.problem)
 
     @cached_property
     def _device(self) -> _device.Device | None:
@@ -262,7 +269,8 @@ def program_for(
 
     The arguments have the names `arguments` and the layouts `layouts`; `results` are those of the
     operation, None where not wanted. The program is run, with the device current, with the
-    addresses of the arguments, in their order, and then those of the results that are wanted.
+    addresses of the arguments, in their order, then those of the results that are wanted and of the
+    workspace, and then the `start_words` of any problem of which `problem` is what `anywhere` gives.
     Results are contiguous, and at multiples of 16 unless `misalignments` has for each that is
     wanted its address modulo 16. `known` is what `known_backends` returns.
     """
