@@ -83,8 +83,9 @@ struct HopperProblem {
   float sign;            // what logits are multiplied by before that
   float gradient_scale;  // of dQ and dK
 };
-static_assert(sizeof(HopperProblem<1>) == 60 + 196 && sizeof(HopperProblem<2>) == 2 * 60 + 196 &&
-                  sizeof(HopperProblem<3>) == 3 * 60 + 196,
+static_assert(sizeof(HopperProblem<1>) == 36 + sizeof(Axis) + 196 &&
+                  sizeof(HopperProblem<2>) == 2 * (36 + sizeof(Axis)) + 196 &&
+                  sizeof(HopperProblem<3>) == 3 * (36 + sizeof(Axis)) + 196,
               "the record that launch.py packs has these sizes");
 
 // An axis of the problem. Where no axis is dilated the compiler is told that its dilation is 1.
@@ -103,6 +104,12 @@ __device__ Range window_of(const Axis& axis, int index, int group) {
 template <typename Plan>
 __device__ int rows_of_group(const Axis& axis, int group) {
   return Plan::kRowsAreKeys ? axis.key_group_length(group) : axis.group_length(group);
+}
+
+// The dilation group of the columns that rows of `group` may see.
+template <typename Plan>
+__device__ int column_group(const Axis& axis, int group) {
+  return Plan::kRowsAreKeys ? axis.query_group(group) : axis.key_group(group);
 }
 
 template <int kRank>
@@ -144,6 +151,7 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
     const GroupIndex first = box_begin(axis.dilation, length, box, problem.tile_box[r]);
     const int end =
         smaller(first.index + problem.tile_box[r], rows_of_group<Plan>(axis, first.group));
+    static_assert(!Axis::kIsPart || !Plan::kSums, "all tiles count the same columns");
     tile.first[r] = first;
     Range columns = {window_of<Plan>(axis, first.index, first.group).begin,
                      window_of<Plan>(axis, end - 1, first.group).end};
