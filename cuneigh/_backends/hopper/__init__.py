@@ -80,10 +80,10 @@ def unsupported(
         return "does not take key_mask"
     if RELIES_ON not in problem.promises:
         return "does not go across the seam of a ring"
-    if problem.operation == "backward" and problem.rank == 3 and has_parts(problem):
-        for axis, along in enumerate(problem.axes):
+    if problem.operation == "backward" and problem.rank > 1 and has_parts(problem):
+        for axis, along in enumerate(problem.axes):  # registers are few
             if along.dilation > 1:
-                return f"takes no dilation for gradients of parts along three axes, as on {axis}"
+                return f"takes no dilation for gradients of parts along several axes, as on {axis}"
     if 0 in problem.key_tokens and not problem.is_empty:
         return "needs at least one key beside additional ones"
     for axis, along in enumerate(problem.axes):
