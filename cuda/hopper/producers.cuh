@@ -94,9 +94,9 @@ __device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
       ColumnBox<kRank> box = {tile.batch, head, {}, false};
 #pragma unroll
       for (int r = 0; r < kRank; ++r) {
-        const Axis axis = axis_of<Plan>(problem, r);
-        const int group = column_group<Plan>(axis, tile.first[r].group);
-        box.token[r] = axis.token({group, tile.columns[r].begin + first[r]});
+        box.token[r] =
+            axis_of<Plan>(problem, r)
+                .token({column_group<Plan>(problem, tile, r), tile.columns[r].begin + first[r]});
       }
       load(box);
     });
@@ -166,7 +166,7 @@ __device__ float2 statistics_of(const HopperProblem<Plan::kRank>& problem,
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
     const Axis axis = axis_of<Plan>(problem, r);
-    const int group = column_group<Plan>(axis, tile.first[r].group);
+    const int group = column_group<Plan>(problem, tile, r);
     const int index = tile.columns[r].begin + first[r] + column % problem.column_box[r];
     column /= problem.column_box[r];
     exists &= index < axis.group_length(group);

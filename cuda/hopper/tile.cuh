@@ -106,12 +106,6 @@ __device__ int rows_of_group(const Axis& axis, int group) {
   return Plan::kRowsAreKeys ? axis.key_group_length(group) : axis.group_length(group);
 }
 
-// The dilation group of the columns that rows of `group` may see.
-template <typename Plan>
-__device__ int column_group(const Axis& axis, int group) {
-  return Plan::kRowsAreKeys ? axis.query_group(group) : axis.key_group(group);
-}
-
 template <int kRank>
 struct Tile {
   int batch, head;          // the first row head
@@ -122,6 +116,16 @@ struct Tile {
   int boxes;                // of columns to visit, the additional keys' included; or kNoTile
 };
 constexpr int kNoTile = -1;  // after the last one
+
+// The dilation group, along an axis, of the columns that rows of a tile may see.
+template <typename Plan>
+__device__ int column_group(const HopperProblem<Plan::kRank>& problem,
+                            const Tile<Plan::kRank>& tile, int r) {
+  const int group = tile.first[r].group;
+  if constexpr (!Axis::kIsPart) return group;
+  const Axis axis = axis_of<Plan>(problem, r);
+  return Plan::kRowsAreKeys ? axis.query_group(group) : axis.key_group(group);
+}
 
 // Writes a tile to shared memory: it takes more registers than producers have.
 template <typename Plan>
