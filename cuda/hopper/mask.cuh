@@ -39,11 +39,12 @@ struct MaskTables {
   // Of the columns of a box: entry `prefix_base[r] + v` has the bits of those before the coordinate
   // v along axis r.
   QuadWords prefix[128 + 2 * kRank];
-  int prefix_base[kRank];
-  unsigned char number[kRank][kRows];  // of the coordinates of a row
-  // Of a tile. Each lane of the mask warps reads what it wrote itself
+  // Of a tile. Each lane of the mask warps reads what it wrote itself. (At a multiple of 16 bytes:
+  // elsewhere the assembler reads 4 bytes before an entry as well, in one load of 16.)
   Coordinate coordinate[kWarpgroups * kMostCoordinates<kRank>];
   WindowUnion windows[kRank][64];  // of the warpgroup that the lane looks after
+  int prefix_base[kRank];
+  unsigned char number[kRank][kRows];  // of the coordinates of a row
 };
 
 // Which axis and row a coordinate stands for.

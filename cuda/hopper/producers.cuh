@@ -89,7 +89,7 @@ __device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
       has_last = true;
     }
   };
-  for_each_tile(smem, [&](const Tile<kRank>& tile) {
+  for_each_tile<false>(smem, [&](const Tile<kRank>& tile) {
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
       ColumnBox<kRank> box = {tile.batch, head, {}, false};
 #pragma unroll
@@ -194,13 +194,12 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   auto looked_after = [&] { return smaller(lane() % 32, kWarpgroups - 1); };
   auto publish = [&](Visibility visibility, auto make) {
     smem.qk_empty[ring.slot()].wait(ring.parity() ^ 1);
-    smem.visibility[ring.slot()][looked_after()] = visibility;
+    if (lane() < kWarpgroups) smem.visibility[ring.slot()][lane()] = visibility;
     if (__any_sync(0xffffffffu, visibility == kPartial)) make(smem.words[ring.slot()]);
-    __syncwarp();
-    if (lane() % 32 == 0) smem.qk_full[ring.slot()].arrive();
+    smem.qk_full[ring.slot()].arrive_as_warp();
     ring.advance();
   };
-  for_each_tile(smem, [&](const Tile<kRank>& tile) {
+  for_each_tile<true>(smem, [&](const Tile<kRank>& tile) {
     look_up<Plan, kLanes>(problem, tile, lane(), looked_after(), smem.mask);
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
       if constexpr (Plan::kRowsAreKeys) {
@@ -235,7 +234,6 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
         });
       }
     }
-    __syncwarp();  // all lanes are done with this tile
   });
 }
 
