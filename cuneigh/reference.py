@@ -224,6 +224,7 @@ def window_slots(problem: Problem, operands: Operands) -> Slots:
         offset = _outer(np.add, offset * (2 * axis.kernel_size - 1), relative)
     shape = len(row), problem.additional or 0
     keys = math.prod(problem.key_tokens)
+    row = np.where(visible, row, 0)
     row = np.hstack([row, np.broadcast_to(keys + np.arange(shape[1]), shape)])
     visible = np.hstack([visible, np.ones(shape, bool)])
     return Slots(
