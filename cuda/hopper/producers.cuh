@@ -224,7 +224,9 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
     if (Plan::kAdditional) {
       bool none = false;
 #pragma unroll
-      for (int r = 0; r < kRank; ++r) none |= smem.mask.windows[r][lane()].misses(0, 1 << 30);
+      for (int r = 0; r < kRank; ++r)
+        none |= Axis::kIsPart ? smem.mask.windows[r][lane()].any.end < 0
+                              : smem.mask.windows[r][lane()].misses(0, 1 << 30);
 #pragma unroll 1
       for (int left = problem.additional; left > 0; left -= Plan::kColumns) {
         const Visibility visibility = none ? kNone : left >= Plan::kColumns ? kAll : kPartial;
