@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from contextlib import suppress
+from copy import copy
 from functools import cached_property, lru_cache
 from itertools import compress, repeat
 from typing import Any, TypeVar
@@ -117,7 +117,7 @@ class Call:
         self.adapter, self.own_device = adapter, own_device
         self.arguments = arguments
         """The names of the arrays that it takes, in their order."""
-        self.problem = problem  # type: ignore[misc] # which a call at other starts makes if needed
+        self.problem = problem  # a call at other starts makes it when it is needed
         self.backend = backend
         self.results = tuple(results)
         """Of every result that the operation has; None where not wanted."""
@@ -330,7 +330,7 @@ def program_for(
     The arguments have the names `arguments` and the layouts `layouts`; `results` are those of the
     operation, None where not wanted. The program is run, with the device current, with the
     addresses of the arguments, in their order, then those of the results that are wanted and of the
-    workspace, and then the `start_words` of any problem of which `problem` is what `anywhere` gives.
+    workspace, and then the `start_words` of any problem whose `anywhere` is `problem`.
     Results are contiguous, and at multiples of 16 unless `misalignments` has for each that is
     wanted its address modulo 16. `known` is what `known_backends` returns.
     """

@@ -1,7 +1,7 @@
 """What a kernel is told of a problem: records that are laid out like the structs of the kernels.
 
-The structs are `WholeAxis` and `PartAxis` of cuda/cuneigh/window.cuh, whose sizes that file asserts,
-and `Problem` of cuda/cuneigh/layout.cuh. Kernels for axes that are not ordinary (`has_parts`) are
+The structs are `WholeAxis` and `PartAxis` of cuda/cuneigh/window.cuh and `Problem` of
+cuda/cuneigh/layout.cuh; these files assert the sizes that the records have. Kernels for axes that are not ordinary (`has_parts`) are
 compiled with `PARTS` and take records with a `PartAxis` in place of every `WholeAxis`.
 
 Where parts start is not written into a record: the kernels of a call serve every call that differs
@@ -42,6 +42,9 @@ PART_AXIS = np.dtype(
 
 START_WORDS = ("starts", "turns")
 """Of an axis, in the order of `start_words`."""
+
+START_OFFSETS = (32, 40)
+"""Where these words are in a `PART_AXIS`, in bytes."""
 
 NO_CROSSING = -(1 << 31)
 """`PartAxis::kNoCrossing`."""
@@ -96,9 +99,7 @@ def with_starts(record: npt.NDArray[Any]) -> Record:
         return Record(record)
     rank = record.dtype["axes"].shape[0]
     places = [
-        (axis * type_.itemsize + type_.fields[name][1]) // 8
-        for axis in range(rank)
-        for name in START_WORDS
+        (axis * type_.itemsize + offset) // 8 for axis in range(rank) for offset in START_OFFSETS
     ]
     # `Program.run` is given the words of the starts after all addresses
     return Record(record, tuple((at, Pointer(i - len(places))) for i, at in enumerate(places)))

@@ -49,7 +49,7 @@ class Views:
                 self._append(array.pointer, batch, [n], head, inner)
 
     def mask(self, mask: Array | None) -> None:
-        """Append a key mask [batch, x1..xr]; nothing if it is None: kernels without one have none."""
+        """Append a key mask [batch, x1..xr]; nothing if it is None, for then kernels take none."""
         if mask is not None:
             batch, *token = mask.strides
             self._append(mask.pointer, batch, token)

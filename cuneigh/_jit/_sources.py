@@ -41,7 +41,7 @@ class Kernel:
 
     @property
     def unit(self) -> str:
-        """The translation unit. The include precedes the plan, which may use the names it brings."""
+        """The translation unit. The plan comes last: it may use the names the include brings."""
         defines = "".join(f"#define {macro}\n" for macro in self.macros)
         return (
             f'{defines}#include "{self.file}"\n'

@@ -1,6 +1,6 @@
 """Random problems with borders, parts and key masks, of few kinds of kernels.
 
-All that is compiled into a kernel is that of one of `FAMILIES`, so that many problems share kernels.
+All that is compiled into a kernel is that of one of `FAMILIES`: many problems share kernels.
 """
 
 from __future__ import annotations

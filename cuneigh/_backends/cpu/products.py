@@ -30,7 +30,6 @@ from cuneigh._backends.cpu.rows import Array, Rows
 from cuneigh._backends.cpu.tiles import Box, Integers, Tile, combined
 from cuneigh._problem import Operands, Problem
 
-
 HIDDEN = -(1 << 40)
 """What stands for a hidden key along one axis: less than any keys of the others make up for."""
 

@@ -78,10 +78,10 @@ SHARE_OF_SUMS = 1 / 32
 def ways(problem: Problem) -> list[tuple[Pass, ...]]:
     """The ways to compute an operation: the passes of each, in their order.
 
-    One kernel for all gradients has five products where two kernels have seven, but cannot have
-    additional keys, which are no rows, and needs the whole layout. Along several axes its tiles would wait for each other for
-    longer than two products take, and so they do where those of short vectors take little
-    (bench/NOTES.md).
+    One kernel for all gradients has five products where two kernels have seven, but needs the whole
+    layout, and cannot have additional keys, which are no rows. Along several axes its tiles would
+    wait for each other for longer than two products take, and so they do where those of short
+    vectors take little (bench/NOTES.md).
     """
     if problem.operation == "forward":
         return [(FORWARD,)]

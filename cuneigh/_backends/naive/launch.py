@@ -28,10 +28,8 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     match problem.operation:
         case "forward" | "backward":
             plan = row_plan(rank, dtype, bias, key, value).of(problem)
-            names = ("forward",)
-            if problem.operation == "backward":
-                names = ("backward_query", "backward_key")
-            own = [plan.kernel(f"naive/{name}") for name in names]
+            names = {"forward": ["forward"], "backward": ["backward_query", "backward_key"]}
+            own = [plan.kernel(f"naive/{name}") for name in names[problem.operation]]
         case "qk":
             own = [_products_kernel(row_plan(rank, dtype, bias, key, 0).of(problem), False)]
         case "qk_backward":
