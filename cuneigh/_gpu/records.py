@@ -1,8 +1,9 @@
 """What a kernel is told of a problem: records that are laid out like the structs of the kernels.
 
 The structs are `WholeAxis` and `PartAxis` of cuda/cuneigh/window.cuh and `Problem` of
-cuda/cuneigh/layout.cuh; these files assert the sizes that the records have. Kernels for axes that are not ordinary (`has_parts`) are
-compiled with `PARTS` and take records with a `PartAxis` in place of every `WholeAxis`.
+cuda/cuneigh/layout.cuh; these files assert the sizes that the records have. Kernels for axes that
+are not ordinary (`has_parts`) are compiled with `PARTS` and take records with a `PartAxis` in place
+of every `WholeAxis`.
 
 Where parts start is not written into a record: the kernels of a call serve every call that differs
 in its starts alone. A launch puts the `start_words` of its call into them.
