@@ -159,10 +159,10 @@ class Call:
         if device is not None and (self._is_empty or adapter.launches):
             choose(self.problem, device, self.backend)  # raises what any other problem would
         if self._is_empty:
-            values = (0.0, -math.inf) if self.problem.operation == "forward" else repeat(0.0)
+            names = ARRAYS[self.problem.operation].results
             return [
-                None if spec is None else adapter.full(self.own_device, *spec, value)
-                for spec, value in zip(self.results, values, strict=False)
+                None if spec is None else adapter.full(self.own_device, *spec, of_nothing(name))
+                for name, spec in zip(names, self.results, strict=True)
             ]
         if adapter.launches:
             return adapter.launch(self, arrays)
@@ -312,6 +312,11 @@ class Call:
             self.backend,
             problem.results,
         )
+
+
+def of_nothing(result: str) -> float:
+    """What the result called `result` holds where there are no keys at all."""
+    return -math.inf if result in ("lse", "logits") else 0.0
 
 
 @lru_cache(maxsize=KEPT)
