@@ -118,7 +118,8 @@ __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Pl
     const int group = tile.first[r].group, base = tile.columns[r].begin;
     const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
     const int end = rows_of_group<Plan>(axis, group);
-    WindowUnion windows = {{0, 0}, {0, 0}};
+    // Rows of parts may see no column but additional keys, so that an empty union is not enough
+    WindowUnion windows = {{0, Axis::kIsPart ? -1 : 0}, {0, 0}};
     if (first < end && tile.active >> w & 1) {  // else it has no rows
       const Range low = window_of<Plan>(axis, first, group);
       const Range high = window_of<Plan>(axis, smaller(first + problem.row_box[r], end) - 1, group);

@@ -106,12 +106,12 @@ def _count_repeated(
     """
     period = math.lcm(size, axis.stride)
     repetitions = (axis.length // axis.dilation - 2 * axis.kernel_size) // period - 4
-    if repetitions < 2 or axis.length < LONG_AXIS or axis.length != axis.key_length:
+    if repetitions < 2 or axis.length < LONG_AXIS or axis.is_part or axis.length != axis.layout:
         return count(axis)
 
     def without(repetitions: int) -> tuple[int, ...]:
         length = axis.length - repetitions * period * axis.dilation
-        return count(replace(axis, length=length, key_length=length))
+        return count(replace(axis, length=length, key_length=length, layout=length))
 
     short, longer = without(repetitions), without(repetitions - 1)
     return tuple(a + repetitions * (b - a) for a, b in zip(short, longer, strict=True))
@@ -190,12 +190,32 @@ class UnionCounts(NamedTuple):
 
 @lru_cache(maxsize=8192)
 def count_unions(axis: Axis, warp_box: int, warps: int, pass_: Pass = FORWARD) -> UnionCounts:
-    """The counts along one axis."""
+    """The counts along one axis; of parts the widest ones there can be, wherever these start."""
 
     def count(axis: Axis) -> UnionCounts:
         return _count_unions(axis, warp_box, warps, pass_)
 
-    return UnionCounts(*_count_repeated(axis, warp_box * warps, count))
+    counts = UnionCounts(*_count_repeated(axis, warp_box * warps, count))
+    if not axis.is_part:
+        return counts
+    return counts._replace(
+        widest_warp=_widest_union(axis, warp_box, pass_),
+        widest_block=_widest_union(axis, warp_box * warps, pass_),
+    )
+
+
+def _widest_union(axis: Axis, size: int, pass_: Pass) -> int:
+    """Columns that the window union of a box of `size` rows has at most, wherever parts start."""
+    k, s = axis.kernel_size, axis.stride
+    given = math.ceil((axis.length if pass_.rows_are_keys else axis.key_length) / axis.dilation)
+    if not pass_.rows_are_keys:
+        return min(given, k + s * math.ceil((size - 1) / s))
+    if axis.border == "shift" and not axis.is_causal:
+        # The first and the last kernel_size keys are seen by all queries up to the border
+        if math.ceil(axis.layout / axis.dilation) <= 2 * k + size:
+            return given
+        size += k
+    return min(given, s * math.ceil((size - 1 + k) / s) + s)
 
 
 def _count_unions(axis: Axis, warp_box: int, warps: int, pass_: Pass) -> UnionCounts:

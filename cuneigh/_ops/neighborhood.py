@@ -7,7 +7,7 @@ from typing import Any, Generic, NamedTuple
 from cuneigh._backends import BackendName
 from cuneigh._frameworks import load_adapter
 from cuneigh._ops.compute import compute
-from cuneigh._ops.types import Array, Flags, Scale, Sizes, neighborhood_attention
+from cuneigh._ops.types import Array, Borders, Flags, Scale, Sizes, neighborhood_attention
 
 
 class Gradients(NamedTuple, Generic[Array]):
@@ -36,6 +36,12 @@ def na1d(
     rpb: Any = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array | tuple[Array, Array]:
     """1-D neighborhood attention: every query attends to the keys of a window around it.
 
@@ -76,13 +82,28 @@ def na1d(
     """
     load_adapter(query)
     output, lse = compute(
-        ("forward", 1, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+        (
+            "forward",
+            1,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            return_lse,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
     )
     return output if lse is None else (output, lse)
 
@@ -102,6 +123,12 @@ def na2d(
     rpb: Any = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array | tuple[Array, Array]:
     """2-D neighborhood attention: every query attends to the keys of a window around it.
 
@@ -234,13 +261,28 @@ def na2d(
     """
     load_adapter(query)
     output, lse = compute(
-        ("forward", 2, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+        (
+            "forward",
+            2,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            return_lse,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
     )
     return output if lse is None else (output, lse)
 
@@ -260,6 +302,12 @@ def na3d(
     rpb: Any = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array | tuple[Array, Array]:
     """3-D neighborhood attention: every query attends to the keys of a window around it.
 
@@ -300,13 +348,28 @@ def na3d(
     """
     load_adapter(query)
     output, lse = compute(
-        ("forward", 3, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+        (
+            "forward",
+            3,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            return_lse,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
     )
     return output if lse is None else (output, lse)
 
@@ -328,6 +391,12 @@ def na1d_backward(
     rpb: Any = None,
     grad_lse: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Gradients[Array]:
     """Gradients of `na1d` with respect to every array that it was given.
 
@@ -368,13 +437,28 @@ def na1d_backward(
     """
     load_adapter(query)
     gradients = compute(
-        ("backward", 1, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "backward",
+            1,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
         grad_output,
         output,
         lse,
@@ -400,6 +484,12 @@ def na2d_backward(
     rpb: Any = None,
     grad_lse: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Gradients[Array]:
     """Gradients of `na2d` with respect to every array that it was given.
 
@@ -441,13 +531,28 @@ def na2d_backward(
     """
     load_adapter(query)
     gradients = compute(
-        ("backward", 2, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "backward",
+            2,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
         grad_output,
         output,
         lse,
@@ -473,6 +578,12 @@ def na3d_backward(
     rpb: Any = None,
     grad_lse: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Gradients[Array]:
     """Gradients of `na3d` with respect to every array that it was given.
 
@@ -513,13 +624,28 @@ def na3d_backward(
     """
     load_adapter(query)
     gradients = compute(
-        ("backward", 3, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "backward",
+            3,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
         grad_output,
         output,
         lse,

@@ -59,8 +59,9 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw) -> Case:
     # A backward is given the output of the oracle, which takes its time.
-    large = supported(most_tokens=3000, multiplications=1_000_000_000)
-    problem = draw(large | supported(("backward",)))
+    ordinary = draw(st.booleans())  # or parts of a layout, with any borders
+    large = supported(most_tokens=3000, multiplications=1_000_000_000, ordinary=ordinary)
+    problem = draw(large | supported(("backward",), ordinary=ordinary))
     assume(np.prod(problem.output.shape) <= MOST_ELEMENTS)
     way = draw(st.sampled_from(ways(problem)))
     chosen = {pass_: draw(st.sampled_from(plans(problem, pass_))) for pass_ in way}
@@ -76,11 +77,15 @@ def compile_all() -> int:
     for operation, rank, dtype, dims, dilation, additional, scale in itertools.product(
         hopper.LONGEST, (1, 2, 3), hopper.DTYPES, COMPILED_DIMS, (1, 2), (None, 1), (1.0, -1.0)
     ):
-        axes = (Axis(8, 8, 2, 1, dilation, False),) * rank
-        problem = Problem(operation, dtype, 1, 1, 1, *dims, axes, scale, additional)
-        if hopper.unsupported(problem, device) is None:
-            for backend in (naive, hopper):
-                kernels.update(backend.kernels(problem, device))
+        for axis in (
+            Axis(8, 8, 2, 1, dilation, False),
+            Axis(8, 8, 2, 1, dilation, False, "cut", layout=10),
+        ):
+            axes = (axis,) * rank
+            problem = Problem(operation, dtype, 1, 1, 1, *dims, axes, scale, additional)
+            if hopper.unsupported(problem, device) is None:
+                for backend in (naive, hopper):
+                    kernels.update(backend.kernels(problem, device))
     _jit.precompile(kernels, ["sm_90a"])
     return len(kernels)
 

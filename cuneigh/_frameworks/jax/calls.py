@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
+from cuneigh._call import of_nothing
 from cuneigh._frameworks.contract import numpy_dtype
 from cuneigh._problem import ARRAYS, Problem
 from cuneigh._window import Axis
@@ -91,6 +93,7 @@ def _measure(problem: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     for axis, length, key_length in lengths:
         # The window is a symbol only where it is all keys.
         of_axis = {"length": length, "key_length": key_length, "kernel_size": max(key_length, 1)}
+        of_axis["layout"] = key_length  # where it is a symbol, the whole layout is given
         axis |= {name: size for name, size in of_axis.items() if isinstance(axis[name], str)}
 
 
@@ -113,16 +116,20 @@ def _compute_forward(call: CustomCall, *arrays: jax.Array) -> tuple[Any, Any]:
     return results[: len(call.results)], (arrays, kept)
 
 
-def _compute_backward(call: CustomCall, residuals: Any, cotangents: Any) -> tuple[jax.Array, ...]:
+def _compute_backward(call: CustomCall, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     arrays, kept = residuals
     operation, gradient = call.problem.operation, call.problem.gradient
     given = dict(zip(call.arguments, arrays, strict=True))
     given |= zip(ARRAYS[operation].results, kept, strict=False)
     given |= zip(ARRAYS[operation].incoming, cotangents, strict=False)
-    # The gradients are those of all arguments, in their order.
-    backward = CustomCall(gradient, call.backend, tuple(given), call.arguments)
-    gradients: tuple[jax.Array, ...] = compute(backward, *given.values())
-    return gradients
+    differentiable = ARRAYS[gradient.operation].results
+    wanted = tuple(name for name in call.arguments if name in differentiable)
+    backward = CustomCall(gradient, call.backend, tuple(given), wanted)
+    gradients = dict(zip(wanted, compute(backward, *given.values()), strict=True))
+    return tuple(
+        gradients[name] if name in gradients else np.zeros(array.shape, jax.dtypes.float0)
+        for name, array in zip(call.arguments, arrays, strict=True)
+    )
 
 
 compute.defvjp(_compute_forward, _compute_backward)
@@ -158,6 +165,14 @@ def _batchable(call: CustomCall) -> Any:
         for name, array in zip(call.arguments, arrays, strict=True):
             refuse_explicit("cuneigh", name, array)
         into = _folded_axis(call, batched)
+        own_mask = "key_mask" in call.arguments and batched[call.arguments.index("key_mask")]
+        if into == "heads" and own_mask:  # which heads share
+            each = [
+                run(*(a[i] if own else a for a, own in zip(arrays, batched, strict=True)))
+                for i in range(size)
+            ]
+            stacked = tuple(jnp.stack(made) for made in zip(*each, strict=True))
+            return stacked, (True,) * len(stacked)
         folded = [
             _fold(array, _axis(name, into), size, is_batched)
             for name, array, is_batched in zip(call.arguments, arrays, batched, strict=True)
@@ -176,11 +191,9 @@ def _batchable(call: CustomCall) -> Any:
 
 def _of_nothing(call: CustomCall, results: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
     """The results of a map over nothing: those of no keys at all."""
-    is_forward = call.problem.operation == "forward"
-    values = [-jnp.inf if is_forward and name == "lse" else 0 for name in call.results]
     return [
-        jnp.full(result.shape, value, result.dtype)
-        for result, value in zip(results, values, strict=True)
+        jnp.full(result.shape, of_nothing(name), result.dtype)
+        for name, result in zip(call.results, results, strict=True)
     ]
 
 
@@ -251,6 +264,8 @@ def _axis(name: str, into: Fold) -> int | None:
         return 0 if into == "heads" else None
     if into == "batch":
         return 0
+    if name == "key_mask":  # it is that of all heads
+        return None
     return -1 if name in ("lse", "grad_lse") else -2
 
 

@@ -70,8 +70,10 @@ def _backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
     arrays += tuple(compress(gradients, given))
     # Somebody who wants to differentiate the gradient must get the error above.
     compute = differentiable if torch.is_grad_enabled() else run
-    made = compute(gradient, arrays)  # in the order of the arguments
-    return (None, *[array for array in made if array is not None])
+    made = dict(
+        zip(ARRAYS[gradient.problem.operation].results, compute(gradient, arrays), strict=True)
+    )
+    return (None, *map(made.get, call.arguments))
 
 
 _uncompiled = _backward
