@@ -22,7 +22,7 @@ from cuneigh import _device, _jit
 from cuneigh._backends import fused
 from cuneigh._backends.fused import launch
 from cuneigh._backends.fused import plan as fused_plan
-from cuneigh._backends.fused.choice import choose_plan
+from cuneigh._backends.fused.choice import choose_plan, predicted_ms
 from cuneigh._backends.fused.small import launch as small_launch
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._backends.fused.small.plan import SmallPlan
@@ -103,6 +103,20 @@ def test_a_plan_fits_the_kernel(problem, device):
         assert area.columns % (8 if problem.dtype == "float32" else 16) == 0
         most = problem.batch * problem.heads if pass_ == FORWARD else 1
         assert 1 <= plan.batch_heads <= most
+
+
+def test_a_head_that_is_shared_is_walked_for_all_that_share_it():
+    """Gradients of keys cost what they would for a key head each, but for fewer blocks."""
+    query, shared = (Spec((2, 4096, heads, 64), "bfloat16") for heads in (8, 2))
+    window = window_arguments("test", 1, 1000, 1, 1, False)
+    own, grouped = (
+        attention_problem("test", "backward", query, key, key, window, None)
+        for key in (query, shared)
+    )
+    plan = fused_plan.make_plan(own, H200, DKV)
+    costs = [fused_plan.cost(each, plan, DKV) * each.kv_heads for each in (own, grouped)]
+    assert 0.9 * costs[0] < costs[1] < costs[0]
+    assert predicted_ms(grouped, H200) < predicted_ms(own, H200)
 
 
 @given(problem=supported(most_tokens=60), data=st.data())
