@@ -251,3 +251,33 @@ def test_attention_takes_a_mask(is_causal):
     close(output[1:], cuneigh.attention(query[1:], key[1:], value[1:], is_causal))
     short = cuneigh.na1d(query[:1], key[:1, :5], value[:1, :5], 8, layout=8, is_causal=is_causal)
     close(output[:1], short)
+
+
+# Other starts
+
+
+def test_other_starts_are_examined_like_the_first():
+    query, key, value = np.random.default_rng(0).standard_normal((3, 1, 8, 1, 4))
+
+    def part(**starts: Any) -> np.ndarray:
+        return cuneigh.na1d(query, key, value, 3, layout=20, **starts)
+
+    for start in (0, 5, 12):
+        wanted = np.full((1, 20, 1, 4), np.nan)
+        wanted[:, start : start + 8] = value
+        seen = cuneigh.na1d(
+            *(np.nan_to_num(wanted),) * 3, 3, key_mask=~np.isnan(wanted[..., 0, 0]), scale=0.0
+        )
+        got = cuneigh.na1d(
+            query, key, value, 3, layout=20, query_start=start, key_start=start, scale=0.0
+        )
+        close(got, seen[:, start : start + 8])
+    with pytest.raises(ValueError, match="query_start=13 plus the 8 tokens of query on axis 0"):
+        part(query_start=13)
+    with pytest.raises(TypeError, match=r"key_start=False is bool"):
+        part(key_start=False)
+    cuneigh.na1d(query, key, value, 3)
+    with pytest.raises(TypeError, match=r"query_start=0.0 is float"):
+        cuneigh.na1d(query, key, value, 3, query_start=0.0)
+    with pytest.raises(ValueError, match=r"query_start=1 on axis 0 needs layout"):
+        cuneigh.na1d(query, key, value, 3, query_start=1)
