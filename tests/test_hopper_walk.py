@@ -152,10 +152,8 @@ def windows_of(problem, pass_, record, tile, w):
         first = tile.first[r] + int(record["warpgroup"][w][1 + r])
         size, length = int(record["row_box"][r]), pass_.group_length(axis, group)
         window, rows = pass_.window(axis), range(first, first + size)
-        windows = np.array(
-            [window(row, group) if row < length else (base, base) for row in rows]
-        )  # fmt: skip
-        windows -= base
+        none = base, base
+        windows = np.array([window(row, group) if row < length else none for row in rows]) - base
         if first < length and tile.active >> w & 1:
             low, high = windows[0], windows[min(size, length - first) - 1]
             hides = pass_.on_grid and first + size > length

@@ -20,6 +20,7 @@ from cuneigh._gpu.passes import FORWARD
 from cuneigh._problem import Problem
 
 ON_GPU = [backend for backend in BACKENDS if backend.NAME != "cpu"]
+TAKING_PARTS = [backend for backend in ON_GPU if backend.NAME != "gemm"]
 SEEDS = 6
 
 pytestmark = pytest.mark.gpu
@@ -83,7 +84,7 @@ def other_starts(problem: Problem, rng: np.random.Generator) -> Problem:
     )
 
 
-@pytest.mark.parametrize("backend", ON_GPU, ids=lambda backend: backend.NAME)
+@pytest.mark.parametrize("backend", TAKING_PARTS, ids=lambda backend: backend.NAME)
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_one_program_serves_other_starts(backend, operation):
     """What was recorded and compiled for one start computes others."""
@@ -95,12 +96,7 @@ def test_one_program_serves_other_starts(backend, operation):
             if backend.unsupported(problem, device) is None:
                 served += problem.anywhere == first.anywhere
                 check_backend(at_anywhere(backend), problem, inputs(problem, rng), **NATIVE)
-    assert served or all(
-        backend.unsupported(
-            part_problem(np.random.default_rng(seed), FAMILIES[0], operation, False), device
-        )
-        for seed in range(20)
-    )
+    assert served
 
 
 def at_anywhere(backend):

@@ -47,6 +47,8 @@ def na1d_av(
     additional_values : array [B, n, H_kv, D_v], optional
     backend : str, optional
         As in `na2d`.
+    border, layout, query_start, key_start, key_mask
+        As in `na2d`.
 
     Returns
     -------
@@ -121,6 +123,8 @@ def na2d_av(
         The window, as in `na2d`.
     additional_values : array [B, n, H_kv, D_v], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -197,6 +201,8 @@ def na3d_av(
     additional_values : array [B, n, H_kv, D_v], optional
     backend : str, optional
         As in `na2d`.
+    border, layout, query_start, key_start, key_mask
+        As in `na2d`.
 
     Returns
     -------
@@ -269,6 +275,8 @@ def na1d_av_backward(
         What `na1d_av` was given.
     backend : str, optional
         As in `na2d`.
+    border, layout, query_start, key_start, key_mask
+        As in `na2d`.
 
     Returns
     -------
@@ -340,6 +348,8 @@ def na2d_av_backward(
     weights, value, kernel_size, stride, dilation, is_causal, additional_values
         What `na2d_av` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -414,6 +424,8 @@ def na3d_av_backward(
     weights, value, kernel_size, stride, dilation, is_causal, additional_values
         What `na3d_av` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns

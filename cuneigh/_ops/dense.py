@@ -48,6 +48,8 @@ def attention(
         Whether to return the logarithm of the sum of the exponentials of all logits as well.
     backend : str, optional
         As in `na2d`.
+    key_mask : array of bool [B, M], optional
+        False for keys that no query may see, as in `na2d`: padding, for instance.
 
     Returns
     -------

@@ -61,6 +61,8 @@ def na1d(
     return_lse : bool
     backend : str, optional
         As in `na2d`.
+    border, layout, query_start, key_start, key_mask
+        As in `na2d`.
 
     Returns
     -------
@@ -174,6 +176,22 @@ def na2d(
     backend : str, optional
         Name of the backend to use: "hopper", "fused", "gemm", "naive" or "cpu". Of those that can
         run the problem the one that is expected to be fastest if not given.
+    border : str, or one per token axis
+        What becomes of a window at the ends of an axis: "shift" pushes it inwards, "cut" takes off
+        what lies outside, and with "wrap" it goes on at the other end: the axis is a ring, such as
+        a longitude. A causal window is cut in any case. With "cut" kernel_size may be anything; a
+        ring must not be causal, and dilation must be a divisor of its length.
+    layout : int, or one per token axis, optional
+        Lengths of the layout of which the arrays hold parts. Window, borders, stride groups and
+        dilation groups are those of the whole layout; then query, output and lse may have other
+        token axes than key, value and key_mask. Keys that are not given are hidden.
+    query_start, key_start : int, or one per token axis
+        The token of the layout that is the first of the queries, or of the keys. On a ring it is
+        taken modulo the length. Outputs of parts of the keys are joined by `merge_attentions`.
+    key_mask : array of bool [B, X1, X2], optional
+        False for keys that no query may see, whatever they and their values hold, NaN included.
+        Its gradient is not asked for, and those of masked keys and values are 0. Additional keys
+        are never masked. A query that sees no key has output 0, lse -inf and no gradient.
 
     Returns
     -------
@@ -258,6 +276,33 @@ def na2d(
     >>> joined, _ = cuneigh.merge_attentions([near[0], far[0]], [near[1], far[1]])
     >>> bool(numpy.allclose(joined, output))
     True
+
+    A ring: the second axis is a longitude, so that the globe may be turned.
+
+    >>> output = cuneigh.na2d(query, key, value, 5, border=("cut", "wrap"))
+    >>> turned = [numpy.roll(x, 3, axis=2) for x in (query, key, value)]
+    >>> of_turned = cuneigh.na2d(*turned, 5, border=("cut", "wrap"))
+    >>> bool(numpy.allclose(of_turned, numpy.roll(output, 3, axis=2)))
+    True
+
+    Keys that are not there: at sea, only the sea is looked at.
+
+    >>> sea = numpy.random.default_rng(0).random((1, 16, 16)) < 0.7
+    >>> at_sea = cuneigh.na2d(query, key, value, 5, key_mask=sea)
+    >>> key[~sea] = value[~sea] = numpy.nan
+    >>> bool(numpy.array_equal(at_sea, cuneigh.na2d(query, key, value, 5, key_mask=sea)))
+    True
+
+    A part: rows 4 to 7 of the layout, with the 2 rows on either side that their windows reach.
+
+    >>> query, key, value = random((3, 1, 16, 16, 4, 8))
+    >>> halo = slice(2, 10)
+    >>> part = cuneigh.na2d(
+    ...     query[:, 4:8], key[:, halo], value[:, halo], 5,
+    ...     layout=(16, 16), query_start=(4, 0), key_start=(2, 0),
+    ... )
+    >>> bool(numpy.allclose(part, cuneigh.na2d(query, key, value, 5)[:, 4:8]))
+    True
     """
     load_adapter(query)
     output, lse = compute(
@@ -326,6 +371,8 @@ def na3d(
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1, 2 * K3 - 1], optional
     return_lse : bool
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -413,6 +460,8 @@ def na1d_backward(
         What `na1d` was given.
     grad_lse : array [B, X1, H], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -507,6 +556,8 @@ def na2d_backward(
         Gradient of the same scalar with respect to lse, of its dtype; zero if not given.
     backend : str, optional
         As in `na2d`; it need not be the one that ran forward.
+    border, layout, query_start, key_start, key_mask
+        As in `na2d`.
 
     Returns
     -------
@@ -600,6 +651,8 @@ def na3d_backward(
         What `na3d` was given.
     grad_lse : array [B, X1, X2, X3, H], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns

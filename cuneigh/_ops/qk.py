@@ -53,6 +53,8 @@ def na1d_qk(
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
         As in `na2d`.
+    border, layout, query_start, key_start, key_mask
+        As in `na2d`.
 
     Returns
     -------
@@ -131,6 +133,8 @@ def na2d_qk(
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1], optional
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -213,6 +217,8 @@ def na3d_qk(
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
         As in `na2d`.
+    border, layout, query_start, key_start, key_mask
+        As in `na2d`.
 
     Returns
     -------
@@ -286,6 +292,8 @@ def na1d_qk_backward(
     query, key, kernel_size, stride, dilation, is_causal, scale, rpb, additional_keys
         What `na1d_qk` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -361,6 +369,8 @@ def na2d_qk_backward(
     query, key, kernel_size, stride, dilation, is_causal, scale, rpb, additional_keys
         What `na2d_qk` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -438,6 +448,8 @@ def na3d_qk_backward(
     query, key, kernel_size, stride, dilation, is_causal, scale, rpb, additional_keys
         What `na3d_qk` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns

@@ -59,6 +59,6 @@ def predicted_ms(problem: Problem, device: Device) -> float:
         if isinstance(plan, SmallPlan):
             cycles = small_plan.cost(problem, plan, device, pass_)
         else:
-            cycles = fused_plan.cost(problem, plan, pass_) * problem.batch * problem.heads
+            cycles = fused_plan.cost(problem, plan, pass_) * problem.batch * pass_.heads(problem)
         milliseconds += H200.launch_ms + cycles / H200.cycles
     return milliseconds

@@ -109,7 +109,7 @@ def constants(problem: Problem, pass_: Pass) -> Cycles:
 
 
 def cost(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD) -> float:
-    """Predicted cycles of a multiprocessor for one batch-head."""
+    """Predicted cycles of a multiprocessor for one batch-head of the rows."""
     return float(cost_of(problem, plan.area, count(problem, plan, pass_), pass_))
 
 
@@ -125,11 +125,12 @@ def cost_of(problem: Problem, area: Area, counts: WalkCounts, pass_: Pass) -> An
     load = columns * chunks * cycles.copy + cycles.box
     block = 16 * row_tiles * warps * chunks * cycles.row + cycles.block
     # The warps of a block wait for each other, each on its own scheduler.
-    return (
-        counts.blocks * block
-        + counts.loads * load
+    walks = (
+        counts.loads * load
         + (counts.visits * visit + (counts.visits - counts.full) * partial) / warps
     )
+    # A block of keys walks over the queries of all heads that share them.
+    return counts.blocks * block + walks * (problem.group_size if pass_.rows_are_keys else 1)
 
 
 # The choice of a plan

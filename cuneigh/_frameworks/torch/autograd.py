@@ -76,8 +76,14 @@ def _backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
     return (None, *map(made.get, call.arguments))
 
 
-_uncompiled = torch.compiler.disable(_backward)
+_uncompiled = _backward
 """The same where torch.compile would otherwise look into it, and into the backend below."""
+
+
+def hide_backward() -> None:
+    """Have torch.compile, which is there by now, not look into `_uncompiled`."""
+    global _uncompiled
+    _uncompiled = torch.compiler.disable(_backward)
 
 
 # Function.apply itself, without its care for transformations of functorch, of which there are none.
