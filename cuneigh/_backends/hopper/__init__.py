@@ -11,6 +11,8 @@ between them but lse and delta. Along a single axis, for head dims from 72 on, o
 all gradients with five products instead of seven: its blocks add to sums of dQ in a fixed order.
 The sums take 4 bytes for each element of the query, as long as that is a small part of the device's
 memory. Neither way does a result depend on the order in which blocks run.
+
+Parts of a layout and cut windows are computed like whole ones, if none crosses the seam of a ring.
 """
 
 from __future__ import annotations
