@@ -31,7 +31,7 @@ from cuneigh._gpu.announce import Planned, overheard
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._messages import shown
-from cuneigh._problem import ARRAYS, Operands, Problem, Spec
+from cuneigh._problem import ARRAYS, TANGENTS, JvpResults, Operands, Problem, Spec, of_what
 
 KEPT = 4096
 """Calls that are kept, and programs."""
@@ -150,10 +150,9 @@ class Call:
         if device is not None and (problem.is_empty or adapter.launches):
             choose(problem, device, self.backend)  # raises what any other problem would
         if problem.is_empty:
-            values = (0.0, -math.inf) if problem.operation == "forward" else repeat(0.0)
             return [
-                None if spec is None else adapter.full(self.own_device, *spec, value)
-                for spec, value in zip(self.results, values, strict=False)
+                None if spec is None else adapter.full(self.own_device, *spec, nothing(name))
+                for name, spec in zip(ARRAYS[problem.operation].results, self.results, strict=True)
             ]
         if adapter.launches:
             return adapter.launch(self, arrays)
@@ -247,6 +246,11 @@ class Call:
         )
 
 
+def nothing(result: str) -> float:
+    """What every element of a result is where there are no keys at all."""
+    return -math.inf if result == "lse" else 0.0
+
+
 @lru_cache(maxsize=KEPT)
 def program_for(
     known: object,
@@ -333,7 +337,7 @@ def taken(problem: Problem) -> tuple[str, ...]:
     """The names of the arrays that a problem takes, without a gradient of lse."""
     absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
     names = ARRAYS[problem.operation].arguments
-    return tuple(name for name in names if name not in (*absent, "grad_lse"))
+    return tuple(name for name in names if name != "grad_lse" and of_what(name) not in absent)
 
 
 def forget() -> None:
@@ -370,6 +374,10 @@ def perform(
                 gradients,
                 space,
             )
+        case "jvp":
+            tangents = Operands(*map(given.get, TANGENTS))
+            wanted = JvpResults(*map(results.get, JvpResults._fields))
+            backend.jvp(problem, operands, tangents, wanted, space)
         case "qk":
             backend.qk(problem, operands, results["logits"], space)
         case "qk_backward":

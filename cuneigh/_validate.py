@@ -44,10 +44,10 @@ def problem_of(
     query, key, value, additional_keys, additional_values, rpb = map(specs.get, Operands._fields)
     problem: Problem
     match operation:
-        case "forward" | "backward" if not window.kernel_size:
+        case "forward" | "backward" | "jvp" if not window.kernel_size:
             (is_causal,) = window.is_causal
             problem = dense_problem(call, operation, query, key, value, is_causal, scale)
-        case "forward" | "backward":
+        case "forward" | "backward" | "jvp":
             extra = additional_keys, additional_values
             problem = attention_problem(
                 call, operation, query, key, value, window, scale, *extra, rpb
@@ -216,7 +216,7 @@ def kept(build: Callable[..., Problem]) -> Callable[..., Problem]:
 @kept
 def attention_problem(
     call: str,
-    operation: Literal["forward", "backward"],
+    operation: Literal["forward", "backward", "jvp"],
     query: Spec,
     key: Spec,
     value: Spec,
@@ -324,7 +324,7 @@ def av_problem(
 @kept
 def dense_problem(
     call: str,
-    operation: Literal["forward", "backward"],
+    operation: Literal["forward", "backward", "jvp"],
     query: Spec,
     key: Spec,
     value: Spec,
