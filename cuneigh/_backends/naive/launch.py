@@ -10,7 +10,7 @@ from cuneigh._gpu import sums
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.rows import attention_plan, grid_of, launch, record_of, row_plan, value_plan
 from cuneigh._gpu.views import Views, load_width, readable
-from cuneigh._problem import Operands, Problem
+from cuneigh._problem import JvpResults, Operands, Problem
 
 
 def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
@@ -18,11 +18,12 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     rank, dtype, bias = problem.rank, problem.dtype, problem.rpb_dtype
     key, value = problem.head_dim, problem.value_dim
     match problem.operation:
-        case "forward" | "backward":
+        case "forward" | "backward" | "jvp":
             source = row_plan(rank, dtype, bias, key, value).source()
             named = {
                 "forward": [("forward", source)],
                 "backward": [("backward_query", source), ("backward_key", source)],
+                "jvp": [("jvp", source)],
             }[problem.operation]
         case "qk":
             named = [("qk", row_plan(rank, dtype, bias, key, 0).source(kHiddenIsZero=False))]
@@ -115,6 +116,37 @@ def backward(
     )
 
     sums.attention_gradients(problem, operands, grad_output, lse, delta, gradients, program)
+
+
+def jvp(
+    problem: Problem, operands: Operands, tangents: Operands, results: JvpResults, program: Program
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    tangents = Operands(*(readable(array, program) for array in tangents))
+    plan = attention_plan(
+        problem,
+        operands,
+        keys=(tangents.query, tangents.key, tangents.additional_keys),
+        values=(
+            *(tangents.value, tangents.additional_values),
+            *(results.output, results.tangent_output),
+        ),
+    )
+    views = Views(problem.rank)
+    for each in (operands, tangents):
+        views.vectors(*each[:3])
+        views.additional(each.additional_keys, each.additional_values)
+        views.bias(each.rpb)
+    views.vectors(results.output, results.tangent_output)
+    views.scalars(results.lse, results.tangent_lse)
+    launch(
+        program,
+        "naive/jvp",
+        plan.source(),
+        record_of(problem, plan, keys=False),
+        views,
+        grid_of(problem, plan, keys=False, slices=plan.value_slices(problem.value_dim)),
+    )
 
 
 # The two products on their own
