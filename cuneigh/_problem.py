@@ -228,6 +228,10 @@ class Problem:
         """Shape and dtype of the argument or result called `name`; KeyError if it is not given."""
         return self._specs[of_what(name)]
 
+    def has(self, name: str) -> bool:
+        """Whether there is an argument or result called `name`."""
+        return of_what(name) in self._specs
+
     @cached_property
     def specs(self) -> Operands:
         """The `Spec` of every operand; None for what this problem does not take."""

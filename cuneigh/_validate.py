@@ -52,6 +52,17 @@ def problem_of(
             problem = attention_problem(
                 call, operation, query, key, value, window, scale, *extra, rpb
             )
+        case "qk" | "qk_backward" if not window.kernel_size:
+            (is_causal,) = window.is_causal
+            values = key._replace(shape=(*key.shape[:-1], 1))
+            problem = dense_problem(call, operation, query, key, values, is_causal, scale)
+        case "av" | "av_backward" if not window.kernel_size:
+            (is_causal,) = window.is_causal
+            weights = specs["weights"]
+            queries, keys = (
+                each._replace(shape=(*each.shape[:-1], 1)) for each in (weights, value)
+            )
+            problem = dense_problem(call, operation, queries, keys, value, is_causal, 1.0)
         case "qk" | "qk_backward":
             problem = qk_problem(call, operation, query, key, window, scale, rpb, additional_keys)
         case "av" | "av_backward":
@@ -324,7 +335,7 @@ def av_problem(
 @kept
 def dense_problem(
     call: str,
-    operation: Literal["forward", "backward", "jvp"],
+    operation: Operation,
     query: Spec,
     key: Spec,
     value: Spec,
@@ -385,7 +396,7 @@ def require(call: str, name: str, given: Spec, expected: Spec) -> None:
 
 def _check_all(call: str, problem: Problem, given: Operands) -> None:
     for name, spec, expected in zip(Operands._fields, given, problem.specs, strict=True):
-        if spec is not None:
+        if spec is not None and expected is not None:
             require(call, name, spec, expected)
 
 
