@@ -76,10 +76,25 @@ def tangents(
     problem: Problem, arrays: Named, results: Named, moved: Named, calculus: Calculus
 ) -> dict[str, Any]:
     """The tangents of all results of an operation, `moved` being those of its arguments."""
-    made = _tangents(problem, arrays, results, moved, calculus)
+    if torch._C._are_functorch_transforms_active():
+        # PyTorch calls the rules of its functions with forward mode off, in which an outer
+        # torch.func.jvp would find nothing to differentiate. It is on here, for primals without
+        # the tangents at hand.
+        with forward_ad._set_fwd_grad_enabled(True):
+            primal = tuple(map(_primals, (arrays, results, moved)))
+            made = _tangents(problem, *primal, calculus)
+    else:
+        made = _tangents(problem, arrays, results, moved, calculus)
     return {
         name: torch.zeros_like(result) if made.get(name) is None else made[name]
         for name, result in results.items()
+    }
+
+
+def _primals(arrays: Named) -> Named:
+    return {
+        name: None if array is None else forward_ad.unpack_dual(array).primal
+        for name, array in arrays.items()
     }
 
 
@@ -147,22 +162,29 @@ def _level() -> int:
 
 
 def is_forward_mode() -> bool:
+    """Whether any tensor may carry a tangent."""
     return forward_ad._current_level >= 0  # type: ignore[no-any-return]
 
 
 def split(arrays: Named) -> tuple[dict[str, Any], dict[str, Any]]:
     """The primals of all of `arrays`, and the tangents of those that have one.
 
-    A tensor that a map has batched has none itself: what it holds may have one, which is the
-    business of a rule that sees that.
+    Within other transformations than torch.func.jvp none is seen: what these have wrapped may hold
+    one, which is the business of rules that see that.
     """
     primals, moved = dict(arrays), {}
-    for name, array in arrays.items():
-        if not torch._C._functorch.is_batchedtensor(array) and not is_mapped(array):
+    if not torch._C._are_functorch_transforms_active() or _innermost_is_jvp():
+        for name, array in arrays.items():
             primal, tangent = forward_ad.unpack_dual(array)
             if tangent is not None:
                 primals[name], moved[name] = primal, tangent
     return primals, moved
+
+
+def _innermost_is_jvp() -> bool:
+    functorch = torch._C._functorch
+    innermost = functorch.peek_interpreter_stack().key()
+    return innermost == functorch.TransformType.Jvp  # type: ignore[no-any-return]
 
 
 def in_one_pass(
