@@ -13,9 +13,9 @@ Arrays go by name, as in `ARRAYS`; what is absent, or None, was not given, is no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from cuneigh._problem import ARRAYS, Operands, Problem, Spec, of_what
 
@@ -25,12 +25,22 @@ COMPOSED = ("backward", "jvp")
 """The operations that a framework differentiates as what `composed` makes of them."""
 
 
+class Apply(Protocol):
+    """The results of an operation, all or those `wanted`, from its arguments.
+
+    There may be more arrays than it takes.
+    """
+
+    def __call__(
+        self, problem: Problem, arrays: Named, wanted: Sequence[str] | None = None
+    ) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Calculus:
     """What a framework computes derivatives with; it can differentiate all of it."""
 
-    apply: Callable[[Problem, Named], dict[str, Any]]
-    """The results of an operation, from its arguments."""
+    apply: Apply
     xp: Any
     """The module with the framework's ``exp`` and ``where``."""
     cast: Callable[[Any, str], Any]
@@ -55,7 +65,8 @@ def tangents_of(
     if operation == "forward":
         moved = filled(problem, tangents, Operands._fields)
         directions = {f"tangent_{name}": array for name, array in moved.items()}
-        made = apply(problem.but("jvp"), {**arrays, **directions})
+        given = {**arrays, **results, **directions}
+        made = apply(problem.but("jvp"), given, ("tangent_output", "tangent_lse"))
         return {name: made[f"tangent_{name}"] for name in ("output", "lse")}
     if operation == "qk":
         return {"logits": _seen(_logits(problem, arrays, tangents, calculus), results, calculus)}
