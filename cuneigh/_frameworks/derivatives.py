@@ -41,6 +41,8 @@ class Calculus:
     """What a framework computes derivatives with; it can differentiate all of it."""
 
     apply: Apply
+    change: Callable[[Problem, Named], Any]
+    """The result of a qk with 0 in hidden slots, as it is where operands are changes of some."""
     xp: Any
     """The module with the framework's ``exp`` and ``where``."""
     cast: Callable[[Any, str], Any]
@@ -69,7 +71,7 @@ def tangents_of(
         made = apply(problem.but("jvp"), given, ("tangent_output", "tangent_lse"))
         return {name: made[f"tangent_{name}"] for name in ("output", "lse")}
     if operation == "qk":
-        return {"logits": _seen(_logits(problem, arrays, tangents, calculus), results, calculus)}
+        return {"logits": _logits(problem, arrays, tangents, calculus)}
     if operation == "av":
         return {"output": _output(problem, arrays, tangents, calculus)}
     # Both gradients are linear in what comes in, and in the other arguments together.
@@ -100,33 +102,25 @@ def gradients_of(
         return calculus.apply(problem.but("av_backward"), {**arrays, "grad_output": grad_output})
     (name,) = (name for name in arrays if name.startswith("grad_"))
     if operation == "qk_backward":
-        logits = _logits(problem, arrays, incoming, calculus)
-        back = _seen(logits, {"logits": logits}, calculus)
+        back = _logits(problem, arrays, incoming, calculus)
     else:
         back = _output(problem, arrays, incoming, calculus)
     return {name: back, **_crossed(problem, arrays[name], incoming, calculus)}
 
 
 def _logits(problem: Problem, arrays: Named, moved: Named, calculus: Calculus) -> Any:
-    """The change of logits where the operands change by `moved`; -inf in hidden slots."""
+    """The change of logits where the operands change by `moved`; 0 in hidden slots."""
     terms = []
     rpb = moved.get("rpb")
     if moved.get("query") is not None or rpb is not None:
         of_query = problem.but("qk", rpb_dtype=None if rpb is None else problem.rpb_dtype)
         query = calculus.filled(problem, moved, ("query",))
-        terms.append(calculus.apply(of_query, {**arrays, **query, "rpb": rpb})["logits"])
+        terms.append(calculus.change(of_query, {**arrays, **query, "rpb": rpb}))
     if moved.get("key") is not None or moved.get("additional_keys") is not None:
         keys = calculus.filled(problem, moved, ("key", "additional_keys"))
         of_keys = problem.but("qk", rpb_dtype=None)
-        terms.append(calculus.apply(of_keys, {**arrays, **keys, "rpb": None})["logits"])
+        terms.append(calculus.change(of_keys, {**arrays, **keys, "rpb": None}))
     return sum(terms[1:], start=terms[0]) if terms else None
-
-
-def _seen(change: Any, results: Named, calculus: Calculus) -> Any:
-    """A change of logits, with 0 in slots that are -inf whatever changes."""
-    if change is None:
-        return None
-    return calculus.xp.where(results["logits"] == -math.inf, 0.0, change)
 
 
 def _output(problem: Problem, arrays: Named, moved: Named, calculus: Calculus) -> Any:
@@ -204,8 +198,7 @@ def _jvp(problem: Problem, arrays: Named, calculus: Calculus) -> dict[str, Any]:
     unfused = _Unfused(problem, arrays, calculus)
     moved = {name: unfused.wide.get(f"tangent_{name}") for name in Operands._fields}
     weights = unfused.weights(made["lse"])
-    change = _logits(unfused.logits, unfused.wide, moved, calculus)
-    grown = weights * _seen(change, {"logits": unfused.made}, calculus)
+    grown = weights * _logits(unfused.logits, unfused.wide, moved, calculus)
     tangent_lse = grown.sum(-1)
     moved["weights"] = grown - weights * tangent_lse[..., None]
     given = {**unfused.wide, "weights": weights}
@@ -230,9 +223,9 @@ class _Unfused:
     def weights(self, lse: Any) -> Any:
         """The exponentials of the logits less `lse`; all 0 where that is -inf."""
         xp = self.calculus.xp
-        self.made = self.calculus.apply(self.logits, self.wide)["logits"]
+        logits = self.calculus.apply(self.logits, self.wide)["logits"]
         subtracted = xp.where(lse == -math.inf, math.inf, lse)
-        return xp.exp(self.made - subtracted[..., None])
+        return xp.exp(logits - subtracted[..., None])
 
     def products(self, grad_output: Any) -> Any:
         """Those of `grad_output` and the values; 0 in hidden slots."""
@@ -244,5 +237,4 @@ class _Unfused:
             "key": self.wide["value"],
             "additional_keys": self.wide.get("additional_values"),
         }
-        made = self.calculus.apply(problem, given)["logits"]
-        return self.calculus.xp.where(made == -math.inf, 0.0, made)
+        return self.calculus.change(problem, given)

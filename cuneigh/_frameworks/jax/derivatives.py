@@ -38,7 +38,10 @@ def calculus_of(backend: str | None) -> Calculus:
     """For derivatives of a call, by the backend that it was given where that will do."""
 
     def apply(
-        problem: Problem, arrays: Named, wanted: Sequence[str] | None = None
+        problem: Problem,
+        arrays: Named,
+        wanted: Sequence[str] | None = None,
+        hidden_is_zero: bool = False,
     ) -> dict[str, Any]:
         names, results, _ = ARRAYS[problem.operation]
         if problem.operation == "jvp":
@@ -46,8 +49,11 @@ def calculus_of(backend: str | None) -> Calculus:
         given = {name: arrays[name] for name in names if arrays.get(name) is not None}
         asked = tuple(name for name in wanted or results if problem.has(name))
         of = serving(backend, problem.operation)
-        made = compute(CustomCall(problem, of, tuple(given), asked), *given.values())
-        return dict(zip(asked, made, strict=True))
+        call = CustomCall(problem, of, tuple(given), asked, hidden_is_zero)
+        return dict(zip(asked, compute(call, *given.values()), strict=True))
+
+    def change(problem: Problem, arrays: Named) -> jax.Array:
+        return apply(problem, arrays, hidden_is_zero=True)["logits"]
 
     def cast(array: jax.Array, dtype: str) -> jax.Array:
         return array.astype(numpy_dtype(dtype))
@@ -55,7 +61,7 @@ def calculus_of(backend: str | None) -> Calculus:
     def zeros(spec: Spec) -> jax.Array:
         return jnp.zeros(spec.shape, numpy_dtype(spec.dtype))
 
-    return Calculus(apply, jnp, cast, zeros)
+    return Calculus(apply, change, jnp, cast, zeros)
 
 
 def _tangent(

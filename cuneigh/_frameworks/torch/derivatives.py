@@ -33,19 +33,27 @@ RECORDING: list[Adapter] = []
 def calculus_of(name: str, backend: str | None, device: torch.device) -> Calculus:
     """For derivatives of the call `name`, by the backend that it was given where that will do."""
 
-    def apply(problem: Problem, arrays: Named) -> dict[str, Any]:
+    def apply(
+        problem: Problem, arrays: Named, wanted: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         (adapter,) = RECORDING
-        names = ARRAYS[problem.operation].arguments
+        names, results, _ = ARRAYS[problem.operation]
         given = {name: arrays[name] for name in names if arrays.get(name) is not None}
         of = serving(backend, problem.operation)
-        call = Call(name, adapter, device, tuple(given), problem, of, problem.results)
+        pairs = zip(results, problem.results, strict=True)
+        asked = [None if wanted and name not in wanted else spec for name, spec in pairs]
+        call = Call(name, adapter, device, tuple(given), problem, of, asked)
         made = call.compute(list(given.values()))
-        return dict(zip(ARRAYS[problem.operation].results, made, strict=True))
+        return dict(zip(results, made, strict=True))
+
+    def change(problem: Problem, arrays: Named) -> torch.Tensor:
+        made = apply(problem, arrays)["logits"]
+        return torch.where(made == -torch.inf, 0.0, made)
 
     def zeros(spec: Spec) -> torch.Tensor:
         return TENSORS.full(device, *spec, 0.0)
 
-    return Calculus(apply, torch, TENSORS.cast, zeros)
+    return Calculus(apply, change, torch, TENSORS.cast, zeros)
 
 
 def gradients(
