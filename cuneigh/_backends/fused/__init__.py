@@ -7,6 +7,9 @@ only the queries whose window holds it.
 float32 is multiplied as three products of TF32 numbers, which keeps its precision, or by the FMA
 units where there is no TF32. An infinite element of a query or key then makes a logit NaN.
 
+A jvp of values of more than 128 elements, 64 in float32, computes the logits once for each as many
+of them.
+
 There are kernels for windows of any size (`plan`, `launch`), and kernels for small windows of half
 types (`small`). `choice` compares the two. With small windows the last bits of the output depend on
 whether lse is asked for, as derivatives do: with lse the weights are summed before they are
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 from cuneigh._backends.fused import launch, plan
 from cuneigh._backends.fused.choice import plans, predicted_ms
-from cuneigh._backends.fused.launch import NAME, backward, forward
+from cuneigh._backends.fused.launch import NAME, backward, forward, jvp
 from cuneigh._device import Device
 from cuneigh._gpu import tuned
 from cuneigh._gpu.requirements import no_gpu
@@ -31,6 +34,7 @@ __all__ = [
     "SETTINGS",
     "backward",
     "forward",
+    "jvp",
     "kernels",
     "plans",
     "predicted_ms",
@@ -48,8 +52,8 @@ def unsupported(problem: Problem, device: Device, arrays: object = None) -> str 
     """Why this backend cannot run `problem` on `device`; None when it can."""
     if reason := no_gpu(device):
         return reason
-    if problem.operation not in ("forward", "backward"):
-        return f"computes attention and its gradients, not {problem.operation} alone"
+    if problem.operation not in ("forward", "backward", "jvp"):
+        return f"computes attention and its derivatives, not {problem.operation} alone"
     if device.capability < (7, 5):
         return f"needs compute capability 7.5, but {device.name} has {device.arch}"
     if problem.dtype not in DTYPES:
@@ -61,7 +65,8 @@ def unsupported(problem: Problem, device: Device, arrays: object = None) -> str 
             return f"takes head dimensions up to {LONGEST}, not {name}={getattr(problem, name)}"
     if problem.is_empty:
         return None
-    if not all(plan.areas(problem, device, pass_) for pass_ in plan.passes(problem)):
+    parts = [part for _, part in plan.parts(problem)]
+    if not all(plan.areas(part, device, pass_) for part in parts for pass_ in plan.passes(part)):
         return f"needs more shared memory than the {device.shared_memory} bytes of {device.name}"
     return None
 
