@@ -26,6 +26,9 @@ from cuneigh._frameworks.torch.tensors import TENSORS
 from cuneigh._problem import ARRAYS, TANGENTS, Operands, Problem, Spec
 
 
+LEVEL = 0
+"""The one level of forward mode that PyTorch has; its transformations nest in another way."""
+
 RECORDING: list[Adapter] = []
 """The one adapter that records calls; it is put here by its module, which imports this one."""
 
@@ -101,7 +104,7 @@ def tangents(
 
 def _primals(arrays: Named) -> Named:
     return {
-        name: None if array is None else forward_ad.unpack_dual(array).primal
+        name: None if array is None else forward_ad.unpack_dual(array, level=LEVEL).primal
         for name, array in arrays.items()
     }
 
@@ -171,7 +174,10 @@ def _level() -> int:
 
 def is_forward_mode() -> bool:
     """Whether any tensor may carry a tangent."""
-    return forward_ad._current_level >= 0  # type: ignore[no-any-return]
+    # Where torch.compile traces, forward_ad does not know that it is within torch.func.jvp.
+    return forward_ad._current_level >= 0 or (
+        torch._C._are_functorch_transforms_active() and _innermost_is_jvp()
+    )
 
 
 def split(arrays: Named) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,7 +189,7 @@ def split(arrays: Named) -> tuple[dict[str, Any], dict[str, Any]]:
     primals, moved = dict(arrays), {}
     if not torch._C._are_functorch_transforms_active() or _innermost_is_jvp():
         for name, array in arrays.items():
-            primal, tangent = forward_ad.unpack_dual(array)
+            primal, tangent = forward_ad.unpack_dual(array, level=LEVEL)
             if tangent is not None:
                 primals[name], moved[name] = primal, tangent
     return primals, moved
@@ -208,6 +214,6 @@ def in_one_pass(
             if is_mapped(made[name]):
                 made[name] = _held(made[name])[0]
     return [
-        None if spec is None else forward_ad.make_dual(made[name], made[f"tangent_{name}"])
+        None if spec is None else forward_ad.make_dual(made[name], made[f"tangent_{name}"], level=LEVEL)
         for name, spec in zip(("output", "lse"), call.results, strict=True)
     ]
