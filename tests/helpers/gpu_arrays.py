@@ -11,9 +11,9 @@ import numpy as np
 from cuneigh import _device
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program, cupy_stream
-from cuneigh._problem import Operands, Spec
+from cuneigh._problem import JvpResults, Operands, Spec
 
-OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
+OPERATIONS = ("forward", "backward", "jvp", "qk", "qk_backward", "av", "av_backward")
 
 
 def to_cupy(array: np.ndarray) -> Any:
@@ -59,8 +59,8 @@ def _at_once(function: Any) -> Callable[..., None]:
         program, given = Program(_device.cuda(cupy.cuda.runtime.getDevice())), []
 
         def described(argument: Any) -> Any:
-            if isinstance(argument, Operands):
-                return Operands(*map(described, argument))
+            if isinstance(argument, (Operands, JvpResults)):
+                return type(argument)(*map(described, argument))
             if argument is None:
                 return None
             given.append(argument)

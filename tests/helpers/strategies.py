@@ -18,6 +18,7 @@ from cuneigh._problem import DTYPES, Operands, Problem, Spec
 from cuneigh._validate import Window, attention_problem, av_problem, dense_problem, qk_problem
 
 OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
+"""Those of public functions; backends have ``jvp``, too."""
 LAYOUTS = ("contiguous", "packed", "heads_first", "reversed", "broadcast", "padded", "mixed")
 SMALL_DIMS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 32)
 LARGE_DIMS = (33, 40, 64, 65, 80, 96, 128, 200, 256)
@@ -87,7 +88,7 @@ def problems(
     """
     operation, dtype = draw(st.sampled_from(operations)), draw(st.sampled_from(dtypes))
     if cross is None:
-        cross = operation in ("forward", "backward") and draw(st.integers(0, 3)) == 3
+        cross = operation in ("forward", "backward", "jvp") and draw(st.integers(0, 3)) == 3
     rank = 1 if cross else draw(st.sampled_from(ranks))
     most_tokens = min(most_tokens, math.isqrt(budget))
     tokens = draw(token_counts(rank, most_tokens))
@@ -176,6 +177,8 @@ class Inputs(NamedTuple):
     grad_logits: Any = None
     wants_lse: bool = True
     """Whether a forward is asked for its lse."""
+    tangents: Operands | None = None
+    """Of the operands, finite."""
 
 
 def layouts() -> st.SearchStrategy[str]:
@@ -246,6 +249,9 @@ def inputs(problem: Problem, rng: np.random.Generator, layout: str = "contiguous
             return Inputs(
                 arguments, grad_output=array(problem.output, rng, layout), grad_lse=grad_lse
             )
+        case "jvp":
+            tangents = (None if spec is None else array(spec, rng, layout) for spec in problem.specs)
+            return Inputs(arguments, tangents=Operands(*tangents))
         case "qk":
             return Inputs(arguments)
         case "qk_backward":
