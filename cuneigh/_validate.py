@@ -52,17 +52,16 @@ def problem_of(
             problem = attention_problem(
                 call, operation, query, key, value, window, scale, *extra, rpb
             )
-        case "qk" | "qk_backward" if not window.kernel_size:
+        case "qk" | "qk_backward" | "av" | "av_backward" if not window.kernel_size:
             (is_causal,) = window.is_causal
-            values = key._replace(shape=(*key.shape[:-1], 1))
+            query, key = specs.get("query", specs.get("weights")), specs.get("key", value)
+            assert query is not None
+            assert key is not None
+            # The vectors that the operation does not take have one element.
+            values = value or Spec((*key.shape[:-1], 1), key.dtype)
+            if "weights" in specs:
+                query, key = (Spec((*each.shape[:-1], 1), each.dtype) for each in (query, key))
             problem = dense_problem(call, operation, query, key, values, is_causal, scale)
-        case "av" | "av_backward" if not window.kernel_size:
-            (is_causal,) = window.is_causal
-            weights = specs["weights"]
-            queries, keys = (
-                each._replace(shape=(*each.shape[:-1], 1)) for each in (weights, value)
-            )
-            problem = dense_problem(call, operation, queries, keys, value, is_causal, 1.0)
         case "qk" | "qk_backward":
             problem = qk_problem(call, operation, query, key, window, scale, rpb, additional_keys)
         case "av" | "av_backward":
@@ -129,7 +128,8 @@ def _integer(call: str, name: str, value: Any) -> int:
             return operator.index(value)
         except TypeError:
             pass
-    raise TypeError(f"{call}: {name}={shown(value)} is {_type_name(value)}, not an int")
+    hint = "; sizes are neither traced nor differentiated" if hasattr(value, "dtype") else ""
+    raise TypeError(f"{call}: {name}={shown(value)} is {_type_name(value)}, not an int{hint}")
 
 
 def boolean(call: str, name: str, value: Any) -> bool:

@@ -294,8 +294,7 @@ def _logits_tangent(
     """[queries, slots] How the logits change along `direction`; 0 where not `seen`."""
     keys, d_keys = (_gather(of.keys, slots.row, seen) for of in (head, direction))
     d_logits = problem.scale * (
-        np.einsum("nd,nsd->ns", direction.query, keys)
-        + np.einsum("nd,nsd->ns", head.query, d_keys)
+        np.einsum("nd,nsd->ns", direction.query, keys) + np.einsum("nd,nsd->ns", head.query, d_keys)
     )
     if slots.offset is not None:
         d_logits[:, : problem.window_size] += direction.bias[slots.offset]

@@ -102,9 +102,12 @@ def cases(device: str) -> dict[str, tuple[Any, list[Any]]]:
 @pytest.mark.parametrize("name", cases("cpu"))
 def test_finite_differences_in_pytorch(name, device):
     function, given = cases(device)[name]
-    batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    is_short = name != "explicit"
+    batched = {"check_batched_grad": is_short, "check_batched_forward_grad": is_short}
     assert check(function, given, check_forward_ad=True, **batched, **quickly)
-    assert check_again(function, given, check_fwd_over_rev=True, check_batched_grad=True, **quickly)
+    assert check_again(
+        function, given, check_fwd_over_rev=is_short, check_batched_grad=name == "whole", **quickly
+    )
 
 
 def cubed(query):
@@ -160,9 +163,7 @@ def test_tangents_are_those_of_the_oracle(device, problem, rng):
     with forward_ad.dual_level():
         duals = function(*map(forward_ad.make_dual, given, moved))
         eager = [forward_ad.unpack_dual(dual).tangent for dual in duals]
-    for array, other, wanted in zip(
-        (*results, *turned), (*results, *eager), (*made,), strict=True
-    ):
+    for array, other, wanted in zip((*results, *turned), (*results, *eager), (*made,), strict=True):
         assert torch.equal(array, other)
         np.testing.assert_allclose(own.numpy(array), wanted, rtol=1e-9, atol=1e-9)
 
@@ -196,7 +197,9 @@ def test_compiled_derivatives():
     def both(query):
         return step(query), torch.func.grad(step)(query)
 
-    for one, other in zip(both(query), torch.compile(both, backend="aot_eager")(query), strict=True):
+    for one, other in zip(
+        both(query), torch.compile(both, backend="aot_eager")(query), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
@@ -216,7 +219,9 @@ def test_derivatives_of_every_backend(backend, dtype):
             return cuneigh.na2d(*given, 7, backend=backend)
 
         def penalty(*given):
-            grads = torch.func.grad(lambda *given: function(*given).float().square().sum(), (0, 1, 2))
+            grads = torch.func.grad(
+                lambda *given: function(*given).float().square().sum(), (0, 1, 2)
+            )
             return sum(grad.float().square().sum() for grad in grads(*given))
 
         _, turned = torch.func.jvp(function, tuple(given), tuple(ways))
@@ -320,10 +325,8 @@ def whole_and_sum(key, value, query):
 
 def test_sizes_are_not_differentiated():
     (query,) = of_jax(1, np.float32)
-    with pytest.raises(TypeError, match="na1d: kernel_size=.* not an int"):
+    with pytest.raises(TypeError, match=r"na1d: kernel_size=.* not an int; sizes are neither"):
         jax.grad(lambda size: cuneigh.na1d(query, query, query, size).sum())(3.0)
     tensor = torch.ones(1, 4, 1, 2)
-    with pytest.raises(TypeError, match="na1d: kernel_size=.* not an int"):
+    with pytest.raises(TypeError, match=r"na1d: kernel_size=.* not an int; sizes are neither"):
         cuneigh.na1d(tensor, tensor, tensor, torch.tensor(3.0, requires_grad=True))
-
-

@@ -1,4 +1,4 @@
-"""The tangents of attention: the oracle, every backend against it, and what frameworks make of it."""
+"""The tangents of attention: the oracle, and every backend against it."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def test_the_gradient_is_the_transpose(problem, rng):
     asked = inputs(problem, rng)
     made = reference.jvp(problem, asked.operands, asked.tangents)
     grad_output, grad_lse = map(rng.standard_normal, (problem.output.shape, problem.lse.shape))
-    gradients = reference.backward(
-        problem.but("backward"), asked.operands, grad_output, grad_lse
-    )
+    gradients = reference.backward(problem.but("backward"), asked.operands, grad_output, grad_lse)
     right = sum(
         (gradient * tangent.astype(float)).sum()
         for gradient, tangent in zip(gradients, asked.tangents, strict=True)
@@ -122,5 +120,3 @@ def test_a_backend_without_the_operation_leaves_it_to_others():
     assert serving("hopper", "jvp") is None
     assert serving("cpu", "qk_backward") == "cpu"
     assert serving(None, "jvp") is None
-
-

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   const int last_lane = forgotten(given_thread) % 32;
   constexpr int kRowsAtOnce = Plan::kColumns < 8 * Plan::kWarps ? Plan::kColumns / Plan::kWarps : 8;
   auto* rows_smem = &smem.value[0][warp * kRowsAtOnce];  // [kRowsAtOnce, kValueDim]
-  auto store = [&](const auto& view, int first_row, const float(&sum)[Plan::kValueDim / 8][4],
+  auto store = [&](const auto& view, int first_row, const float (&sum)[Plan::kValueDim / 8][4],
                    int half) {
     if (!view.data) return;
 #pragma unroll
@@ -239,7 +239,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const int first_row = warp_row + m * 16 + half * 8, row = first_row + last_lane / 4;
       const float sum = softmax.sum(m, half);
       const float normalizer = softmax.normalizer(sum);
-      const float d_lse = normalizer * sum_of_row(d_sum[m][0][2 * half] + d_sum[m][0][2 * half + 1]);
+      const float d_lse =
+          normalizer * sum_of_row(d_sum[m][0][2 * half] + d_sum[m][0][2 * half + 1]);
 #pragma unroll
       for (int d = 0; d < Plan::kValueDim / 8; ++d)
 #pragma unroll

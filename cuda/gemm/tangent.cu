@@ -1,6 +1,6 @@
 // From the weights P of tiles and the dense products of tangents to the tangents of weights:
-// dS = scale (dQ K^T + Q dK^T) + dbias, dlse = sum(P dS), dP = P (dS - dlse). They may take the place
-// of the products. Where a row does not see a key, P is 0.
+// dS = scale (dQ K^T + Q dK^T) + dbias, dlse = sum(P dS), dP = P (dS - dlse). They may take the
+// place of the products. Where a row does not see a key, P is 0.
 //
 // blockIdx.x: a tile and a slice of its rows. A team of Plan::kLanes lanes takes a row.
 

@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
     d_output.store(arguments.tangent_output.at(item.batch, item.token, item.head) + slice,
                    slice_size);
   if (blockIdx.y > 0 || Lanes::lane() > 0) return;
-  if (arguments.lse.data)
-    *arguments.lse.at(item.batch, item.token, item.head) = softmax.lse();
+  if (arguments.lse.data) *arguments.lse.at(item.batch, item.token, item.head) = softmax.lse();
   if (arguments.tangent_lse.data)
     *arguments.tangent_lse.at(item.batch, item.token, item.head) = d_lse;
 }

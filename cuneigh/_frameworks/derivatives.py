@@ -145,9 +145,7 @@ def _crossed(problem: Problem, incoming: Any, moved: Named, calculus: Calculus) 
     if all(moved.get(name) is None for name in arguments):
         return {}
     operands = calculus.filled(problem, moved, tuple(arguments))
-    (name,) = (
-        name for name in ARRAYS[problem.operation].arguments if name.startswith("grad_")
-    )
+    (name,) = (name for name in ARRAYS[problem.operation].arguments if name.startswith("grad_"))
     unbiased = problem.but(problem.operation, rpb_dtype=None)
     return calculus.apply(unbiased, {**operands, name: incoming})
 
@@ -213,7 +211,7 @@ class _Unfused:
         wide = problem.accumulator
         bias = None if problem.rpb_dtype is None else wide
         self.calculus = calculus
-        self.wide = {
+        self.wide: dict[str, Any] = {
             name: None if array is None else calculus.cast(array, wide)
             for name, array in arrays.items()
         }
@@ -229,9 +227,7 @@ class _Unfused:
 
     def products(self, grad_output: Any) -> Any:
         """Those of `grad_output` and the values; 0 in hidden slots."""
-        problem = self.logits.but(
-            "qk", head_dim=self.sums.value_dim, scale=1.0, rpb_dtype=None
-        )
+        problem = self.logits.but("qk", head_dim=self.sums.value_dim, scale=1.0, rpb_dtype=None)
         given = {
             "query": grad_output,
             "key": self.wide["value"],

@@ -250,7 +250,9 @@ def inputs(problem: Problem, rng: np.random.Generator, layout: str = "contiguous
                 arguments, grad_output=array(problem.output, rng, layout), grad_lse=grad_lse
             )
         case "jvp":
-            tangents = (None if spec is None else array(spec, rng, layout) for spec in problem.specs)
+            tangents = (
+                None if spec is None else array(spec, rng, layout) for spec in problem.specs
+            )
             return Inputs(arguments, tangents=Operands(*tangents))
         case "qk":
             return Inputs(arguments)

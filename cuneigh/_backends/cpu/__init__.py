@@ -7,9 +7,9 @@ is ever in memory: every thread works on about half a million logits at a time.
 
 `tiles` cuts a problem into boxes, `rows` reads and writes tokens whatever their strides, `boxes`
 holds what the operations do with a box, `attention`, `tangents` and `products` are the operations,
-`gradients` adds up what boxes share, and `threads` runs them in parallel. Half-precision arrays are computed in
-float32, float64 in float64. Results do not depend on the number of threads. What is not finite
-reaches only the queries that see it.
+`gradients` adds up what boxes share, and `threads` runs them in parallel. Half-precision arrays are
+computed in float32, float64 in float64. Results do not depend on the number of threads. What is not
+finite reaches only the queries that see it.
 """
 
 from __future__ import annotations

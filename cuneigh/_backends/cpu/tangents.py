@@ -35,8 +35,7 @@ def jvp(
     primal, moved = tables(operands), tables(tangents)
     bias, bias_tangent = (flat_bias(problem, each.rpb) for each in (operands, tangents))
     out_rows, tangent_rows = (
-        None if array is None else Rows(array)
-        for array in (results.output, results.tangent_output)
+        None if array is None else Rows(array) for array in (results.output, results.tangent_output)
     )
     lse_rows, tangent_lse_rows = (
         None if array is None else Rows(array[..., None])

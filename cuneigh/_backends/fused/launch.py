@@ -140,9 +140,7 @@ def jvp(
         _launch(program, part, JVP, plan, key_bytes, load_width(vectors), views)
 
 
-def _alike(
-    operands: Operands, tangents: Operands, program: Program
-) -> tuple[Operands, Operands]:
+def _alike(operands: Operands, tangents: Operands, program: Program) -> tuple[Operands, Operands]:
     """The same, with the tangents of all but the query laid out in memory as what they are of."""
     pairs = []
     for name, array, tangent in zip(Operands._fields, operands, tangents, strict=True):

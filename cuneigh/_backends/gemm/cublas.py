@@ -78,7 +78,9 @@ class Product:
         library, handle = _library(), cupy.cuda.device.get_cublas_handle()
         _check(library.cublasSetStream_v2(handle, stream))
         rows, columns, inner = self.shape
-        factors = np.array([self.factor, self.adds], np.float64 if self.compute == FLOAT64 else np.float32)
+        factors = np.array(
+            [self.factor, self.adds], np.float64 if self.compute == FLOAT64 else np.float32
+        )
         alpha, beta = factors.ctypes.data, factors.ctypes.data + factors.itemsize
         by_address = self.result.stride is None
         multiply = library.cublasGemmBatchedEx if by_address else library.cublasGemmStridedBatchedEx

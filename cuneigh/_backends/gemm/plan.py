@@ -381,7 +381,9 @@ def predicted(
         traffic += columns * dims * number
     key_bytes = columns * dims * element
     if problem.dtype in H200.product_flops and not (tf32 and problem.dtype == "float32"):
-        products = {"backward": 2.5, "jvp": 3.0, "forward": 1.0}.get(problem.operation, 1.0 + gradients)
+        products = {"backward": 2.5, "jvp": 3.0, "forward": 1.0}.get(
+            problem.operation, 1.0 + gradients
+        )
         # Blocks of a product overhang its matrices, and each has a beginning and an end.
         area = (round_up(rows, 8) + 8) * (round_up(columns, 32) + 16)
         arithmetic = 2.0 * area * dims * products / H200.product_flops[problem.dtype]

@@ -118,7 +118,6 @@ primitive.multiple_results = True
 primitive.def_impl(lambda *arrays, call: eager(call, *arrays))
 
 
-@primitive.def_abstract_eval
 def _types(*arrays: Any, call: CustomCall) -> list[Any]:
     """The types of the results, which vary along the axes of a mesh as the arguments do."""
     axes = spread_over(arrays)
@@ -132,6 +131,9 @@ def _types(*arrays: Any, call: CustomCall) -> list[Any]:
             kind = kind.update(sharding=sharding, **{manual: getattr(like, manual)})
         types.append(kind)
     return types
+
+
+primitive.def_abstract_eval(_types)
 
 
 def _launched(*arrays: jax.Array, call: CustomCall) -> list[jax.Array]:
@@ -173,8 +175,12 @@ def _mapped(arrays: Sequence[Any], axes: Sequence[Any], *, call: CustomCall) -> 
     (size, *_) = (array.shape[axis] for array, axis, is_batched in pairs if is_batched)
     into = _folded_axis(call, batched)
     folded = [
-        _fold(jnp.moveaxis(array, axis, 0) if is_batched else array, _axis(name, into), size,
-              is_batched)
+        _fold(
+            jnp.moveaxis(array, axis, 0) if is_batched else array,
+            _axis(name, into),
+            size,
+            is_batched,
+        )
         for name, (array, axis, is_batched) in zip(call.arguments, pairs, strict=True)
     ]
     made = compute(_enlarged(call, into, size), *folded)

@@ -80,8 +80,8 @@ class TorchAdapter(TensorAdapter):
             operation = call.problem.operation
             calculus = calculus_of(call.name, call.backend, arrays[0].device)
             if moved and operation in COMPOSED:
-                made = composed(call.problem, named, calculus)
-                return [made.get(name) for name in ARRAYS[operation].results]
+                of = composed(call.problem, named, calculus)
+                return [of.get(name) for name in ARRAYS[operation].results]
             # Where gradients are asked for, too, they must see the tangents of what is kept.
             if moved and operation == "forward" and not _requires_grad(arrays):
                 return in_one_pass(call, primals, moved, calculus)

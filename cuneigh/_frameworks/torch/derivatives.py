@@ -25,7 +25,6 @@ from cuneigh._frameworks.derivatives import (
 from cuneigh._frameworks.torch.tensors import TENSORS
 from cuneigh._problem import ARRAYS, TANGENTS, Operands, Problem, Spec
 
-
 LEVEL = 0
 """The one level of forward mode that PyTorch has; its transformations nest in another way."""
 
@@ -92,8 +91,8 @@ def tangents(
         # torch.func.jvp would find nothing to differentiate. It is on here, for primals without
         # the tangents at hand.
         with forward_ad._set_fwd_grad_enabled(True):
-            primal = tuple(map(_primals, (arrays, results, moved)))
-            made = _tangents(problem, *primal, calculus)
+            primals, kept, directions = map(_primals, (arrays, results, moved))
+            made = _tangents(problem, primals, kept, directions, calculus)
     else:
         made = _tangents(problem, arrays, results, moved, calculus)
     return {
@@ -154,7 +153,10 @@ def mapped(
         return tuple(array for array in made if array is not None)
 
     made = iter(torch.func.vmap(batched, dims)(*held))
-    return [torch._add_batch_dim(next(made).contiguous(), 0, _level()) if each else None for each in there]
+    return [
+        torch._add_batch_dim(next(made).contiguous(), 0, _level()) if each else None
+        for each in there
+    ]
 
 
 def _held(array: torch.Tensor) -> torch.Tensor:
@@ -214,6 +216,8 @@ def in_one_pass(
             if is_mapped(made[name]):
                 made[name] = _held(made[name])[0]
     return [
-        None if spec is None else forward_ad.make_dual(made[name], made[f"tangent_{name}"], level=LEVEL)
+        None
+        if spec is None
+        else forward_ad.make_dual(made[name], made[f"tangent_{name}"], level=LEVEL)
         for name, spec in zip(("output", "lse"), call.results, strict=True)
     ]
