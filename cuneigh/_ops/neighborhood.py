@@ -113,9 +113,9 @@ def na2d(
     Arrays of any other framework that speaks DLPack, or ``__cuda_array_interface__``, may be on the
     CPU or a CUDA device. There they are read, and results are written, on CuPy's current stream.
     Results are arrays of that framework if its array namespace or module has a ``from_dlpack``, and
-    NumPy's or CuPy's if not. No derivative passes through such a call. PyTorch and JAX differentiate
-    the others to every order, in reverse and in forward mode; a derivative of second order takes
-    memory for the logits.
+    NumPy's or CuPy's if not. No derivative passes through such a call. Through the others PyTorch
+    and JAX take derivatives of every order, in reverse and in forward mode; from the second on they
+    need memory for logits.
 
     Parameters
     ----------
