@@ -28,13 +28,18 @@ tests() {
   return "${PIPESTATUS[0]}"
 }
 
+# Of the backends in $BACKENDS (default: all). The tools run side by side, and so do the ranks.
 sanitizer() {
-  local tool status=0
-  for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/helpers/small_shapes.py \
-      >"$OUT/sanitizer-$tool.txt" 2>&1 || status=1
-    tail -n 4 "$OUT/sanitizer-$tool.txt"
+  local tool rank status=0 jobs=()
+  for tool in memcheck racecheck synccheck; do
+    for rank in 1 2 3; do
+      RACECHECK=$([ $tool = racecheck ] && echo 1) compute-sanitizer --tool $tool --error-exitcode 1 \
+        python3 tests/helpers/small_shapes.py $rank ${BACKENDS:-} >"$OUT/sanitizer-$tool-$rank.txt" 2>&1 &
+      jobs+=($!)
+    done
   done
+  for job in "${jobs[@]}"; do wait "$job" || status=1; done
+  tail -n 2 "$OUT"/sanitizer-*check-*.txt
   # Racecheck has nothing to find in the lifetimes: it looks at shared memory.
   compute-sanitizer --tool memcheck --error-exitcode 1 python3 tests/helpers/lifetimes.py \
     >"$OUT/sanitizer-lifetimes.txt" 2>&1 || status=1
@@ -43,7 +48,7 @@ sanitizer() {
 }
 
 soak() {
-  python3 tests/helpers/soak.py --seconds "${SECONDS_OF_SOAK:-400}" 2>&1 |
+  python3 tests/helpers/soak.py --seconds "${SECONDS_OF_SOAK:-400}" --jobs "${JOBS:-8}" 2>&1 |
     tee "$OUT/soak.txt" | tail -n 20
   return "${PIPESTATUS[0]}"
 }

@@ -7,11 +7,13 @@ the arguments of a call and raises for whatever is illegal; backends never check
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import and_
 from typing import Any, Literal, NamedTuple
 
-from cuneigh._window import Axis
+from cuneigh._window import CONTRACT, Axis, Promise
 
 
 class Dtype(NamedTuple):
@@ -55,6 +57,12 @@ class Operands(NamedTuple):
     additional_keys: Any = None
     additional_values: Any = None
     rpb: Any = None
+    key_mask: Any = None
+    """False where a key is hidden from all queries; it has no gradient."""
+
+
+DIFFERENTIATED = Operands._fields[:-1]
+"""The operands that have gradients, and tangents."""
 
 
 class JvpResults(NamedTuple):
@@ -68,7 +76,7 @@ class JvpResults(NamedTuple):
 
 Operation = Literal["forward", "backward", "jvp", "qk", "qk_backward", "av", "av_backward"]
 
-TANGENTS = tuple(f"tangent_{name}" for name in Operands._fields)
+TANGENTS = tuple(f"tangent_{name}" for name in DIFFERENTIATED)
 """What a jvp calls the directions in which it differentiates, in the order of the operands."""
 
 
@@ -90,17 +98,19 @@ class Arrays(NamedTuple):
 ARRAYS: dict[Operation, Arrays] = {
     "forward": Arrays(Operands._fields, ("output", "lse"), "backward"),
     "backward": Arrays(
-        (*Operands._fields, "grad_output", "output", "lse", "grad_lse"), Operands._fields
+        (*Operands._fields, "grad_output", "output", "lse", "grad_lse"), DIFFERENTIATED
+    ),
+    "qk": Arrays(
+        ("query", "key", "additional_keys", "rpb", "key_mask"), ("logits",), "qk_backward"
     ),
     "jvp": Arrays((*Operands._fields, *TANGENTS), JvpResults._fields),
-    "qk": Arrays(("query", "key", "additional_keys", "rpb"), ("logits",), "qk_backward"),
     "qk_backward": Arrays(
-        ("query", "key", "additional_keys", "rpb", "grad_logits"),
+        ("query", "key", "additional_keys", "rpb", "key_mask", "grad_logits"),
         ("query", "key", "additional_keys", "rpb"),
     ),
-    "av": Arrays(("weights", "value", "additional_values"), ("output",), "av_backward"),
+    "av": Arrays(("weights", "value", "additional_values", "key_mask"), ("output",), "av_backward"),
     "av_backward": Arrays(
-        ("weights", "value", "additional_values", "grad_output"),
+        ("weights", "value", "additional_values", "key_mask", "grad_output"),
         ("weights", "value", "additional_values"),
     ),
 }
@@ -108,7 +118,7 @@ ARRAYS: dict[Operation, Arrays] = {
 
 OPTIONAL = frozenset(
     [
-        *("additional_keys", "additional_values", "rpb", "grad_lse"),
+        *("additional_keys", "additional_values", "rpb", "key_mask", "grad_lse"),
         *("tangent_additional_keys", "tangent_additional_values", "tangent_rpb"),
     ]
 )
@@ -139,6 +149,7 @@ class Problem:
     additional: int | None = None
     """Number of additional keys, or None when they were not given."""
     rpb_dtype: str | None = None
+    has_key_mask: bool = False
 
     def __hash__(self) -> int:
         return self._hash
@@ -180,8 +191,35 @@ class Problem:
 
     @cached_property
     def is_empty(self) -> bool:
-        """Whether a batch, head or token axis has size zero, so that nothing is computed."""
-        return 0 in (self.batch, self.heads, *self.tokens, *self.key_tokens)
+        """Whether nothing is computed: there is no batch, head or query, or no key at all."""
+        if 0 in (self.batch, self.heads, *self.tokens):
+            return True
+        return 0 in self.key_tokens and not self.additional
+
+    @cached_property
+    def is_ordinary(self) -> bool:
+        """Whether nothing but the queries' windows hides keys of a whole layout from them."""
+        return not self.has_key_mask and all(axis.is_ordinary for axis in self.axes)
+
+    @cached_property
+    def promises(self) -> Promise:
+        """What of the contract of `_window` is kept along every axis."""
+        return reduce(and_, (axis.promises for axis in self.axes), CONTRACT)
+
+    def at(self, query_start: Sequence[int], key_start: Sequence[int]) -> Problem:
+        """The same problem on other parts, of the same sizes, of its layout."""
+        starts = zip(self.axes, query_start, key_start, strict=True)
+        return replace(self, axes=tuple(axis.at(*start) for axis, *start in starts))
+
+    @cached_property
+    def anywhere(self) -> Problem:
+        """The same problem on other parts: one for all starts that need no other plan.
+
+        What is kept for calls to come, kernels and plans, is kept by this.
+        """
+        if not any(axis.is_part for axis in self.axes):
+            return self
+        return replace(self, axes=tuple(axis.anywhere() for axis in self.axes))
 
     @cached_property
     def accumulator(self) -> str:
@@ -215,6 +253,8 @@ class Problem:
             "output": Spec((*queries, self.value_dim), self.dtype),
             "lse": Spec(queries, self.accumulator),
         }
+        if self.has_key_mask:
+            specs["key_mask"] = Spec((self.batch, *self.key_tokens), "bool")
         if self.additional is not None:
             extra = (self.batch, self.additional, self.kv_heads)
             specs["additional_keys"] = Spec((*extra, self.head_dim), self.dtype)
@@ -240,6 +280,11 @@ class Problem:
             *[self._specs.get(name) if name in taken else None for name in Operands._fields]
         )
 
+    @property
+    def gradient_specs(self) -> Operands:
+        """The `Spec` of the gradient of every operand; None for what has none or is not taken."""
+        return self.specs._replace(key_mask=None)
+
     @cached_property
     def results(self) -> tuple[Spec | None, ...]:
         """The `Spec` of every result of the operation; None for gradients of what is not given."""
@@ -258,7 +303,10 @@ class Problem:
         return self._specs["logits"]
 
     def visible_pairs(self) -> int:
-        """(query, key) pairs that attend to each other, in one batch and one query head."""
+        """(query, key) pairs that attend to each other, in one batch and one query head.
+
+        Pairs that only a mask hides are counted.
+        """
         if self.is_empty:
             return 0
         pairs = math.prod(axis.visible_pairs() for axis in self.axes)
@@ -289,4 +337,5 @@ class Problem:
 
 def size_of(spec: Spec) -> int:
     """Bytes of a dense array."""
-    return math.prod(spec.shape) * DTYPES[spec.dtype]
+    itemsize = 1 if spec.dtype == "bool" else DTYPES[spec.dtype]
+    return math.prod(spec.shape) * itemsize

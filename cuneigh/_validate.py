@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from cuneigh._messages import shown
 from cuneigh._problem import ARRAYS, DTYPES, SUPPORTED, Operands, Operation, Problem, Spec
-from cuneigh._window import Axis
+from cuneigh._window import BORDERS, Axis, Border
 
 
 class Window(NamedTuple):
@@ -29,28 +29,45 @@ class Window(NamedTuple):
     is_causal: tuple[bool, ...]
 
 
+class Part(NamedTuple):
+    """How the tokens of a call lie in their layout, one entry per token axis.
+
+    A call without one is given the whole layout, and all its borders are "shift".
+    """
+
+    border: tuple[Border, ...]
+    layout: tuple[int, ...] | None
+    """None for that of the arrays, which must then be whole."""
+    query_start: tuple[int, ...]
+    key_start: tuple[int, ...]
+
+
 def problem_of(
     call: str,
     operation: Operation,
     specs: Mapping[str, Spec],
     window: Window,
     scale: float | None,
+    part: Part | None = None,
 ) -> Problem:
     """The problem of `operation` on arrays of these shapes and dtypes, all of which are checked.
 
     `specs` has the arguments of the operation by name, without the optional ones that are not
     given. A `scale` of None stands for ``head_dim ** -0.5``.
     """
-    query, key, value, additional_keys, additional_values, rpb = map(specs.get, Operands._fields)
+    query, key, value, additional_keys, additional_values, rpb, key_mask = map(
+        specs.get, Operands._fields
+    )
+    given = part, key_mask
     problem: Problem
     match operation:
         case "forward" | "backward" | "jvp" if not window.kernel_size:
             (is_causal,) = window.is_causal
-            problem = dense_problem(call, operation, query, key, value, is_causal, scale)
+            problem = dense_problem(call, operation, query, key, value, is_causal, scale, key_mask)
         case "forward" | "backward" | "jvp":
             extra = additional_keys, additional_values
             problem = attention_problem(
-                call, operation, query, key, value, window, scale, *extra, rpb
+                call, operation, query, key, value, window, scale, *extra, rpb, *given
             )
         case "qk" | "qk_backward" | "av" | "av_backward" if not window.kernel_size:
             (is_causal,) = window.is_causal
@@ -61,12 +78,14 @@ def problem_of(
             values = value or Spec((*key.shape[:-1], 1), key.dtype)
             if "weights" in specs:
                 query, key = (Spec((*each.shape[:-1], 1), each.dtype) for each in (query, key))
-            problem = dense_problem(call, operation, query, key, values, is_causal, scale)
+            problem = dense_problem(call, operation, query, key, values, is_causal, scale, key_mask)
         case "qk" | "qk_backward":
-            problem = qk_problem(call, operation, query, key, window, scale, rpb, additional_keys)
+            problem = qk_problem(
+                call, operation, query, key, window, scale, rpb, additional_keys, *given
+            )
         case "av" | "av_backward":
             problem = av_problem(
-                call, operation, specs["weights"], value, window, additional_values
+                call, operation, specs["weights"], value, window, additional_values, *given
             )
     if scale is not None and abs(scale) > LARGEST_SCALE[problem.accumulator]:
         raise ValueError(
@@ -89,7 +108,12 @@ _CHECKED = frozenset([*Operands._fields, "weights"])
 
 
 def window_arguments(
-    call: str, rank: int, kernel_size: object, stride: object, dilation: object, is_causal: object
+    call: str,
+    rank: int,
+    kernel_size: object,
+    stride: object,
+    dilation: object,
+    is_causal: object,
 ) -> Window:
     """The window arguments repeated over the token axes, their types checked."""
     return Window(
@@ -97,6 +121,18 @@ def window_arguments(
         _per_axis(call, "stride", stride, rank, _integer),
         _per_axis(call, "dilation", dilation, rank, _integer),
         _per_axis(call, "is_causal", is_causal, rank, boolean),
+    )
+
+
+def part_arguments(
+    call: str, rank: int, border: object, layout: object, query_start: object, key_start: object
+) -> Part:
+    """The arguments about the layout repeated over the token axes, their types checked."""
+    return Part(
+        _per_axis(call, "border", border, rank, _border),
+        None if layout is None else _per_axis(call, "layout", layout, rank, _integer),
+        _per_axis(call, "query_start", query_start, rank, _integer),
+        _per_axis(call, "key_start", key_start, rank, _integer),
     )
 
 
@@ -130,6 +166,15 @@ def _integer(call: str, name: str, value: Any) -> int:
             pass
     hint = "; sizes are neither traced nor differentiated" if hasattr(value, "dtype") else ""
     raise TypeError(f"{call}: {name}={shown(value)} is {_type_name(value)}, not an int{hint}")
+
+
+def _border(call: str, name: str, value: Any) -> Border:
+    if not isinstance(value, str):
+        raise TypeError(f"{call}: {name}={shown(value)} is {_type_name(value)}, not a str")
+    if value not in BORDERS:
+        names = ", ".join(map(repr, BORDERS))
+        raise ValueError(f"{call}: {name}={shown(value)} is not one of {names}")
+    return value
 
 
 def boolean(call: str, name: str, value: Any) -> bool:
@@ -166,30 +211,108 @@ def finite_scale(call: str, scale: object) -> float:
 
 
 def neighborhood_axes(
-    call: str, tokens: Sequence[int], window: Window, heads: int = 0
+    call: str,
+    tokens: Sequence[int],
+    window: Window,
+    heads: int = 0,
+    keys: Sequence[int] | None = None,
+    part: Part | None = None,
 ) -> tuple[Axis, ...]:
-    """One `Axis` per token axis, every rule of the window checked.
+    """One `Axis` per token axis, every rule of the window and of parts of a layout checked.
 
+    `tokens` are the lengths of the queries and `keys` those of the keys, the same if not given;
     `heads` is the length of the axis after those of the tokens.
     """
+    keys = tokens if keys is None else keys
+    is_whole = part is None or part.layout is None
+    layout = keys if part is None or part.layout is None else part.layout
     axes = []
-    for axis, (length, k, s, d, causal) in enumerate(zip(tokens, *window, strict=True)):
+    for axis, (k, s, d, causal) in enumerate(zip(*window, strict=True)):
+        where, length = f"on axis {axis}", layout[axis]
+        border: Border = "shift" if part is None else part.border[axis]
         for name, size in (("kernel_size", k), ("dilation", d), ("stride", s)):
             if size < 1:
-                raise ValueError(f"{call}: {name}={shown(size)} on axis {axis} must be at least 1")
+                raise ValueError(f"{call}: {name}={shown(size)} {where} must be at least 1")
         if s > k:
             raise ValueError(
-                f"{call}: stride={shown(s)} on axis {axis} must not exceed kernel_size={shown(k)}"
+                f"{call}: stride={shown(s)} {where} must not exceed kernel_size={shown(k)}"
             )
-        if length and k * d > length:
+        if border == "wrap":
+            _check_ring(call, where, length, d, causal)
+        fits = not length or k * d <= length
+        if not fits and border != "cut":
             raise ValueError(
-                f"{call}: kernel_size={shown(k)} times dilation={shown(d)} on axis {axis} is "
-                f"{shown(k * d)}, "
-                f"which exceeds that axis's length {length}"
-                f"{_heads_first_hint(tokens, window, heads)}"
+                f"{call}: kernel_size={shown(k)} times dilation={shown(d)} {where} is "
+                f"{shown(k * d)}, which exceeds "
+                + (f"that axis's length {length}" if is_whole else f"layout={length}")
+                + (_heads_first_hint(tokens, window, heads) if is_whole else "")
             )
-        axes.append(Axis(length, length, k, s, d, causal))
+        if causal and fits:  # which cuts windows short in any case
+            border = "shift"
+        found = Axis(tokens[axis], keys[axis], k, s, d, causal, border, length)
+        if part is not None:
+            starts = part.query_start[axis], part.key_start[axis]
+            _check_part(call, where, found, is_whole, *starts)
+            found = found.at(*starts)
+        axes.append(found)
     return tuple(axes)
+
+
+def _check_ring(call: str, where: str, length: int, dilation: int, is_causal: bool) -> None:
+    if is_causal:
+        raise ValueError(
+            f"{call}: border='wrap' cannot be combined with is_causal=True {where}: on a ring no "
+            f"key comes after a query"
+        )
+    if length % dilation:
+        raise ValueError(
+            f"{call}: border='wrap' {where} needs a length of which dilation={shown(dilation)} is "
+            f"a divisor, but the length is {length}"
+        )
+
+
+def _check_part(
+    call: str, where: str, axis: Axis, is_unknown: bool, query_start: int, key_start: int
+) -> None:
+    """Raise unless the part of an axis lies in its layout, which is unknown if not given."""
+    for side, start, count in (
+        ("query", query_start, axis.length),
+        ("key", key_start, axis.key_length),
+    ):
+        name = f"{side}_start"
+        if is_unknown and start:
+            raise ValueError(
+                f"{call}: {name}={shown(start)} {where} needs layout, the lengths of the whole"
+            )
+        if axis.border == "wrap":
+            if count > axis.layout:
+                raise ValueError(
+                    f"{call}: {side} has {count} tokens {where}, more than layout={axis.layout}"
+                )
+        elif start < 0:
+            raise ValueError(f"{call}: {name}={shown(start)} {where} must not be negative")
+        elif start + count > axis.layout:
+            raise ValueError(
+                f"{call}: {name}={shown(start)} plus the {count} tokens of {side} {where} is "
+                f"{shown(start + count)}, which exceeds layout={axis.layout}"
+            )
+
+
+def _axes_of(
+    call: str, sides: dict[str, Spec], window: Window, part: Part | None
+) -> tuple[Axis, ...]:
+    """The axes of two arrays, of the queries and of the keys: alike, unless they are parts."""
+    (first, queries), (other, keys) = sides.items()
+    _check_rank(call, other, keys, len(window.kernel_size))
+    lengths, key_lengths = queries.shape[1:-2], keys.shape[1:-2]
+    if part is None or part.layout is None:
+        for axis, (length, key_length) in enumerate(zip(lengths, key_lengths, strict=True), 1):
+            if length != key_length:
+                raise ValueError(
+                    f"{call}: {other} has size {key_length} on axis {axis}, but {first} has "
+                    f"{length}: they must be equal, unless layout says what they are parts of"
+                )
+    return neighborhood_axes(call, lengths, window, queries.shape[-2], key_lengths, part)
 
 
 def _heads_first_hint(tokens: Sequence[int], window: Window, heads: int) -> str:
@@ -236,6 +359,8 @@ def attention_problem(
     additional_keys: Spec | None = None,
     additional_values: Spec | None = None,
     rpb: Spec | None = None,
+    part: Part | None = None,
+    key_mask: Spec | None = None,
 ) -> Problem:
     """The problem of `na{r}d` or its backward."""
     rank = len(window.kernel_size)
@@ -246,7 +371,7 @@ def attention_problem(
         if additional_keys is None:
             given, missing = missing, given
         raise ValueError(f"{call}: {given} was given without {missing}")
-    axes = neighborhood_axes(call, query.shape[1:-2], window, query.shape[-2])
+    axes = _axes_of(call, {"query": query, "key": key}, window, part)
     problem = Problem(
         operation=operation,
         dtype=query.dtype,
@@ -259,11 +384,12 @@ def attention_problem(
         scale=_default_scale(call, query.shape[-1]) if scale is None else scale,
         additional=_additional_count(call, "additional_keys", additional_keys),
         rpb_dtype=_rpb_dtype(call, rpb, query, axes),
+        has_key_mask=key_mask is not None,
     )
     _check_all(
         call,
         problem,
-        Operands(query, key, value, additional_keys, additional_values, rpb),
+        Operands(query, key, value, additional_keys, additional_values, rpb, key_mask),
     )
     return problem
 
@@ -278,11 +404,13 @@ def qk_problem(
     scale: float,
     rpb: Spec | None = None,
     additional_keys: Spec | None = None,
+    part: Part | None = None,
+    key_mask: Spec | None = None,
 ) -> Problem:
     """The problem of `na{r}d_qk` or its backward."""
     rank = len(window.kernel_size)
     _check_query_and_key(call, rank, query, key, additional_keys)
-    axes = neighborhood_axes(call, query.shape[1:-2], window, query.shape[-2])
+    axes = _axes_of(call, {"query": query, "key": key}, window, part)
     problem = Problem(
         operation=operation,
         dtype=query.dtype,
@@ -295,8 +423,9 @@ def qk_problem(
         scale=scale,
         additional=_additional_count(call, "additional_keys", additional_keys),
         rpb_dtype=_rpb_dtype(call, rpb, query, axes),
+        has_key_mask=key_mask is not None,
     )
-    _check_all(call, problem, Operands(query, key, None, additional_keys, None, rpb))
+    _check_all(call, problem, Operands(query, key, None, additional_keys, None, rpb, key_mask))
     return problem
 
 
@@ -308,6 +437,8 @@ def av_problem(
     value: Spec,
     window: Window,
     additional_values: Spec | None = None,
+    part: Part | None = None,
+    key_mask: Spec | None = None,
 ) -> Problem:
     """The problem of `na{r}d_av` or its backward."""
     rank = len(window.kernel_size)
@@ -323,11 +454,12 @@ def av_problem(
         kv_heads=value.shape[-2],
         head_dim=1,
         value_dim=value.shape[-1],
-        axes=neighborhood_axes(call, weights.shape[1:-2], window, weights.shape[-2]),
+        axes=_axes_of(call, {"weights": weights, "value": value}, window, part),
         scale=1.0,
         additional=_additional_count(call, "additional_values", additional_values),
+        has_key_mask=key_mask is not None,
     )
-    _check_all(call, problem, Operands(None, None, value, None, additional_values, None))
+    _check_all(call, problem, Operands(None, None, value, None, additional_values, None, key_mask))
     require(call, "weights", weights, problem.logits)
     return problem
 
@@ -341,6 +473,7 @@ def dense_problem(
     value: Spec,
     is_causal: bool,
     scale: float | None,
+    key_mask: Spec | None = None,
 ) -> Problem:
     """The problem of `attention` or its backward: one token axis, all of whose keys are seen."""
     _check_query_and_key(call, 1, query, key, None)
@@ -361,8 +494,9 @@ def dense_problem(
         value_dim=value.shape[-1],
         axes=(Axis(length, key_length, max(key_length, 1), 1, 1, is_causal),),
         scale=_default_scale(call, query.shape[-1]) if scale is None else scale,
+        has_key_mask=key_mask is not None,
     )
-    _check_all(call, problem, Operands(query, key, value))
+    _check_all(call, problem, Operands(query, key, value, key_mask=key_mask))
     return problem
 
 

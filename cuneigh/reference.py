@@ -16,7 +16,10 @@ must see more than what is judged. The results are float64 arrays whose shapes a
     additional_values  [batch, n, kv_heads, value_dim]
     rpb                [heads, 2 * K1 - 1, .., 2 * Kr - 1]
 
-The key token axes Y are the query's X, except in cross attention.
+    key_mask           [batch, Y1..Yr]
+
+The key token axes Y are the query's X, except in cross attention and where either are parts of a
+layout.
 
 The operator is from "Neighborhood Attention Transformer" (Hassani et al., 2023), its dilation from
 "Dilated Neighborhood Attention Transformer" (Hassani and Shi, 2022), and the decomposition into
@@ -33,8 +36,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cuneigh._problem import JvpResults, Operands, Problem
-from cuneigh._window import Axis
+from cuneigh._problem import DIFFERENTIATED, JvpResults, Operands, Problem
+from cuneigh._window import Axis, Promise
 
 Floats = npt.NDArray[np.float64]
 Wide = npt.NDArray[np.floating[Any]]
@@ -50,7 +53,8 @@ class Slots(NamedTuple):
     row: Integers
     """[queries, slots] Key tokens are counted in C order, the additional keys follow them."""
     visible: Booleans
-    """[queries, slots] False in slots past a causal end, whose `row` means nothing."""
+    """[batch, queries, slots] False in slots that hold no key, or one that is not given or masked.
+    """
     offset: Integers | None
     """[queries, window slots] Index of the bias in one head's flattened rpb; None without rpb."""
 
@@ -91,10 +95,10 @@ def forward(problem: Problem, operands: Operands) -> tuple[Floats, Floats]:
     output, lse = np.zeros(problem.output.shape), np.full(problem.lse.shape, -np.inf)
     if problem.is_empty:
         return output, lse
-    slots, rows = window_slots(problem), _rows(problem, operands)
+    slots, rows = window_slots(problem, operands), _rows(problem, operands)
     for b, h, kv in _heads(problem):
-        head = rows.head(b, h, kv)
-        weights, row_lse, seen = _softmax(_logits(problem, slots, head), slots.visible)
+        head, visible = rows.head(b, h, kv), slots.visible[b]
+        weights, row_lse, seen = _softmax(_logits(problem, slots, visible, head), visible)
         values = _gather(head.values, slots.row, seen)
         _flat(output)[b, :, h] = np.einsum("ns,nsd->nd", weights, values)
         _flat(lse[..., None])[b, :, h, 0] = row_lse
@@ -114,7 +118,7 @@ def backward(
     """
     if problem.is_empty:
         return _zeros(problem)
-    slots, rows = window_slots(problem), _rows(problem, operands)
+    slots, rows = window_slots(problem, operands), _rows(problem, operands)
     gradients = _rows(problem, _zeros(problem))
     d_outputs = _flat(_wide(problem, grad_output))
     d_lses = _flat(
@@ -122,8 +126,8 @@ def backward(
     )
     for b, h, kv in _heads(problem):
         head, gradient = rows.head(b, h, kv), gradients.head(b, h, kv)
-        d_output, d_lse = d_outputs[b, :, h], d_lses[b, :, h]
-        weights, _, seen = _softmax(_logits(problem, slots, head), slots.visible)
+        d_output, d_lse, visible = d_outputs[b, :, h], d_lses[b, :, h], slots.visible[b]
+        weights, _, seen = _softmax(_logits(problem, slots, visible, head), visible)
         values = _gather(head.values, slots.row, seen)
         output = np.einsum("ns,nsd->nd", weights, values)
 
@@ -149,11 +153,12 @@ def jvp(problem: Problem, operands: Operands, tangents: Operands) -> JvpResults:
     )
     if problem.is_empty:
         return made
-    slots = window_slots(problem)
+    slots = window_slots(problem, operands)
     rows, directions = _rows(problem, operands), _rows(problem, tangents)
     for b, h, kv in _heads(problem):
         head, direction = rows.head(b, h, kv), directions.head(b, h, kv)
-        weights, row_lse, seen = _softmax(_logits(problem, slots, head), slots.visible)
+        visible = slots.visible[b]
+        weights, row_lse, seen = _softmax(_logits(problem, slots, visible, head), visible)
         values = _gather(head.values, slots.row, seen)
         d_values = _gather(direction.values, slots.row, seen)
         d_logits = _logits_tangent(problem, slots, head, seen, direction)
@@ -171,12 +176,13 @@ def jvp(problem: Problem, operands: Operands, tangents: Operands) -> JvpResults:
 @_quiet
 def qk(problem: Problem, operands: Operands) -> Floats:
     """Logits of every window slot, then of the additional keys; -inf in hidden slots."""
-    logits = np.zeros(problem.logits.shape)
+    logits = np.full(problem.logits.shape, -np.inf)
     if problem.is_empty:
         return logits
-    slots, rows = window_slots(problem), _rows(problem, operands)
+    slots, rows = window_slots(problem, operands), _rows(problem, operands)
     for b, h, kv in _heads(problem):
-        _flat(logits)[b, :, h] = _logits(problem, slots, rows.head(b, h, kv))
+        head = rows.head(b, h, kv)
+        _flat(logits)[b, :, h] = _logits(problem, slots, slots.visible[b], head)
     return logits
 
 
@@ -185,13 +191,14 @@ def qk_backward(problem: Problem, operands: Operands, grad_logits: npt.ArrayLike
     """Gradients of `qk` with respect to its operands; `grad_logits` in hidden slots is ignored."""
     if problem.is_empty:
         return _zeros(problem)
-    slots, rows = window_slots(problem), _rows(problem, operands)
+    slots, rows = window_slots(problem, operands), _rows(problem, operands)
     gradients = _rows(problem, _zeros(problem))
     given = _flat(_wide(problem, grad_logits))
     for b, h, kv in _heads(problem):
         head, gradient = rows.head(b, h, kv), gradients.head(b, h, kv)
-        d_logits = np.where(slots.visible, given[b, :, h], 0.0)
-        _logits_backward(problem, slots, head, slots.visible, d_logits, gradient)
+        visible = slots.visible[b]
+        d_logits = np.where(visible, given[b, :, h], 0.0)
+        _logits_backward(problem, slots, head, visible, d_logits, gradient)
     return _operands(problem, gradients)
 
 
@@ -204,11 +211,12 @@ def av(problem: Problem, weights: npt.ArrayLike, operands: Operands) -> Floats:
     output = np.zeros(problem.output.shape)
     if problem.is_empty:
         return output
-    slots, rows = window_slots(problem), _rows(problem, operands)
+    slots, rows = window_slots(problem, operands), _rows(problem, operands)
     given = _flat(_wide(problem, weights))
     for b, h, kv in _heads(problem):
-        values = _gather(rows.head(b, h, kv).values, slots.row, slots.visible)
-        read = np.where(slots.visible, given[b, :, h], 0.0)
+        visible = slots.visible[b]
+        values = _gather(rows.head(b, h, kv).values, slots.row, visible)
+        read = np.where(visible, given[b, :, h], 0.0)
         _flat(output)[b, :, h] = np.einsum("ns,nsd->nd", read, values)
     return output
 
@@ -221,21 +229,21 @@ def av_backward(
     grad_weights = np.zeros(problem.logits.shape)
     if problem.is_empty:
         return grad_weights, _zeros(problem)
-    slots, rows = window_slots(problem), _rows(problem, operands)
+    slots, rows = window_slots(problem, operands), _rows(problem, operands)
     gradients = _rows(problem, _zeros(problem))
     given, d_outputs = _flat(_wide(problem, weights)), _flat(_wide(problem, grad_output))
     for b, h, kv in _heads(problem):
         head, gradient = rows.head(b, h, kv), gradients.head(b, h, kv)
-        d_output = d_outputs[b, :, h]
-        values = _gather(head.values, slots.row, slots.visible)
+        d_output, visible = d_outputs[b, :, h], slots.visible[b]
+        values = _gather(head.values, slots.row, visible)
         d_weights = np.einsum("nd,nsd->ns", d_output, values)
-        _flat(grad_weights)[b, :, h] = np.where(slots.visible, d_weights, 0.0)
+        _flat(grad_weights)[b, :, h] = np.where(visible, d_weights, 0.0)
         terms = given[b, :, h][..., None] * d_output[:, None]
-        _scatter(gradient.values, slots.row, slots.visible, terms)
+        _scatter(gradient.values, slots.row, visible, terms)
     return grad_weights, _operands(problem, gradients)
 
 
-def window_slots(problem: Problem) -> Slots:
+def window_slots(problem: Problem, operands: Operands) -> Slots:
     """The slots of every query of a problem that is not empty.
 
     Slot ``((a1 * K2) + a2) * K3 + a3`` of a query holds the key at ``start + a`` on each axis; the
@@ -249,22 +257,37 @@ def window_slots(problem: Problem) -> Slots:
         visible = _outer(np.logical_and, visible, axis_visible)
         offset = _outer(np.add, offset * (2 * axis.kernel_size - 1), relative)
     shape = len(row), problem.additional or 0
-    additional = np.prod(problem.key_tokens, dtype=np.int64) + np.arange(shape[1])
+    keys = math.prod(problem.key_tokens)
+    row = np.where(visible, row, 0)
+    row = np.hstack([row, np.broadcast_to(keys + np.arange(shape[1]), shape)])
+    visible = np.hstack([visible, np.ones(shape, bool)])
     return Slots(
-        np.hstack([row, np.broadcast_to(additional, shape)]),
-        np.hstack([visible, np.ones(shape, bool)]),
-        offset if problem.rpb_dtype else None,
+        row, visible & _not_masked(problem, operands, row), offset if problem.rpb_dtype else None
     )
+
+
+def _not_masked(problem: Problem, operands: Operands, row: Integers) -> Booleans:
+    """[batch, queries, slots]: whether the mask lets the key at `row` be seen."""
+    if operands.key_mask is None:
+        return np.ones((problem.batch, 1, 1), bool)
+    mask = np.asarray(operands.key_mask, bool).reshape(problem.batch, -1)
+    mask = np.hstack([mask, np.ones((problem.batch, problem.additional or 0), bool)])
+    kept: Booleans = mask[:, row]
+    return kept
 
 
 def _axis_slots(axis: Axis) -> tuple[Integers, Booleans, Integers]:
     """Key token, visibility and rel(query, key) of every query and slot of one axis: [X, K]."""
     query = np.arange(axis.length)[:, None]
     group, index = query % axis.dilation, query // axis.dilation
-    start, end = axis.window(index, group)
+    start, end = axis.unclipped(index, group)
     key_index = start + np.arange(axis.kernel_size)
-    relative = key_index - index + axis.kernel_size - 1
-    return key_index * axis.dilation + group, key_index < end, relative
+    visible, relative = key_index < end, axis.relative(index, key_index, group)
+    if axis.border == "wrap" and Promise.INSIDE not in axis.promises:
+        key_index = key_index % axis.ring
+    key = key_index * axis.dilation + axis.key_group(group)
+    visible &= (key >= 0) & (key < axis.key_length)
+    return np.where(visible, key, 0), visible, np.where(visible, relative, 0)
 
 
 def _outer(combine: np.ufunc, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -279,13 +302,13 @@ def _heads(problem: Problem) -> Iterator[tuple[int, int, int]]:
         yield b, h, h // problem.group_size
 
 
-def _logits(problem: Problem, slots: Slots, head: Rows) -> Wide:
+def _logits(problem: Problem, slots: Slots, visible: Booleans, head: Rows) -> Wide:
     """[queries, slots]"""
-    keys = _gather(head.keys, slots.row, slots.visible)
+    keys = _gather(head.keys, slots.row, visible)
     logits = problem.scale * np.einsum("nd,nsd->ns", head.query, keys)
     if slots.offset is not None:
         logits[:, : problem.window_size] += head.bias[slots.offset]
-    return np.where(slots.visible, logits, -np.inf)
+    return np.where(visible, logits, -np.inf)
 
 
 def _logits_tangent(
@@ -343,7 +366,9 @@ def _wide(problem: Problem, array: npt.ArrayLike) -> Wide:
 
 
 def _zeros(problem: Problem) -> Operands:
-    return Operands(*(None if spec is None else np.zeros(spec.shape) for spec in problem.specs))
+    return Operands(
+        *(None if spec is None else np.zeros(spec.shape) for spec in problem.gradient_specs)
+    )
 
 
 def _flat(array: Array) -> Array:
@@ -354,7 +379,8 @@ def _flat(array: Array) -> Array:
 def _rows(problem: Problem, operands: Operands) -> Rows:
     """The operands of a problem that is not empty, as contiguous copies."""
     query, key, value, additional_keys, additional_values, rpb = (
-        None if array is None else _wide(problem, array) for array in operands
+        None if array is None else _wide(problem, array)
+        for array in operands[: len(DIFFERENTIATED)]
     )
     return Rows(
         query=None if query is None else _flat(query),
@@ -381,6 +407,6 @@ def _operands(problem: Problem, rows: Rows) -> Operands:
     return Operands(
         *(
             None if spec is None or part is None else part.reshape(spec.shape).astype(np.float64)
-            for part, spec in zip(parts, problem.specs, strict=True)
+            for part, spec in zip(parts, problem.specs[: len(DIFFERENTIATED)], strict=True)
         )
     )

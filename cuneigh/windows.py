@@ -33,8 +33,8 @@ class Meaning(NamedTuple):
     """Which arguments say the same here."""
     same: Three
     """These arguments for w = 3, w = 4, and the causal form of w = 4; None where there are none."""
-    shifts: bool = False
-    """Whether windows are shifted inwards at the borders, as ours are, and not cut."""
+    border: str = "cut"
+    """The `border` that does what is done at the ends of the row; "none" if there is none."""
 
 
 def centered(three: int, four: int, causal: int | None = None) -> Three:
@@ -51,16 +51,16 @@ def always_causal(three: int, four: int) -> Three:
 TABLE = (
     Meaning(
         "cuneigh, `kernel_size=w`", "7..9", "6..9", "0..3", "5..8",
-        "", centered(3, 4, 4), shifts=True,
+        "", centered(3, 4, 4), border="shift",
     ),
     Meaning(
         "NATTEN 0.15 to 0.17 on a CPU, `kernel_size=w`", "7..9", "error: odd only",
-        "w = 3: 0..2", "w = 3: 6..8 (0.17)", "kernel_size w", (Same(3), None, None), shifts=True,
+        "w = 3: 0..2", "w = 3: 6..8 (0.17)", "kernel_size w", (Same(3), None, None), border="shift",
     ),
     Meaning(
         "NATTEN 0.14.6, `natten1dqkrpb`", "7..9", "6..9", "0..3", "none",
         "odd w: kernel_size w; even w: none, for its last queries miss the last key",
-        centered(3, 4), shifts=True,
+        centered(3, 4), border="shift",
     ),
     Meaning(
         "JAX 0.10.2, `local_window_size=w`", "5..11", "4..12", "0..4", "4..8",
@@ -126,20 +126,21 @@ TABLE = (
     ),
     Meaning(
         "SciPy 1.17.1, `uniform_filter1d(w)`, mode wrap", "7..9", "6..9", "14, 15, 0, 1", "none",
-        "kernel_size w far from the borders: the axis is a ring", centered(3, 4),
+        "kernel_size w", centered(3, 4), border="wrap",
     ),
     Meaning(
         "SciPy, mode constant", "7..9", "6..9", "0, 1", "none",
-        "kernel_size w far from the borders, where it divides by w all the same", centered(3, 4),
+        "kernel_size w, but near the borders the sum is divided by w all the same", centered(3, 4),
     ),
     Meaning(
         "SciPy, mode reflect; dask-image 2026.5.0", "7..9", "6..9", "0 twice, 1 twice", "none",
         "kernel_size w far from the borders, where it counts keys twice", centered(3, 4),
+        border="none",
     ),
     Meaning(
         "OpenCV 5.0.0, `fastNlMeansDenoising`, searchWindowSize w", "7..9", "6..10",
         "0, 1 twice, 2 twice", "none", "kernel_size 2 (w // 2) + 1 far from the borders",
-        centered(3, 5),
+        centered(3, 5), border="none",
     ),
 )  # fmt: skip
 """As seen by running the libraries on CPUs with one-hot values, in November 2026."""
@@ -147,7 +148,8 @@ TABLE = (
 INTRODUCTION = """\
 What a window of w means, library by library: the keys that query 8 of a row of 16 sees for w = 3
 and for w = 4, what query 0 sees for w = 4, and query 8 in the causal form. "5..11" is 5 to 11, both
-included. "In cuneigh" are the arguments of `cuneigh.na1d` that give the same keys."""
+included. "In cuneigh" are the arguments of `cuneigh.na1d` that give the same keys, near the ends
+with `border` as in the last column."""
 
 RULES = """\
 - There are four meanings of one number: w keys (causal in transformers, xformers, Gemma, Mistral),
@@ -157,19 +159,24 @@ RULES = """\
   KerasHub's Gemma3 has one more after it, OpenCV rounds up, and Longformer wants even numbers and
   sees one key more.
 - At the borders cuneigh's windows are shifted inwards, as NATTEN's are, so that every query sees as
-  many keys. All other attention libraries here cut them: there the first and last queries see fewer
-  keys than with the arguments that are given here. Causal windows are cut in all of them, here too.
+  many keys, unless `border` is given. All other attention libraries here cut them: there the first
+  and last queries see fewer keys, as here with `border="cut"`. Causal windows are cut in all of
+  them, here too, whatever the border.
 - `(l, r)` with other l and r than in the table has no counterpart: its window is not centered.
 - Where lengths of queries and keys differ, xformers and FlashAttention align the ends.
 - -1 stands for unlimited in anemoi-models, and (-1, -1) for no window in FlashAttention-4, which
   takes any other negative number as it stands; xformers and Keras refuse negative numbers."""
 
-COLUMNS = ("", "w = 3", "w = 4", "query 0, w = 4", "causal, w = 4", "in cuneigh")
+COLUMNS = ("", "w = 3", "w = 4", "query 0, w = 4", "causal, w = 4", "in cuneigh", "border")
 
 
 def markdown() -> str:
     """The page, with the table in Markdown."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *(meaning[:6] for meaning in TABLE)]
+    rows = [
+        COLUMNS,
+        ("---",) * len(COLUMNS),
+        *((*meaning[:6], meaning.border) for meaning in TABLE),
+    ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return f"# What a window of w means\n\n{INTRODUCTION}\n\n{table}\n\n{RULES}\n"
 
@@ -178,7 +185,7 @@ def page() -> str:
     """The page for ``help("cuneigh.windows")``, without a table wider than a terminal."""
     entries = [
         f"{meaning.argument}\n    w = 3: {meaning.three}; w = 4: {meaning.four}; query 0: "
-        f"{meaning.first}; causal: {meaning.causal}"
+        f"{meaning.first}; causal: {meaning.causal}; border: {meaning.border}"
         + (f"\n    in cuneigh: {meaning.here}" if meaning.here else "")
         for meaning in TABLE
     ]

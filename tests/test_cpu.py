@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from helpers.accuracy import check_backend, run_backend
-from helpers.brute_force import seers
+from helpers.brute_force import relative, seers, slots_along, visible_keys
 from helpers.strategies import (
     DTYPES,
     LAYOUTS,
@@ -27,8 +27,9 @@ from helpers.strategies import (
     token_counts,
     windows,
 )
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from test_window import parts
 from threadpoolctl import threadpool_info
 
 import cuneigh
@@ -61,10 +62,10 @@ def cut(name, threads=2):
         for limit, value in CUTS[name].items():
             patch.setattr(tiles, limit, value)
         patch.setenv("CUNEIGH_NUM_THREADS", str(threads))
-        for cached in (tiles.cut, tiles._kept_boxes):
+        for cached in (tiles.cut, tiles.shape_of_tiles, tiles._kept_boxes):
             cached.cache_clear()
         yield
-    for cached in (tiles.cut, tiles._kept_boxes):
+    for cached in (tiles.cut, tiles.shape_of_tiles, tiles._kept_boxes):
         cached.cache_clear()
 
 
@@ -101,23 +102,35 @@ def assert_same_bits(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]
 def test_strips_hold_every_query_once_and_all_that_it_sees(data, queries, biased):
     tokens = data.draw(token_counts(1, 60))
     (axis,) = neighborhood_axes("test", tokens, data.draw(windows(tokens, rpb=biased)))
-    start, end = axis.windows()
-    seen = []
-    for strip in tiles.strips(axis, queries, biased):
+    check_strips(axis, queries, biased)
+
+
+@given(axis=parts(), queries=st.integers(1, 20), placed=st.booleans())
+def test_strips_of_parts(axis, queries, placed):
+    assume(axis.length)
+    check_strips(axis, queries, placed)
+
+
+def check_strips(axis, queries, placed):
+    tokens = []
+    for strip in tiles.strips(axis, queries, placed):
         assert 1 <= strip.queries <= queries
-        visible = strip.visible()
+        visible, offsets = strip.visible(), strip.offsets
+        slots = strip.slot_keys() if placed else None
         for query, key in zip(strip.first_query, strip.first_key, strict=True):
-            x = query + np.arange(strip.queries) * axis.dilation
-            y = key + np.arange(strip.keys) * axis.dilation
-            seen += x.tolist()
-            assert y[-1] < axis.length
-            np.testing.assert_array_equal(x % axis.dilation, key % axis.dilation)
-            index = y // axis.dilation
-            np.testing.assert_array_equal(
-                visible, (start[x] <= index[:, None]) & (index[:, None] < end[x])
-            )
-            np.testing.assert_array_equal(visible.sum(0), (end - start)[x])  # none is left out
-    assert sorted(seen) == list(range(axis.length))
+            xs = query + np.arange(strip.queries) * axis.dilation
+            tokens += xs.tolist()
+            for i, x in enumerate(xs.tolist()):
+                seen = (key + offsets[visible[:, i]]).tolist()
+                assert sorted(seen) == sorted(visible_keys(axis, x)), axis
+                if placed:
+                    held = [(a, key + offsets[j]) for a, j in enumerate(slots[i]) if j >= 0]
+                    assert held == slots_along(axis, x), axis
+                if placed and axis.stride == 1 and not axis.is_causal:
+                    index = strip.bias_index()[slots[i][slots[i] >= 0], i]
+                    wanted = [relative(axis, x, a) for a, _ in slots_along(axis, x)]
+                    np.testing.assert_array_equal(index, wanted)
+    assert sorted(tokens) == list(range(axis.length))
 
 
 @given(problem=problems(), name=cuts())
@@ -151,7 +164,7 @@ def window(kernel_size, causal=False):
 @pytest.mark.parametrize("operation", OPERATIONS)
 @given(data=st.data(), rng=generators(), layout=layouts(), name=cuts())
 def test_every_operation_agrees_with_the_oracle(operation, data, rng, layout, name):
-    problem = data.draw(problems(operations=(operation,)))
+    problem = data.draw(problems(operations=(operation,), ordinary=data.draw(st.booleans())))
     with cut(name):
         check_backend(cpu, problem, inputs(problem, rng, layout))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers.accuracy import assert_close, expect
 from helpers.calls import arguments_of, check_call, results_of
+from helpers.illegal import OF_LAYOUT, is_cross
 from helpers.strategies import (
     Inputs,
     array,
@@ -29,7 +30,7 @@ from hypothesis import strategies as st
 import cuneigh
 from cuneigh import _call
 from cuneigh._backends import BACKENDS, BackendName
-from cuneigh._problem import DTYPES, Operands, Problem, Spec
+from cuneigh._problem import DIFFERENTIATED, DTYPES, Operands, Problem, Spec
 from cuneigh._validate import dense_problem
 
 FUNCTIONS = [name for name in cuneigh.__all__ if not name.endswith("Gradients")]
@@ -39,8 +40,7 @@ NO_BACKEND = mock.patch.object(_call, "choose", return_value=mock.Mock(spec=[]))
 
 def is_public(problem: Problem) -> bool:
     """Whether a public function computes `problem`: cross attention has no backward of its own."""
-    is_cross = any(axis.length != axis.key_length for axis in problem.axes)
-    return not is_cross or problem.operation == "forward"
+    return not is_cross(problem) or problem.operation == "forward"
 
 
 def unit(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
@@ -51,7 +51,11 @@ def unit(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
 # What they compute
 
 
-@given(problems(budget=20_000).filter(is_public), generators(), layouts())
+@given(
+    st.booleans().flatmap(lambda each: problems(budget=20_000, ordinary=each)).filter(is_public),
+    generators(),
+    layouts(),
+)
 def test_every_call_agrees_with_the_oracle(problem, rng, layout):
     check_call("numpy", problem, inputs(problem, rng, layout))
 
@@ -182,7 +186,7 @@ def test_gradients_are_named_and_none_where_nothing_was_given():
     output, lse = cuneigh.na1d(query, key, value, 3, return_lse=True)
     gradients = cuneigh.na1d_backward(grad, query, key, value, output, lse, 3)
     assert isinstance(gradients, cuneigh.Gradients)
-    assert gradients._fields == Operands._fields
+    assert gradients._fields == DIFFERENTIATED
     assert gradients.additional_keys is gradients.additional_values is gradients.rpb is None
     logits = cuneigh.na1d_qk(query, key, 3)
     of_logits = cuneigh.na1d_qk_backward(logits, query, key, 3)
@@ -357,19 +361,20 @@ def test_every_backend_has_its_name_in_types_and_documentation():
 
 WINDOW = ("kernel_size", "stride", "dilation", "is_causal")
 ADDITIONAL = ("additional_keys", "additional_values")
+LAST = ("backend", *OF_LAYOUT, "key_mask")
 SIGNATURES = {
-    "": ("query", "key", "value", *WINDOW, "scale", *ADDITIONAL, "rpb", "return_lse", "backend"),
+    "": ("query", "key", "value", *WINDOW, "scale", *ADDITIONAL, "rpb", "return_lse", *LAST),
     "_backward": (
         *("grad_output", "query", "key", "value", "output", "lse"),
-        *(*WINDOW, "scale", *ADDITIONAL, "rpb", "grad_lse", "backend"),
+        *(*WINDOW, "scale", *ADDITIONAL, "rpb", "grad_lse", *LAST),
     ),
-    "_qk": ("query", "key", *WINDOW, "scale", "rpb", "additional_keys", "backend"),
+    "_qk": ("query", "key", *WINDOW, "scale", "rpb", "additional_keys", *LAST),
     "_qk_backward": (
         *("grad_logits", "query", "key"),
-        *(*WINDOW, "scale", "rpb", "additional_keys", "backend"),
+        *(*WINDOW, "scale", "rpb", "additional_keys", *LAST),
     ),
-    "_av": ("weights", "value", *WINDOW, "additional_values", "backend"),
-    "_av_backward": ("grad_output", "weights", "value", *WINDOW, "additional_values", "backend"),
+    "_av": ("weights", "value", *WINDOW, "additional_values", *LAST),
+    "_av_backward": ("grad_output", "weights", "value", *WINDOW, "additional_values", *LAST),
 }
 
 

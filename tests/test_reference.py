@@ -33,6 +33,7 @@ from cuneigh._problem import Operands, Problem
 from cuneigh._window import Axis
 
 FUSED = ("forward", "backward")
+LENGTHS = ("length", "key_length", "layout")
 small = {"dtypes": ("float64",), "most_tokens": 60, "budget": 20_000}
 tiny = {"dtypes": ("float64",), "most_tokens": 18, "budget": 2_000}
 
@@ -84,6 +85,15 @@ def assert_same(
 
 @given(problems(**tiny), generators())
 def test_brute_force(problem, rng):
+    check_against_brute_force(problem, rng)
+
+
+@given(problems(**tiny, ordinary=False), generators())
+def test_brute_force_of_parts(problem, rng):
+    check_against_brute_force(problem, rng)
+
+
+def check_against_brute_force(problem, rng):
     given_inputs = inputs(problem, rng)
     got, wanted = (run(module, problem, given_inputs) for module in (reference, brute_force))
     assert_same(problem, given_inputs, got, wanted)
@@ -287,7 +297,7 @@ def test_a_dilation_is_interleaved_problems(problem, rng):
             *(slice(g, None, axis.dilation) for g, axis in zip(groups, problem.axes, strict=True)),
         )
         axes = tuple(
-            replace(axis, length=axis.group_length(g), key_length=axis.group_length(g), dilation=1)
+            replace(axis, **dict.fromkeys(LENGTHS, axis.group_length(g)), dilation=1)
             for g, axis in zip(groups, problem.axes, strict=True)
         )
         part = given_inputs._replace(
@@ -403,7 +413,7 @@ def test_far_from_the_border_only_the_neighborhood_counts(problem, rng, data):
     reach = (to_leader + left) * axis.dilation
 
     given_inputs = inputs(problem, rng)
-    shorter = replace(axis, length=axis.length - cut, key_length=axis.length - cut)
+    shorter = replace(axis, **dict.fromkeys(LENGTHS, axis.length - cut))
     axes = (*problem.axes[:where], shorter, *problem.axes[where + 1 :])
     kept = (*(slice(None),) * (1 + where), slice(cut, None))
     arguments = given_inputs.operands._replace(
@@ -504,8 +514,10 @@ def test_hidden_slots(problem, rng):
     name, value = {"qk": ("logits", -np.inf), "av_backward": ("grad weights", 0.0)}[
         problem.operation
     ]
-    result = run(reference, problem, inputs(problem, rng))[name]
-    hidden = np.broadcast_to(~visible_slots(problem)[..., None, :], result.shape)
+    given_inputs = inputs(problem, rng)
+    result = run(reference, problem, given_inputs)[name]
+    visible = visible_slots(problem, given_inputs.operands)
+    hidden = np.broadcast_to(~visible[..., None, :], result.shape)
     assert (result[hidden] == value).all()
     if problem.rpb_dtype is None:
         assert np.isfinite(result[~hidden]).all()

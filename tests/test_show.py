@@ -178,20 +178,24 @@ SMALL = [
     for s in range(1, k + 1)
     for causal in (False, True)
 ]
+SMALL += [
+    Axis(length, length, k, s, d, False, border)
+    for border in ("cut", "wrap")
+    for length, k, s, d in ((6, 3, 1, 1), (8, 4, 3, 2), (5, 5, 2, 1), (9, 3, 2, 3))
+]
+WINDOW = ("kernel_size", "stride", "dilation", "is_causal")
 SIZES = [(1, 2, 2), (2, 2, 3), (3, 1, 4)]
 
 EVERYTHING = """
 const answers = AXES.map((axis) => [...Array(axis.length).keys()].map((x) => [
-  seenBy(axis, x), ...SIZES.map((sizes) => blockOf(axis, x, ...sizes))]));
+  seenBy(axis, x), ...(axis.border === "wrap" ? [] : SIZES).map((s) => blockOf(axis, x, ...s))]));
 """
 
 
 def everything() -> str:
     """A script that asks the page's rules about all small axes, into `answers`."""
     given = [
-        {name: getattr(axis, name) for name in ("length", "kernel_size", "stride", "dilation")}
-        | {"is_causal": axis.is_causal}
-        for axis in SMALL
+        {name: getattr(axis, name) for name in ("length", *WINDOW, "border")} for axis in SMALL
     ]
     return f"const AXES = {json.dumps(given)}, SIZES = {json.dumps(SIZES)};{EVERYTHING}"
 
@@ -209,7 +213,10 @@ def expected() -> list[Any]:
 
     return [
         [
-            [scene._seen(axis, x).tolist(), *(block(axis, x, sizes) for sizes in SIZES)]
+            [
+                scene._seen(axis, x).tolist(),
+                *(block(axis, x, sizes) for sizes in SIZES if axis.border != "wrap"),
+            ]
             for x in range(axis.length)
         ]
         for axis in SMALL

@@ -11,6 +11,7 @@ from helpers.accuracy import check_backend, run_backend
 from helpers.gpu_arrays import NATIVE
 from helpers.strategies import generators, inputs, layouts, problems
 from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from cuneigh import _device, reference
 from cuneigh._backends import cpu, fused, gemm, naive, serving
@@ -21,7 +22,7 @@ tangents = partial(problems, operations=("jvp",))
 
 def moved(operands: Operands, tangents: Operands, step: float) -> Operands:
     pairs = zip(operands, tangents, strict=True)
-    return Operands(*(None if x is None else x + step * t for x, t in pairs))
+    return Operands(*(x if t is None else x + step * t for x, t in pairs))
 
 
 @given(problem=tangents(dtypes=("float64",), budget=1_000), rng=generators())
@@ -58,8 +59,10 @@ def test_the_gradient_is_the_transpose(problem, rng):
     assert left == pytest.approx(right, rel=1e-8, abs=1e-8)
 
 
-@given(problem=tangents(budget=20_000), rng=generators(), layout=layouts())
-def test_the_cpu_backend(problem, rng, layout):
+@pytest.mark.parametrize("ordinary", [True, False])
+@given(data=st.data(), rng=generators(), layout=layouts())
+def test_the_cpu_backend(ordinary, data, rng, layout):
+    problem = data.draw(tangents(budget=10_000, ordinary=ordinary))
     check_backend(cpu, problem, inputs(problem, rng, layout))
 
 
@@ -95,8 +98,10 @@ GPU_BACKENDS = pytest.mark.parametrize("backend", [naive, gemm, fused], ids=lamb
 
 @pytest.mark.gpu
 @GPU_BACKENDS
-@given(problem=tangents(), rng=generators(), layout=layouts())
-def test_the_backends_of_the_gpu(backend, problem, rng, layout):
+@pytest.mark.parametrize("ordinary", [True, False])
+@given(data=st.data(), rng=generators(), layout=layouts())
+def test_the_backends_of_the_gpu(backend, ordinary, data, rng, layout):
+    problem = data.draw(tangents(ordinary=ordinary))
     assume(backend.unsupported(problem, _device.cuda(0)) is None)
     check_backend(backend, problem, inputs(problem, rng, layout), **NATIVE)
 

@@ -100,15 +100,26 @@ def test_a_compiled_program_checks_the_sizes_it_meets():
         compiled(torch.randn(1, 7, 1, 4))
 
 
-@pytest.mark.parametrize("first", ["cuneigh", "torch"])
-def test_compilation_is_all_that_happens(first):
-    """The adapter of PyTorch is first loaded while torch.compile traces."""
-    second = {"cuneigh": "torch", "torch": "cuneigh"}[first]
+@pytest.mark.parametrize("eager", ["", "step(ones).sum().backward()"])
+def test_compilation_is_all_that_happens(eager):
+    """The adapter of PyTorch is first loaded while torch.compile traces, or long before.
+
+    A program that compiles nothing does not wait for the import of the tracer.
+    """
+    first, second = ("torch", "cuneigh") if eager else ("cuneigh", "torch")
     code = f"""
+import sys
 import {first}, {second}
-step = torch.compile(lambda q: cuneigh.na1d(query=q, key=q, value=q, kernel_size=3),
-                     fullgraph=True, backend="aot_eager")
-assert step(torch.ones(1, 9, 1, 4)).shape == (1, 9, 1, 4)
+
+def step(query):
+    return cuneigh.na1d(query=query, key=query, value=query, kernel_size=3)
+
+ones = torch.ones(1, 9, 1, 4, requires_grad=True)
+{eager}
+assert "torch._dynamo" not in sys.modules
+compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+compiled(ones).sum().backward()
+assert not any(getattr(finder, "_module", "") == "torch._dynamo" for finder in sys.meta_path)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

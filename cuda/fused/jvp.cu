@@ -29,7 +29,7 @@ struct Operands {
 };
 
 template <typename Plan>
-struct JvpArguments {
+struct JvpArguments : KeyMask<Plan> {
   Operands<Plan> operands, tangents;
   View<typename Plan::Element, Plan::kRank> output, tangent_output;  // may be null
   View<float, Plan::kRank> lse, tangent_lse;                         // may be null
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   constexpr int kRowTiles = Plan::kRowTiles;
   constexpr int kColumnTiles = Plan::kColumns / 8;
   constexpr bool kHasBias = !kSame<typename Plan::Bias, void>;
-  static_assert(sizeof(JvpArguments<Plan>) == 16 * sizeof(View<float, kRank>),
-                "`jvp` in cuneigh/_backends/fused/launch.py packs sixteen views");
+  static_assert(sizeof(JvpArguments<Plan>) == (16 + Plan::kKeyMask) * sizeof(View<float, kRank>),
+                "`jvp` in cuneigh/_backends/fused/launch.py packs these views");
   static_assert(sizeof(JvpSmem<Plan>) == Plan::kSharedBytes,
                 "`shared_bytes` in cuneigh/_backends/fused/plan.py counts what JvpSmem holds");
   auto& smem = dynamic_smem<JvpSmem<Plan>>();
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   const int warp_row = warp * 16 * kRowTiles;
   const Columns<Plan> arrays = {
       operands.key, operands.value, operands.additional_keys, operands.additional_values, {}};
-  fill_tables<Plan>(problem, arrays, operands.rpb, tables, thread);
+  fill_tables<Plan>(problem, arrays, operands.rpb, arguments, tables, thread);
   __syncthreads();
 
   // Boxes of keys and values, and their tangents, arrive in two buffers by turns
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   };
   const BatchHead rows = {tables.share / problem.heads, tables.share % problem.heads};
   {
-    const auto keys = first_box<Plan>(problem, arrays, tables, warp, rows);
+    const auto keys = first_box<Plan>(problem, arrays, arguments, tables, warp, rows);
     load_rows<Plan::kHeadDim, Plan::kKeyBytes>(operands.query, rows, problem.head_dim, tables, warp,
                                                lane, smem.query);
     load_rows<Plan::kHeadDim, Plan::kKeyBytes>(tangents.query, rows, problem.head_dim, tables, warp,
                                                lane, smem.d_query);
     load(keys, thread, 0);
-    const auto next = next_box<Plan>(problem, arrays, tables, warp, keys);
+    const auto next = next_box<Plan>(problem, arrays, arguments, tables, warp, keys);
     if (lane == 0) {
       tables.walk[warp][0] = keys;
       tables.walk[warp][1] = next;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     };
     // The box after the next takes the place of this one
     auto walk = [&] {
-      const auto after = next_box<Plan>(problem, arrays, tables, warp, next);
+      const auto after = next_box<Plan>(problem, arrays, arguments, tables, warp, next);
       __syncwarp();
       if (lane == 0) keys = after;
     };

@@ -25,7 +25,7 @@ struct Operands {
 };
 
 template <typename Plan>
-struct JvpArguments {
+struct JvpArguments : KeyMask<Plan> {
   Operands<Plan> operands, tangents;
   OutputView<Plan> output, tangent_output;  // [batch, x1..xr, heads, value_dim], or null
   NumberView<Plan> lse, tangent_lse;        // [batch, x1..xr, heads], or null
@@ -61,13 +61,14 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
     __device__ const Element* at(int i) const { return first + i * stride; }
   };
   auto attend = [&](Vectors key, Vectors d_key, Vectors value, Vectors d_value, int count,
-                    auto bias, auto d_bias) {
+                    auto bias, auto d_bias, auto seen) {
     for (int begin = 0; begin < count; begin += kKeys) {
-      Number logit[kKeys], d_logit[kKeys];
+      Number logit[kKeys] = {}, d_logit[kKeys] = {};
       ValueRow<Plan> row[kKeys], d_row[kKeys];
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) {
         const int neighbor = smaller(begin + i, count - 1);  // the last key again past the end
+        if (!seen(neighbor)) continue;                       // whose numbers may be anything
         KeyRow<Plan> key_row;
         key_row.load(key.at(neighbor), problem.head_dim);
         logit[i] = query.dot(key_row, key.at(neighbor));
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       for (int i = 0; i < kKeys; ++i) {
         const int neighbor = smaller(begin + i, count - 1);
         const Number sum = scale * Lanes::sum(logit[i]) + bias(neighbor);
-        logit[i] = begin + i < count ? sum : -infinity<Number>();
+        logit[i] = begin + i < count && seen(neighbor) ? sum : -infinity<Number>();
         d_logit[i] = scale * Lanes::sum(d_logit[i]) + d_bias(neighbor);
       }
 
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   Range window[Plan::kRank];
   window_of(problem, item, window);
   const long long dilation = problem.axes[Plan::kRank - 1].dilation;
-  for_each_line(problem, item, window, [&](const Line<Plan::kRank>& line) {
+  for_each_line<false>(problem, item, window, [&](const Line<Plan::kRank>& line) {
     auto vectors = [&](const ConstView<Plan>& view, int first) -> Vectors {
       return {view.at(item.batch, line.first, kv_head) + first,
               dilation * view.token[Plan::kRank - 1]};
@@ -113,7 +114,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
     attend(vectors(operands.key, 0), vectors(tangents.key, 0), vectors(operands.value, slice),
            vectors(tangents.value, slice), line.count,
            bias_of<Plan, false>(problem, operands.rpb, item.head, line),
-           bias_of<Plan, false>(problem, tangents.rpb, item.head, line));
+           bias_of<Plan, false>(problem, tangents.rpb, item.head, line),
+           arguments.seen_in(problem, item.batch, line.first));
   });
 
   // The additional keys
@@ -123,7 +125,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   auto no_bias = [](int) { return Number(0); };
   attend(additional(operands.additional_keys, 0), additional(tangents.additional_keys, 0),
          additional(operands.additional_values, slice),
-         additional(tangents.additional_values, slice), problem.additional, no_bias, no_bias);
+         additional(tangents.additional_values, slice), problem.additional, no_bias, no_bias,
+         [](int) { return true; });
 
   // Divided by sum(P)
   const Number normalizer = softmax.normalizer();

@@ -198,7 +198,7 @@ def type_name(value: object) -> str:
 @cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype called `name`, that of ml_dtypes for one that NumPy lacks."""
-    if hasattr(np, name):
+    if name == "bool" or hasattr(np, name):
         return np.dtype(name)
     import ml_dtypes  # which takes a seventh of the time to import all this
 

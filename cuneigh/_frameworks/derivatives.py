@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cuneigh._problem import ARRAYS, Operands, Problem, Spec, of_what
+from cuneigh._problem import ARRAYS, DIFFERENTIATED, Operands, Problem, Spec, of_what
 
 Named = Mapping[str, Any]
 
@@ -65,7 +65,7 @@ def tangents_of(
     filled, apply = calculus.filled, calculus.apply
     operation = problem.operation
     if operation == "forward":
-        moved = filled(problem, tangents, Operands._fields)
+        moved = filled(problem, tangents, DIFFERENTIATED)
         directions = {f"tangent_{name}": array for name, array in moved.items()}
         given = {**arrays, **results, **directions}
         made = apply(problem.but("jvp"), given, ("tangent_output", "tangent_lse"))
@@ -79,7 +79,7 @@ def tangents_of(
     made = {}
     if tangents.get(incoming) is not None:
         made = apply(problem, {**arrays, incoming: tangents[incoming]})
-    return _sums(made, _crossed(problem, arrays[incoming], tangents, calculus))
+    return _sums(made, _crossed(problem, arrays, incoming, tangents, calculus))
 
 
 def gradients_of(
@@ -105,7 +105,7 @@ def gradients_of(
         back = _logits(problem, arrays, incoming, calculus)
     else:
         back = _output(problem, arrays, incoming, calculus)
-    return {name: back, **_crossed(problem, arrays[name], incoming, calculus)}
+    return {name: back, **_crossed(problem, arrays, name, incoming, calculus)}
 
 
 def _logits(problem: Problem, arrays: Named, moved: Named, calculus: Calculus) -> Any:
@@ -135,19 +135,21 @@ def _output(problem: Problem, arrays: Named, moved: Named, calculus: Calculus) -
     return sum(outputs[1:], start=outputs[0]) if outputs else None
 
 
-def _crossed(problem: Problem, incoming: Any, moved: Named, calculus: Calculus) -> dict[str, Any]:
+def _crossed(
+    problem: Problem, arrays: Named, incoming: str, moved: Named, calculus: Calculus
+) -> dict[str, Any]:
     """A gradient with `moved` in the place of the operands that it multiplies `incoming` with.
 
     The gradient of each of two factors is a product with the other one. So this is both how the
     gradients change where the operands do, and the gradient of that.
     """
-    arguments = [name for name in ARRAYS[problem.operation].results if name != "rpb"]
-    if all(moved.get(name) is None for name in arguments):
+    factors = tuple(name for name in ARRAYS[problem.operation].results if name != "rpb")
+    if all(moved.get(name) is None for name in factors):
         return {}
-    operands = calculus.filled(problem, moved, tuple(arguments))
-    (name,) = (name for name in ARRAYS[problem.operation].arguments if name.startswith("grad_"))
+    operands = calculus.filled(problem, moved, factors)
+    kept = {name: arrays.get(name) for name in (incoming, "key_mask")}
     unbiased = problem.but(problem.operation, rpb_dtype=None)
-    return calculus.apply(unbiased, {**operands, name: incoming})
+    return calculus.apply(unbiased, {**operands, **kept})
 
 
 def _sums(a: Named, b: Named) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def _jvp(problem: Problem, arrays: Named, calculus: Calculus) -> dict[str, Any]:
     operands = {name: arrays.get(name) for name in Operands._fields}
     made = calculus.apply(problem.but("forward"), operands)
     unfused = _Unfused(problem, arrays, calculus)
-    moved = {name: unfused.wide.get(f"tangent_{name}") for name in Operands._fields}
+    moved = {name: unfused.wide.get(f"tangent_{name}") for name in DIFFERENTIATED}
     weights = unfused.weights(made["lse"])
     grown = weights * _logits(unfused.logits, unfused.wide, moved, calculus)
     tangent_lse = grown.sum(-1)
@@ -212,7 +214,7 @@ class _Unfused:
         bias = None if problem.rpb_dtype is None else wide
         self.calculus = calculus
         self.wide: dict[str, Any] = {
-            name: None if array is None else calculus.cast(array, wide)
+            name: array if array is None or name == "key_mask" else calculus.cast(array, wide)
             for name, array in arrays.items()
         }
         self.logits = problem.but("qk", dtype=wide, value_dim=1, rpb_dtype=bias)
@@ -232,5 +234,6 @@ class _Unfused:
             "query": grad_output,
             "key": self.wide["value"],
             "additional_keys": self.wide.get("additional_values"),
+            "key_mask": self.wide.get("key_mask"),
         }
         return self.calculus.change(problem, given)

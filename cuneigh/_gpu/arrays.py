@@ -33,7 +33,7 @@ class Array:
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype]
+        return 1 if self.dtype == "bool" else DTYPES[self.dtype]
 
     @property
     def size(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Generic, NamedTuple
 from cuneigh._backends import BackendName
 from cuneigh._frameworks import load_adapter
 from cuneigh._ops.compute import compute
-from cuneigh._ops.types import Array, Flags, Sizes
+from cuneigh._ops.types import Array, Borders, Flags, Sizes
 
 
 class AVGradients(NamedTuple, Generic[Array]):
@@ -27,6 +27,12 @@ def na1d_av(
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array:
     """Sums of the values in the windows of a 1-D layout, weighted by what is in memory.
 
@@ -40,6 +46,8 @@ def na1d_av(
     is_causal : bool
     additional_values : array [B, n, H_kv, D_v], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -62,10 +70,25 @@ def na1d_av(
     load_adapter(weights)
     output: Array
     (output,) = compute(
-        ("av", 1, kernel_size, stride, dilation, is_causal, None, True, backend),
+        (
+            "av",
+            1,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            None,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         weights,
         value,
         additional_values,
+        key_mask,
     )
     return output
 
@@ -79,6 +102,12 @@ def na2d_av(
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array:
     """Sums of the values in the windows of a 2-D layout, weighted by what is in memory.
 
@@ -94,6 +123,8 @@ def na2d_av(
         The window, as in `na2d`.
     additional_values : array [B, n, H_kv, D_v], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -118,10 +149,25 @@ def na2d_av(
     load_adapter(weights)
     output: Array
     (output,) = compute(
-        ("av", 2, kernel_size, stride, dilation, is_causal, None, True, backend),
+        (
+            "av",
+            2,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            None,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         weights,
         value,
         additional_values,
+        key_mask,
     )
     return output
 
@@ -135,6 +181,12 @@ def na3d_av(
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array:
     """Sums of the values in the windows of a 3-D layout, weighted by what is in memory.
 
@@ -148,6 +200,8 @@ def na3d_av(
     is_causal : bool, or one per token axis
     additional_values : array [B, n, H_kv, D_v], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -170,10 +224,25 @@ def na3d_av(
     load_adapter(weights)
     output: Array
     (output,) = compute(
-        ("av", 3, kernel_size, stride, dilation, is_causal, None, True, backend),
+        (
+            "av",
+            3,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            None,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         weights,
         value,
         additional_values,
+        key_mask,
     )
     return output
 
@@ -188,6 +257,12 @@ def na1d_av_backward(
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> AVGradients[Array]:
     """Gradients of `na1d_av` with respect to every array that it was given.
 
@@ -199,6 +274,8 @@ def na1d_av_backward(
     weights, value, kernel_size, stride, dilation, is_causal, additional_values
         What `na1d_av` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -221,10 +298,25 @@ def na1d_av_backward(
     """
     load_adapter(weights)
     gradients = compute(
-        ("av_backward", 1, kernel_size, stride, dilation, is_causal, None, True, backend),
+        (
+            "av_backward",
+            1,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            None,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         weights,
         value,
         additional_values,
+        key_mask,
         grad_output,
     )
     return AVGradients(*gradients)
@@ -240,6 +332,12 @@ def na2d_av_backward(
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> AVGradients[Array]:
     """Gradients of `na2d_av` with respect to every array that it was given.
 
@@ -250,6 +348,8 @@ def na2d_av_backward(
     weights, value, kernel_size, stride, dilation, is_causal, additional_values
         What `na2d_av` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -273,10 +373,25 @@ def na2d_av_backward(
     """
     load_adapter(weights)
     gradients = compute(
-        ("av_backward", 2, kernel_size, stride, dilation, is_causal, None, True, backend),
+        (
+            "av_backward",
+            2,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            None,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         weights,
         value,
         additional_values,
+        key_mask,
         grad_output,
     )
     return AVGradients(*gradients)
@@ -292,6 +407,12 @@ def na3d_av_backward(
     is_causal: Flags = False,
     additional_values: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> AVGradients[Array]:
     """Gradients of `na3d_av` with respect to every array that it was given.
 
@@ -303,6 +424,8 @@ def na3d_av_backward(
     weights, value, kernel_size, stride, dilation, is_causal, additional_values
         What `na3d_av` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -325,10 +448,25 @@ def na3d_av_backward(
     """
     load_adapter(weights)
     gradients = compute(
-        ("av_backward", 3, kernel_size, stride, dilation, is_causal, None, True, backend),
+        (
+            "av_backward",
+            3,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            None,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         weights,
         value,
         additional_values,
+        key_mask,
         grad_output,
     )
     return AVGradients(*gradients)

@@ -14,6 +14,7 @@ from cuneigh._validate import (
     Window,
     boolean,
     finite_scale,
+    part_arguments,
     problem_of,
     scale_or_default,
     window_arguments,
@@ -27,9 +28,10 @@ def compute(parameters: tuple[Any, ...], *arrays: Any) -> list[Any]:
     `arrays` has an element for each argument of the operation in the order of `ARRAYS`, None where
     it is not given. `parameters` are
 
-        operation, rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend
+        operation, rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend,
+        border, layout, query_start, key_start
 
-    where a rank of 0 stands for `attention`.
+    where a rank of 0 stands for `attention`, which has `NO_PART` in place of the last four.
     """
     if is_number(parameters[SCALE]):
         return results_of(parameters, arrays, _examine)
@@ -45,6 +47,8 @@ def compute(parameters: tuple[Any, ...], *arrays: Any) -> list[Any]:
 SCALE = 6
 """The position of `scale` among the parameters."""
 
+NO_PART = (None,) * 4
+
 
 def _name(parameters: tuple[Any, ...]) -> str:
     """The name of the public function."""
@@ -55,9 +59,8 @@ def _name(parameters: tuple[Any, ...]) -> str:
 
 def _examine(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
     """The call of a public function, all of whose arguments are checked here, and its arrays."""
-    operation, rank, kernel_size, stride, dilation, is_causal, scale, return_lse, backend = (
-        parameters
-    )
+    operation, rank, kernel_size, stride, dilation, is_causal, scale, return_lse = parameters[:8]
+    backend, *of_layout = parameters[8:]
     name = _name(parameters)
     named = zip(ARRAYS[operation].arguments, arrays, strict=True)
     needed = {n: array for n, array in named if array is not None or n not in OPTIONAL}
@@ -66,10 +69,12 @@ def _examine(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Call, 
     specs = {n: adapter.spec(array) for n, array in given.items()}
     if rank:
         window = window_arguments(name, rank, kernel_size, stride, dilation, is_causal)
+        part = part_arguments(name, rank, *of_layout)
     else:
+        part = None
         window = Window((), (1,), (1,), (boolean(name, "is_causal", is_causal),))
     check_scale = finite_scale if operation in ("qk", "qk_backward") else scale_or_default
-    problem = problem_of(name, operation, specs, window, check_scale(name, scale))
+    problem = problem_of(name, operation, specs, window, check_scale(name, scale), part)
     results = problem.results
     if operation == "forward" and not boolean(name, "return_lse", return_lse):
         results = problem.output, None

@@ -12,7 +12,7 @@ from cuneigh._call import opaque
 from cuneigh._frameworks import adapter_of, load_adapter
 from cuneigh._frameworks.arguments import examine
 from cuneigh._frameworks.contract import type_name
-from cuneigh._ops.compute import compute
+from cuneigh._ops.compute import NO_PART, compute
 from cuneigh._ops.types import Array, Scale, dense_attention
 from cuneigh._problem import DTYPES, SUPPORTED, Spec
 from cuneigh._validate import require
@@ -27,6 +27,8 @@ def attention(
     scale: Scale | None = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
+    *,
+    key_mask: Any = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of every query to every key: self attention, cross attention, causal attention.
 
@@ -46,6 +48,8 @@ def attention(
         Whether to return the logarithm of the sum of the exponentials of all logits as well.
     backend : str, optional
         As in `na2d`.
+    key_mask : array of bool [B, M], optional
+        False for keys that no query may see, as in `na2d`: padding, for instance.
 
     Returns
     -------
@@ -69,13 +73,14 @@ def attention(
     """
     load_adapter(query)
     output, lse = compute(
-        ("forward", 0, None, None, None, is_causal, scale, return_lse, backend),
+        ("forward", 0, None, None, None, is_causal, scale, return_lse, backend, *NO_PART),
         query,
         key,
         value,
         None,
         None,
         None,
+        key_mask,
     )
     return output if lse is None else (output, lse)
 

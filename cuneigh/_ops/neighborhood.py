@@ -7,7 +7,7 @@ from typing import Any, Generic, NamedTuple
 from cuneigh._backends import BackendName
 from cuneigh._frameworks import load_adapter
 from cuneigh._ops.compute import compute
-from cuneigh._ops.types import Array, Flags, Scale, Sizes, neighborhood_attention
+from cuneigh._ops.types import Array, Borders, Flags, Scale, Sizes, neighborhood_attention
 
 
 class Gradients(NamedTuple, Generic[Array]):
@@ -36,6 +36,12 @@ def na1d(
     rpb: Any = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array | tuple[Array, Array]:
     """1-D neighborhood attention: every query attends to the keys of a window around it.
 
@@ -54,6 +60,8 @@ def na1d(
     rpb : array [H, 2 * K1 - 1], optional
     return_lse : bool
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -76,13 +84,28 @@ def na1d(
     """
     load_adapter(query)
     output, lse = compute(
-        ("forward", 1, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+        (
+            "forward",
+            1,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            return_lse,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
     )
     return output if lse is None else (output, lse)
 
@@ -102,6 +125,12 @@ def na2d(
     rpb: Any = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array | tuple[Array, Array]:
     """2-D neighborhood attention: every query attends to the keys of a window around it.
 
@@ -150,6 +179,22 @@ def na2d(
         Name of the backend to use: "hopper", "fused", "gemm", "naive" or "cpu". Of those that can
         run the problem the one that is expected to be fastest if not given, and for derivatives
         that the one of this name has no kernels for.
+    border : str, or one per token axis
+        What becomes of a window at the ends of an axis: "shift" pushes it inwards, "cut" takes off
+        what lies outside, and with "wrap" it goes on at the other end: the axis is a ring, such as
+        a longitude. A causal window is cut in any case. With "cut" kernel_size may be anything; a
+        ring must not be causal, and dilation must be a divisor of its length.
+    layout : int, or one per token axis, optional
+        Lengths of the layout of which the arrays hold parts. Window, borders, stride groups and
+        dilation groups are those of the whole layout; then query, output and lse may have other
+        token axes than key, value and key_mask. Keys that are not given are hidden.
+    query_start, key_start : int, or one per token axis
+        The token of the layout that is the first of the queries, or of the keys. On a ring it is
+        taken modulo the length. Outputs of parts of the keys are joined by `merge_attentions`.
+    key_mask : array of bool [B, X1, X2], optional
+        False for keys that no query may see, whatever they and their values hold, NaN included.
+        Its gradient is not asked for, and those of masked keys and values are 0. Additional keys
+        are never masked. A query that sees no key has output 0, lse -inf and no gradient.
 
     Returns
     -------
@@ -234,16 +279,58 @@ def na2d(
     >>> joined, _ = cuneigh.merge_attentions([near[0], far[0]], [near[1], far[1]])
     >>> bool(numpy.allclose(joined, output))
     True
+
+    A ring: the second axis is a longitude, so that the globe may be turned.
+
+    >>> output = cuneigh.na2d(query, key, value, 5, border=("cut", "wrap"))
+    >>> turned = [numpy.roll(x, 3, axis=2) for x in (query, key, value)]
+    >>> of_turned = cuneigh.na2d(*turned, 5, border=("cut", "wrap"))
+    >>> bool(numpy.allclose(of_turned, numpy.roll(output, 3, axis=2)))
+    True
+
+    Keys that are not there: at sea, only the sea is looked at.
+
+    >>> sea = numpy.random.default_rng(0).random((1, 16, 16)) < 0.7
+    >>> at_sea = cuneigh.na2d(query, key, value, 5, key_mask=sea)
+    >>> key[~sea] = value[~sea] = numpy.nan
+    >>> bool(numpy.array_equal(at_sea, cuneigh.na2d(query, key, value, 5, key_mask=sea)))
+    True
+
+    A part: rows 4 to 7 of the layout, with the 2 rows on either side that their windows reach.
+
+    >>> query, key, value = random((3, 1, 16, 16, 4, 8))
+    >>> halo = slice(2, 10)
+    >>> part = cuneigh.na2d(
+    ...     query[:, 4:8], key[:, halo], value[:, halo], 5,
+    ...     layout=(16, 16), query_start=(4, 0), key_start=(2, 0),
+    ... )
+    >>> bool(numpy.allclose(part, cuneigh.na2d(query, key, value, 5)[:, 4:8]))
+    True
     """
     load_adapter(query)
     output, lse = compute(
-        ("forward", 2, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+        (
+            "forward",
+            2,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            return_lse,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
     )
     return output if lse is None else (output, lse)
 
@@ -263,6 +350,12 @@ def na3d(
     rpb: Any = None,
     return_lse: bool = False,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array | tuple[Array, Array]:
     """3-D neighborhood attention: every query attends to the keys of a window around it.
 
@@ -281,6 +374,8 @@ def na3d(
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1, 2 * K3 - 1], optional
     return_lse : bool
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -303,13 +398,28 @@ def na3d(
     """
     load_adapter(query)
     output, lse = compute(
-        ("forward", 3, kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
+        (
+            "forward",
+            3,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            return_lse,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
     )
     return output if lse is None else (output, lse)
 
@@ -331,6 +441,12 @@ def na1d_backward(
     rpb: Any = None,
     grad_lse: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Gradients[Array]:
     """Gradients of `na1d` with respect to every array that it was given.
 
@@ -347,6 +463,8 @@ def na1d_backward(
         What `na1d` was given.
     grad_lse : array [B, X1, H], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -371,13 +489,28 @@ def na1d_backward(
     """
     load_adapter(query)
     gradients = compute(
-        ("backward", 1, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "backward",
+            1,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
         grad_output,
         output,
         lse,
@@ -403,6 +536,12 @@ def na2d_backward(
     rpb: Any = None,
     grad_lse: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Gradients[Array]:
     """Gradients of `na2d` with respect to every array that it was given.
 
@@ -420,6 +559,8 @@ def na2d_backward(
         Gradient of the same scalar with respect to lse, of its dtype; zero if not given.
     backend : str, optional
         As in `na2d`; it need not be the one that ran forward.
+    border, layout, query_start, key_start, key_mask
+        As in `na2d`.
 
     Returns
     -------
@@ -445,13 +586,28 @@ def na2d_backward(
     """
     load_adapter(query)
     gradients = compute(
-        ("backward", 2, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "backward",
+            2,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
         grad_output,
         output,
         lse,
@@ -477,6 +633,12 @@ def na3d_backward(
     rpb: Any = None,
     grad_lse: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Gradients[Array]:
     """Gradients of `na3d` with respect to every array that it was given.
 
@@ -493,6 +655,8 @@ def na3d_backward(
         What `na3d` was given.
     grad_lse : array [B, X1, X2, X3, H], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -517,13 +681,28 @@ def na3d_backward(
     """
     load_adapter(query)
     gradients = compute(
-        ("backward", 3, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "backward",
+            3,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         value,
         additional_keys,
         additional_values,
         rpb,
+        key_mask,
         grad_output,
         output,
         lse,

@@ -7,7 +7,7 @@ from typing import Any, Generic, NamedTuple
 from cuneigh._backends import BackendName
 from cuneigh._frameworks import load_adapter
 from cuneigh._ops.compute import compute
-from cuneigh._ops.types import Array, Flags, Scale, Sizes
+from cuneigh._ops.types import Array, Borders, Flags, Scale, Sizes
 
 
 class QKGradients(NamedTuple, Generic[Array]):
@@ -30,6 +30,12 @@ def na1d_qk(
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array:
     """The logits of 1-D neighborhood attention, for models that need them in memory.
 
@@ -46,6 +52,8 @@ def na1d_qk(
     rpb : array [H, 2 * K1 - 1], optional
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -67,11 +75,26 @@ def na1d_qk(
     load_adapter(query)
     logits: Array
     (logits,) = compute(
-        ("qk", 1, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "qk",
+            1,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         additional_keys,
         rpb,
+        key_mask,
     )
     return logits
 
@@ -87,6 +110,12 @@ def na2d_qk(
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array:
     """The logits of 2-D neighborhood attention, for models that need them in memory.
 
@@ -104,6 +133,8 @@ def na2d_qk(
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1], optional
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -128,11 +159,26 @@ def na2d_qk(
     load_adapter(query)
     logits: Array
     (logits,) = compute(
-        ("qk", 2, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "qk",
+            2,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         additional_keys,
         rpb,
+        key_mask,
     )
     return logits
 
@@ -148,6 +194,12 @@ def na3d_qk(
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> Array:
     """The logits of 3-D neighborhood attention, for models that need them in memory.
 
@@ -164,6 +216,8 @@ def na3d_qk(
     rpb : array [H, 2 * K1 - 1, 2 * K2 - 1, 2 * K3 - 1], optional
     additional_keys : array [B, n, H_kv, D], optional
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -185,11 +239,26 @@ def na3d_qk(
     load_adapter(query)
     logits: Array
     (logits,) = compute(
-        ("qk", 3, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "qk",
+            3,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         additional_keys,
         rpb,
+        key_mask,
     )
     return logits
 
@@ -206,6 +275,12 @@ def na1d_qk_backward(
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> QKGradients[Array]:
     """Gradients of `na1d_qk` with respect to every array that it was given.
 
@@ -217,6 +292,8 @@ def na1d_qk_backward(
     query, key, kernel_size, stride, dilation, is_causal, scale, rpb, additional_keys
         What `na1d_qk` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -239,11 +316,26 @@ def na1d_qk_backward(
     """
     load_adapter(query)
     gradients = compute(
-        ("qk_backward", 1, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "qk_backward",
+            1,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         additional_keys,
         rpb,
+        key_mask,
         grad_logits,
     )
     return QKGradients(*gradients)
@@ -261,6 +353,12 @@ def na2d_qk_backward(
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> QKGradients[Array]:
     """Gradients of `na2d_qk` with respect to every array that it was given.
 
@@ -271,6 +369,8 @@ def na2d_qk_backward(
     query, key, kernel_size, stride, dilation, is_causal, scale, rpb, additional_keys
         What `na2d_qk` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -294,11 +394,26 @@ def na2d_qk_backward(
     """
     load_adapter(query)
     gradients = compute(
-        ("qk_backward", 2, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "qk_backward",
+            2,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         additional_keys,
         rpb,
+        key_mask,
         grad_logits,
     )
     return QKGradients(*gradients)
@@ -316,6 +431,12 @@ def na3d_qk_backward(
     rpb: Any = None,
     additional_keys: Any = None,
     backend: BackendName | None = None,
+    *,
+    border: Borders = "shift",
+    layout: Sizes | None = None,
+    query_start: Sizes = 0,
+    key_start: Sizes = 0,
+    key_mask: Any = None,
 ) -> QKGradients[Array]:
     """Gradients of `na3d_qk` with respect to every array that it was given.
 
@@ -327,6 +448,8 @@ def na3d_qk_backward(
     query, key, kernel_size, stride, dilation, is_causal, scale, rpb, additional_keys
         What `na3d_qk` was given.
     backend : str, optional
+        As in `na2d`.
+    border, layout, query_start, key_start, key_mask
         As in `na2d`.
 
     Returns
@@ -349,11 +472,26 @@ def na3d_qk_backward(
     """
     load_adapter(query)
     gradients = compute(
-        ("qk_backward", 3, kernel_size, stride, dilation, is_causal, scale, True, backend),
+        (
+            "qk_backward",
+            3,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            True,
+            backend,
+            border,
+            layout,
+            query_start,
+            key_start,
+        ),
         query,
         key,
         additional_keys,
         rpb,
+        key_mask,
         grad_logits,
     )
     return QKGradients(*gradients)

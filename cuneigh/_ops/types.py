@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, SupportsFloat, TypeVar, overload
 
 from cuneigh._backends import BackendName
+from cuneigh._window import Border
 
 Array = TypeVar("Array")
 """The arrays of one framework."""
@@ -15,6 +16,9 @@ Sizes = int | Sequence[int]
 
 Flags = bool | Sequence[bool]
 """A bool for each token axis, or one for all of them."""
+
+Borders = Border | Sequence[Border]
+"""The name of a border for each token axis, or one for all of them."""
 
 Scale = SupportsFloat
 """A number, or a 0-d array of the framework."""
@@ -39,6 +43,12 @@ class NeighborhoodAttention(Protocol):
         rpb: Any = None,
         return_lse: Literal[False] = False,
         backend: BackendName | None = None,
+        *,
+        border: Borders = "shift",
+        layout: Sizes | None = None,
+        query_start: Sizes = 0,
+        key_start: Sizes = 0,
+        key_mask: Any = None,
     ) -> Array: ...
 
     @overload
@@ -58,6 +68,11 @@ class NeighborhoodAttention(Protocol):
         *,
         return_lse: Literal[True],
         backend: BackendName | None = None,
+        border: Borders = "shift",
+        layout: Sizes | None = None,
+        query_start: Sizes = 0,
+        key_start: Sizes = 0,
+        key_mask: Any = None,
     ) -> tuple[Array, Array]: ...
 
     @overload
@@ -76,6 +91,12 @@ class NeighborhoodAttention(Protocol):
         rpb: Any = None,
         return_lse: bool = False,
         backend: BackendName | None = None,
+        *,
+        border: Borders = "shift",
+        layout: Sizes | None = None,
+        query_start: Sizes = 0,
+        key_start: Sizes = 0,
+        key_mask: Any = None,
     ) -> Array | tuple[Array, Array]: ...
 
 
@@ -97,6 +118,8 @@ class Attention(Protocol):
         scale: Scale | None = None,
         return_lse: Literal[False] = False,
         backend: BackendName | None = None,
+        *,
+        key_mask: Any = None,
     ) -> Array: ...
 
     @overload
@@ -110,6 +133,7 @@ class Attention(Protocol):
         *,
         return_lse: Literal[True],
         backend: BackendName | None = None,
+        key_mask: Any = None,
     ) -> tuple[Array, Array]: ...
 
     @overload
@@ -122,6 +146,8 @@ class Attention(Protocol):
         scale: Scale | None = None,
         return_lse: bool = False,
         backend: BackendName | None = None,
+        *,
+        key_mask: Any = None,
     ) -> Array | tuple[Array, Array]: ...
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from cuneigh._ops.av import na1d_av, na2d_av, na3d_av
 from cuneigh._ops.neighborhood import na1d, na2d, na3d
 from cuneigh._ops.qk import na1d_qk, na2d_qk, na3d_qk
-from cuneigh._ops.types import Flags, Sizes
-from cuneigh._validate import Window, window_arguments
+from cuneigh._ops.types import Borders, Flags, Sizes
+from cuneigh._validate import Window, part_arguments, window_arguments
 
 
 class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
@@ -32,6 +32,7 @@ class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
         *,
+        border: Borders = "shift",
         rel_pos_bias: bool = False,
         attn_drop: float = 0.0,
         device: Any = None,
@@ -45,6 +46,7 @@ class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
             )
         window = window_arguments(name, self.rank, kernel_size, stride, dilation, is_causal)
         self.kernel_size, self.stride, self.dilation, self.is_causal = window
+        self.border = part_arguments(name, self.rank, border, None, 0, 0).border
         if rel_pos_bias and (max(window.stride) > 1 or any(window.is_causal)):
             raise ValueError(
                 f"{name}: rel_pos_bias=True needs stride=1 and is_causal=False on every axis"
@@ -94,10 +96,13 @@ class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
     @property
     def window(self) -> dict[str, Any]:
         """The window arguments of `na1d` and its kin."""
-        return {name: getattr(self, name) for name in Window._fields}
+        return {name: getattr(self, name) for name in (*Window._fields, "border")}
 
     def extra_repr(self) -> str:
-        window = ", ".join(f"{name}={value}" for name, value in self.window.items())
+        shown = self.window
+        if set(self.border) == {"shift"}:
+            del shown["border"]
+        window = ", ".join(f"{name}={value}" for name, value in shown.items())
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {window}"
 
 
@@ -122,6 +127,8 @@ _DOCUMENTATION = """{rank}-D neighborhood attention of ``[batch, {tokens}, embed
         Factor of the logits; ``head_dim ** -0.5`` if not given.
     proj_drop : float
         Probability of dropout after the last projection.
+    border : str, or one per token axis
+        "shift", "cut" or "wrap", as in `cuneigh.na{rank}d`.
     rel_pos_bias : bool
         Whether to learn a relative positional bias, for stride 1 and no causal axis.
     attn_drop : float

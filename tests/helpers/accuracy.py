@@ -131,7 +131,9 @@ def run_backend(
         return to_native(poisoned(spec.shape, spec.dtype))
 
     operands = Operands(*(native(array) for array in inputs.operands))
-    gradients = Operands(*(None if spec is None else empty(spec) for spec in problem.specs))
+    gradients = Operands(
+        *(None if spec is None else empty(spec) for spec in problem.gradient_specs)
+    )
     match problem.operation:
         case "forward":
             results = {"output": empty(problem.output)}

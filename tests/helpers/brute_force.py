@@ -16,27 +16,50 @@ from cuneigh._problem import Operands, Problem
 from cuneigh._window import Axis
 
 
+def window_of(axis: Axis, x: int) -> list[tuple[int, int]]:
+    """(slot, token of the layout) of every key of the layout that query x sees along one axis."""
+    k, s, d, length = axis.kernel_size, axis.stride, axis.dilation, axis.layout
+    x += axis.query_start
+    if axis.border == "wrap":
+        x %= length
+    group, i = x % d, x // d
+    keys = math.ceil((length - group) / d)
+    if axis.is_causal:
+        leader = min((i // s) * s + s - 1, keys - 1)
+        seen = list(range(max(leader - k + 1, 0), i + 1))
+    else:
+        leader = min((i // s) * s + s // 2, keys - 1)
+        start = leader - k // 2
+        if axis.border == "shift":
+            if start < 0:
+                start = 0
+            if start > keys - k:
+                start = keys - k
+        seen = list(range(start, start + k))
+    if axis.border == "wrap":
+        seen = [j % keys for j in seen]
+    elif axis.border == "cut":
+        seen = [j for j in seen if 0 <= j < keys]
+    return [(slot, j * d + group) for slot, j in enumerate(seen)]
+
+
+def given_key(axis: Axis, token: int) -> int | None:
+    """The local number of a key of the layout; None if it is not given."""
+    y = token - axis.key_start
+    if axis.border == "wrap":
+        y %= axis.layout
+    return y if 0 <= y < axis.key_length else None
+
+
+def slots_along(axis: Axis, x: int) -> list[tuple[int, int]]:
+    """(slot, key token) of every given key that query token x sees along one axis."""
+    given = [(slot, given_key(axis, token)) for slot, token in window_of(axis, x)]
+    return [(slot, y) for slot, y in given if y is not None]
+
+
 def sees(axis: Axis, x: int, y: int) -> bool:
     """Whether query token x sees key token y along one axis."""
-    k, s, d = axis.kernel_size, axis.stride, axis.dilation
-    if x % d != y % d:
-        return False
-    group = x % d
-    queries = math.ceil((axis.length - group) / d)
-    keys = math.ceil((axis.key_length - group) / d)
-    i = x // d
-    if axis.is_causal:
-        leader = min((i // s) * s + s - 1, queries - 1)
-        start, end = max(leader - k + 1, 0), i + 1
-    else:
-        leader = min((i // s) * s + s // 2, queries - 1)
-        start = leader - k // 2
-        if start < 0:
-            start = 0
-        if start > keys - k:
-            start = keys - k
-        end = start + k
-    return start <= y // d < end
+    return y in visible_keys(axis, x)
 
 
 def seers(problem: Problem, token: tuple[int, ...]) -> np.ndarray:
@@ -53,15 +76,17 @@ def seers(problem: Problem, token: tuple[int, ...]) -> np.ndarray:
 
 def visible_keys(axis: Axis, x: int) -> list[int]:
     """Key tokens that query token x sees along one axis, in the order of their slots."""
-    return [y for y in range(axis.key_length) if sees(axis, x, y)]
+    return [y for _, y in slots_along(axis, x)]
 
 
 def visible_mask(problem: Problem) -> np.ndarray:
     """[queries, keys]: what is seen on every axis; additional keys are not among the keys."""
     mask = np.ones((1, 1), bool)
     for axis in problem.axes:
-        along = [[sees(axis, x, y) for y in range(axis.key_length)] for x in range(axis.length)]
-        mask = np.kron(mask, np.array(along, bool).reshape(axis.length, axis.key_length))
+        along = np.zeros((axis.length, axis.key_length), bool)
+        for x in range(axis.length):
+            along[x, visible_keys(axis, x)] = True
+        mask = np.kron(mask, along)
     return mask
 
 
@@ -73,26 +98,36 @@ def queries(problem: Problem):
                 yield b, x, h, h // (problem.heads // problem.kv_heads)
 
 
-def neighbors(problem: Problem, x: tuple[int, ...]):
-    """(slot, where, offset) of every key that query token x sees.
+def neighbors(problem: Problem, operands: Operands, b: int, x: tuple[int, ...]):
+    """(slot, where, offset) of every key that query token x of batch entry b sees.
 
     `where` is ("token", y) or ("additional", j), `offset` the index into rpb of a token.
     """
-    along = [
-        list(enumerate(visible_keys(axis, xi))) for axis, xi in zip(problem.axes, x, strict=True)
-    ]
+    along = [slots_along(axis, xi) for axis, xi in zip(problem.axes, x, strict=True)]
     for combination in itertools.product(*along):
         slot = 0
         for (a, _), axis in zip(combination, problem.axes, strict=True):
             slot = slot * axis.kernel_size + a
         y = tuple(token for _, token in combination)
+        if operands.key_mask is not None and not operands.key_mask[(b, *y)]:
+            continue
         offset = tuple(
-            yi // axis.dilation - xi // axis.dilation + axis.kernel_size - 1
-            for yi, xi, axis in zip(y, x, problem.axes, strict=True)
+            relative(axis, xi, a)
+            for (a, _), xi, axis in zip(combination, x, problem.axes, strict=True)
         )
         yield slot, ("token", y), offset
     for j in range(problem.additional or 0):
         yield math.prod(axis.kernel_size for axis in problem.axes) + j, ("additional", j), None
+
+
+def relative(axis: Axis, x: int, slot: int) -> int:
+    """Index into rpb, along one axis without strides, of a slot of query token x."""
+    k, d = axis.kernel_size, axis.dilation
+    i = (x + axis.query_start) % max(axis.layout, 1) // d
+    if axis.border == "wrap":
+        return slot - k // 2 + k - 1  # the query itself is in slot k // 2
+    token = dict(window_of(axis, x))[slot]
+    return token // d - i + k - 1
 
 
 def dot(a, b) -> float:
@@ -117,9 +152,9 @@ def forward(problem: Problem, operands: Operands):
     output = np.zeros(problem.output.shape)
     lse = np.full(problem.lse.shape, -np.inf)
     for b, x, h, kv in queries(problem):
-        keys = list(neighbors(problem, x))
+        keys = list(neighbors(problem, operands, b, x))
         logits = [logit(problem, operands, b, x, h, kv, where, offset) for _, where, offset in keys]
-        top = max(logits)
+        top = max(logits, default=-math.inf)
         if top == -math.inf:
             continue
         lse[(b, *x, h)] = top + math.log(math.fsum(math.exp(value - top) for value in logits))
@@ -134,9 +169,9 @@ def backward(problem: Problem, operands: Operands, grad_output, grad_lse) -> Ope
     """Through the whole Jacobian of softmax: dS_i = sum_j dP_j P_j (delta_ij - P_i) + dlse P_i."""
     gradients = zeros(problem)
     for b, x, h, kv in queries(problem):
-        keys = list(neighbors(problem, x))
+        keys = list(neighbors(problem, operands, b, x))
         logits = [logit(problem, operands, b, x, h, kv, where, offset) for _, where, offset in keys]
-        top = max(logits)
+        top = max(logits, default=-math.inf)
         if top == -math.inf:
             continue
         total = math.fsum(math.exp(value - top) for value in logits)
@@ -159,7 +194,7 @@ def backward(problem: Problem, operands: Operands, grad_output, grad_lse) -> Ope
 def qk(problem: Problem, operands: Operands) -> np.ndarray:
     logits = np.full(problem.logits.shape, -np.inf)
     for b, x, h, kv in queries(problem):
-        for slot, where, offset in neighbors(problem, x):
+        for slot, where, offset in neighbors(problem, operands, b, x):
             logits[(b, *x, h, slot)] = logit(problem, operands, b, x, h, kv, where, offset)
     return logits
 
@@ -167,7 +202,7 @@ def qk(problem: Problem, operands: Operands) -> np.ndarray:
 def qk_backward(problem: Problem, operands: Operands, grad_logits) -> Operands:
     gradients = zeros(problem)
     for b, x, h, kv in queries(problem):
-        for slot, where, offset in neighbors(problem, x):
+        for slot, where, offset in neighbors(problem, operands, b, x):
             d_logit = float(grad_logits[(b, *x, h, slot)])
             add_logit(problem, operands, gradients, b, x, h, kv, where, offset, d_logit)
     return gradients
@@ -176,7 +211,7 @@ def qk_backward(problem: Problem, operands: Operands, grad_logits) -> Operands:
 def av(problem: Problem, weights, operands: Operands) -> np.ndarray:
     output = np.zeros(problem.output.shape)
     for b, x, h, kv in queries(problem):
-        for slot, where, _ in neighbors(problem, x):
+        for slot, where, _ in neighbors(problem, operands, b, x):
             row = row_of(operands.value, operands.additional_values, b, where, kv)
             output[(b, *x, h)] += float(weights[(b, *x, h, slot)]) * np.asarray(row, np.float64)
     return output
@@ -186,7 +221,7 @@ def av_backward(problem: Problem, weights, operands: Operands, grad_output):
     grad_weights, gradients = np.zeros(problem.logits.shape), zeros(problem)
     for b, x, h, kv in queries(problem):
         d_output = np.asarray(grad_output[(b, *x, h)], np.float64)
-        for slot, where, _ in neighbors(problem, x):
+        for slot, where, _ in neighbors(problem, operands, b, x):
             row = row_of(operands.value, operands.additional_values, b, where, kv)
             grad_weights[(b, *x, h, slot)] = dot(d_output, row)
             d_value = row_of(gradients.value, gradients.additional_values, b, where, kv)
@@ -206,7 +241,9 @@ def add_logit(problem, operands, gradients, b, x, h, kv, where, offset, d_logit)
 
 
 def zeros(problem: Problem) -> Operands:
-    return Operands(*(None if spec is None else np.zeros(spec.shape) for spec in problem.specs))
+    return Operands(
+        *(None if spec is None else np.zeros(spec.shape) for spec in problem.gradient_specs)
+    )
 
 
 def dense(query, key, value, mask, scale):

@@ -1,7 +1,7 @@
 """Every operation in float64 on whole matrices, by NumPy or CuPy: the oracle of `attack`.
 
 It shares nothing with the package but the fields of `Problem` and `Axis`. Who sees whom is written
-out again in `brute_force.sees`. Beside each result is what it may err by, as `accuracy` has it, but
+out again in `brute_force`. Beside each result is what it may err by, as `accuracy` has it, but
 from bounds on the terms instead of an obvious computation.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from helpers.brute_force import sees
+from helpers.brute_force import relative, slots_along, visible_keys
 from helpers.strategies import numpy_dtype
 
 from cuneigh._problem import Problem
@@ -31,8 +31,10 @@ class Result(NamedTuple):
 @cache
 def visible_along(axis: Axis) -> np.ndarray:
     """[queries, keys]"""
-    visible = [[sees(axis, x, y) for y in range(axis.key_length)] for x in range(axis.length)]
-    return np.array(visible, bool).reshape(axis.length, axis.key_length)
+    visible = np.zeros((axis.length, axis.key_length), bool)
+    for x in range(axis.length):
+        visible[x, visible_keys(axis, x)] = True
+    return visible
 
 
 @cache
@@ -51,9 +53,9 @@ def slots_of(problem: Problem) -> np.ndarray:
     first, hidden = np.zeros((1, 1), int), np.zeros((1, 1), bool)
     for axis in problem.axes:
         along = np.full((axis.length, axis.kernel_size), -1)
-        for x, row in enumerate(visible_along(axis)):
-            seen = np.flatnonzero(row)
-            along[x, : len(seen)] = seen
+        for x in range(axis.length):
+            for slot, y in slots_along(axis, x):
+                along[x, slot] = y
         shape = len(first) * axis.length, -1
         first = (first[:, None, :, None] * axis.key_length + along[None, :, None, :]).reshape(shape)
         hidden = (hidden[:, None, :, None] | (along < 0)[None, :, None, :]).reshape(shape)
@@ -66,10 +68,12 @@ def bias_index(problem: Problem) -> np.ndarray:
     """[queries, keys]: which element of a head's rpb belongs to a pair; any for hidden pairs."""
     index = np.zeros((1, 1), int)
     for axis in problem.axes:
-        k, d = axis.kernel_size, axis.dilation
-        back = np.arange(axis.key_length)[None] // d - np.arange(axis.length)[:, None] // d
-        along = np.clip(back + k - 1, 0, 2 * k - 2)
-        index = (index[:, None, :, None] * (2 * k - 1) + along[None, :, None, :]).reshape(
+        along = np.zeros((axis.length, axis.key_length), int)
+        for x in range(axis.length):
+            for slot, y in slots_along(axis, x):
+                along[x, y] = relative(axis, x, slot)
+        size = 2 * axis.kernel_size - 1
+        index = (index[:, None, :, None] * size + along[None, :, None, :]).reshape(
             len(index) * axis.length, -1
         )
     return index

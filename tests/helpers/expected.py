@@ -75,7 +75,8 @@ def expect_backward(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expecte
 
 
 def expect_jvp(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected], float]:
-    operands, tangents = inputs.operands, inputs.tangents
+    operands = inputs.operands
+    tangents = inputs.tangents._replace(key_mask=operands.key_mask)
     results, max_logit = expect_forward(problem, inputs)
     oracle = reference.jvp(problem, operands, tangents)
     ways, tangent_lses = obvious_jvp(problem, operands, tangents)
@@ -121,7 +122,7 @@ def expect_qk_backward(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expe
 
     def gradients(operands: Operands, grad_logits: np.ndarray, dtype: str) -> Operands:
         held = gather(problem, operands, dtype)
-        d_logits = np.where(held.slots.visible, head_major(grad_logits, dtype), 0)
+        d_logits = np.where(held.visible, head_major(grad_logits, dtype), 0)
         return gradients_of(held, d_logits.astype(dtype))
 
     obvious = gradients(inputs.operands, inputs.grad_logits, problem.accumulator)
@@ -132,7 +133,7 @@ def expect_qk_backward(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expe
 def expect_av(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected], float]:
     def sums(operands: Operands, weights: np.ndarray, dtype: str) -> np.ndarray:
         held = gather(problem, operands, dtype)
-        read = np.where(held.slots.visible, head_major(weights, dtype), 0).astype(dtype)
+        read = np.where(held.visible, head_major(weights, dtype), 0).astype(dtype)
         return one_by_one(read[..., None] * held.values, -2)
 
     oracle = reference.av(problem, inputs.weights, inputs.operands)
@@ -149,7 +150,7 @@ def expect_av_backward(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expe
         held = gather(problem, operands, dtype)
         d_output = head_major(grad_output, dtype)
         d_weights = one_by_one(d_output[..., None, :] * held.values, -1)
-        read = np.where(held.slots.visible, head_major(weights, dtype), 0).astype(dtype)
+        read = np.where(held.visible, head_major(weights, dtype), 0).astype(dtype)
         return d_weights, gradients_of(held, weights=read, d_output=d_output)
 
     oracle_weights, oracle = reference.av_backward(
@@ -199,7 +200,7 @@ def expect_gradients(
             largest(getattr(terms, name)),
             spec.dtype,
         )
-        for name, spec in problem.specs._asdict().items()
+        for name, spec in problem.gradient_specs._asdict().items()
         if spec is not None
     }
 
@@ -225,4 +226,4 @@ def largest(array: np.ndarray) -> float:
 
 
 def magnitudes(operands: Operands) -> Operands:
-    return Operands(*(None if array is None else np.abs(array) for array in operands))
+    return Operands(*(None if a is None else a if a.dtype == bool else np.abs(a) for a in operands))

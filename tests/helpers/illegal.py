@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cuneigh._problem import DTYPES, Problem, Spec
 
 WINDOW = ("kernel_size", "stride", "dilation", "is_causal")
+OF_LAYOUT = ("border", "layout", "query_start", "key_start")
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,16 @@ class Illegal:
     words: tuple[str, ...]
 
 
+def is_cross(problem: Problem) -> bool:
+    """Whether it is the attention of queries to other keys."""
+    return any(axis.length != axis.key_length and not axis.is_part for axis in problem.axes)
+
+
 def call_of(problem: Problem) -> Call:
     """The public call, with all its arguments, that computes `problem`."""
     arrays = {name: spec for name, spec in problem.specs._asdict().items() if spec is not None}
     axes = problem.axes
-    if any(axis.length != axis.key_length for axis in axes):
+    if is_cross(problem):
         arguments = {**arrays, "is_causal": axes[0].is_causal, "scale": problem.scale}
         return Call("attention", arguments, problem)
     if problem.operation[:2] != "av":
@@ -63,7 +69,8 @@ def call_of(problem: Problem) -> Call:
         arrays["grad_logits"] = problem.logits
     if problem.operation == "av_backward":
         arrays["grad_output"] = problem.output
-    window = {name: tuple(getattr(axis, name) for axis in axes) for name in WINDOW}
+    names = WINDOW if all(axis.is_ordinary for axis in axes) else (*WINDOW, *OF_LAYOUT)
+    window = {name: tuple(getattr(axis, name) for axis in axes) for name in names}
     suffix = "" if problem.operation == "forward" else f"_{problem.operation}"
     return Call(f"na{problem.rank}d{suffix}", {**arrays, **window}, problem)
 
@@ -348,6 +355,69 @@ def rpb_with_a_stride(draw, call: Call) -> Illegal:
     stride = draw(st.integers(2, call.arguments["kernel_size"][axis]))
     broken = with_entry(call, "stride", axis, stride)
     return Illegal(broken, ValueError, ("rpb", f"stride={stride}", f"axis {axis}"))
+
+
+@rule(has_window)
+def unknown_border(draw, call: Call) -> Illegal:
+    border, error = draw(
+        st.sampled_from([("clamp", ValueError), (1, TypeError), (None, TypeError)])
+    )
+    return Illegal(call.but(border=border), error, (f"border={border!r}",))
+
+
+@rule(lambda call: has_window(call) and any(call.arguments["is_causal"]))
+def causal_ring(draw, call: Call) -> Illegal:
+    axis = call.arguments["is_causal"].index(True)
+    borders = tuple("wrap" if r == axis else "cut" for r in range(call.problem.rank))
+    return Illegal(call.but(border=borders), ValueError, ("border='wrap'", f"axis {axis}"))
+
+
+@rule(lambda call: has_window(call) and not any(call.arguments["is_causal"]))
+def ring_without_whole_groups(draw, call: Call) -> Illegal:
+    axis = some_axis(draw, call)
+    length = call.problem.tokens[axis]
+    broken = with_entry(call, "dilation", axis, length + 1)
+    borders = tuple("wrap" if r == axis else "cut" for r in range(call.problem.rank))
+    words = (f"dilation={length + 1}", f"axis {axis}", f"{length}")
+    return Illegal(broken.but(border=borders), ValueError, words)
+
+
+@rule(has_window)
+def start_without_layout(draw, call: Call) -> Illegal:
+    name = draw(st.sampled_from(["query_start", "key_start"]))
+    start = draw(st.integers(1, 5))
+    return Illegal(call.but(**{name: start}), ValueError, (f"{name}={start}", "axis 0", "layout"))
+
+
+@rule(has_window)
+def part_beyond_its_layout(draw, call: Call) -> Illegal:
+    name, axis = draw(st.sampled_from(["query_start", "key_start"])), some_axis(draw, call)
+    start = draw(st.sampled_from([-1, 1, 3]))
+    starts = tuple(start if r == axis else 0 for r in range(call.problem.rank))
+    broken = call.but(layout=call.problem.tokens, **{name: starts})
+    return Illegal(broken, ValueError, (f"{name}={start}", f"axis {axis}"))
+
+
+@rule(has_window)
+def part_argument_of_a_wrong_type(draw, call: Call) -> Illegal:
+    name = draw(st.sampled_from(OF_LAYOUT[1:]))
+    value = draw(st.sampled_from([1.0, True, "1"]))
+    return Illegal(call.but(**{name: value}), TypeError, (f"{name}={value!r}",))
+
+
+@rule(always, operations=("forward", "backward", "qk", "av"))
+def mask_of_another_shape_or_dtype(draw, call: Call) -> Illegal:
+    problem = call.problem
+    mask = Spec((problem.batch, *problem.key_tokens), "bool")
+    axis = draw(st.integers(0, problem.rank))
+    if draw(st.booleans()):
+        dtype = draw(st.sampled_from(["float32", "uint8"]))
+        return Illegal(
+            call.but(key_mask=mask._replace(dtype=dtype)), TypeError, ("key_mask", dtype)
+        )
+    size = mask.shape[axis] + 1
+    words = ("key_mask", f"{size}", f"axis {axis}")
+    return Illegal(call.but(key_mask=resized(mask, axis, size)), ValueError, words)
 
 
 @rule(has("additional_keys", "additional_values"), operations=("forward", "backward"))

@@ -35,9 +35,14 @@ class Gathered:
     bias: Any
     """[heads, queries, slots]"""
 
+    @property
+    def visible(self) -> np.ndarray:
+        """[batch, 1, queries, slots]"""
+        return self.slots.visible[:, None]
+
 
 def gather(problem: Problem, operands: Operands, dtype: str) -> Gathered:
-    slots = window_slots(problem)
+    slots = window_slots(problem, operands)
 
     def flat(tokens: Any) -> Any:
         """[batch, heads, tokens, dim]"""
@@ -51,9 +56,8 @@ def gather(problem: Problem, operands: Operands, dtype: str) -> Gathered:
         if additional is not None:
             rows = np.concatenate([rows, flat(additional)], axis=2)
         rows = np.repeat(rows, problem.group_size, axis=1)
-        in_slots = np.zeros((*rows.shape[:2], *slots.row.shape, rows.shape[-1]), dtype)
-        in_slots[:, :, slots.visible] = rows[:, :, slots.row[slots.visible]]
-        return in_slots
+        hidden = ~slots.visible[:, None, ..., None]
+        return np.where(hidden, np.zeros((), dtype), rows[:, :, slots.row])
 
     bias = None
     if operands.rpb is not None:
@@ -82,7 +86,7 @@ def logits_of(held: Gathered) -> np.ndarray:
     logits = scale * one_by_one(held.query[..., None, :] * held.keys, -1)
     if held.bias is not None:
         logits = logits + held.bias
-    return np.where(held.slots.visible, logits, -np.inf).astype(logits.dtype)
+    return np.where(held.visible, logits, -np.inf).astype(logits.dtype)
 
 
 def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -149,7 +153,7 @@ def obvious_backward(
     if inputs.grad_lse is not None:
         delta = delta - head_major(inputs.grad_lse[..., None], accumulator)
     d_weights = one_by_one(d_output[..., None, :] * held.values, -1)
-    d_logits = np.where(held.slots.visible & alive, weights * (d_weights - delta), 0)
+    d_logits = np.where(held.visible & alive, weights * (d_weights - delta), 0)
     d_logits = d_logits.astype(accumulator)
 
     ways = [gradients_of(held, d_logits, weights, d_output)]
@@ -211,7 +215,10 @@ def gradients_of(
     """Gradients of the operands in the dtype of `held`, every sum taken one by one."""
     problem = held.problem
     result = Operands(
-        *(None if spec is None else np.zeros(spec.shape, held.dtype) for spec in problem.specs)
+        *(
+            None if spec is None else np.zeros(spec.shape, held.dtype)
+            for spec in problem.gradient_specs
+        )
     )
     if d_logits is not None:
         scale = d_logits.dtype.type(problem.scale)
@@ -238,9 +245,9 @@ def scatter(held: Gathered, terms: np.ndarray, tokens: np.ndarray, additional: A
     problem = held.problem
     rows = tokens.reshape(len(tokens), -1, *tokens.shape[-2:])
     count = rows.shape[1]
-    window = held.slots.visible & (held.slots.row < count)
-    extra = held.slots.visible & (held.slots.row >= count)
     for b in range(problem.batch):
+        window = held.slots.visible[b] & (held.slots.row < count)
+        extra = held.slots.visible[b] & (held.slots.row >= count)
         for h in range(problem.heads):
             kv = h // problem.group_size
             np.add.at(rows[b, :, kv], held.slots.row[window], terms[b, h][window])

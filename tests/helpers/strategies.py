@@ -15,13 +15,15 @@ import numpy as np
 from hypothesis import strategies as st
 
 from cuneigh._problem import DTYPES, Operands, Problem, Spec
-from cuneigh._validate import Window, attention_problem, av_problem, dense_problem, qk_problem
+from cuneigh._validate import Part, Window, attention_problem, av_problem, dense_problem, qk_problem
+from cuneigh.reference import window_slots
 
 OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
 """Those of public functions; backends have ``jvp``, too."""
 LAYOUTS = ("contiguous", "packed", "heads_first", "reversed", "broadcast", "padded", "mixed")
 SMALL_DIMS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 32)
 LARGE_DIMS = (33, 40, 64, 65, 80, 96, 128, 200, 256)
+LENGTHS = ("length", "key_length", "layout")
 BUDGET = 200_000
 """Multiplications of one product of a forward: a few milliseconds of the oracle."""
 
@@ -55,6 +57,28 @@ def windows(draw, tokens: tuple[int, ...], rpb: bool = False) -> Window:
 
 
 @st.composite
+def parts_of(draw, layout: tuple[int, ...], window: Window, fewest: int):
+    """A window like `window`, a part of a layout, and the lengths of its queries and keys.
+
+    There are at least `fewest` keys along each axis.
+    """
+    kernel_sizes, of_axes = [], []
+    for length, k, d, causal in zip(layout, window[0], window[2], window[3], strict=True):
+        ring = ["wrap"] if not causal and length % d == 0 else []
+        border = draw(st.sampled_from(["shift", "cut", *ring]))
+        kernel_sizes.append(k + draw(st.sampled_from([0, 3])) if border == "cut" else k)
+        sides = []
+        for least in (1, fewest):
+            count = draw(st.one_of(st.just(length), st.integers(least, length)))
+            last = length - count if border != "wrap" else 2 * length
+            sides.append((count, draw(st.integers(0, last))))
+        (queries, start), (keys, key_start) = sides
+        of_axes.append((border, length, start, key_start, queries, keys))
+    *part, tokens, keys = zip(*of_axes, strict=True)
+    return window._replace(kernel_size=tuple(kernel_sizes)), Part(*part), tokens, keys
+
+
+@st.composite
 def token_counts(draw, rank: int, most: int) -> tuple[int, ...]:
     """Axis lengths whose product is at most `most`."""
     tokens = []
@@ -80,8 +104,11 @@ def problems(
     most_tokens: int = 200,
     budget: int = BUDGET,
     cross: bool | None = None,
+    ordinary: bool = True,
 ) -> Problem:
     """A problem that is not empty.
+
+    Unless it is to be `ordinary` it has any borders, any parts of its layout, and perhaps a mask.
 
     Whether it is the attention of N queries to M keys, as `attention` makes it, is drawn unless
     `cross` says so.
@@ -93,7 +120,8 @@ def problems(
     most_tokens = min(most_tokens, math.isqrt(budget))
     tokens = draw(token_counts(rank, most_tokens))
     has_rpb = not cross and operation[:2] != "av" and draw(st.booleans())
-    keys, additional = tokens, None
+    keys, additional, part = tokens, None, None
+    has_mask = not ordinary and draw(st.booleans())
     if cross:
         is_causal = draw(st.integers(0, 3)) == 3
         keys = tokens if is_causal else draw(token_counts(1, most_tokens))
@@ -101,6 +129,9 @@ def problems(
     else:
         window = draw(windows(tokens, rpb=has_rpb))
         additional = draw(st.none() | st.integers(0, 5))
+        if not ordinary:
+            fewest = 0 if additional else 1
+            window, part, tokens, keys = draw(parts_of(tokens, window, fewest))
         slots = math.prod(window.kernel_size) + (additional or 0)
     # What is left of the budget goes to the channels, the heads and the batch, in a drawn order.
     left = max(budget // (math.prod(tokens) * slots), 1)
@@ -126,7 +157,8 @@ def problems(
     value = Spec((batch, *keys, kv_heads, value_dim), dtype)
     scale = draw(scales())
     if cross:
-        return dense_problem("attention", operation, query, key, value, is_causal, scale)
+        mask = Spec((batch, *keys), "bool") if has_mask else None
+        return dense_problem("attention", operation, query, key, value, is_causal, scale, mask)
     extra_keys = extra_values = bias = None
     if additional is not None:
         extra_keys = Spec((batch, additional, kv_heads, head_dim), dtype)
@@ -135,13 +167,14 @@ def problems(
         shape = (heads, *(2 * k - 1 for k in window.kernel_size))
         bias = Spec(shape, draw(st.sampled_from([dtype, "float32"])))
     call = f"na{rank}d"
+    given = part, Spec((batch, *keys), "bool") if has_mask else None
     if operation[:2] == "qk":
-        return qk_problem(call, operation, query, key, window, scale, bias, extra_keys)
+        return qk_problem(call, operation, query, key, window, scale, bias, extra_keys, *given)
     if operation[:2] == "av":
         weights = Spec((batch, *tokens, heads, slots), dtype)
-        return av_problem(call, operation, weights, value, window, extra_values)
+        return av_problem(call, operation, weights, value, window, extra_values, *given)
     return attention_problem(
-        call, operation, query, key, value, window, scale, extra_keys, extra_values, bias
+        call, operation, query, key, value, window, scale, extra_keys, extra_values, bias, *given
     )
 
 
@@ -159,7 +192,7 @@ def empty_problems(draw, **arguments: Any) -> Problem:
     axes = list(problem.axes)
     is_cross = axes[emptied].length != axes[emptied].key_length
     side = draw(st.sampled_from(["length", "key_length"])) if is_cross else None
-    zero = {side: 0} if side else {"length": 0, "key_length": 0}
+    zero = {side: 0} if side else dict.fromkeys(LENGTHS, 0)
     axes[emptied] = replace(axes[emptied], **zero)
     return replace(problem, axes=tuple(axes))
 
@@ -191,7 +224,7 @@ def generators() -> st.SearchStrategy[np.random.Generator]:
 
 
 def array(spec: Spec, rng: np.random.Generator, layout: str = "contiguous") -> np.ndarray:
-    """Normally distributed numbers laid out in memory as `layout` says.
+    """Normally distributed numbers, or bools, laid out in memory as `layout` says.
 
     Whatever lies in memory between the elements of a strided array is NaN.
     """
@@ -203,8 +236,8 @@ def array(spec: Spec, rng: np.random.Generator, layout: str = "contiguous") -> n
         kept = tuple(
             min(n, 1) if again else n for n, again in zip(spec.shape, repeated, strict=True)
         )
-        return np.broadcast_to(rng.standard_normal(kept).astype(dtype), spec.shape)
-    numbers = rng.standard_normal(spec.shape).astype(dtype)
+        return np.broadcast_to(numbers_of(rng, kept, dtype), spec.shape)
+    numbers = numbers_of(rng, spec.shape, dtype)
     if layout == "reversed":
         turned = tuple(slice(None, None, -1 if rng.random() < 0.5 else 1) for _ in spec.shape)
         return np.ascontiguousarray(numbers[turned])[turned]
@@ -224,14 +257,30 @@ def array(spec: Spec, rng: np.random.Generator, layout: str = "contiguous") -> n
     return numbers
 
 
+def numbers_of(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Normally distributed, or True with a random probability."""
+    if dtype.kind == "b":
+        return rng.random(shape) < rng.choice([0.0, 0.3, 0.9, 1.0])
+    return rng.standard_normal(shape).astype(dtype)
+
+
 def operands(problem: Problem, rng: np.random.Generator, layout: str = "contiguous") -> Operands:
-    """The arguments of a problem; now and then rpb hides some neighbors with -inf, or all."""
+    """The arguments of a problem; now and then rpb hides some neighbors with -inf, or all.
+
+    Masked keys, and values of masked keys, are NaN.
+    """
     drawn = Operands(
         *(None if spec is None else array(spec, rng, layout) for spec in problem.specs)
     )
     if drawn.rpb is not None and rng.random() < 0.3:
         hidden = rng.random(drawn.rpb.shape) < rng.choice([0.1, 0.5, 1.0])
         drawn = drawn._replace(rpb=np.where(hidden, -np.inf, drawn.rpb).astype(drawn.rpb.dtype))
+    if drawn.key_mask is not None:
+        for side in ("key", "value"):
+            if (tokens := getattr(drawn, side)) is not None and not drawn.key_mask.all():
+                tokens = tokens if tokens.flags.writeable else tokens.copy()
+                tokens[~drawn.key_mask] = np.nan
+                drawn = drawn._replace(**{side: tokens})
     return drawn
 
 
@@ -257,21 +306,23 @@ def inputs(problem: Problem, rng: np.random.Generator, layout: str = "contiguous
         case "qk":
             return Inputs(arguments)
         case "qk_backward":
-            return Inputs(arguments, grad_logits=poisoned_logits(problem, rng, layout))
+            return Inputs(arguments, grad_logits=poisoned_logits(problem, arguments, rng, layout))
         case "av":
-            return Inputs(arguments, weights=poisoned_logits(problem, rng, layout))
+            return Inputs(arguments, weights=poisoned_logits(problem, arguments, rng, layout))
         case "av_backward":
             return Inputs(
                 arguments,
-                weights=poisoned_logits(problem, rng, layout),
+                weights=poisoned_logits(problem, arguments, rng, layout),
                 grad_output=array(problem.output, rng, layout),
             )
 
 
-def poisoned_logits(problem: Problem, rng: np.random.Generator, layout: str) -> np.ndarray:
+def poisoned_logits(
+    problem: Problem, arguments: Operands, rng: np.random.Generator, layout: str
+) -> np.ndarray:
     """An array like the logits of a problem, NaN in hidden slots."""
     numbers = array(problem.logits, rng, layout)
-    visible = visible_slots(problem)
+    visible = visible_slots(problem, arguments)
     if visible.all():
         return numbers
     if not numbers.flags.writeable:  # broadcast over queries, some of which see less than others
@@ -280,12 +331,9 @@ def poisoned_logits(problem: Problem, rng: np.random.Generator, layout: str) -> 
     return numbers
 
 
-def visible_slots(problem: Problem) -> np.ndarray:
-    """[X1..Xr, slots]: False past a causal end."""
-    visible = np.ones((1, 1), bool)
-    for axis in problem.axes:
-        start, end = axis.windows()
-        along = start[:, None] + np.arange(axis.kernel_size) < end[:, None]
-        visible = np.kron(visible, along)
-    extra = np.ones((len(visible), problem.additional or 0), bool)
-    return np.hstack([visible, extra]).reshape(*problem.tokens, problem.slots)
+def visible_slots(problem: Problem, arguments: Operands) -> np.ndarray:
+    """[batch, X1..Xr, slots]: False where a slot holds no key that the query sees."""
+    slots = window_slots(problem, arguments).visible
+    return np.broadcast_to(slots, (problem.batch, *slots.shape[1:])).reshape(
+        problem.batch, *problem.tokens, problem.slots
+    )

@@ -20,7 +20,7 @@ from cuneigh._backends.cpu.tangents import jvp
 from cuneigh._device import Device
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
-from cuneigh._window import CONTRACT
+from cuneigh._window import Promise
 
 __all__ = [
     "NAME",
@@ -40,7 +40,7 @@ __all__ = [
 
 NAME = "cpu"
 SETTINGS = ()
-RELIES_ON = CONTRACT
+RELIES_ON = Promise.ONE_RANGE | Promise.INCREASING
 FLOPS_PER_MS = 1e8
 """Useful operations of two cores, roughly: no other backend computes on the CPU."""
 

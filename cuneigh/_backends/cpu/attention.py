@@ -15,9 +15,11 @@ from cuneigh._backends.cpu.boxes import (
     Halo,
     Workspace,
     column_sums,
+    fill_masked,
     finite_rows,
     for_each_box,
     hide,
+    masked_keys,
     read_halo,
     read_tile,
     tables,
@@ -49,10 +51,9 @@ def forward(
     out_rows, lse_rows = Rows(output), None if lse is None else Rows(lse[..., None])
 
     def compute(box: Box, space: Workspace) -> None:
-        keys = read_halo(box, inputs.key, inputs.additional_keys, space, "key", vectors=False)
-        values = read_halo(
-            box, inputs.value, inputs.additional_values, space, "value", vectors=True
-        )
+        masked = masked_keys(box, inputs)
+        keys = read_halo(box, inputs, "key", masked, space, vectors=False)
+        values = read_halo(box, inputs, "value", masked, space, vectors=True)
         tile = view_tile(box, inputs.query, space, "query")
         columns = transposed(box, tile, problem.scale, space, "query columns")
         weights = space("weights", *box.lead, box.tile.keys, box.tile.width)
@@ -66,6 +67,7 @@ def forward(
         def fill() -> None:
             fill_logits(box, keys, columns, bias, weights)
             hide(box, weights)
+            fill_masked(masked, weights, -np.inf)
 
         def attend() -> tuple[Array, Array]:
             np.exp(weights, out=weights)
@@ -77,7 +79,7 @@ def forward(
         finite = finite_rows(sums)
         if not (finite.all() and row_sum.min() >= LOWEST_SUM and row_sum.max() <= HIGHEST_SUM):
             fill()
-            row_max = weights.max(-2)
+            row_max = weights.max(-2, initial=-np.inf)
             needed = ~finite | (np.abs(row_max) > HIGHEST_MAX)
             subtracted = np.where(needed & (row_max != -np.inf), row_max, 0)
             np.subtract(weights, subtracted[..., None, :], out=weights)
@@ -109,10 +111,9 @@ def backward(
     grad_lse_rows = None if grad_lse is None else Rows(grad_lse[..., None])
 
     def compute(box: Box, space: Workspace) -> BoxGradients:
-        keys = read_halo(box, inputs.key, inputs.additional_keys, space, "key", vectors=True)
-        values = read_halo(
-            box, inputs.value, inputs.additional_values, space, "value", vectors=False
-        )
+        masked = masked_keys(box, inputs)
+        keys = read_halo(box, inputs, "key", masked, space, vectors=True)
+        values = read_halo(box, inputs, "value", masked, space, vectors=False)
         query = read_tile(box, inputs.query, space, "query")
         grad_out = read_tile(box, grad_rows, space, "grad output")
         delta = row_sums(grad_out, read_tile(box, out_rows, space, "output"))
@@ -126,8 +127,11 @@ def backward(
         fill_logits(box, keys, columns, bias, weights)
         weights -= row_lse[..., None, :]
         hide(box, weights)
+        fill_masked(masked, weights, -np.inf)
         np.exp(weights, out=weights)
-        value, additional_values = halo_gradients(box, weights, grad_out, space, "grad value")
+        value, additional_values = halo_gradients(
+            box, weights, grad_out, masked, space, "grad value"
+        )
 
         columns = transposed(box, grad_out, 1, space, "grad output columns")
         grad_logits = values.times(columns, space("grad logits", *weights.shape))
@@ -135,11 +139,12 @@ def backward(
         grad_logits *= weights
         if not np.isfinite(column_sums(grad_logits)).all():
             np.copyto(grad_logits[..., : box.tile.halo, :], 0, where=~visible(box))  # not 0 * inf
+            fill_masked(masked, grad_logits, 0)
         grad_query = keys.sums(box, grad_logits, space("grad query", *query.shape))
         grad_query *= problem.scale
         write_tile(box, query_gradient, grad_query)
         query *= problem.scale
-        key, additional_keys = halo_gradients(box, grad_logits, query, space, "grad key")
+        key, additional_keys = halo_gradients(box, grad_logits, query, masked, space, "grad key")
         rpb = None if bias is None else bias_gradient(box, grad_logits)
         return BoxGradients(box, key, value, additional_keys, additional_values, rpb)
 
@@ -164,7 +169,8 @@ def fill_logits(box: Box, keys: Halo, columns: Array, bias: Array | None, logits
 def tile_bias(box: Box, bias: Array) -> Array:
     """``[kv_heads, keys of the halo, group_size, queries]`` of `bias`, the same for every tile."""
     by_head = bias[box.heads.start : box.heads.stop, box.tile.bias_index]
-    grouped = by_head.reshape(-1, box.tile.group_size, *by_head.shape[1:])
+    groups = len(box.kv_heads), box.tile.group_size
+    grouped = by_head.reshape(*groups, *by_head.shape[1:])
     return grouped.transpose(0, 2, 1, 3)
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -57,8 +58,14 @@ class Workspace:
         start = -array.ctypes.data % ALIGNMENT // array.itemsize
         return array[start : start + size]
 
+    @cached_property
+    def beside(self) -> Workspace:
+        """Another one, for arrays of the same names."""
+        return Workspace(str(self.dtype))
+
     def is_worth_keeping(self) -> bool:
-        size = sum(array.nbytes for array in self._memory.values())
+        spaces = [self, self.beside] if "beside" in self.__dict__ else [self]
+        size = sum(array.nbytes for space in spaces for array in space._memory.values())
         return size <= KEPT_BYTES and len(self._arrays) <= 256
 
 
@@ -101,7 +108,8 @@ def for_each_box(
 
 def tables(operands: Operands) -> Operands:
     """`Rows` of every operand but rpb; None for those that are absent or empty."""
-    arrays = operands._replace(rpb=None)
+    mask = operands.key_mask
+    arrays = operands._replace(rpb=None, key_mask=None if mask is None else mask[..., None, None])
     present = (array is not None and array.size > 0 for array in arrays)
     return Operands(*(Rows(a) if there else None for a, there in zip(arrays, present, strict=True)))
 
@@ -142,7 +150,10 @@ def transposed(box: Box, tile: Array, factor: float, space: Workspace, name: str
 
 
 class Halo(NamedTuple):
-    """``[lead, keys, dim]``: what the keys of the halos hold, and what the additional ones do."""
+    """``[lead, keys, dim]``: what the keys of the halos hold, and what the additional ones do.
+
+    Masked keys hold zeros.
+    """
 
     tokens: Array
     additional: Array | None
@@ -169,20 +180,34 @@ class Halo(NamedTuple):
 
 
 def read_halo(
-    box: Box, rows: Rows, additional: Rows | None, space: Workspace, name: str, *, vectors: bool
+    box: Box,
+    inputs: Operands,
+    side: Literal["key", "value"],
+    masked: Booleans | None,
+    space: Workspace,
+    *,
+    vectors: bool,
 ) -> Halo:
-    """What the keys of `box` hold in `rows` and `additional`.
+    """What the keys of `box` hold: their keys or their values, by the tables `inputs`.
 
     `vectors` says that `Halo.sums` will be called: BLAS then loads whole vectors, which want to be
     aligned, while single numbers for `Halo.times` may come from anywhere.
     """
-    tokens = view_halo(box, rows, space)
-    if tokens is None or (vectors and not is_aligned(tokens)):
-        tokens = copy_halo(box, rows, space, name)
+    rows, additional = getattr(inputs, side), getattr(inputs, f"additional_{side}s")
+    tokens: Any
+    if box.tile.halo == 0:
+        tokens = space(side, *box.lead, 0, (rows or additional).dim)
+    elif masked is not None:
+        tokens = rows.read(box.key_tokens, space(side, *box.lead, box.tile.halo, rows.dim))
+        tokens[masked] = 0
+    else:
+        view = view_halo(box, rows, space)
+        is_view = view is not None and (is_aligned(view) or not vectors)
+        tokens = view if is_view else copy_halo(box, rows, space, side)
     if additional is None:
         return Halo(tokens, None)
     batch, *tiles, kv_heads = box.lead
-    out = space(f"additional {name}", batch, 1, kv_heads, box.tile.additional, rows.dim)
+    out = space(f"additional {side}", batch, 1, kv_heads, box.tile.additional, additional.dim)
     additional.read(box.additional_tokens, out)
     return Halo(tokens, out.reshape(batch, *(1 for _ in tiles), *out.shape[2:]))
 
@@ -219,12 +244,27 @@ def copy_halo(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
 # Who sees whom
 
 
+def masked_keys(box: Box, inputs: Operands) -> Booleans | None:
+    """``[lead, keys of the halo]``: which keys a mask hides; None if it hides none of them."""
+    rows: Rows | None = inputs.key_mask
+    if rows is None or box.tile.halo == 0:
+        return None
+    seen = rows.read(box.key_tokens, np.empty((*box.lead, box.tile.halo, 1), bool))
+    return None if seen.all() else ~seen[..., 0]
+
+
+def fill_masked(masked: Booleans | None, array: Array, value: float) -> None:
+    """Set the ``array[lead, keys, ..]`` of masked keys to `value`, whatever it is."""
+    if masked is not None:
+        array[..., : masked.shape[-1], :][masked] = value
+
+
 def hide(box: Box, logits: Array) -> None:
     """Set the ``logits[lead, keys, width]`` of hidden pairs to -inf, whatever they are.
 
     NaN becomes inf where it is seen, which softmax makes NaN again.
     """
-    grouped = logits.reshape(*logits.shape[:-1], -1, box.tile.queries)
+    grouped = logits.reshape(*logits.shape[:-1], box.tile.group_size, box.tile.queries)
     for keys, bound in box.tile.bounds:
         logits_of_keys = grouped[..., keys, :, :]
         np.fmin(logits_of_keys, bound[:, None, :], out=logits_of_keys)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuneigh._backends.cpu.boxes import Workspace, confined_product, visible
+from cuneigh._backends.cpu.boxes import Workspace, confined_product, fill_masked, visible
 from cuneigh._backends.cpu.rows import Array
-from cuneigh._backends.cpu.tiles import Box
+from cuneigh._backends.cpu.tiles import Booleans, Box
 from cuneigh._problem import Operands, Problem
 
 
@@ -33,7 +33,12 @@ class BoxGradients(NamedTuple):
 
 
 def halo_gradients(
-    box: Box, weights: Array, rows: Array, space: Workspace, name: str
+    box: Box,
+    weights: Array,
+    rows: Array,
+    masked: Booleans | None,
+    space: Workspace,
+    name: str,
 ) -> tuple[Array, Array | None]:
     """``weights @ rows`` for the keys of the halos, and for the additional ones.
 
@@ -42,6 +47,7 @@ def halo_gradients(
     """
     out = space(name, *box.lead, box.tile.halo, rows.shape[-1])
     of_tokens = confined_product(weights[..., : box.tile.halo, :], rows, lambda: visible(box), out)
+    fill_masked(masked, of_tokens, 0)
     if not box.tile.additional:
         return of_tokens, None
     tiles = tuple(range(1, 1 + len(box.tile.strips)))
@@ -52,8 +58,8 @@ def bias_gradient(box: Box, grad_logits: Array) -> Array:
     """``[heads, offsets]`` from the gradients of the logits, ``[lead, keys, width]``."""
     tile = box.tile
     summed = grad_logits[..., : tile.halo, :].sum(tuple(range(len(box.lead) - 1)))
-    grouped = summed.reshape(-1, tile.halo, tile.group_size, tile.queries)
-    by_head = grouped.swapaxes(1, 2).reshape(len(box.heads), -1)
+    grouped = summed.reshape(len(box.kv_heads), tile.halo, tile.group_size, tile.queries)
+    by_head = grouped.swapaxes(1, 2).reshape(len(box.heads), tile.halo * tile.queries)
     offsets, count = (
         tile.bias_index.ravel(),
         math.prod(2 * strip.axis.kernel_size - 1 for strip in tile.strips),
@@ -111,11 +117,12 @@ def add_halos(box: Box, total: Array, halos: Array) -> None:
     sizes = [strip.keys for strip in box.tile.strips]
     halos = halos.reshape(batch, *tiles, kv_heads, *sizes, halos.shape[-1])
     halos = np.moveaxis(halos, (0, 1 + len(tiles)), (len(tiles), -2))
-    slices = [
-        [slice(first, first + strip.keys * d, d) for first in along.tolist()]
-        for along, strip in zip(box.first_key, box.tile.strips, strict=True)
-        for d in (strip.axis.dilation,)
-    ]
-    for tile, tokens in zip(np.ndindex(*tiles), itertools.product(*slices), strict=True):
-        keys = total[slice(None), *tokens]
-        keys += halos[tile]
+    for runs in itertools.product(*(strip.runs for strip in box.tile.strips)):
+        slices = [
+            [slice(first, first + (run.stop - run.start) * d, d) for first in begins.tolist()]
+            for along, strip, run in zip(box.first_key, box.tile.strips, runs, strict=True)
+            for d, begins in [(strip.axis.dilation, along + strip.offsets[run][:1].sum())]
+        ]
+        for tile, tokens in zip(np.ndindex(*tiles), itertools.product(*slices), strict=True):
+            keys = total[slice(None), *tokens]
+            keys += halos[(*tile, slice(None), *runs)]

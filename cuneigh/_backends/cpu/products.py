@@ -15,7 +15,9 @@ import numpy as np
 from cuneigh._backends.cpu.attention import fill_logits, flat_bias
 from cuneigh._backends.cpu.boxes import (
     Workspace,
+    fill_masked,
     for_each_box,
+    masked_keys,
     read_halo,
     read_tile,
     tables,
@@ -27,6 +29,9 @@ from cuneigh._backends.cpu.gradients import BoxGradients, Sums, bias_gradient, h
 from cuneigh._backends.cpu.rows import Array, Rows
 from cuneigh._backends.cpu.tiles import Box, Integers, Tile, combined
 from cuneigh._problem import Operands, Problem
+
+HIDDEN = -(1 << 40)
+"""What stands for a hidden key along one axis: less than any keys of the others make up for."""
 
 
 class Slots:
@@ -42,7 +47,7 @@ class Slots:
         key = slot_keys(tile)
         column = np.arange(tile.width).reshape(tile.group_size, tile.queries, 1)
         element = (key * tile.width + column).reshape(tile.width, -1)
-        block = np.arange(0, size, tile.keys * tile.width).reshape(*box.lead, 1, 1)
+        block = np.arange(math.prod(box.lead)).reshape(*box.lead, 1, 1) * (tile.keys * tile.width)
         self._index = block + element
         hidden = np.tile(key < 0, (tile.group_size, 1))
         self._index[..., hidden] = size
@@ -63,9 +68,9 @@ def slot_keys(tile: Tile) -> Integers:
     """``[queries, slots]``: which key of the tile is in each slot; negative if it is hidden."""
     along = []
     for r, strip in enumerate(tile.strips):
-        key = strip.start[:, None] + np.arange(strip.axis.kernel_size)
         stride = math.prod(later.keys for later in tile.strips[r + 1 :])
-        along.append(np.where(key < strip.end[:, None], key * stride, -tile.halo))
+        key = strip.slot_keys()
+        along.append(np.where(key >= 0, key * stride, HIDDEN))
     keys: Integers = combined(np.add, along)
     additional = np.broadcast_to(np.arange(tile.halo, tile.keys), (tile.queries, tile.additional))
     return np.concatenate([keys, additional], 1)
@@ -78,11 +83,13 @@ def qk(problem: Problem, operands: Operands, logits: Array, allocate: Any) -> No
     logit_rows = Rows(logits)
 
     def compute(box: Box, space: Workspace) -> None:
-        keys = read_halo(box, inputs.key, inputs.additional_keys, space, "key", vectors=False)
+        masked = masked_keys(box, inputs)
+        keys = read_halo(box, inputs, "key", masked, space, vectors=False)
         tile = view_tile(box, inputs.query, space, "query")
         columns = transposed(box, tile, problem.scale, space, "query columns")
         slots = Slots(box, space)
         fill_logits(box, keys, columns, bias, slots.dense)
+        fill_masked(masked, slots.dense, -np.inf)
         write_tile(box, logit_rows, slots.select(-np.inf))
 
     for_each_box(problem, compute)
@@ -96,15 +103,17 @@ def qk_backward(
     grad_rows, query_gradient = Rows(grad_logits), Rows(gradients.query)
 
     def compute(box: Box, space: Workspace) -> BoxGradients:
-        keys = read_halo(box, inputs.key, inputs.additional_keys, space, "key", vectors=True)
+        masked = masked_keys(box, inputs)
+        keys = read_halo(box, inputs, "key", masked, space, vectors=True)
         query = read_tile(box, inputs.query, space, "query")
         given = read_tile(box, grad_rows, space, "grad logits")
         dense = Slots(box, space).spread(given)
+        fill_masked(masked, dense, 0)
         grad_query = keys.sums(box, dense, space("grad query", *query.shape))
         grad_query *= problem.scale
         write_tile(box, query_gradient, grad_query)
         query *= problem.scale
-        key, additional_keys = halo_gradients(box, dense, query, space, "grad key")
+        key, additional_keys = halo_gradients(box, dense, query, masked, space, "grad key")
         rpb = None if operands.rpb is None else bias_gradient(box, dense)
         return BoxGradients(box, key=key, additional_keys=additional_keys, rpb=rpb)
 
@@ -119,10 +128,10 @@ def av(problem: Problem, weights: Array, operands: Operands, output: Array, allo
     weight_rows, out_rows = Rows(weights), Rows(output)
 
     def compute(box: Box, space: Workspace) -> None:
-        values = read_halo(
-            box, inputs.value, inputs.additional_values, space, "value", vectors=True
-        )
+        masked = masked_keys(box, inputs)
+        values = read_halo(box, inputs, "value", masked, space, vectors=True)
         dense = Slots(box, space).spread(read_tile(box, weight_rows, space, "weights"))
+        fill_masked(masked, dense, 0)
         out = space("output", *box.lead, box.tile.width, problem.value_dim)
         write_tile(box, out_rows, values.sums(box, dense, out))
 
@@ -143,16 +152,17 @@ def av_backward(
     weight_rows, grad_rows, weight_gradient = map(Rows, (weights, grad_output, grad_weights))
 
     def compute(box: Box, space: Workspace) -> BoxGradients:
-        values = read_halo(
-            box, inputs.value, inputs.additional_values, space, "value", vectors=False
-        )
+        masked = masked_keys(box, inputs)
+        values = read_halo(box, inputs, "value", masked, space, vectors=False)
         grad_out = read_tile(box, grad_rows, space, "grad output")
         slots = Slots(box, space)
         columns = transposed(box, grad_out, 1, space, "grad output columns")
         values.times(columns, slots.dense)
+        fill_masked(masked, slots.dense, 0)
         write_tile(box, weight_gradient, slots.select(0))
         dense = slots.spread(read_tile(box, weight_rows, space, "weights"))
-        value, additional_values = halo_gradients(box, dense, grad_out, space, "grad value")
+        fill_masked(masked, dense, 0)
+        value, additional_values = halo_gradients(box, dense, grad_out, masked, space, "grad value")
         return BoxGradients(box, value=value, additional_values=additional_values)
 
     shared = Sums(problem, gradients, allocate)

@@ -65,11 +65,10 @@ class Rows:
 
     def view(self, tokens: Tokens) -> Array | None:
         """What `read` gives, without a copy; None unless the tiles of one axis follow evenly."""
-        if len(tokens.first) > 1 or tokens.across is None:
+        if len(tokens.first) > 1 or tokens.across is None or tokens.along is None:
             return None
         (first,), (offsets,), (token_stride,) = tokens.first, tokens.offsets, self._token_strides
-        along = int(offsets[1]) if len(offsets) > 1 else 0
-        tile_stride, query_stride = tokens.across * token_stride, along * token_stride
+        tile_stride, query_stride = tokens.across * token_stride, tokens.along * token_stride
         strides = self._batch_stride, tile_stride, self._head_stride, query_stride
         start = tokens.batch.start * strides[0] + tokens.heads.start * strides[2]
         start += self._origin + int(first[0]) * token_stride

@@ -14,8 +14,10 @@ from cuneigh._backends.cpu.attention import fill_logits, flat_bias
 from cuneigh._backends.cpu.boxes import (
     Workspace,
     column_sums,
+    fill_masked,
     for_each_box,
     hide,
+    masked_keys,
     read_halo,
     read_tile,
     tables,
@@ -43,13 +45,15 @@ def jvp(
     )
 
     def compute(box: Box, space: Workspace) -> None:
+        beside = space.beside  # for what tangents hold, by the same names
+        masked = masked_keys(box, primal)
         keys, key_tangents = (
-            read_halo(box, of.key, of.additional_keys, space, name, vectors=False)
-            for of, name in ((primal, "key"), (moved, "key tangent"))
+            read_halo(box, of, "key", masked, where, vectors=False)
+            for of, where in ((primal, space), (moved, beside))
         )
         values, value_tangents = (
-            read_halo(box, of.value, of.additional_values, space, name, vectors=True)
-            for of, name in ((primal, "value"), (moved, "value tangent"))
+            read_halo(box, of, "value", masked, where, vectors=True)
+            for of, where in ((primal, space), (moved, beside))
         )
         columns, column_tangents = (
             transposed(
@@ -62,19 +66,18 @@ def jvp(
             for of, name in ((primal, "query"), (moved, "query tangent"))
         )
 
-        # P, from the logits less the maximum of their row
+        # The exponentials of the logits less the maximum of their row: P, but for their sum
         shape = *box.lead, box.tile.keys, box.tile.width
         weights = space("weights", *shape)
         fill_logits(box, keys, columns, bias, weights)
         hide(box, weights)
-        row_max = weights.max(-2)
+        fill_masked(masked, weights, -np.inf)
+        row_max = weights.max(-2, initial=-np.inf)
         row_max[row_max == -np.inf] = 0
         weights -= row_max[..., None, :]
         np.exp(weights, out=weights)
         row_sum = column_sums(weights)
-        seen = row_sum != 0
-        normalizer = 1 / np.where(seen, row_sum, 1)
-        weights *= normalizer[..., None, :]
+        normalizer = 1 / np.where(row_sum == 0, 1, row_sum)
 
         # P dS
         moving, half = space("weight tangents", *shape), space("logit tangents", *shape)
@@ -83,14 +86,17 @@ def jvp(
         moving *= weights
         if not np.isfinite(column_sums(moving)).all():  # not 0 * inf
             np.copyto(moving[..., : box.tile.halo, :], 0, where=~visible(box))
-        lse_tangent = column_sums(moving)
+            fill_masked(masked, moving, 0)
+        lse_tangent = column_sums(moving) * normalizer
 
         dims = *box.lead, box.tile.width, problem.value_dim
         output = values.sums(box, weights, space("output", *dims))
+        output *= normalizer[..., None]
         if tangent_rows is not None:
             tangent = values.sums(box, moving, space("output tangent", *dims))
-            tangent -= lse_tangent[..., None] * output
             tangent += value_tangents.sums(box, weights, space("sums of tangents", *dims))
+            tangent *= normalizer[..., None]
+            tangent -= lse_tangent[..., None] * output
             write_tile(box, tangent_rows, tangent)
         if out_rows is not None:
             write_tile(box, out_rows, output)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from cuneigh import _settings
 from cuneigh._problem import DTYPES, Problem
-from cuneigh._window import Axis
+from cuneigh._window import Axis, Promise
 
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
@@ -40,6 +40,8 @@ class Strip:
     """[tiles] The token of each tile's first query."""
     first_key: Integers
     """[tiles] The token of the first key of each halo."""
+    offsets: Integers
+    """[keys] The tokens of a halo's keys, from its first one; on a ring they may go back."""
 
     @property
     def tiles(self) -> int:
@@ -52,7 +54,13 @@ class Strip:
     @property
     def keys(self) -> int:
         """Keys of a halo; the windows of a tile's queries never go back."""
-        return int(self.end[-1])
+        return len(self.offsets)
+
+    @cached_property
+    def runs(self) -> list[slice]:
+        """Keys of a halo whose tokens follow evenly."""
+        edges = [0, *(np.flatnonzero(np.diff(self.offsets) <= 0) + 1).tolist(), self.keys]
+        return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
     def visible(self) -> Booleans:
         """[keys, queries]"""
@@ -62,16 +70,70 @@ class Strip:
 
     def bias_index(self) -> Integers:
         """[keys, queries] Index of each pair's relative positional bias; any for hidden pairs."""
-        k, d = self.axis.kernel_size, self.axis.dilation
-        back = (self.first_query[0] - self.first_key[0]) // d
-        index: Integers = np.arange(self.keys)[:, None] - (back + np.arange(self.queries)) + k - 1
-        return np.clip(index, 0, 2 * k - 2)
+        axis, (index, group) = self.axis, self._first_tile
+        seen = _Given(axis, group)
+        first = seen.number(axis.window(index[:1], group)[0])
+        key = seen.key(first + np.arange(self.keys))[:, None]
+        relative: Integers = axis.relative(index, key, group)
+        return relative.clip(0, 2 * axis.kernel_size - 2)
+
+    def slot_keys(self) -> Integers:
+        """[queries, slots] Which key of the halo is in each slot; negative if it is hidden."""
+        axis, (index, group) = self.axis, self._first_tile
+        seen = _Given(axis, group)
+        first = seen.number(axis.window(index[:1], group)[0])
+        begin, end = axis.unclipped(index[:, None], group)
+        key = begin + np.arange(axis.kernel_size)
+        return np.where((key < end) & seen.holds(key), seen.number(key) - first, -1)
+
+    @property
+    def _first_tile(self) -> tuple[Integers, Integers]:
+        """The indices of its queries, and their dilation group."""
+        first, dilation = self.first_query[:1], self.axis.dilation
+        return first // dilation + np.arange(self.queries), first % dilation
 
 
-def strips(axis: Axis, queries: int, biased: bool) -> tuple[Strip, ...]:
+class _Given:
+    """The given keys that queries of some groups see, numbered without those not given.
+
+    On a ring whose seam is crossed, windows hold keys that are not given in between.
+    """
+
+    def __init__(self, axis: Axis, group: Any) -> None:
+        self._axis, self.group = axis, axis.key_group(group)
+        self._length = axis.key_group_length(self.group)
+        self._goes_round = Promise.INSIDE not in axis.promises
+
+    def holds(self, key: Any) -> Any:
+        """Whether `key`, as `Axis.unclipped` counts, is given."""
+        if self._goes_round:
+            return key % self._axis.ring < self._length
+        return (key >= 0) & (key < self._length)
+
+    def number(self, key: Any) -> Any:
+        """That of `key`, or of the next one that is given."""
+        if not self._goes_round:
+            return key
+        ring, given = self._axis.ring, self._length
+        return key // ring * given + np.minimum(key % ring, given)
+
+    def key(self, number: Any) -> Any:
+        """The opposite of `number`."""
+        if not self._goes_round:
+            return number
+        given = np.maximum(self._length, 1)
+        return number // given * self._axis.ring + number % given
+
+    def index(self, number: Any) -> Any:
+        """The local index of a key."""
+        return number % np.maximum(self._length, 1) if self._goes_round else number
+
+
+def strips(axis: Axis, queries: int, placed: bool) -> tuple[Strip, ...]:
     """All of `axis` in tiles of at most `queries` queries of one dilation group.
 
-    With a relative positional bias, tiles are alike only if their halos start equally far back.
+    If they are to be `placed`, as for a relative positional bias, tiles are alike only if their
+    halos start equally far back, and their windows at the same slots.
     """
     groups = np.arange(axis.dilation, dtype=np.int64)
     tiles = -(-axis.group_length(groups) // queries)
@@ -80,10 +142,19 @@ def strips(axis: Axis, queries: int, biased: bool) -> tuple[Strip, ...]:
     count = np.minimum(queries, axis.group_length(group) - first)
     index = first[:, None] + np.minimum(np.arange(queries), count[:, None] - 1)
     start, end = axis.window(index, group[:, None])
-    first_key = start[:, 0].copy()
-    traits = [start - first_key[:, None], end - first_key[:, None], count[:, None]]
-    if biased:
-        traits.append((first - first_key)[:, None])
+    of_tile, of_query = _Given(axis, group), _Given(axis, group[:, None])
+    start, end = of_query.number(start), of_query.number(end)
+    first_key, size = start[:, 0].copy(), end[:, -1] - start[:, 0]
+    begins = of_tile.index(first_key)
+    length = axis.key_group_length(of_tile.group)
+    # Halos that go round are alike only if they do so at the same key.
+    turn = np.where(begins + size > length, (begins, length), -1)
+    traits = [start - first_key[:, None], end - first_key[:, None], count[:, None], turn.T]
+    if placed:
+        first_seen = of_tile.key(first_key)
+        traits.append(axis.relative(first, first_seen, group)[:, None])
+        if not axis.is_ordinary:
+            traits.append(first_seen[:, None] - axis.unclipped(index, group[:, None])[0])
     signature = np.concatenate(traits, 1)  # equal for tiles that are alike
 
     alike: dict[bytes, list[range]] = {}
@@ -92,12 +163,18 @@ def strips(axis: Axis, queries: int, biased: bool) -> tuple[Strip, ...]:
         alike.setdefault(signature[begin].tobytes(), []).append(range(begin, stop))
     result = []
     for runs in alike.values():
-        of, size = np.concatenate(runs), int(count[runs[0].start])
+        of, own = np.concatenate(runs), int(count[runs[0].start])
         shared = signature[of[0]]
-        start_of, end_of = shared[:size], shared[queries : queries + size]
+        start_of, end_of = shared[:own], shared[queries : queries + own]
         first_query = first[of] * axis.dilation + group[of]
-        first_keys = first_key[of] * axis.dilation + group[of]
-        result.append(Strip(axis, start_of, end_of, first_query, first_keys))
+        keys = np.arange(end_of[-1])
+        first_keys = begins[of] * axis.dilation + of_tile.group[of]
+        offsets = (
+            _Given(axis, group[of[0]]).index(begins[of[0]] + keys) - begins[of[0]]
+        ) * axis.dilation
+        if not keys.size:
+            first_keys[:] = 0
+        result.append(Strip(axis, start_of, end_of, first_query, first_keys, offsets))
     return tuple(result)
 
 
@@ -106,7 +183,8 @@ def combined(combine: Callable[[Any, Any], Any], matrices: Iterable[npt.NDArray[
 
     def pair(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[Any]:
         both = combine(x[:, None, :, None], y[:, None, :])
-        return both.reshape(len(x) * len(y), -1)  # type: ignore[no-any-return]
+        shape = len(x) * len(y), x.shape[1] * y.shape[1]
+        return both.reshape(shape)  # type: ignore[no-any-return]
 
     return reduce(pair, matrices)
 
@@ -205,6 +283,15 @@ class Tokens:
         return self._indices[key]
 
     @cached_property
+    def along(self) -> int | None:
+        """Tokens from one of a tile to the next along the first axis; None if that varies."""
+        offsets = self.offsets[0]
+        along = offsets[1:] - offsets[:-1]
+        if not along.size:
+            return 0
+        return int(along[0]) if (along == along[0]).all() else None
+
+    @cached_property
     def across(self) -> int | None:
         """Tokens from tile to tile along the first axis; None if that varies."""
         first = self.first[0]
@@ -243,8 +330,8 @@ class Box:
 
     @cached_property
     def key_tokens(self) -> Tokens:
-        offsets = (np.arange(strip.keys) * strip.axis.dilation for strip in self.tile.strips)
-        return Tokens(self.batch, self.kv_heads, self.first_key, tuple(offsets))
+        offsets = tuple(strip.offsets for strip in self.tile.strips)
+        return Tokens(self.batch, self.kv_heads, self.first_key, offsets)
 
     @cached_property
     def key_region(self) -> tuple[Tokens, int] | None:
@@ -253,7 +340,7 @@ class Box:
         None unless halos that follow each other overlap, all by the same number of keys.
         """
         across, strip = self.key_tokens.across, self.tile.strips[0]
-        if not across or across % strip.axis.dilation:
+        if not across or across % strip.axis.dilation or len(strip.runs) > 1:
             return None
         keys = across // strip.axis.dilation
         if not 0 < keys < strip.keys:
@@ -289,15 +376,22 @@ Cut = tuple[tuple[Strip, ...], ...]
 
 
 @lru_cache(maxsize=256)
-def cut(
+def cut(axes: tuple[Axis, ...], placed: bool, *sizes: int) -> Cut:
+    """The strips of every axis, in the tile shape that is chosen for such axes `anywhere`."""
+    shape = shape_of_tiles(tuple(axis.anywhere() for axis in axes), placed, *sizes)
+    return tuple(strips(axis, queries, placed) for axis, queries in zip(axes, shape, strict=True))
+
+
+@lru_cache(maxsize=256)
+def shape_of_tiles(
     axes: tuple[Axis, ...],
-    biased: bool,
+    placed: bool,
     dims: int,
     repeats: int,
     group_size: int,
     additional: int,
-) -> Cut:
-    """The strips of every axis, in the tile shape that is predicted to be the fastest.
+) -> tuple[int, ...]:
+    """The queries of a tile along each axis, in the shape that is predicted to be the fastest.
 
     Large tiles keep the BLAS busy, small ones have less of their halo hidden from each query. The
     prediction, in ns for one of `repeats` key heads, is linear in the numbers of logits, of halo
@@ -332,13 +426,16 @@ def cut(
         whole = {-(-size // axis.stride) * axis.stride for size in even}
         return {size for size in even | whole if size <= LARGEST_TILE}
 
-    choices = [[strips(axis, size, biased) for size in sorted(sizes(axis))] for axis in axes]
+    choices = [
+        [(size, strips(axis, size, placed)) for size in sorted(sizes(axis))] for axis in axes
+    ]
     shapes = (
         shape
         for shape in itertools.product(*choices)
-        if math.prod(along[0].queries for along in shape) <= max(LARGEST_TILE // group_size, 1)
+        if math.prod(along[0].queries for _, along in shape) <= max(LARGEST_TILE // group_size, 1)
     )
-    return min(shapes, key=predict)
+    best = min(shapes, key=lambda shape: predict(tuple(along for _, along in shape)))
+    return tuple(size for size, _ in best)
 
 
 # Boxes
@@ -384,13 +481,13 @@ class Bounds(NamedTuple):
         """What the arrays of a tile and a key head take, roughly and at most."""
         first, new_keys = tile.strips[0], tile.keys
         if first.tiles > 1:
-            new_keys = tile.keys * min(first.queries, first.keys) // first.keys
+            new_keys = tile.keys * min(first.queries, first.keys) // max(first.keys, 1)
         of_keys = self.per_new_key * new_keys + self.per_key * tile.keys
         return self.per_logit * tile.logits + of_keys + self.per_query * tile.width
 
     def tiles(self, tile: Tile, logits: int) -> int:
         """Tiles of a box that aims at so many logits; one at least, however large it is."""
-        return max(min(logits // tile.logits, self.most_bytes // self.bytes(tile)), 1)
+        return max(min(logits // max(tile.logits, 1), self.most_bytes // self.bytes(tile)), 1)
 
 
 def bounds_of(problem: Problem) -> Bounds:
@@ -416,7 +513,9 @@ def boxes(problem: Problem) -> tuple[Iterable[Box], int]:
     """
     sizes = problem.batch, problem.kv_heads, problem.group_size, problem.additional or 0
     dims, repeats = problem.head_dim + problem.value_dim, problem.batch * problem.kv_heads
-    strips = cut(problem.axes, problem.rpb_dtype is not None, dims, repeats, *sizes[2:])
+    has_slots = problem.operation not in ("forward", "backward") and not problem.is_ordinary
+    placed = has_slots or problem.rpb_dtype is not None
+    strips = cut(problem.axes, placed, dims, repeats, *sizes[2:])
     keys = math.prod(sum(strip.tiles * strip.keys for strip in along) for along in strips)
     bounds = bounds_of(problem)
     threads = max(workspace_limit() * 7 // 8 // _largest(strips, bounds, *sizes), 1)

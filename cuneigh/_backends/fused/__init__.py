@@ -26,7 +26,7 @@ from cuneigh._gpu import tuned
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
-from cuneigh._window import CONTRACT
+from cuneigh._window import Promise
 
 __all__ = [
     "NAME",
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 SETTINGS = (tuned.SETTING,)
-RELIES_ON = CONTRACT
+RELIES_ON = Promise.ONE_RANGE | Promise.INCREASING
 DTYPES = ("float16", "bfloat16", "float32")
 LONGEST = 256
 """Head dimensions that the kernels take."""
@@ -65,6 +65,8 @@ def unsupported(problem: Problem, device: Device, arrays: object = None) -> str 
             return f"takes head dimensions up to {LONGEST}, not {name}={getattr(problem, name)}"
     if problem.is_empty:
         return None
+    if 0 in problem.key_tokens:
+        return "needs at least one key beside additional ones"
     parts = [part for _, part in plan.parts(problem)]
     if not all(plan.areas(part, device, pass_) for part in parts for pass_ in plan.passes(part)):
         return f"needs more shared memory than the {device.shared_memory} bytes of {device.name}"

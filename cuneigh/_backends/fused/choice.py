@@ -61,6 +61,6 @@ def predicted_ms(problem: Problem, device: Device) -> float:
         if isinstance(plan, SmallPlan):
             cycles = small_plan.cost(part, plan, device, pass_)
         else:
-            cycles = fused_plan.cost(part, plan, pass_) * part.batch * part.heads
+            cycles = fused_plan.cost(part, plan, pass_) * part.batch * pass_.heads(part)
         milliseconds += H200.launch_ms + cycles / H200.cycles
     return milliseconds

@@ -22,7 +22,7 @@ from cuneigh._gpu.arrays import Array, contiguous
 from cuneigh._gpu.boxes import count_walk
 from cuneigh._gpu.passes import DKV, DV, FORWARD, JVP, Pass
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.records import AXIS, axis_record
+from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.views import Views, load_width, readable
 from cuneigh._problem import DTYPES, JvpResults, Operands, Problem
 
@@ -45,6 +45,7 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     key_bytes = load_width((operands.query, operands.key, operands.additional_keys))
     value_bytes = load_width((operands.value, operands.additional_values, output))
     views = Views(problem.rank)  # `ForwardArguments` of cuda/fused/forward.cu
+    views.mask(operands.key_mask)
     views.vectors(*operands[:3])
     views.additional(operands.additional_keys, operands.additional_values)
     views.bias(operands.rpb)
@@ -92,6 +93,7 @@ def backward(
         if not by_keys:  # the kernels for small windows compute the statistics themselves
             sums.delta(problem, grad_output, output, lse, grad_lse, statistics, program)
         views = Views(problem.rank)  # `BackwardArguments` of cuda/fused/backward.cu
+        views.mask(operands.key_mask)
         views.vectors(*rows, *columns)
         if by_keys:  # additional keys are rows of no box
             views.additional(None, None)
@@ -127,6 +129,7 @@ def jvp(
         output, tangent_output = cut(results.output), cut(results.tangent_output)
         vectors: list[Array | None] = [output, tangent_output]
         views = Views(problem.rank)  # `JvpArguments` of cuda/fused/jvp.cu
+        views.mask(operands.key_mask)
         for of in (operands, tangents):
             value, additional_values = cut(of.value), cut(of.additional_values)
             vectors += value, additional_values
@@ -144,7 +147,7 @@ def _alike(operands: Operands, tangents: Operands, program: Program) -> tuple[Op
     """The same, with the tangents of all but the query laid out in memory as what they are of."""
     pairs = []
     for name, array, tangent in zip(Operands._fields, operands, tangents, strict=True):
-        if array is not None and name != "query" and array.strides != tangent.strides:
+        if tangent is not None and name != "query" and array.strides != tangent.strides:
             wanted = contiguous(array.shape)
             array = array if array.strides == wanted else program.copied(array)
             tangent = tangent if tangent.strides == wanted else program.copied(tangent)
@@ -208,7 +211,7 @@ def _launch(
         kernel(problem, capability, pass_, plan.area, many, key_bytes, value_bytes),
         (blocks, 1),
         plan.area.warps * 32,
-        _record(problem, plan, pass_),
+        with_starts(_record(problem, plan, pass_)),
         views.words,
         shared_bytes=fused_plan.shared_bytes(problem, plan.area, pass_),
     )
@@ -244,6 +247,7 @@ def kernel(
         "kValueExact": value_dim == problem.value_dim,
         "kRowsAreKeys": pass_.rows_are_keys,
         "kAdditional": fused_plan.has_additional(problem, pass_),
+        "kKeyMask": problem.has_key_mask,
     }
     if pass_ == FORWARD:
         flags["kManyBatchHeads"] = many_batch_heads
@@ -251,7 +255,8 @@ def kernel(
         flags |= {"kGradQk": pass_ != DV, "kGradV": pass_ in (DV, DKV)}
     types = {"Element": problem.dtype, "Bias": problem.rpb_dtype}
     name = {FORWARD: "fused/forward", JVP: "fused/jvp"}.get(pass_, "fused/backward")
-    return _jit.Kernel(name, _jit.plan_source(constants, flags, types))
+    macros = (PARTS,) if has_parts(problem) else ()
+    return _jit.Kernel(name, _jit.plan_source(constants, flags, types), macros=macros)
 
 
 @lru_cache(maxsize=1024)
@@ -262,7 +267,7 @@ def _record(problem: Problem, plan: FusedPlan, pass_: Pass) -> np.ndarray[Any, A
         1,
         np.dtype(
             [
-                ("axes", AXIS, (rank,)),
+                ("axes", axis_type(has_parts(problem)), (rank,)),
                 *((name, "i4", (rank,)) for name in ("warp_box", "warps", "column_box", "boxes")),
                 *((name, "i4") for name in ("batch", "heads", "group_size", "batch_heads")),
                 *((name, "i4") for name in ("head_dim", "value_dim", "additional", "sign")),
@@ -272,7 +277,7 @@ def _record(problem: Problem, plan: FusedPlan, pass_: Pass) -> np.ndarray[Any, A
             align=True,
         ),
     )
-    record["axes"] = [axis_record(axis) for axis in problem.axes]
+    fill_axes(record, problem)
     record["warp_box"], record["warps"] = plan.warp_box, plan.warps
     record["column_box"] = plan.column_box
     record["boxes"] = [

@@ -125,7 +125,7 @@ def constants(problem: Problem, pass_: Pass) -> Cycles:
 
 
 def cost(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD) -> float:
-    """Predicted cycles of a multiprocessor for one batch-head."""
+    """Predicted cycles of a multiprocessor for one batch-head of the rows."""
     return float(cost_of(problem, plan.area, count(problem, plan, pass_), pass_))
 
 
@@ -141,11 +141,12 @@ def cost_of(problem: Problem, area: Area, counts: WalkCounts, pass_: Pass) -> An
     load = columns * chunks * cycles.copy + cycles.box
     block = 16 * row_tiles * warps * chunks * cycles.row + cycles.block
     # The warps of a block wait for each other, each on its own scheduler.
-    return (
-        counts.blocks * block
-        + counts.loads * load
+    walks = (
+        counts.loads * load
         + (counts.visits * visit + (counts.visits - counts.full) * partial) / warps
     )
+    # A block of keys walks over the queries of all heads that share them.
+    return counts.blocks * block + walks * (problem.group_size if pass_.rows_are_keys else 1)
 
 
 # The choice of a plan
@@ -210,7 +211,7 @@ def with_batch_heads(problem: Problem, plan: FusedPlan, device: Device) -> Fused
     counts = count(problem, plan)
     at_once = resident(problem, plan.area, device, FORWARD) * max(device.sm_count, 1)
     of_one = cost(problem, plan) / counts.blocks
-    longest = counts.longest * counts.blocks / counts.loads
+    longest = counts.longest * counts.blocks / max(counts.loads, 1)  # parts may see nothing
 
     def cycles(batch_heads: int) -> float:
         rounds = math.ceil(counts.blocks * math.ceil(all_heads / batch_heads) / at_once)
@@ -283,6 +284,22 @@ def fast_sizes(
     problem: Problem, capability: tuple[int, int], pass_: Pass
 ) -> tuple[tuple[int, int], ...]:
     """(row_tiles, columns) that fit into registers, as the compiler reports, and were fast."""
+    sizes = _fast_sizes(problem, capability, pass_)
+    if problem.is_ordinary:
+        return sizes
+    # A walk over parts, or past hidden keys, takes some registers more.
+    roomy = tuple(size for size in sizes if size not in FULL.get(pass_.name, ()))
+    return roomy or ((1, 16),)
+
+
+FULL = {"dkv": ((1, 64),)}
+"""Sizes of a pass whose kernels have no register left, apart from those of small dimensions."""
+
+
+def _fast_sizes(
+    problem: Problem, capability: tuple[int, int], pass_: Pass
+) -> tuple[tuple[int, int], ...]:
+    """Those of ordinary problems."""
     longest = max(problem.head_dim, problem.value_dim)
     if pass_ == JVP:
         if problem.dtype == "float32":
@@ -320,6 +337,12 @@ def blocks_per_multiprocessor(
     problem: Problem, capability: tuple[int, int], area: Area, pass_: Pass
 ) -> int:
     """Blocks to leave registers for; more of them hide latencies, as long as nothing spills."""
+    blocks = _blocks(problem, capability, area, pass_)
+    return blocks if problem.is_ordinary or blocks == 1 else blocks - 1
+
+
+def _blocks(problem: Problem, capability: tuple[int, int], area: Area, pass_: Pass) -> int:
+    """Those of ordinary problems."""
     longest = max(problem.head_dim, problem.value_dim)
     if longest > 64 or capability[0] > 9 or pass_ == JVP:
         return 1

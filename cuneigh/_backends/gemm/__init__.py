@@ -30,6 +30,7 @@ from cuneigh._backends.gemm.launch import (
 from cuneigh._backends.gemm.plan import plan_of, workspace_limit
 from cuneigh._backends.gemm.sources import kernels
 from cuneigh._device import Device
+from cuneigh._gpu.ordinary import extraordinary
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._problem import Problem
 from cuneigh._window import CONTRACT
@@ -56,7 +57,7 @@ RELIES_ON = CONTRACT
 
 def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
-    reason = no_gpu(device)
+    reason = no_gpu(device) or extraordinary(problem)
     if reason is not None or problem.is_empty:
         return reason
     limit = workspace_limit()

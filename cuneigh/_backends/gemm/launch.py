@@ -170,7 +170,7 @@ def qk_backward(
         chunk.scatter(grad_query)
         halo_sums.add_keys(chunk, products, query, problem.scale)
     if problem.rpb_dtype:
-        sums.stored_rpb(problem, grad_logits, gradients.rpb, program)
+        sums.stored_rpb(problem, grad_logits, None, gradients.rpb, program)
 
 
 def av(problem: Problem, weights: Any, operands: Operands, output: Any, program: Program) -> None:

@@ -23,6 +23,7 @@ from cuneigh._backends.hopper.plan import predicted_ms, ways
 from cuneigh._backends.hopper.tensor_maps import unreadable
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
+from cuneigh._gpu.records import has_parts
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
@@ -75,6 +76,16 @@ def unsupported(
             return f"takes head dimensions up to {longest} in steps of 8, not {name}={dim}"
     if problem.rpb_dtype:
         return "does not take rpb"
+    if problem.has_key_mask:
+        return "does not take key_mask"
+    if RELIES_ON not in problem.promises:
+        return "does not go across the seam of a ring"
+    if problem.operation == "backward" and problem.rank > 1 and has_parts(problem):
+        for axis, along in enumerate(problem.axes):  # registers are few
+            if along.dilation > 1:
+                return f"takes no dilation for gradients of parts along several axes, as on {axis}"
+    if 0 in problem.key_tokens and not problem.is_empty:
+        return "needs at least one key beside additional ones"
     for axis, along in enumerate(problem.axes):
         if along.dilation > MOST_DILATION:
             return f"takes dilations up to {MOST_DILATION}, not {along.dilation} on axis {axis}"

@@ -21,6 +21,7 @@ from cuneigh._gpu.boxes import Box, WalkCounts, count_walk, count_walks, powers_
 from cuneigh._gpu.costs import Cycles
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, Pass
 from cuneigh._gpu.rates import H200
+from cuneigh._gpu.records import axis_type, has_parts
 from cuneigh._problem import Problem, size_of
 
 ROWS = 64
@@ -77,15 +78,16 @@ SHARE_OF_SUMS = 1 / 32
 def ways(problem: Problem) -> list[tuple[Pass, ...]]:
     """The ways to compute an operation: the passes of each, in their order.
 
-    One kernel for all gradients has five products where two kernels have seven, but cannot have
-    additional keys, which are no rows. Along several axes its tiles would wait for each other for
-    longer than two products take, and so they do where those of short vectors take little
-    (bench/NOTES.md).
+    One kernel for all gradients has five products where two kernels have seven, but needs the whole
+    layout, and cannot have additional keys, which are no rows. Along several axes its tiles would
+    wait for each other for longer than two products take, and so they do where those of short
+    vectors take little (bench/NOTES.md).
     """
     if problem.operation == "forward":
         return [(FORWARD,)]
     along_one = problem.rank == 1 and not is_dilated(problem)
-    if along_one and problem.head_dim > LINE and not problem.additional:
+    whole = not has_parts(problem) and not problem.additional
+    if along_one and problem.head_dim > LINE and whole:
         return [(BACKWARD,), (DQ, DKV)]
     return [(DQ, DKV)]
 
@@ -118,6 +120,9 @@ def form_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Form:
     longest = max(problem.head_dim, problem.value_dim)
     # Two sums fill the registers that one does with vectors twice as long.
     warpgroups = 3 if longest <= (64 if pass_ == DKV else 128) and pass_ != BACKWARD else 2
+    # The windows of parts take registers of the producers, whom two warpgroups leave more
+    if has_parts(problem) and (pass_ != FORWARD or is_dilated(problem)):
+        warpgroups = 2
     columns = 128 if longest <= 128 and pass_ == FORWARD else 64
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
     # Where warpgroups read each other's rows, those of a tile come together
@@ -145,7 +150,8 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     size += math.ceil(tables / 16) * 16
     size += 2 * (20 + 16 * rank)  # tiles
     size += 4 * form.stages * form.warpgroups  # visibility
-    size += 60 * rank + 196 + 4 * rank + 12  # the problem, and the last box of columns
+    axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
+    size += axes + 196 + 4 * rank + 12  # the problem, and the last box of columns
     barriers = 4 + 2 * form.row_slots + 4 * form.stages + 6
     return math.ceil((math.ceil(size / 8) * 8 + 8 * barriers) / 16) * 16
 

@@ -41,7 +41,7 @@ __all__ = [
 
 NAME = "naive"
 SETTINGS = ()
-RELIES_ON = Promise.ONE_RANGE | Promise.INSIDE
+RELIES_ON = Promise.ONE_RANGE
 
 
 def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:

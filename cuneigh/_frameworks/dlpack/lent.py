@@ -123,7 +123,7 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _supported(dtype: str) -> str:
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and dtype != "bool":
         raise TypeError(f"it has dtype {dtype}, which is not one of {', '.join(DTYPES)}")
     return dtype
 

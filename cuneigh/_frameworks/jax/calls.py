@@ -20,7 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cuneigh._call import nothing
+from cuneigh._call import of_nothing
 from cuneigh._frameworks.contract import numpy_dtype
 from cuneigh._problem import ARRAYS, Problem, of_what
 from cuneigh._window import Axis
@@ -100,6 +100,7 @@ def _measure(problem: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     for axis, length, key_length in lengths:
         # The window is a symbol only where it is all keys.
         of_axis = {"length": length, "key_length": key_length, "kernel_size": max(key_length, 1)}
+        of_axis["layout"] = key_length  # where it is a symbol, the whole layout is given
         axis |= {name: size for name, size in of_axis.items() if isinstance(axis[name], str)}
 
 
@@ -174,6 +175,14 @@ def _mapped(arrays: Sequence[Any], axes: Sequence[Any], *, call: CustomCall) -> 
     pairs = list(zip(arrays, axes, batched, strict=True))
     (size, *_) = (array.shape[axis] for array, axis, is_batched in pairs if is_batched)
     into = _folded_axis(call, batched)
+    if into == "heads" and dict(zip(call.arguments, batched, strict=True)).get("key_mask"):
+        # Heads share a mask, so that it is one call after another.
+        each = [
+            compute(call, *(jnp.take(a, i, axis) if own else a for a, axis, own in pairs))
+            for i in range(size)
+        ]
+        stacked = [jnp.stack(made) for made in zip(*each, strict=True)]
+        return stacked, [0] * len(stacked)
     folded = [
         _fold(
             jnp.moveaxis(array, axis, 0) if is_batched else array,
@@ -197,7 +206,7 @@ batching.primitive_batchers[primitive] = _mapped
 def _of_nothing(call: CustomCall, results: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
     """The results of a map over nothing: those of no keys at all."""
     return [
-        jnp.full(result.shape, nothing(name), result.dtype)
+        jnp.full(result.shape, of_nothing(name), result.dtype)
         for name, result in zip(call.results, results, strict=True)
     ]
 
@@ -270,6 +279,8 @@ def _axis(name: str, into: Fold) -> int | None:
         return 0 if into == "heads" else None
     if into == "batch":
         return 0
+    if name == "key_mask":  # it is that of all heads
+        return None
     return -1 if of_what(name) == "lse" else -2
 
 

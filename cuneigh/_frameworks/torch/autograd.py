@@ -97,8 +97,10 @@ def _backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
     if operation == "forward" and not given[0]:  # of lse alone
         gradients, given = (torch.zeros_like(arrays[-2]), *gradients[1:]), (True, True)
     # Through `compute`, for somebody may differentiate the gradient, or map over it.
-    made = call.gradient(given).compute((*arrays, *compress(gradients, given)))
-    return (None, *[array for array in made if array is not None])  # in the order of the arguments
+    gradient = call.gradient(given)
+    made = gradient.compute((*arrays, *compress(gradients, given)))
+    of = dict(zip(ARRAYS[gradient.problem.operation].results, made, strict=True))
+    return (None, *map(of.get, call.arguments))
 
 
 def _second(
@@ -120,8 +122,14 @@ def _second(
     return [made.get(name) for name in call.arguments]
 
 
-_uncompiled = torch.compiler.disable(_backward)
+_uncompiled = _backward
 """The same where torch.compile would otherwise look into it, and into the backend below."""
+
+
+def hide_backward() -> None:
+    """Have torch.compile, which is there by now, not look into `_uncompiled`."""
+    global _uncompiled
+    _uncompiled = torch.compiler.disable(_backward)
 
 
 # Function.apply itself, without its care for transformations of functorch, of which there are none.

@@ -23,7 +23,7 @@ from cuneigh._frameworks.derivatives import (
     tangents_of,
 )
 from cuneigh._frameworks.torch.tensors import TENSORS
-from cuneigh._problem import ARRAYS, TANGENTS, Operands, Problem, Spec
+from cuneigh._problem import ARRAYS, DIFFERENTIATED, TANGENTS, Problem, Spec
 
 LEVEL = 0
 """The one level of forward mode that PyTorch has; its transformations nest in another way."""
@@ -207,8 +207,8 @@ def in_one_pass(
     call: Call, primals: Named, moved: Named, calculus: Calculus
 ) -> list[torch.Tensor | None]:
     """The results of a forward with their tangents, from one kernel."""
-    directions = calculus.filled(call.problem, moved, Operands._fields)
-    pairs = zip(TANGENTS, Operands._fields, strict=True)
+    directions = calculus.filled(call.problem, moved, DIFFERENTIATED)
+    pairs = zip(TANGENTS, DIFFERENTIATED, strict=True)
     given = {**primals, **{t: directions.get(name) for t, name in pairs}}
     made = calculus.apply(call.problem.but("jvp"), given)
     if not any(map(is_mapped, primals.values())):  # but the tangents may be

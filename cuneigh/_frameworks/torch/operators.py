@@ -19,7 +19,8 @@ from cuneigh._frameworks.derivatives import Calculus
 from cuneigh._frameworks.torch.derivatives import calculus_of, gradients, tangents
 from cuneigh._frameworks.torch.tensors import TENSORS
 from cuneigh._problem import ARRAYS, OPTIONAL, Operation, Problem, of_what
-from cuneigh._validate import Window, problem_of
+from cuneigh._validate import Part, Window, problem_of
+from cuneigh._window import BORDERS, Axis
 
 
 class Parameters(NamedTuple):
@@ -31,6 +32,12 @@ class Parameters(NamedTuple):
     dilation: Sequence[int]
     is_causal: Sequence[int]
     """0 or 1, for torch.jit.trace cannot record a list of bools."""
+    border: Sequence[int]
+    """Positions in `BORDERS`; like the three below empty for `attention`, which has no part."""
+    layout: Sequence[int]
+    """Empty if it is that of the arrays, so that torch.compile need not tell it from theirs."""
+    query_start: Sequence[int]
+    key_start: Sequence[int]
     scale: float | None
     """None for the default, which torch.compile would otherwise compile anew for each head_dim."""
     backend: str | None
@@ -45,10 +52,26 @@ def call(public: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | No
         [axis.stride for axis in axes],
         [axis.dilation for axis in axes],
         [int(axis.is_causal) for axis in axes],
+        *_part_parameters(public, axes),
         None if _is_default_scale(problem) else problem.scale,
         public.backend,
     )
     return apply(problem.operation, dict(zip(public.arguments, arrays, strict=True)), parameters)
+
+
+def _part_parameters(
+    public: Call, axes: Sequence[Axis]
+) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]:
+    """`border`, `layout`, `query_start` and `key_start` of `Parameters`."""
+    if public.name == "attention":
+        return [], [], [], []
+    is_part = any(axis.is_part for axis in axes)
+    return (
+        [BORDERS.index(axis.border) for axis in axes],
+        [axis.layout for axis in axes] if is_part else [],
+        [axis.query_start for axis in axes],
+        [axis.key_start for axis in axes],
+    )
 
 
 def _is_default_scale(problem: Problem) -> bool:
@@ -88,10 +111,14 @@ def _is_backward(operation: Operation) -> bool:
 
 def _problem(operation: Operation, arrays: dict[str, Any], parameters: Parameters) -> Problem:
     """The problem of an operator's arguments, all of them checked."""
-    kernel_size, stride, dilation, is_causal, scale, _ = parameters
+    kernel_size, stride, dilation, is_causal, border, layout, *starts = parameters[:8]
     window = Window(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(map(bool, is_causal)))
+    part = None
+    if border:
+        names = tuple(BORDERS[number] for number in border)
+        part = Part(names, tuple(layout) or None, *map(tuple, starts))
     specs = {name: TENSORS.spec(array) for name, array in arrays.items()}
-    return problem_of(f"cuneigh::{operation}", operation, specs, window, scale)
+    return problem_of(f"cuneigh::{operation}", operation, specs, window, parameters.scale, part)
 
 
 # The rules of one operator
@@ -214,6 +241,8 @@ def _batched(operation: Operation) -> Callable[..., Any]:
         moves = any(dims.get(name) is not None for name in ("rpb", "tangent_rpb"))
         own_bias = "rpb" in arrays and (moves or _is_backward(operation))
         into: Fold = "heads" if own_bias else "batch"
+        if own_bias and dims.get("key_mask") is not None:  # which heads share
+            return one_by_one(info.batch_size, arrays, dims, parameters)
         folded = {
             name: _fold(array, _axis(name, array, dims[name], into), dims[name], info.batch_size)
             for name, array in arrays.items()
@@ -228,6 +257,20 @@ def _batched(operation: Operation) -> Callable[..., Any]:
         ]
         return _joined(operation, results), _joined(operation, [0] * len(results))
 
+    def one_by_one(
+        size: int, arrays: dict[str, Any], dims: dict[str, int | None], parameters: Parameters
+    ) -> Any:
+        each = [
+            apply(
+                operation,
+                {n: a if dims[n] is None else a.select(dims[n], i) for n, a in arrays.items()},
+                parameters,
+            )
+            for i in range(size)
+        ]
+        results = [torch.stack(made) for made in zip(*each, strict=True) if made[0] is not None]
+        return _joined(operation, results), _joined(operation, [0] * len(results))
+
     return batched
 
 
@@ -237,6 +280,8 @@ def _axis(name: str, array: torch.Tensor, dim: int | None, into: Fold) -> int | 
         return 0 if into == "heads" else None
     if into == "batch":
         return 0
+    if name == "key_mask":  # it is that of all heads
+        return None
     ndim: int = array.ndim - (dim is not None)
     return ndim - (1 if of_what(name) == "lse" else 2)
 
@@ -292,6 +337,7 @@ def _define(operation: Operation) -> Any:
     arrays = [f"Tensor{'?' * (name in OPTIONAL)} {name}" for name in ARRAYS[operation].arguments]
     parameters = [
         *("SymInt[] kernel_size", "SymInt[] stride", "SymInt[] dilation", "int[] is_causal"),
+        *("int[] border", "SymInt[] layout", "SymInt[] query_start", "SymInt[] key_start"),
         *("float? scale", "str? backend"),
     ]
     operator = torch.library.custom_op(

@@ -34,7 +34,7 @@ PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
 TRACED = frozenset([FakeTensor, FunctionalTensor])
 """Tensors without numbers, by which PyTorch finds out what a program does."""
 
-TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
+TORCH_DTYPES = {name: getattr(torch, name) for name in (*DTYPES, "bool")}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from cuneigh import _backends
 from cuneigh._problem import DTYPES
-from cuneigh._validate import neighborhood_axes, window_arguments
+from cuneigh._validate import neighborhood_axes, part_arguments, window_arguments
 from cuneigh.cli.devices import device_of
 from cuneigh.cli.profile import SHORT, add_problem_options, along
 
@@ -19,13 +19,19 @@ def add_parser(subparsers: Any) -> None:
         "show",
         help="draw which keys a query sees, and how the planner cuts the layout",
         description="Draw which keys a query sees: in the terminal, as a picture, or as a page in "
-        "which a query, window, stride, dilation and causality are changed by hand. With --plan "
-        "also the queries of its block and the boxes of keys that the block loads.",
+        "which a query, window, stride, dilation, causality and borders are changed by hand. With "
+        "--plan also the queries of its block and the boxes of keys that the block loads.",
         epilog="example: python -m cuneigh show -i 32 32 -w 7 7 -q 3 29 --plan --output plan.png",
     )
     add_problem_options(parser)
     parser.add_argument(
         "-q", "--query", nargs="+", type=int, metavar="N", help="its token; default: the middle"
+    )
+    parser.add_argument(
+        "--border",
+        nargs="+",
+        metavar="NAME",
+        help="shift (the default), cut or wrap, for each axis",
     )
     parser.add_argument(
         "--plan", action="store_true", help="show how the planner cuts the forward pass"
@@ -78,7 +84,11 @@ def _run(options: argparse.Namespace) -> None:
         along(options.dilation, 1),
         along(options.causal, False),
     )
-    axes = neighborhood_axes("show", tokens, window)
+    if options.plan and options.border:
+        raise ValueError("--plan draws windows that are shifted inwards alone; leave out --border")
+    border = along(options.border, "shift")
+    part = part_arguments("show", len(tokens), border, None, 0, 0)
+    axes = neighborhood_axes("show", tokens, window, part=part)
     planned = _plan(options) if options.plan else None
     scene = scene_of(axes, options.query, planned)
     if options.output:

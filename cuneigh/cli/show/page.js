@@ -5,7 +5,8 @@ const COLORS = {
   token: "#f0f1f4", seen: "#2f6fdb", query: "#d62839", full: "#bfe3c6", partial: "#fbe3a6",
   skipped: "#dcdee3", part: "#7b2cbf", block: "#b79ad9", box: "#9a8c5c",
 };
-const NAMES = ["kernel_size", "stride", "dilation", "is_causal"];
+const NAMES = ["kernel_size", "stride", "dilation", "is_causal", "border"];
+const LEAST = { stride: 1, dilation: 1, is_causal: false, border: "shift" };
 const state = structuredClone(START);
 const rank = state.axes.length;
 const canvas = document.querySelector("canvas"), pen = canvas.getContext("2d");
@@ -14,9 +15,10 @@ let panels = {};
 /** The largest legal value of each slider, given the others. */
 function most(axis, name) {
   if (name === "length") return Math.max(64, START.longest);
-  if (name === "kernel_size") return Math.floor(axis.length / axis.dilation);
+  const isCut = axis.border === "cut";
+  if (name === "kernel_size") return isCut ? 2 * axis.length : Math.floor(axis.length / axis.dilation);
   if (name === "stride") return axis.kernel_size;
-  if (name === "dilation") return Math.floor(axis.length / axis.kernel_size);
+  if (name === "dilation") return isCut ? axis.length : Math.floor(axis.length / axis.kernel_size);
   return Math.max(32, ...Object.values(START.cut).flat()); // of boxes
 }
 
@@ -41,17 +43,30 @@ const refreshers = [];
 function check(owner, name, label) {
   const row = document.createElement("label"), input = document.createElement("input");
   input.type = "checkbox";
-  input.oninput = () => { owner[name] = input.checked; draw(); };
+  input.oninput = () => { owner[name] = input.checked; legalize(); draw(); };
   row.append(Object.assign(document.createElement("span"), { textContent: label }), input);
   refreshers.push(() => { input.checked = owner[name]; });
+  return row;
+}
+
+/** A choice of the border of `axis`. */
+function choice(axis, r) {
+  const row = document.createElement("label"), input = document.createElement("select");
+  for (const name of ["shift", "cut", "wrap"]) input.append(new Option(name));
+  row.append(Object.assign(document.createElement("span"), { textContent: "border" }), input);
+  input.setAttribute("aria-label", `border of axis ${r}`);
+  input.oninput = () => { axis.border = input.value; legalize(); draw(); };
+  refreshers.push(() => { input.value = axis.border; });
   return row;
 }
 
 /** Keep every value within what the others leave; a smaller length comes first. */
 function legalize() {
   state.axes.forEach((axis, r) => {
-    axis.kernel_size = Math.min(axis.kernel_size, axis.length);
+    axis.kernel_size = Math.min(axis.kernel_size, axis.border === "cut" ? 2 * axis.length : axis.length);
+    if (axis.is_causal && axis.border === "wrap") axis.border = "shift"; // a ring has no order
     axis.dilation = Math.min(axis.dilation, most(axis, "dilation"));
+    while (axis.border === "wrap" && axis.length % axis.dilation) axis.dilation -= 1;
     axis.stride = Math.min(axis.stride, axis.kernel_size);
     state.query[r] = Math.min(state.query[r], axis.length - 1);
   });
@@ -65,6 +80,7 @@ function controls() {
     for (const name of ["length", "kernel_size", "stride", "dilation"])
       group.append(slider(axis, name, r, name));
     group.append(check(axis, "is_causal", "is_causal"));
+    if (!state.cut) group.append(choice(axis, r));
     if (state.cut) {
       const names = { part: "queries of a part", parts: "parts of a block", columns: "keys of a box" };
       for (const name in names) group.append(slider(state.cut[name], r, r, names[name]));
@@ -162,8 +178,8 @@ function tell(seen, counts) {
     const values = state.axes.map((axis) => text(axis[name]));
     return rank === 1 ? values[0] : `(${values.join(", ")})`;
   };
-  const python = { is_causal: (flag) => (flag ? "True" : "False") };
-  const given = NAMES.filter((name) => name === "kernel_size" || state.axes.some((a) => a[name] > (name !== "is_causal")));
+  const python = { is_causal: (flag) => (flag ? "True" : "False"), border: (name) => `"${name}"` };
+  const given = NAMES.filter((name) => name === "kernel_size" || state.axes.some((a) => a[name] !== LEAST[name]));
   const call = given.map((name) => `${name}=${tuple(name, python[name] || String)}`).join(", ");
   const keys = seen.reduce((product, along) => product * along.length, 1);
   const ranges = seen.map((along) => `${along[0]} to ${along.at(-1)}`).join(", ");

@@ -35,6 +35,7 @@ def page_of(scene: Scene) -> str:
                 "stride": axis.stride,
                 "dilation": axis.dilation,
                 "is_causal": axis.is_causal,
+                "border": axis.border,
             }
             for axis in scene.axes
         ],

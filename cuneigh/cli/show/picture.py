@@ -90,6 +90,8 @@ def _title(scene: Scene) -> str:
     ]
     if any(axis.is_causal for axis in axes):
         words.append("causal " + "x".join(str(int(axis.is_causal)) for axis in axes))
+    if any(axis.border != "shift" for axis in axes):
+        words.append(f"border {sizes('border')}")
     title = ", ".join(words)
     return f"{title}\n{scene.blocks.backend}: {scene.blocks.text}" if scene.blocks else title
 

@@ -7,13 +7,16 @@ function groupLength(axis, group) {
   return Math.floor((axis.length - group + axis.dilation - 1) / axis.dilation);
 }
 
-/** The half-open range of key indices that query `index` of `group` sees. */
+/** The half-open range of key indices that query `index` of `group` sees; on a ring unrolled. */
 function windowOf(axis, index, group) {
   const k = axis.kernel_size, s = axis.stride, length = groupLength(axis, group);
   const offset = axis.is_causal ? s - 1 : Math.floor(s / 2);
   const leader = Math.min(Math.floor(index / s) * s + offset, length - 1);
   if (axis.is_causal) return [Math.max(leader - k + 1, 0), index + 1];
-  const start = Math.min(Math.max(leader - Math.floor(k / 2), 0), length - k);
+  const begin = leader - Math.floor(k / 2);
+  if (axis.border === "wrap") return [begin, begin + k];
+  if (axis.border === "cut") return [Math.max(begin, 0), Math.min(begin + k, length)];
+  const start = Math.min(Math.max(begin, 0), length - k);
   return [start, start + k];
 }
 
@@ -21,7 +24,8 @@ function windowOf(axis, index, group) {
 function seenBy(axis, x) {
   const group = x % axis.dilation;
   const [begin, end] = windowOf(axis, Math.floor(x / axis.dilation), group);
-  return tokensOf(axis, group, begin, end);
+  const seen = tokensOf(axis, group, begin, end), n = axis.length;
+  return axis.border === "wrap" ? seen.map((token) => ((token % n) + n) % n) : seen;
 }
 
 /** The tokens of a group with these indices. */

@@ -113,8 +113,10 @@ def scene_of(
 
 def _seen(axis: Axis, x: int) -> Tokens:
     group = x % axis.dilation
-    begin, end = axis.window(x // axis.dilation, group)
-    return np.arange(begin, end) * axis.dilation + group
+    index = np.arange(*axis.window(x // axis.dilation, group))
+    if axis.border == "wrap":
+        index %= axis.ring
+    return index * axis.dilation + group
 
 
 def cut_of(plan: Any) -> Cut:

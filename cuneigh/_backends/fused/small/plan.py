@@ -30,6 +30,7 @@ from cuneigh._gpu.boxes import (
 from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
 from cuneigh._gpu.passes import DQ, FORWARD, JVP, Pass
 from cuneigh._problem import Problem
+from cuneigh._window import Promise
 
 ROWS = 16
 """Rows of a warp: those of one tensor core instruction."""
@@ -213,6 +214,8 @@ def takes(problem: Problem, pass_: Pass) -> bool:
         and {problem.head_dim, problem.value_dim} <= {*dims(pass_)}
         and not problem.rpb_dtype
         and not problem.additional
+        and not problem.has_key_mask
+        and Promise.INSIDE in problem.promises
         and SMALLEST_SCALE < problem.scale < 1 / SMALLEST_SCALE
     )
 
