@@ -33,7 +33,7 @@ from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import start_words
 from cuneigh._messages import shown
-from cuneigh._problem import ARRAYS, Operands, Problem, Spec
+from cuneigh._problem import ARRAYS, TANGENTS, JvpResults, Operands, Problem, Spec, of_what
 
 KEPT = 4096
 """Calls that are kept, and programs."""
@@ -408,7 +408,7 @@ def taken(problem: Problem) -> tuple[str, ...]:
     """The names of the arrays that a problem takes, without a gradient of lse."""
     absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
     names = ARRAYS[problem.operation].arguments
-    return tuple(name for name in names if name not in (*absent, "grad_lse"))
+    return tuple(name for name in names if name != "grad_lse" and of_what(name) not in absent)
 
 
 def forget() -> None:
@@ -445,6 +445,10 @@ def perform(
                 gradients,
                 space,
             )
+        case "jvp":
+            tangents = Operands(*map(given.get, TANGENTS))
+            wanted = JvpResults(*map(results.get, JvpResults._fields))
+            backend.jvp(problem, operands, tangents, wanted, space)
         case "qk":
             backend.qk(problem, operands, results["logits"], space)
         case "qk_backward":
