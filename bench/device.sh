@@ -3,7 +3,7 @@
 #
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host loads memory scaling
 #                                    naive grid h200 profile (the default: all of these), soak,
-#                                    attack, alternate, tune
+#                                    attack, alternate, tune, derivatives
 #
 # `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
 # takes a GPU of compute capability 9.0. `attack` compares random calls of all backends with dense
@@ -66,6 +66,8 @@ loads() { python3 bench/loads.py --output "$OUT/loads.json"; }
 scaling() { python3 bench/scaling.py --output "$OUT/scaling.json"; }
 
 h200() { python3 bench/h200.py --output "$OUT/h200.json" | tail -n 60; return "${PIPESTATUS[0]}"; }
+# Tangents and second derivatives in PyTorch.
+derivatives() { python3 bench/derivatives.py --output "$OUT/derivatives.json"; }
 naive() { python3 bench/naive.py --output "$OUT/naive.json" | tail -n 12; return "${PIPESTATUS[0]}"; }
 grid() {
   python3 bench/paper_grid.py --backward-dim 64 --output "$OUT/paper-grid.json" | tail -n 20

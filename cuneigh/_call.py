@@ -33,7 +33,7 @@ from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import start_words
 from cuneigh._messages import shown
-from cuneigh._problem import ARRAYS, Operands, Problem, Spec
+from cuneigh._problem import ARRAYS, TANGENTS, JvpResults, Operands, Problem, Spec, of_what
 
 KEPT = 4096
 """Calls that are kept, and programs."""
@@ -238,11 +238,13 @@ class Call:
 
         It runs the programs of this one, so that nothing is planned.
         """
-        if starts == self.starts:
-            return self
         query, key = (
             start if isinstance(start, tuple) else (start,) * self.problem.rank for start in starts
         )
+        if any(type(number) is not int for number in (*query, *key)):
+            return None
+        if starts == self.starts:
+            return self
         if self._movable is None or len(query) != len(key) or len(query) != self.problem.rank:
             return None
         words: list[int] = []
@@ -406,7 +408,7 @@ def taken(problem: Problem) -> tuple[str, ...]:
     """The names of the arrays that a problem takes, without a gradient of lse."""
     absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
     names = ARRAYS[problem.operation].arguments
-    return tuple(name for name in names if name not in (*absent, "grad_lse"))
+    return tuple(name for name in names if name != "grad_lse" and of_what(name) not in absent)
 
 
 def forget() -> None:
@@ -443,6 +445,10 @@ def perform(
                 gradients,
                 space,
             )
+        case "jvp":
+            tangents = Operands(*map(given.get, TANGENTS))
+            wanted = JvpResults(*map(results.get, JvpResults._fields))
+            backend.jvp(problem, operands, tangents, wanted, space)
         case "qk":
             backend.qk(problem, operands, results["logits"], space)
         case "qk_backward":

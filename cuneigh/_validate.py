@@ -61,14 +61,24 @@ def problem_of(
     given = part, key_mask
     problem: Problem
     match operation:
-        case "forward" | "backward" if not window.kernel_size:
+        case "forward" | "backward" | "jvp" if not window.kernel_size:
             (is_causal,) = window.is_causal
             problem = dense_problem(call, operation, query, key, value, is_causal, scale, key_mask)
-        case "forward" | "backward":
+        case "forward" | "backward" | "jvp":
             extra = additional_keys, additional_values
             problem = attention_problem(
                 call, operation, query, key, value, window, scale, *extra, rpb, *given
             )
+        case "qk" | "qk_backward" | "av" | "av_backward" if not window.kernel_size:
+            (is_causal,) = window.is_causal
+            query, key = specs.get("query", specs.get("weights")), specs.get("key", value)
+            assert query is not None
+            assert key is not None
+            # The vectors that the operation does not take have one element.
+            values = value or Spec((*key.shape[:-1], 1), key.dtype)
+            if "weights" in specs:
+                query, key = (Spec((*each.shape[:-1], 1), each.dtype) for each in (query, key))
+            problem = dense_problem(call, operation, query, key, values, is_causal, scale, key_mask)
         case "qk" | "qk_backward":
             problem = qk_problem(
                 call, operation, query, key, window, scale, rpb, additional_keys, *given
@@ -154,7 +164,8 @@ def _integer(call: str, name: str, value: Any) -> int:
             return operator.index(value)
         except TypeError:
             pass
-    raise TypeError(f"{call}: {name}={shown(value)} is {_type_name(value)}, not an int")
+    hint = "; sizes are neither traced nor differentiated" if hasattr(value, "dtype") else ""
+    raise TypeError(f"{call}: {name}={shown(value)} is {_type_name(value)}, not an int{hint}")
 
 
 def _border(call: str, name: str, value: Any) -> Border:
@@ -339,7 +350,7 @@ def kept(build: Callable[..., Problem]) -> Callable[..., Problem]:
 @kept
 def attention_problem(
     call: str,
-    operation: Literal["forward", "backward"],
+    operation: Literal["forward", "backward", "jvp"],
     query: Spec,
     key: Spec,
     value: Spec,
@@ -456,7 +467,7 @@ def av_problem(
 @kept
 def dense_problem(
     call: str,
-    operation: Literal["forward", "backward"],
+    operation: Operation,
     query: Spec,
     key: Spec,
     value: Spec,
@@ -519,7 +530,7 @@ def require(call: str, name: str, given: Spec, expected: Spec) -> None:
 
 def _check_all(call: str, problem: Problem, given: Operands) -> None:
     for name, spec, expected in zip(Operands._fields, given, problem.specs, strict=True):
-        if spec is not None:
+        if spec is not None and expected is not None:
             require(call, name, spec, expected)
 
 

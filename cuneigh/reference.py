@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cuneigh._problem import DIFFERENTIATED, Operands, Problem
+from cuneigh._problem import DIFFERENTIATED, JvpResults, Operands, Problem
 from cuneigh._window import Axis, Promise
 
 Floats = npt.NDArray[np.float64]
@@ -137,6 +137,40 @@ def backward(
         d_logits = np.where(seen, weights * (d_weights + shift), 0.0)
         _logits_backward(problem, slots, head, seen, d_logits, gradient)
     return _operands(problem, gradients)
+
+
+@_quiet
+def jvp(problem: Problem, operands: Operands, tangents: Operands) -> JvpResults:
+    """`forward`, and how its results change where every operand moves along its tangent.
+
+    With `dS` the change of the logits, `dlse = sum(P dS)` and `dO = sum(P (dS - dlse) V + P dV)`.
+    """
+    made = JvpResults(
+        np.zeros(problem.output.shape),
+        np.full(problem.lse.shape, -np.inf),
+        np.zeros(problem.output.shape),
+        np.zeros(problem.lse.shape),
+    )
+    if problem.is_empty:
+        return made
+    slots = window_slots(problem, operands)
+    rows, directions = _rows(problem, operands), _rows(problem, tangents)
+    for b, h, kv in _heads(problem):
+        head, direction = rows.head(b, h, kv), directions.head(b, h, kv)
+        visible = slots.visible[b]
+        weights, row_lse, seen = _softmax(_logits(problem, slots, visible, head), visible)
+        values = _gather(head.values, slots.row, seen)
+        d_values = _gather(direction.values, slots.row, seen)
+        d_logits = _logits_tangent(problem, slots, head, seen, direction)
+        d_lse = (weights * d_logits).sum(-1, keepdims=True)
+        d_weights = np.where(seen, weights * (d_logits - d_lse), 0.0)
+        _flat(made.output)[b, :, h] = np.einsum("ns,nsd->nd", weights, values)
+        _flat(made.lse[..., None])[b, :, h, 0] = row_lse
+        _flat(made.tangent_lse[..., None])[b, :, h] = d_lse
+        _flat(made.tangent_output)[b, :, h] = np.einsum(
+            "ns,nsd->nd", d_weights, values
+        ) + np.einsum("ns,nsd->nd", weights, d_values)
+    return made
 
 
 @_quiet
@@ -275,6 +309,19 @@ def _logits(problem: Problem, slots: Slots, visible: Booleans, head: Rows) -> Wi
     if slots.offset is not None:
         logits[:, : problem.window_size] += head.bias[slots.offset]
     return np.where(visible, logits, -np.inf)
+
+
+def _logits_tangent(
+    problem: Problem, slots: Slots, head: Rows, seen: Booleans, direction: Rows
+) -> Wide:
+    """[queries, slots] How the logits change along `direction`; 0 where not `seen`."""
+    keys, d_keys = (_gather(of.keys, slots.row, seen) for of in (head, direction))
+    d_logits = problem.scale * (
+        np.einsum("nd,nsd->ns", direction.query, keys) + np.einsum("nd,nsd->ns", head.query, d_keys)
+    )
+    if slots.offset is not None:
+        d_logits[:, : problem.window_size] += direction.bias[slots.offset]
+    return np.where(seen, d_logits, 0.0)
 
 
 def _logits_backward(

@@ -227,26 +227,3 @@ def test_checkpointing(reentrant):
     leaves = fresh(given)
     checkpoint(loss, *leaves, use_reentrant=reentrant).backward()
     assert_equal([leaf.grad for leaf in leaves], checkpointed)
-
-
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
-
-
-@FORWARD_MODE
-def test_derivatives_that_do_not_exist_say_so():
-    given = list(everything().values())
-    query = given[0]
-    (first,) = torch.autograd.grad(loss(*given) + (query**3).sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivatives of .* are not supported"):
-        torch.autograd.grad(first.sum(), query)
-    # A gradient that is linear in nothing but the incoming one has a second derivative as well.
-    linear = whole(*given)[0].sum() + (query**3).sum()
-    (first,) = torch.autograd.grad(linear, query, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivatives of .* are not supported"):
-        torch.autograd.grad(first.sum(), query)
-    with pytest.raises(RuntimeError, match=r"query takes part in .* forward mode"):
-        torch.func.jvp(lambda q: whole(q, *given[1:])[0], (query.detach(),), (query.detach(),))
-    weights = torch.zeros(*query.shape[:-1], 6, dtype=query.dtype, requires_grad=True)
-    value = given[2].detach()
-    with pytest.raises(RuntimeError, match=r"weights takes part in .* second derivative"):
-        cuneigh.na2d_av_backward(value.expand(2, 4, 5, 2, 2), weights, value, **WINDOW)

@@ -44,6 +44,17 @@ class Array:
         """Bytes from one index to the next along each axis."""
         return tuple(stride * self.itemsize for stride in self.strides)
 
+    def part(self, begin: int, end: int) -> Array:
+        """The array of the elements begin .. end along the last axis."""
+        skipped = begin * self.strides[-1] * self.itemsize
+        return Array(
+            self.pointer._replace(offset=self.pointer.offset + skipped),
+            (*self.shape[:-1], min(end, self.shape[-1]) - begin),
+            self.dtype,
+            self.strides,
+            (self.misalignment + skipped) % 16,
+        )
+
     def component(self, index: int) -> Array:
         """The array of the numbers at `index` of the last axis."""
         skipped = index * self.strides[-1] * self.itemsize

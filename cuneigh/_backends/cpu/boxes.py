@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -57,8 +58,14 @@ class Workspace:
         start = -array.ctypes.data % ALIGNMENT // array.itemsize
         return array[start : start + size]
 
+    @cached_property
+    def beside(self) -> Workspace:
+        """Another one, for arrays of the same names."""
+        return Workspace(str(self.dtype))
+
     def is_worth_keeping(self) -> bool:
-        size = sum(array.nbytes for array in self._memory.values())
+        spaces = [self, self.beside] if "beside" in self.__dict__ else [self]
+        size = sum(array.nbytes for space in spaces for array in space._memory.values())
         return size <= KEPT_BYTES and len(self._arrays) <= 256
 
 

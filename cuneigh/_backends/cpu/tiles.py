@@ -493,15 +493,16 @@ class Bounds(NamedTuple):
 def bounds_of(problem: Problem) -> Bounds:
     itemsize = DTYPES[problem.accumulator]
     dims = problem.head_dim + problem.value_dim
+    is_forward = problem.operation in ("forward", "qk", "av")
     is_backward = problem.operation.endswith("backward")
-    slots = 0 if problem.operation in ("forward", "backward") else problem.slots
+    slots = 0 if problem.operation in ("forward", "backward", "jvp") else problem.slots
     return Bounds(
-        MOST_LOGITS // 2 if is_backward else MOST_LOGITS,
+        MOST_LOGITS if is_forward else MOST_LOGITS // 2,
         workspace_limit() // PARALLEL_BOXES,
-        itemsize * (3 if is_backward else 1),
-        itemsize * dims,
+        itemsize * (1 if is_forward else 3),
+        itemsize * dims * (2 if problem.operation == "jvp" else 1),
         itemsize * dims if is_backward else 0,
-        itemsize * dims * (4 if is_backward else 2) + (16 + 2 * itemsize) * slots,
+        itemsize * dims * (2 if is_forward else 4) + (16 + 2 * itemsize) * slots,
     )
 
 

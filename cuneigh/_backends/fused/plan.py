@@ -28,7 +28,7 @@ from cuneigh._gpu.boxes import (
     powers_of_two,
 )
 from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
-from cuneigh._gpu.passes import DK, DKV, DQ, DV, FORWARD, Pass
+from cuneigh._gpu.passes import DK, DKV, DQ, DV, FORWARD, JVP, Pass
 from cuneigh._problem import DTYPES, Problem
 
 Value = TypeVar("Value", bound=Hashable)
@@ -71,10 +71,26 @@ def passes(problem: Problem) -> tuple[Pass, ...]:
     """The passes of an operation, in their order."""
     if problem.operation == "forward":
         return (FORWARD,)
+    if problem.operation == "jvp":
+        return (JVP,)
     # The sums of longer vectors fill the registers of a kernel.
     if max(problem.head_dim, problem.value_dim) > 128:
         return (DQ, DK, DV)
     return (DQ, DKV)
+
+
+MOST_SUMMED = {"float16": 128, "bfloat16": 128, "float32": 64}
+"""Elements of a value whose sums, and those of their tangents, fit into registers together."""
+
+
+def parts(problem: Problem) -> list[tuple[int, Problem]]:
+    """The problems that an operation is launched as, and where the values of each begin."""
+    if problem.operation != "jvp":
+        return [(0, problem)]
+    most, dim = MOST_SUMMED[problem.dtype], problem.value_dim
+    return [
+        (begin, replace(problem, value_dim=min(dim - begin, most))) for begin in range(0, dim, most)
+    ]
 
 
 def count(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD) -> WalkCounts:
@@ -285,6 +301,13 @@ def _fast_sizes(
 ) -> tuple[tuple[int, int], ...]:
     """Those of ordinary problems."""
     longest = max(problem.head_dim, problem.value_dim)
+    if pass_ == JVP:
+        if problem.dtype == "float32":
+            roomy = longest <= 32 and capability[0] > 7
+            return ((1, 32), (1, 16)) if roomy else ((1, 16),)
+        if longest > 64:
+            return ((1, 16),) if problem.rpb_dtype else ((1, 32), (1, 16))
+        return ((1, 32),) if problem.rpb_dtype else ((1, 64), (1, 32))
     if problem.dtype == "float32":
         if longest > 128:
             return ((1, 16),)
@@ -321,7 +344,7 @@ def blocks_per_multiprocessor(
 def _blocks(problem: Problem, capability: tuple[int, int], area: Area, pass_: Pass) -> int:
     """Those of ordinary problems."""
     longest = max(problem.head_dim, problem.value_dim)
-    if longest > 64 or capability[0] > 9:
+    if longest > 64 or capability[0] > 9 or pass_ == JVP:
         return 1
     if problem.dtype == "float32":
         roomy = area.columns == 16 or (pass_ == FORWARD and problem.rank < 3)
@@ -343,7 +366,7 @@ def padded(dim: int) -> int:
 
 
 def shared_bytes(problem: Problem, area: Area, pass_: Pass = FORWARD) -> int:
-    """Bytes of `ForwardSmem` of cuda/fused/forward.cu or `BackwardSmem` of fused/backward.cu."""
+    """Bytes of `ForwardSmem`, `JvpSmem` or `BackwardSmem`, of the kernel in cuda/fused."""
 
     def pitch(dim: int) -> int:
         """Bytes from one vector to the next: `kVectorPitch` of cuda/fused/vectors.cuh."""
@@ -353,9 +376,10 @@ def shared_bytes(problem: Problem, area: Area, pass_: Pass = FORWARD) -> int:
 
     key, value, rank = pitch(problem.head_dim), pitch(problem.value_dim), problem.rank
     rows, columns = 16 * area.row_tiles * area.warps, area.columns
-    size = rows * (key if pass_ == FORWARD else key + value)
-    size += 2 * columns * (key + value)
-    if pass_ != FORWARD:
+    tangents = 2 if pass_ == JVP else 1  # as many arrays as there are operands
+    size = rows * (key * tangents if pass_ in (FORWARD, JVP) else key + value)
+    size += 2 * columns * (key + value) * tangents
+    if pass_ not in (FORWARD, JVP):
         size += 8 * (2 * columns if pass_.rows_are_keys else rows)  # statistics of the queries
     # `Tables` of cuda/fused/tables.cuh:
     size += 2 * area.warps * math.ceil((48 + 4 * rank) / 16) * 16  # walk

@@ -18,7 +18,7 @@ from cuneigh._gpu.rows import (
     value_plan,
 )
 from cuneigh._gpu.views import Views, load_width, readable
-from cuneigh._problem import Operands, Problem
+from cuneigh._problem import JvpResults, Operands, Problem
 
 
 def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
@@ -26,9 +26,13 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     rank, dtype, bias = problem.rank, problem.dtype, problem.rpb_dtype
     key, value = problem.head_dim, problem.value_dim
     match problem.operation:
-        case "forward" | "backward":
+        case "forward" | "backward" | "jvp":
             plan = row_plan(rank, dtype, bias, key, value).of(problem)
-            names = {"forward": ["forward"], "backward": ["backward_query", "backward_key"]}
+            names = {
+                "forward": ["forward"],
+                "backward": ["backward_query", "backward_key"],
+                "jvp": ["jvp"],
+            }
             own = [plan.kernel(f"naive/{name}") for name in names[problem.operation]]
         case "qk":
             own = [_products_kernel(row_plan(rank, dtype, bias, key, 0).of(problem), False)]
@@ -123,6 +127,37 @@ def backward(
     )
 
     sums.attention_gradients(problem, operands, grad_output, lse, delta, gradients, program)
+
+
+def jvp(
+    problem: Problem, operands: Operands, tangents: Operands, results: JvpResults, program: Program
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    tangents = Operands(*(readable(array, program) for array in tangents))
+    plan = attention_plan(
+        problem,
+        operands,
+        keys=(tangents.query, tangents.key, tangents.additional_keys),
+        values=(
+            *(tangents.value, tangents.additional_values),
+            *(results.output, results.tangent_output),
+        ),
+    ).of(problem)
+    views = Views(problem.rank)
+    views.mask(operands.key_mask)
+    for each in (operands, tangents):
+        views.vectors(*each[:3])
+        views.additional(each.additional_keys, each.additional_values)
+        views.bias(each.rpb)
+    views.vectors(results.output, results.tangent_output)
+    views.scalars(results.lse, results.tangent_lse)
+    launch(
+        program,
+        plan.kernel("naive/jvp"),
+        record_of(problem, plan, keys=False),
+        views,
+        grid_of(problem, plan, keys=False, slices=plan.value_slices(problem.value_dim)),
+    )
 
 
 # The two products on their own
