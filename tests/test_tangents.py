@@ -10,12 +10,14 @@ import pytest
 from helpers.accuracy import check_backend, run_backend
 from helpers.gpu_arrays import NATIVE
 from helpers.strategies import generators, inputs, layouts, problems
+from helpers.toy_kernel import needs_nvrtc
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cuneigh import _device, reference
+from cuneigh import _device, _jit, reference
 from cuneigh._backends import cpu, fused, gemm, naive, serving
-from cuneigh._problem import JvpResults, Operands
+from cuneigh._problem import JvpResults, Operands, Problem
+from cuneigh._window import Axis
 
 tangents = partial(problems, operations=("jvp",))
 
@@ -67,7 +69,7 @@ def test_the_cpu_backend(ordinary, data, rng, layout):
 
 
 def test_the_workspace_bounds_the_cpu_backend(monkeypatch):
-    problem = Problem1D(4096, 65)
+    problem = line(4096, 65)
     asked = inputs(problem, np.random.default_rng(0))
     whole = run_backend(cpu, problem, asked)
     monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", "1000000")
@@ -75,10 +77,8 @@ def test_the_workspace_bounds_the_cpu_backend(monkeypatch):
         np.testing.assert_allclose(array, whole[name], rtol=1e-4, atol=1e-5)
 
 
-def Problem1D(length: int, kernel_size: int):  # noqa: N802 - it makes one
-    from cuneigh._problem import Problem
-    from cuneigh._window import Axis
-
+def line(length: int, kernel_size: int) -> Problem:
+    """A plain problem along one axis."""
     axis = Axis(length, length, kernel_size, 1, 1, False)
     return Problem("jvp", "float32", 1, 1, 1, 8, 8, (axis,), 0.3)
 
@@ -91,6 +91,24 @@ def test_only_what_is_wanted_is_computed(problem, rng):
         wanted = JvpResults(**{name: np.full_like(whole[name], np.nan)})
         cpu.jvp(problem, asked.operands, asked.tangents, wanted, np.empty)
         np.testing.assert_array_equal(getattr(wanted, name), whole[name])
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim", "parts"),
+    [((7, 5), "float16", 64, False), ((9, 0), "bfloat16", 128, True)],
+)
+def test_the_kernels_of_fused_keep_all_in_registers(capability, dtype, dim, parts, tmp_path):
+    device = _device.of_capability(capability)
+    problem = replace(
+        line(70, 9), dtype=dtype, head_dim=dim, value_dim=dim, has_key_mask=parts, additional=1
+    )
+    for compiled in _jit.precompile(
+        fused.kernels(problem, device), [device.arch], tmp_path
+    ).values():
+        resources = compiled.resources
+        assert resources.registers > 0
+        assert resources.spill_stores + resources.spill_loads == 0
 
 
 GPU_BACKENDS = pytest.mark.parametrize("backend", [naive, gemm, fused], ids=lambda b: b.NAME)
@@ -113,7 +131,7 @@ def test_every_head_dim_of_fused(head_dim):
     for dtype in ("float16", "bfloat16", "float32"):
         for value in (head_dim, value_dim):
             problem = replace(
-                Problem1D(70, 9), dtype=dtype, head_dim=head_dim, value_dim=value, heads=2,
+                line(70, 9), dtype=dtype, head_dim=head_dim, value_dim=value, heads=2,
                 kv_heads=1, additional=3,
             )  # fmt: skip
             check_backend(fused, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)

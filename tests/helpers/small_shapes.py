@@ -162,12 +162,12 @@ def main(names: list[str], ranks: list[int]) -> None:
         _compiler.OPTIONS += ("-DCUNEIGH_ALL_LANES_ARRIVE",)
     device = _device.cuda(0)
     count = 0
-    for operation, dtype, rank in itertools.product(OPERATIONS, DTYPES, ranks):
+    for operation, dtype, rank in itertools.product((*OPERATIONS, "jvp"), DTYPES, ranks):
         cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
         cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
         small: list[Problem] = []
         long: list[Problem] = []
-        if operation in ("forward", "backward"):
+        if operation in ("forward", "backward", "jvp"):
             for rpb in (False, True):
                 cases.append((problem_of(operation, dtype, rank, (130, 250), rpb), "packed"))
             if DTYPES[dtype] == 2:
