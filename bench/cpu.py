@@ -232,7 +232,6 @@ def photograph(side: int) -> dict[str, Any]:
     """Seconds of the demo's denoising, query and key included, and of scikit-image's."""
     from skimage.data import chelsea
 
-    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["CUNEIGH_NUM_THREADS"]
     rng = np.random.default_rng(0)
     small = chelsea().astype(np.float32) / 255
     repeats = (-(-side // small.shape[0]), -(-side // small.shape[1]), 1)
