@@ -82,7 +82,7 @@ SIZES = ("batch", "heads", "kv_heads", "head_dim", "value_dim", "additional")
 def _sizes(problem: dict[str, Any]) -> list[Any]:
     """The fields of a problem that may be symbols."""
     return [problem[name] for name in SIZES] + [
-        size for axis in problem["axes"] for size in axis.values()
+        size for axis in problem["axes"] for name, size in axis.items() if name != "border"
     ]
 
 
@@ -100,7 +100,9 @@ def _measure(problem: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     for axis, length, key_length in lengths:
         # The window is a symbol only where it is all keys.
         of_axis = {"length": length, "key_length": key_length, "kernel_size": max(key_length, 1)}
-        of_axis["layout"] = key_length  # where it is a symbol, the whole layout is given
+        if isinstance(axis["layout"], str) and axis["layout"] != axis["key_length"]:
+            raise ValueError(f"cuneigh: layout={axis['layout']} is not known; pass a number")
+        of_axis["layout"] = key_length
         axis |= {name: size for name, size in of_axis.items() if isinstance(axis[name], str)}
 
 
