@@ -3,7 +3,7 @@
 #
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host loads memory scaling
 #                                    naive grid h200 profile (the default: all of these), soak,
-#                                    attack, alternate, tune
+#                                    attack, alternate, tune, derivatives
 #
 # `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
 # takes a GPU of compute capability 9.0. `attack` compares random calls of all backends with dense
@@ -28,13 +28,18 @@ tests() {
   return "${PIPESTATUS[0]}"
 }
 
+# Of the backends in $BACKENDS (default: all). The tools run side by side, and so do the ranks.
 sanitizer() {
-  local tool status=0
-  for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/helpers/small_shapes.py \
-      >"$OUT/sanitizer-$tool.txt" 2>&1 || status=1
-    tail -n 4 "$OUT/sanitizer-$tool.txt"
+  local tool rank status=0 jobs=()
+  for tool in memcheck racecheck synccheck; do
+    for rank in 1 2 3; do
+      RACECHECK=$([ $tool = racecheck ] && echo 1) compute-sanitizer --tool $tool --error-exitcode 1 \
+        python3 tests/helpers/small_shapes.py $rank ${BACKENDS:-} >"$OUT/sanitizer-$tool-$rank.txt" 2>&1 &
+      jobs+=($!)
+    done
   done
+  for job in "${jobs[@]}"; do wait "$job" || status=1; done
+  tail -n 2 "$OUT"/sanitizer-*check-*.txt
   # Racecheck has nothing to find in the lifetimes: it looks at shared memory.
   compute-sanitizer --tool memcheck --error-exitcode 1 python3 tests/helpers/lifetimes.py \
     >"$OUT/sanitizer-lifetimes.txt" 2>&1 || status=1
@@ -43,7 +48,7 @@ sanitizer() {
 }
 
 soak() {
-  python3 tests/helpers/soak.py --seconds "${SECONDS_OF_SOAK:-400}" 2>&1 |
+  python3 tests/helpers/soak.py --seconds "${SECONDS_OF_SOAK:-400}" --jobs "${JOBS:-8}" 2>&1 |
     tee "$OUT/soak.txt" | tail -n 20
   return "${PIPESTATUS[0]}"
 }
@@ -61,6 +66,8 @@ loads() { python3 bench/loads.py --output "$OUT/loads.json"; }
 scaling() { python3 bench/scaling.py --output "$OUT/scaling.json"; }
 
 h200() { python3 bench/h200.py --output "$OUT/h200.json" | tail -n 60; return "${PIPESTATUS[0]}"; }
+# Tangents and second derivatives in PyTorch.
+derivatives() { python3 bench/derivatives.py --output "$OUT/derivatives.json"; }
 naive() { python3 bench/naive.py --output "$OUT/naive.json" | tail -n 12; return "${PIPESTATUS[0]}"; }
 grid() {
   python3 bench/paper_grid.py --backward-dim 64 --output "$OUT/paper-grid.json" | tail -n 20

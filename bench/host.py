@@ -8,6 +8,7 @@ the frameworks take for the same arrays without cuneigh is measured beside it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -25,6 +26,8 @@ from cuneigh._measure.provenance import provenance
 
 SHAPE = (1, 14, 14, 4, 32)
 WINDOW = 7
+LAYOUT = 5000
+"""Tokens along each axis of what the arrays are a part of: no two calls begin at the same place."""
 
 Case = tuple[str, Callable[[], object], Callable[[object], object]]
 """Its name, the call, and what waits for the GPU, given what the call returned."""
@@ -49,6 +52,14 @@ def cases() -> Iterator[Case]:
         cupy.cuda.Device().synchronize()
 
     yield "CuPy, forward", lambda: cuneigh.na2d(*arrays, WINDOW), wait
+
+    def part(start: int) -> object:
+        options = {"layout": LAYOUT, "query_start": start, "key_start": start}
+        return cuneigh.na2d(*arrays, WINDOW, **options)
+
+    starts = itertools.cycle(range(LAYOUT - SHAPE[1] + 1))
+    yield "CuPy, part of a layout", lambda: part(100), wait
+    yield "CuPy, part at a new start", lambda: part(next(starts)), wait
     leaves = [torch.as_tensor(array, device="cuda").requires_grad_() for array in arrays]
     grad_output = torch.ones_like(leaves[0])
 

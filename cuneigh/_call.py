@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import cached_property, lru_cache
 from itertools import compress, repeat
 from typing import Any, TypeVar
@@ -30,14 +31,12 @@ from cuneigh._frameworks.contract import SEEN, Adapter, Layout, NoMemoryError
 from cuneigh._gpu.announce import Planned, overheard
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
+from cuneigh._gpu.records import start_words
 from cuneigh._messages import shown
-from cuneigh._problem import ARRAYS, Operands, Problem, Spec
+from cuneigh._problem import ARRAYS, TANGENTS, JvpResults, Operands, Problem, Spec, of_what
 
 KEPT = 4096
 """Calls that are kept, and programs."""
-
-WHOLE = 0, 0
-"""The starts of a call that is given a whole layout."""
 
 Examine = Callable[[tuple[Any, ...], Sequence[Any]], tuple["Call", Sequence[Any]]]
 """From the parameters and the array arguments of a public function, None for those not given, to
@@ -48,31 +47,20 @@ _calls: dict[Any, Call] = {}
 """By their signatures."""
 
 
-Move = Callable[["Call", tuple[Any, ...], tuple[Any, ...]], Problem]
-"""From a call, the parameters of another one and its starts to the problem of that."""
-
-
-def results_of(
-    parameters: tuple[Any, ...],
-    starts: tuple[Any, ...],
-    arrays: Sequence[Any],
-    examine: Examine,
-    move: Move,
-) -> list[Any]:
+def results_of(parameters: tuple[Any, ...], arrays: Sequence[Any], examine: Examine) -> list[Any]:
     """The results of a call of a public function, None for those that are not wanted.
 
-    `examine` is asked about the call unless there was one like it. `starts` are the parameters that
-    say which part of a layout is given; if there was a call with others, `move` is asked.
+    `examine` is asked about the call unless there was one like it. The last two parameters are
+    where parts of a layout start: a call that differs in them alone is like another one, too.
     """
     signature = _signature(parameters, arrays)
     call = None if signature is None else _calls.get(signature)
     if call is not None:
-        is_whole = starts == call.starts == WHOLE and type(starts[0]) is type(starts[1]) is int
-        if not is_whole:
-            call = call.at(starts, move(call, parameters, starts))
-        return call.compute([array for array in arrays if array is not None])
-    call, given = examine((*parameters, *starts), arrays)
-    call.starts = starts
+        moved = call.at(parameters[-2:])
+        if moved is not None:
+            return moved.compute([array for array in arrays if array is not None])
+    call, given = examine(parameters, arrays)
+    call.starts = parameters[-2:]
     if signature is not None:
         if len(_calls) == KEPT:
             _calls.clear()
@@ -94,7 +82,7 @@ def _signature(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any,
         types += tuple([type(one) for many in parameters if type(many) is tuple for one in many])
     if not _EXACT.issuperset(types):
         return None
-    return of_arrays, parameters, types, known_backends()
+    return of_arrays, parameters[:-2], types, known_backends()
 
 
 _EXACT = frozenset([bool, int, float, str, tuple, type(None)])
@@ -129,31 +117,16 @@ class Call:
         self.adapter, self.own_device = adapter, own_device
         self.arguments = arguments
         """The names of the arrays that it takes, in their order."""
-        self.problem, self.backend = problem, backend
+        self.problem = problem  # a call at other starts makes it when it is needed
+        self.backend = backend
         self.results = tuple(results)
         """Of every result that the operation has; None where not wanted."""
         self.is_differentiated = False
         """Whether a call for the gradients is expected to follow."""
-        self.starts: tuple[Any, ...] = WHOLE
-        """The parameters `query_start` and `key_start`."""
+        self.starts: tuple[Any, ...] = ()
+        """`query_start` and `key_start` of the public function, if they are known."""
         self._programs: dict[tuple[Layout, ...], Program] = {}
         self._gradients: dict[tuple[bool, ...], Call] = {}
-
-    def at(self, starts: tuple[Any, ...], problem: Problem) -> Call:
-        """The same call on another part of its layout, which makes its problem `problem`."""
-        if problem == self.problem:
-            return self
-        moved = Call(
-            self.name,
-            self.adapter,
-            self.own_device,
-            self.arguments,
-            problem,
-            self.backend,
-            self.results,
-        )
-        moved.starts = starts
-        return moved
 
     def compute(self, arrays: Sequence[Any]) -> list[Any]:
         """Arrays of the caller's framework for the results, None where not wanted.
@@ -182,11 +155,11 @@ class Call:
             raise
 
     def _run(self, arrays: Sequence[Any]) -> list[Any]:
-        adapter, problem, device = self.adapter, self.problem, self._device
-        if device is not None and (problem.is_empty or adapter.launches):
-            choose(problem, device, self.backend)  # raises what any other problem would
-        if problem.is_empty:
-            names = ARRAYS[problem.operation].results
+        adapter, device = self.adapter, self._device
+        if device is not None and (self._is_empty or adapter.launches):
+            choose(self.problem, device, self.backend)  # raises what any other problem would
+        if self._is_empty:
+            names = ARRAYS[self.problem.operation].results
             return [
                 None if spec is None else adapter.full(self.own_device, *spec, of_nothing(name))
                 for name, spec in zip(names, self.results, strict=True)
@@ -204,14 +177,16 @@ class Call:
             addresses, layouts, owners = adapter.memory(arrays)
             program = self._programs.get(layouts) or self._program(device, layouts)
             made = adapter.allocate(own_device, (*self.results, *program.workspace), addresses)
+            addresses.extend(self._start_words)
             program.run(addresses, adapter.stream(own_device))
         del owners  # whose memory goes only to what comes after these launches
         return made[: len(self.results)]
 
     def _program(self, device: int, layouts: tuple[Layout, ...]) -> Program:
+        problem = self.problem.anywhere
         program = program_for(
             known_backends(),
-            self.problem,
+            problem,
             device,
             self.backend,
             self.arguments,
@@ -220,7 +195,7 @@ class Call:
         )
         program.compile()
         if self.is_differentiated:
-            compile_gradient(self.problem, device, self.backend, self.arguments, layouts)
+            compile_gradient(problem, device, self.backend, self.arguments, layouts)
         if len(self._programs) == KEPT:
             self._programs.clear()
         self._programs[layouts] = program
@@ -245,8 +220,66 @@ class Call:
         return made
 
     @cached_property
+    def _is_empty(self) -> bool:
+        return self.problem.is_empty
+
+    @cached_property
+    def _start_words(self) -> tuple[int, ...]:
+        return start_words(self.problem)
+
+    @cached_property
     def _device(self) -> _device.Device | None:
         return self.adapter.device(self.own_device)
+
+    # Parts of a layout
+
+    def at(self, starts: tuple[Any, ...]) -> Call | None:
+        """The call on parts that start elsewhere; None if only examining it can tell.
+
+        It runs the programs of this one, so that nothing is planned.
+        """
+        query, key = (
+            start if isinstance(start, tuple) else (start,) * self.problem.rank for start in starts
+        )
+        if any(type(number) is not int for number in (*query, *key)):
+            return None
+        if starts == self.starts:
+            return self
+        if self._movable is None or len(query) != len(key) or len(query) != self.problem.rank:
+            return None
+        words: list[int] = []
+        for (last_query, last_key, turns), i, j in zip(self._movable, query, key, strict=True):
+            if not (0 <= i <= last_query and 0 <= j <= last_key):
+                return None
+            words += (i | j << 32, turns)
+        assert self._is_empty is not None  # the copy has what does not depend on the starts
+        moved = copy(self)
+        for name in ("problem", "with_lse"):
+            vars(moved).pop(name, None)
+        vars(moved).update(starts=starts, _parts=(self, query, key), _gradients={})
+        vars(moved)["_start_words"] = tuple(words)
+        return moved
+
+    @cached_property
+    def problem(self) -> Problem:
+        origin, query, key = self._parts
+        return origin.problem.at(query, key)
+
+    _parts: tuple[Call, tuple[int, ...], tuple[int, ...]]
+    """The call of which this is one on other parts, and where these start."""
+
+    @cached_property
+    def _movable(self) -> tuple[tuple[int, int, int], ...] | None:
+        """For every axis the last legal starts, and the other word of `start_words`.
+
+        None where another start may need another program.
+        """
+        axes = self.problem.axes
+        if not all(axis.is_part_anywhere and axis.border != "wrap" for axis in axes):
+            return None
+        lasts = [(axis.layout - axis.length, axis.layout - axis.key_length) for axis in axes]
+        turns = self._start_words[1::2]
+        return tuple((*last, word) for last, word in zip(lasts, turns, strict=True))
 
     # For adapters that differentiate
 
@@ -303,7 +336,8 @@ def program_for(
 
     The arguments have the names `arguments` and the layouts `layouts`; `results` are those of the
     operation, None where not wanted. The program is run, with the device current, with the
-    addresses of the arguments, in their order, and then those of the results that are wanted.
+    addresses of the arguments, in their order, then those of the results that are wanted and of the
+    workspace, and then the `start_words` of any problem whose `anywhere` is `problem`.
     Results are contiguous, and at multiples of 16 unless `misalignments` has for each that is
     wanted its address modulo 16. `known` is what `known_backends` returns.
     """
@@ -374,7 +408,7 @@ def taken(problem: Problem) -> tuple[str, ...]:
     """The names of the arrays that a problem takes, without a gradient of lse."""
     absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
     names = ARRAYS[problem.operation].arguments
-    return tuple(name for name in names if name not in (*absent, "grad_lse"))
+    return tuple(name for name in names if name != "grad_lse" and of_what(name) not in absent)
 
 
 def forget() -> None:
@@ -411,6 +445,10 @@ def perform(
                 gradients,
                 space,
             )
+        case "jvp":
+            tangents = Operands(*map(given.get, TANGENTS))
+            wanted = JvpResults(*map(results.get, JvpResults._fields))
+            backend.jvp(problem, operands, tangents, wanted, space)
         case "qk":
             backend.qk(problem, operands, results["logits"], space)
         case "qk_backward":

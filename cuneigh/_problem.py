@@ -62,9 +62,22 @@ class Operands(NamedTuple):
 
 
 DIFFERENTIATED = Operands._fields[:-1]
-"""The operands that have gradients."""
+"""The operands that have gradients, and tangents."""
 
-Operation = Literal["forward", "backward", "qk", "qk_backward", "av", "av_backward"]
+
+class JvpResults(NamedTuple):
+    """What a jvp computes, in one pass; None for what is not wanted."""
+
+    output: Any = None
+    lse: Any = None
+    tangent_output: Any = None
+    tangent_lse: Any = None
+
+
+Operation = Literal["forward", "backward", "jvp", "qk", "qk_backward", "av", "av_backward"]
+
+TANGENTS = tuple(f"tangent_{name}" for name in DIFFERENTIATED)
+"""What a jvp calls the directions in which it differentiates, in the order of the operands."""
 
 
 class Arrays(NamedTuple):
@@ -74,7 +87,7 @@ class Arrays(NamedTuple):
     results: tuple[str, ...]
     """A result of a backward has the name of the array that it is the gradient of."""
     gradient: Operation | None = None
-    """The operation that differentiates this one; None for one that is itself a gradient."""
+    """The operation that gives the gradients of this one; None for one that is itself derived."""
 
     @property
     def incoming(self) -> tuple[str, ...]:
@@ -90,6 +103,7 @@ ARRAYS: dict[Operation, Arrays] = {
     "qk": Arrays(
         ("query", "key", "additional_keys", "rpb", "key_mask"), ("logits",), "qk_backward"
     ),
+    "jvp": Arrays((*Operands._fields, *TANGENTS), JvpResults._fields),
     "qk_backward": Arrays(
         ("query", "key", "additional_keys", "rpb", "key_mask", "grad_logits"),
         ("query", "key", "additional_keys", "rpb"),
@@ -102,8 +116,18 @@ ARRAYS: dict[Operation, Arrays] = {
 }
 """The arrays of every operation. Whatever passes arrays on by name or position reads them here."""
 
-OPTIONAL = frozenset(["additional_keys", "additional_values", "rpb", "key_mask", "grad_lse"])
-"""Arguments that need not be given."""
+OPTIONAL = frozenset(
+    [
+        *("additional_keys", "additional_values", "rpb", "key_mask", "grad_lse"),
+        *("tangent_additional_keys", "tangent_additional_values", "tangent_rpb"),
+    ]
+)
+"""Arguments that need not be given; the tangent of one that is given must be, too."""
+
+
+def of_what(name: str) -> str:
+    """The name of the array that `name` is the gradient or the tangent of, or `name` itself."""
+    return name.removeprefix("grad_").removeprefix("tangent_")
 
 
 @dataclass(frozen=True)
@@ -206,10 +230,14 @@ class Problem:
     def gradient(self) -> Problem:
         """The problem of the gradient of this one; TypeError if its dtype has none."""
         operation = ARRAYS[self.operation].gradient
-        assert operation is not None, "second derivatives are refused before"
+        assert operation is not None, "only what has a gradient is asked for it"
         if not SUPPORTED[self.dtype].has_gradients:
             raise TypeError(f"{self.operation}: dtype {self.dtype} has no gradients")
         return replace(self, operation=operation)
+
+    def but(self, operation: Operation, **changes: Any) -> Problem:
+        """The problem of another operation on the same windows."""
+        return replace(self, operation=operation, **changes)
 
     @cached_property
     def _specs(self) -> dict[str, Spec]:
@@ -238,7 +266,11 @@ class Problem:
 
     def spec(self, name: str) -> Spec:
         """Shape and dtype of the argument or result called `name`; KeyError if it is not given."""
-        return self._specs[name.removeprefix("grad_")]
+        return self._specs[of_what(name)]
+
+    def has(self, name: str) -> bool:
+        """Whether there is an argument or result called `name`."""
+        return of_what(name) in self._specs
 
     @cached_property
     def specs(self) -> Operands:
@@ -256,7 +288,7 @@ class Problem:
     @cached_property
     def results(self) -> tuple[Spec | None, ...]:
         """The `Spec` of every result of the operation; None for gradients of what is not given."""
-        return tuple(map(self._specs.get, ARRAYS[self.operation].results))
+        return tuple(self._specs.get(of_what(name)) for name in ARRAYS[self.operation].results)
 
     @property
     def output(self) -> Spec:
@@ -288,6 +320,8 @@ class Problem:
         forward = 2 * self.batch * self.heads * self.visible_pairs() * dims
         if self.operation == "backward":
             return forward * 5 // 2
+        if self.operation == "jvp":
+            return forward * 3
         return forward * 2 if self.operation.endswith("_backward") else forward
 
     def bytes(self) -> int:
@@ -297,7 +331,7 @@ class Problem:
         """
         arguments, results, _ = ARRAYS[self.operation]
         moved = [name for name in (*arguments, *results) if name != "grad_lse"]
-        specs = [self._specs.get(name.removeprefix("grad_")) for name in moved]
+        specs = [self._specs.get(of_what(name)) for name in moved]
         return sum(size_of(spec) for spec in specs if spec is not None)
 
 

@@ -100,6 +100,7 @@ CACHE_DIR = Setting(
 )
 TUNED = Setting("CUNEIGH_TUNED", FLAG, _flag, "1")
 QUIET = Setting("CUNEIGH_QUIET", FLAG, _flag, "0")
+LINE_INFO = Setting("CUNEIGH_LINE_INFO", FLAG, _flag, "0")
 TRUST_CACHE_DIR = Setting("CUNEIGH_TRUST_CACHE_DIR", FLAG, _flag, "0")
 
 SETTINGS: tuple[Setting[Any], ...] = (
@@ -111,6 +112,7 @@ SETTINGS: tuple[Setting[Any], ...] = (
     PRINT_PLANS,
     TUNED,
     QUIET,
+    LINE_INFO,
 )
 
 

@@ -61,14 +61,24 @@ def problem_of(
     given = part, key_mask
     problem: Problem
     match operation:
-        case "forward" | "backward" if not window.kernel_size:
+        case "forward" | "backward" | "jvp" if not window.kernel_size:
             (is_causal,) = window.is_causal
             problem = dense_problem(call, operation, query, key, value, is_causal, scale, key_mask)
-        case "forward" | "backward":
+        case "forward" | "backward" | "jvp":
             extra = additional_keys, additional_values
             problem = attention_problem(
                 call, operation, query, key, value, window, scale, *extra, rpb, *given
             )
+        case "qk" | "qk_backward" | "av" | "av_backward" if not window.kernel_size:
+            (is_causal,) = window.is_causal
+            query, key = specs.get("query", specs.get("weights")), specs.get("key", value)
+            assert query is not None
+            assert key is not None
+            # The vectors that the operation does not take have one element.
+            values = value or Spec((*key.shape[:-1], 1), key.dtype)
+            if "weights" in specs:
+                query, key = (Spec((*each.shape[:-1], 1), each.dtype) for each in (query, key))
+            problem = dense_problem(call, operation, query, key, values, is_causal, scale, key_mask)
         case "qk" | "qk_backward":
             problem = qk_problem(
                 call, operation, query, key, window, scale, rpb, additional_keys, *given
@@ -126,18 +136,6 @@ def part_arguments(
     )
 
 
-def moved_problem(
-    call: str, problem: Problem, has_layout: bool, query_start: object, key_start: object
-) -> Problem:
-    """`problem` on the part of its layout that begins at these starts, which are checked."""
-    rank = problem.rank
-    queries = _per_axis(call, "query_start", query_start, rank, _integer)
-    keys = _per_axis(call, "key_start", key_start, rank, _integer)
-    for axis, found in enumerate(problem.axes):
-        _check_part(call, f"on axis {axis}", found, not has_layout, queries[axis], keys[axis])
-    return problem.at(queries, keys)
-
-
 def _per_axis(call: str, name: str, value: Any, rank: int, convert: Any) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
         if getattr(value, "ndim", 0) > 0:
@@ -166,7 +164,8 @@ def _integer(call: str, name: str, value: Any) -> int:
             return operator.index(value)
         except TypeError:
             pass
-    raise TypeError(f"{call}: {name}={shown(value)} is {_type_name(value)}, not an int")
+    hint = "; sizes are neither traced nor differentiated" if hasattr(value, "dtype") else ""
+    raise TypeError(f"{call}: {name}={shown(value)} is {_type_name(value)}, not an int{hint}")
 
 
 def _border(call: str, name: str, value: Any) -> Border:
@@ -351,7 +350,7 @@ def kept(build: Callable[..., Problem]) -> Callable[..., Problem]:
 @kept
 def attention_problem(
     call: str,
-    operation: Literal["forward", "backward"],
+    operation: Literal["forward", "backward", "jvp"],
     query: Spec,
     key: Spec,
     value: Spec,
@@ -468,7 +467,7 @@ def av_problem(
 @kept
 def dense_problem(
     call: str,
-    operation: Literal["forward", "backward"],
+    operation: Operation,
     query: Spec,
     key: Spec,
     value: Spec,
@@ -531,7 +530,7 @@ def require(call: str, name: str, given: Spec, expected: Spec) -> None:
 
 def _check_all(call: str, problem: Problem, given: Operands) -> None:
     for name, spec, expected in zip(Operands._fields, given, problem.specs, strict=True):
-        if spec is not None:
+        if spec is not None and expected is not None:
             require(call, name, spec, expected)
 
 

@@ -113,6 +113,11 @@ class Axis:
         return self.length != self.key_length and not sees_all
 
     @property
+    def is_part_anywhere(self) -> bool:
+        """Whether it is a part whatever the starts."""
+        return self.is_part and (self.key_length != self.layout or self.at(0, 0).is_part)
+
+    @property
     def is_ordinary(self) -> bool:
         """Whether the whole layout is given, and windows are pushed inwards at its borders."""
         return self.border == "shift" and not self.is_part

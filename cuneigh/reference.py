@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cuneigh._problem import DIFFERENTIATED, Operands, Problem
+from cuneigh._problem import DIFFERENTIATED, JvpResults, Operands, Problem
 from cuneigh._window import Axis, Promise
 
 Floats = npt.NDArray[np.float64]
@@ -140,6 +140,40 @@ def backward(
 
 
 @_quiet
+def jvp(problem: Problem, operands: Operands, tangents: Operands) -> JvpResults:
+    """`forward`, and how its results change where every operand moves along its tangent.
+
+    With `dS` the change of the logits, `dlse = sum(P dS)` and `dO = sum(P (dS - dlse) V + P dV)`.
+    """
+    made = JvpResults(
+        np.zeros(problem.output.shape),
+        np.full(problem.lse.shape, -np.inf),
+        np.zeros(problem.output.shape),
+        np.zeros(problem.lse.shape),
+    )
+    if problem.is_empty:
+        return made
+    slots = window_slots(problem, operands)
+    rows, directions = _rows(problem, operands), _rows(problem, tangents)
+    for b, h, kv in _heads(problem):
+        head, direction = rows.head(b, h, kv), directions.head(b, h, kv)
+        visible = slots.visible[b]
+        weights, row_lse, seen = _softmax(_logits(problem, slots, visible, head), visible)
+        values = _gather(head.values, slots.row, seen)
+        d_values = _gather(direction.values, slots.row, seen)
+        d_logits = _logits_tangent(problem, slots, head, seen, direction)
+        d_lse = (weights * d_logits).sum(-1, keepdims=True)
+        d_weights = np.where(seen, weights * (d_logits - d_lse), 0.0)
+        _flat(made.output)[b, :, h] = np.einsum("ns,nsd->nd", weights, values)
+        _flat(made.lse[..., None])[b, :, h, 0] = row_lse
+        _flat(made.tangent_lse[..., None])[b, :, h] = d_lse
+        _flat(made.tangent_output)[b, :, h] = np.einsum(
+            "ns,nsd->nd", d_weights, values
+        ) + np.einsum("ns,nsd->nd", weights, d_values)
+    return made
+
+
+@_quiet
 def qk(problem: Problem, operands: Operands) -> Floats:
     """Logits of every window slot, then of the additional keys; -inf in hidden slots."""
     logits = np.full(problem.logits.shape, -np.inf)
@@ -236,7 +270,7 @@ def _not_masked(problem: Problem, operands: Operands, row: Integers) -> Booleans
     """[batch, queries, slots]: whether the mask lets the key at `row` be seen."""
     if operands.key_mask is None:
         return np.ones((problem.batch, 1, 1), bool)
-    mask = np.asarray(operands.key_mask, bool).reshape(problem.batch, -1)
+    mask = np.asarray(operands.key_mask, bool).reshape(problem.batch, math.prod(problem.key_tokens))
     mask = np.hstack([mask, np.ones((problem.batch, problem.additional or 0), bool)])
     kept: Booleans = mask[:, row]
     return kept
@@ -259,7 +293,7 @@ def _axis_slots(axis: Axis) -> tuple[Integers, Booleans, Integers]:
 def _outer(combine: np.ufunc, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """[X, K] and [Y, J] combined into [X * Y, K * J]."""
     combined: npt.NDArray[Any] = combine(a[:, None, :, None], b[None, :, None, :])
-    return combined.reshape(len(a) * len(b), -1)
+    return combined.reshape(len(a) * len(b), a.shape[1] * b.shape[1])
 
 
 def _heads(problem: Problem) -> Iterator[tuple[int, int, int]]:
@@ -275,6 +309,19 @@ def _logits(problem: Problem, slots: Slots, visible: Booleans, head: Rows) -> Wi
     if slots.offset is not None:
         logits[:, : problem.window_size] += head.bias[slots.offset]
     return np.where(visible, logits, -np.inf)
+
+
+def _logits_tangent(
+    problem: Problem, slots: Slots, head: Rows, seen: Booleans, direction: Rows
+) -> Wide:
+    """[queries, slots] How the logits change along `direction`; 0 where not `seen`."""
+    keys, d_keys = (_gather(of.keys, slots.row, seen) for of in (head, direction))
+    d_logits = problem.scale * (
+        np.einsum("nd,nsd->ns", direction.query, keys) + np.einsum("nd,nsd->ns", head.query, d_keys)
+    )
+    if slots.offset is not None:
+        d_logits[:, : problem.window_size] += direction.bias[slots.offset]
+    return np.where(seen, d_logits, 0.0)
 
 
 def _logits_backward(

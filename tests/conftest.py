@@ -9,6 +9,7 @@ passed, since the number of tests says little about property tests.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {reason}"))
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage, which some tests ask for, leave out what imports have made."""
+    gc.collect()
+    gc.freeze()
 
 
 def count_calls(test):

@@ -107,6 +107,23 @@ def test_compile_with_features(tmp_path: Path) -> None:
         assert_cached(naive.kernels(problem, of_capability((9, 0))), "sm_90", tmp_path)
 
 
+def test_compile_for_any_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: set[_jit.Kernel] = set()
+
+    def precompile(kernels: list[_jit.Kernel], *_: Any, **__: Any) -> dict[Any, Any]:
+        compiled.update(kernels)
+        return {}
+
+    monkeypatch.setattr(_jit, "precompile", precompile)
+    options = "--any-scale --rank 1 --dtype float16 --head-dim 64 --operation forward --arch sm_90"
+    assert main(["compile", *options.split()]) == 0
+    query, window = Spec((1, 64, 2, 64), "float16"), Window((3,), (1,), (1,), (False,))
+    for scale in (None, 0.0, -2.0):
+        problem = attention_problem("test", "forward", query, query, query, window, scale)
+        for backend in (hopper, fused):
+            assert compiled.issuperset(backend.kernels(problem, of_capability((9, 0))))
+
+
 @needs_nvrtc
 def test_compile_fills_the_usual_cache(cache_directory: Path) -> None:
     options = "--arch sm_80 --rank 1 --dtype float32 --head-dim 8 --value-dim 4"

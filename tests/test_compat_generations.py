@@ -6,6 +6,8 @@ import inspect
 import itertools
 import pickle
 import sys
+import types
+import typing
 
 import pytest
 from hypothesis import given
@@ -61,6 +63,22 @@ AMBIGUOUS = [
         ["is kernel_size_d in 0.15; dilation in 0.17; stride in 0.20, 0.21"],
     ),
 ]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_types_have_the_arguments_of_every_generation(name):
+    protocol = typing.get_type_hints(functional)[name]
+    call = f"{protocol.__qualname__}.__call__"
+    overloads = typing.get_overloads(
+        types.SimpleNamespace(__module__=protocol.__module__, __qualname__=call)
+    )
+    typed = [
+        set(inspect.signature(each).parameters) - {"self"}
+        for each in overloads or [protocol.__call__]
+    ]
+    of_forms = [set(form.names) for form in FUNCTIONS[name]]
+    assert all(any(names <= each for each in typed) for names in of_forms)
+    assert set().union(*typed) == set().union(*of_forms)
 
 
 @pytest.mark.parametrize(("name", "args", "meanings"), AMBIGUOUS)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
+from helpers.interrupts import interrupt_at_entry
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import cuneigh
@@ -53,20 +54,6 @@ def backward() -> np.ndarray:
 
 
 # Interrupts
-
-
-def interrupt_at_entry(number: int) -> Callable[..., None]:
-    """A profile that raises KeyboardInterrupt where this thread enters a function, at the n-th."""
-    left = number
-
-    def profile(frame: object, event: str, argument: object) -> None:
-        nonlocal left
-        if event == "call":
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-
-    return profile
 
 
 @pytest.mark.parametrize("call", [forward, backward])

@@ -200,7 +200,6 @@ class Patched(Speaker):
         (lambda a: Protected(a), BufferError, "it requires a gradient"),
         (lambda a: Gone(a), RuntimeError, "deleted"),
         (lambda a: Speaker(a.astype("int32")), TypeError, "dtype int32, which is not one of float"),
-        (lambda a: Speaker(a.astype(bool)), TypeError, "dtype bool, which is not one of float16"),
         (lambda a: Speaker(a.astype("complex64")), TypeError, "dtype complex64, which is not one"),
         (lambda a: Patched(a, code=17, bits=4), TypeError, r"dtype number 17 of DLPack \(4 bits\)"),
         (lambda a: Patched(a, lanes=2), TypeError, "dtype float32 in vectors of 2, which is not"),
@@ -213,9 +212,18 @@ def test_what_cannot_be_taken_is_refused_by_name(odd, error, words):
         cuneigh.na2d(query, query, query, 3)
 
 
+def test_a_mask_is_taken():
+    query, key, value = np.random.default_rng(0).standard_normal((3, 1, 6, 2, 4))
+    mask = np.arange(6)[None] < 4
+    output = cuneigh.na1d(*map(Speaker, (query, key, value)), 3, key_mask=Speaker(mask))
+    np.testing.assert_array_equal(output, cuneigh.na1d(query, key, value, 3, key_mask=mask))
+    with pytest.raises(TypeError, match="na1d: query has dtype bool, which is not one of float16"):
+        cuneigh.na1d(Speaker(query > 0), Speaker(key), Speaker(value), 3)
+
+
 def test_shapes_are_checked_as_those_of_others():
     query, key = Speaker(np.zeros((1, 5, 5, 2, 4))), Speaker(np.zeros((1, 5, 4, 2, 4)))
-    with pytest.raises(ValueError, match="na2d: key has size 4 on axis 2, but 5 is needed"):
+    with pytest.raises(ValueError, match="na2d: key has size 4 on axis 2, but query has 5"):
         cuneigh.na2d(query, key, key, 3)
 
 

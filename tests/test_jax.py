@@ -402,23 +402,6 @@ def test_a_backend_that_cannot_run_says_so(own):
         jax.jit(call)(query).block_until_ready()
 
 
-def test_other_derivatives_are_refused(own):
-    (query,) = normal(own, SHAPE)
-
-    def call(query):
-        return (cuneigh.na2d(query, query, query, 3) ** 2).sum()
-
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        jax.grad(lambda query: jax.grad(call)(query).sum())(query)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(call, (query,), (query,))
-    output, lse = cuneigh.na2d(query, query, query, 3, return_lse=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        jax.grad(
-            lambda q: cuneigh.na2d_backward(output, q, query, query, output, lse, 3).key.sum()
-        )(query)
-
-
 # Processes, threads and devices
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.cubin import code_of
 from helpers.toy_kernel import KERNEL, TOY, needs_nvrtc
 
 from cuneigh import _device, _jit
@@ -266,6 +267,19 @@ def test_sources_are_read_from_an_archive(tree: Path, tmp_path: Path) -> None:
     assert zipped.digest == Sources(tree).digest
 
 
+@needs_nvrtc
+def test_lines_of_the_source_are_told_on_request(
+    tree: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And change nothing but the size."""
+    plain = _jit.compile(KERNEL, "sm_80", cache=cache, sources=Sources(tree)).cubin.read_bytes()
+    monkeypatch.setenv("CUNEIGH_LINE_INFO", "1")
+    told = _jit.compile(KERNEL, "sm_80", cache=cache, sources=Sources(tree)).cubin.read_bytes()
+    assert b"toy.cu" not in plain
+    assert b"toy.cu" in told
+    assert code_of(plain) == code_of(told)
+
+
 # The key
 
 
@@ -304,6 +318,8 @@ def test_key_covers_all_that_a_cubin_depends_on(
     (tree / "cuneigh" / "unused.cuh").rename(tree / "cuneigh" / "renamed.cuh")
     keys.append(key())
     monkeypatch.setattr(compiler, "OPTIONS", (*compiler.OPTIONS, "--use_fast_math"))
+    keys.append(key())
+    monkeypatch.setenv("CUNEIGH_LINE_INFO", "1")
     keys.append(key())
     assert len(set(keys)) == len(keys)
 

@@ -23,11 +23,13 @@ from hypothesis import strategies as st
 from cuneigh import _call, _device, _jit
 from cuneigh._backends import BACKENDS, fused, gemm, hopper, naive
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
-from cuneigh._gpu.program import Program
+from cuneigh._gpu.program import Program, Record
+from cuneigh._gpu.records import PART_AXIS, start_words
 from cuneigh._gpu.tensor_map import TensorMap
 from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import ARRAYS, Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._window import Axis
 
 driver = pytest.importorskip("cupy").cuda.driver
 
@@ -89,6 +91,29 @@ def test_a_launch_gets_its_parameters_and_addresses(launched):
         expected = [1, addresses[1], -2, addresses[1] + 24]
         assert words(parameter(call, 1, 32)) == expected
         assert words(parameter(call, 2, 16)) == [addresses[2], addresses[0]]
+
+
+def test_a_launch_puts_the_starts_of_a_run_into_records(launched):
+    """And nothing else of a program depends on where parts start."""
+    near, far = (
+        dataclasses.replace(
+            PART_PROBLEMS[0], axes=(Axis(8, 6, 3, 1, 1, False, "cut", 100, start, start - 1),)
+        )
+        for start in (1, 90)
+    )
+    assert near.anywhere == far.anywhere
+    names = _call.taken(near)
+    layouts = tuple((contiguous(near.spec(name).shape), 0) for name in names)
+    program = program_of(near.anywhere, "naive", names, near.results, layouts)
+    frames = []
+    for problem in (near, far, near):
+        program.run([0] * 5 + [*start_words(problem)], stream=0)
+        frames.append(parameter(launched.pop(), 0, 88))
+    place = PART_AXIS.fields["starts"][1]
+    assert frames[0] == frames[2]
+    assert frames[0][:place] + frames[0][place + 8 :] == frames[1][:place] + frames[1][place + 8 :]
+    assert [int.from_bytes(frame[place : place + 4], "little") for frame in frames] == [1, 90, 1]
+    assert [int.from_bytes(f[place + 4 : place + 8], "little") for f in frames] == [0, 89, 0]
 
 
 def test_more_shared_memory_is_asked_for_where_it_is_needed(monkeypatch, launched):
@@ -181,6 +206,17 @@ OPERATION_PROBLEMS = {
 }
 
 
+PART_PROBLEMS = [
+    dataclasses.replace(
+        OPERATION_PROBLEMS[operation],
+        axes=(Axis(8, 6, 3, 1, 1, False, "cut", 10, 1, 2),),
+        has_key_mask=has_mask,
+    )
+    for operation, has_mask in [("forward", False), ("forward", True), ("backward", True)]
+]
+"""Parts of a layout, whose kernels are compiled apart from those of whole ones."""
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("backend", [naive, gemm, fused, hopper], ids=lambda backend: backend.NAME)
 def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, tmp_path):
@@ -190,6 +226,7 @@ def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, t
     def record(self, kernel, grid, threads, *parameters, shared_bytes=0):
         packed[kernel] = [
             parameter.nbytes if isinstance(parameter, np.ndarray)
+            else parameter.values.nbytes if isinstance(parameter, Record)
             else 128 if isinstance(parameter, TensorMap)
             else 8 * len(parameter)
             for parameter in parameters
@@ -198,7 +235,7 @@ def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, t
     monkeypatch.setattr(Program, "launch", record)
     monkeypatch.setattr(_device, "cuda", lambda index: H200)
     _call.program_for.cache_clear()
-    for problem in OPERATION_PROBLEMS.values():
+    for problem in (*OPERATION_PROBLEMS.values(), *PART_PROBLEMS):
         if backend.unsupported(problem, H200) is None:
             names = _call.taken(problem)
             layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
@@ -207,6 +244,8 @@ def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, t
     compiled = _jit.precompile(packed, ["sm_90"], tmp_path)
     for (kernel, _), result in compiled.items():
         assert parameter_sizes(result.cubin.read_bytes()) == packed[kernel], kernel.name
+        spilled = result.resources.spill_stores + result.resources.spill_loads
+        assert spilled == 0, f"{kernel.name} spills {spilled} bytes:\n{kernel.plan}"
     _call.program_for.cache_clear()
 
 

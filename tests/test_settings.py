@@ -20,6 +20,7 @@ ILLEGAL = {
     "CUNEIGH_TRUST_CACHE_DIR": ["all"],
     "CUNEIGH_TUNED": ["-1"],
     "CUNEIGH_QUIET": ["very"],
+    "CUNEIGH_LINE_INFO": ["3"],
     "CUNEIGH_CACHE_DIR": ["~nosuchuser/x"],
 }
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.interrupts import interrupt_at_entry
 
 from cuneigh import _call, _device, _jit
 from cuneigh._frameworks.contract import Adapter
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
-from cuneigh._jit import _compiler, _load, _progress
+from cuneigh._jit import _compiler, _load, _progress, _threads
 from cuneigh._problem import Spec
 from cuneigh._validate import attention_problem, window_arguments
 
@@ -114,6 +116,51 @@ def test_a_terminal_gets_a_bar_after_a_while(
     printed = capsys.readouterr().err
     assert printed.count("cuneigh: compiling") > 1
     assert "0/1" in printed
+
+
+def test_an_interrupt_anywhere_disturbs_no_later_load(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupts come where the caller enters a function, at the first, the second and so on."""
+    monkeypatch.setenv("CUNEIGH_QUIET", "1")
+    monkeypatch.setattr(_compiler, "build", lambda *_: BUILT)
+    interrupted = 0
+    for number in range(1, 1000):
+        wanted = [_jit.Kernel("sums/shares", f"// {number}")]
+        sys.setprofile(interrupt_at_entry(number))
+        try:
+            _jit.start(wanted, H100)
+            finish()
+        except KeyboardInterrupt:
+            interrupted += 1
+        else:
+            break
+        finally:
+            sys.setprofile(None)
+        _jit.start(wanted, H100)
+        finish()
+        assert all(_load.stored(kernel, H100) for kernel in wanted)
+        assert not _load._started
+    assert 10 < interrupted < 990
+
+
+def test_at_the_end_what_has_begun_is_waited_for_and_the_rest_dropped() -> None:
+    threads, began, may_end = _threads.Threads(1), threading.Event(), threading.Event()
+
+    def first() -> bool:
+        began.set()
+        return may_end.wait(20)
+
+    tasks = threads.submit(first), threads.submit(lambda: True)
+    assert began.wait(20)
+    end = threading.Thread(target=_threads.drop_all)
+    end.start()
+    end.join(0.05)
+    assert end.is_alive()
+    may_end.set()
+    end.join()
+    threads.end()
+    assert [task.is_done for task in tasks] == [True, False]
 
 
 def test_without_nvrtc_nothing_is_started(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -122,24 +123,26 @@ def test_derivatives_of_an_empty_call_are_zeros(problem, rng):
 def test_finite_differences(device):
     given = everything(device)
     assert torch.autograd.gradcheck(whole, tuple(given.values()), nondet_tol=1e-12)
+    # The others along random directions rather than those of all elements, which takes seconds each
+    check = partial(torch.autograd.gradcheck, nondet_tol=1e-12, fast_mode=True)
     query, key, value, extra_keys, extra_values, rpb = given.values()
 
     def logits(query, key, extra_keys, rpb):
         return cuneigh.na2d_qk(query, key, **WINDOW, rpb=rpb, additional_keys=extra_keys)
 
-    assert torch.autograd.gradcheck(logits, (query, key, extra_keys, rpb), nondet_tol=1e-12)
+    assert check(logits, (query, key, extra_keys, rpb))
     weights = logits(query, key, extra_keys, rpb).detach().requires_grad_()
 
     def output(weights, value, extra_values):
         return cuneigh.na2d_av(weights, value, **WINDOW, additional_values=extra_values)
 
-    assert torch.autograd.gradcheck(output, (weights, value, extra_values), nondet_tol=1e-12)
+    assert check(output, (weights, value, extra_values))
     flat = [tensor.detach().flatten(1, 2).requires_grad_() for tensor in (query, key, value)]
 
     def dense(query, key, value):
         return cuneigh.attention(query, key[:, :7], value[:, :7], return_lse=True)
 
-    assert torch.autograd.gradcheck(dense, flat, nondet_tol=1e-12)
+    assert check(dense, flat)
 
 
 @pytest.mark.parametrize("function", [whole, torch.compile(whole, backend="aot_eager")])
@@ -224,26 +227,3 @@ def test_checkpointing(reentrant):
     leaves = fresh(given)
     checkpoint(loss, *leaves, use_reentrant=reentrant).backward()
     assert_equal([leaf.grad for leaf in leaves], checkpointed)
-
-
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
-
-
-@FORWARD_MODE
-def test_derivatives_that_do_not_exist_say_so():
-    given = list(everything().values())
-    query = given[0]
-    (first,) = torch.autograd.grad(loss(*given) + (query**3).sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivatives of .* are not supported"):
-        torch.autograd.grad(first.sum(), query)
-    # A gradient that is linear in nothing but the incoming one has a second derivative as well.
-    linear = whole(*given)[0].sum() + (query**3).sum()
-    (first,) = torch.autograd.grad(linear, query, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivatives of .* are not supported"):
-        torch.autograd.grad(first.sum(), query)
-    with pytest.raises(RuntimeError, match=r"query takes part in .* forward mode"):
-        torch.func.jvp(lambda q: whole(q, *given[1:])[0], (query.detach(),), (query.detach(),))
-    weights = torch.zeros(*query.shape[:-1], 6, dtype=query.dtype, requires_grad=True)
-    value = given[2].detach()
-    with pytest.raises(RuntimeError, match=r"weights takes part in .* second derivative"):
-        cuneigh.na2d_av_backward(value.expand(2, 4, 5, 2, 2), weights, value, **WINDOW)

@@ -40,7 +40,9 @@ struct Problem {
   int additional;  // number of additional keys
   double scale;
 };
-static_assert(sizeof(Problem<1>) == 64 && sizeof(Problem<2>) == 96 && sizeof(Problem<3>) == 128,
+static_assert(sizeof(Problem<1>) == 40 + sizeof(Axis) &&
+                  sizeof(Problem<2>) == 48 + 2 * sizeof(Axis) &&
+                  sizeof(Problem<3>) == 56 + 3 * sizeof(Axis),
               "cuneigh/_gpu/records.py packs records of these sizes");
 
 // The token, of one batch and head, that a group of lanes works on.
@@ -102,12 +104,45 @@ template <int kRank>
 struct Line {
   int first[kRank];     // token of the first neighbor
   int count;            // number of neighbors
-  int offset[kRank];    // group index of the first neighbor less that of the window's begin
-  int relative[kRank];  // group index of the first neighbor less that of the item
+  int offset[kRank];    // group index of the first neighbor less that of the range's begin
+  int relative[kRank];  // group index of the first neighbor less that of the item, in the layout
 };
 
-// Calls visit(line) for every line of the box of neighbors `range`, in ascending order.
-template <int kRank, typename Visit>
+// Queries, or keys, of a dilation group.
+template <bool kKeys>
+__device__ int neighbors_of(const Axis& axis, int group) {
+  return kKeys ? axis.group_length(group) : axis.key_group_length(group);
+}
+
+// Calls visit(piece) for every piece of a line along the last axis whose neighbors are given and
+// follow each other: more than one only across the seam of a ring.
+template <bool kKeys, int kRank, typename Visit>
+__device__ void for_each_piece(const Problem<kRank>& problem, const Item<kRank>& item, Range range,
+                               const Line<kRank>& line, Visit visit) {
+  constexpr int kLast = kRank - 1;
+  const Axis& axis = problem.axes[kLast];
+  const int group = item.group_index[kLast].group;
+  const int others = kKeys ? axis.query_group(group) : axis.key_group(group);
+  const int given = neighbors_of<kKeys>(axis, others);
+  int begin = range.begin;
+  while (begin < range.end) {
+    const int turned = axis.turned(begin), lap = begin - turned;
+    const int end = axis.crosses() ? smaller(range.end, lap + given) : range.end;
+    if (begin < end) {
+      Line<kRank> piece = line;
+      piece.first[kLast] = axis.token({others, turned});
+      piece.count = end - begin;
+      piece.offset[kLast] = begin - range.begin;
+      piece.relative[kLast] = line.relative[kLast] + piece.offset[kLast];
+      visit(piece);
+    }
+    begin = axis.crosses() ? lap + axis.ring() : end;
+  }
+}
+
+// Calls visit(line) for every line of the box of neighbors `range`, in ascending order. kKeys says
+// that the item is a key, so that its neighbors are queries.
+template <bool kKeys, int kRank, typename Visit>
 __device__ void for_each_line(const Problem<kRank>& problem, const Item<kRank>& item,
                               const Range (&range)[kRank], Visit visit) {
   int lines = 1;
@@ -116,6 +151,7 @@ __device__ void for_each_line(const Problem<kRank>& problem, const Item<kRank>& 
   for (int i = 0; i < lines; ++i) {
     Line<kRank> line;
     int rest = i;
+    bool given = true;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
       line.offset[r] = 0;
@@ -124,12 +160,20 @@ __device__ void for_each_line(const Problem<kRank>& problem, const Item<kRank>& 
         line.offset[r] = r == 0 ? rest : rest % extent;
         rest = r == 0 ? 0 : rest / extent;
       }
-      const GroupIndex neighbor = {item.group_index[r].group, range[r].begin + line.offset[r]};
-      line.first[r] = problem.axes[r].token(neighbor);
-      line.relative[r] = neighbor.index - item.group_index[r].index;
+      const Axis& axis = problem.axes[r];
+      const auto [group, own] = item.group_index[r];
+      const int index = range[r].begin + line.offset[r], turned = axis.turned(index);
+      const int others = kKeys ? axis.query_group(group) : axis.key_group(group);
+      line.first[r] = axis.token({others, turned});
+      line.relative[r] = index - own;
+      line.relative[r] += kKeys ? -axis.inverse_shift(group) : axis.shift(group);
+      if (Axis::kIsPart && r < kRank - 1) given &= turned < neighbors_of<kKeys>(axis, others);
     }
     line.count = range[kRank - 1].end - range[kRank - 1].begin;
-    visit(line);
+    if constexpr (!Axis::kIsPart)
+      visit(line);
+    else if (given)
+      for_each_piece<kKeys>(problem, item, range[kRank - 1], line, visit);
   }
 }
 
@@ -142,6 +186,52 @@ __device__ void window_of(const Problem<kRank>& problem, const Item<kRank>& quer
     range[r] = problem.axes[r].window(query.group_index[r].index, query.group_index[r].group);
 }
 
+// Calls visit(line, key_index) for every line of slots of a query along the last axis, in ascending
+// order, whatever its keys: key_index(i) is the index of the key in slot i of the line, or negative
+// where that is none that is given and in the window. `line.first` has the key's group along the
+// last axis, and tokens along the others.
+template <int kRank, typename Visit>
+__device__ void for_each_slot_line(const Problem<kRank>& problem, const Item<kRank>& query,
+                                   const Range (&window)[kRank], Visit visit) {
+  constexpr int kLast = kRank - 1;
+  Range all[kRank];
+  int lines = 1;
+#pragma unroll
+  for (int r = 0; r < kRank; ++r) {
+    const auto [group, index] = query.group_index[r];
+    all[r] = problem.axes[r].unclipped(index, group);
+    if (r < kLast) lines *= problem.axes[r].kernel_size;
+  }
+  const auto index_of = [&](int r, int slot) {
+    const Axis& axis = problem.axes[r];
+    const int index = all[r].begin + slot;
+    if (index < window[r].begin || index >= window[r].end) return -1;
+    const int turned = axis.turned(index);
+    return turned < axis.key_group_length(axis.key_group(query.group_index[r].group)) ? turned : -1;
+  };
+  for (int i = 0; i < lines; ++i) {
+    Line<kRank> line;
+    int rest = i;
+    bool given = true;
+#pragma unroll
+    for (int r = kLast; r >= 0; --r) {
+      const Axis& axis = problem.axes[r];
+      const auto [group, own] = query.group_index[r];
+      line.offset[r] = r == kLast ? 0 : r == 0 ? rest : rest % axis.kernel_size;
+      if (r < kLast) rest /= axis.kernel_size;
+      line.relative[r] = all[r].begin + line.offset[r] - own + axis.shift(group);
+      line.first[r] = axis.key_group(group);
+      if (r < kLast) {
+        const int index = index_of(r, line.offset[r]);
+        given &= index >= 0;
+        line.first[r] = axis.token({line.first[r], larger(index, 0)});
+      }
+    }
+    line.count = problem.axes[kLast].kernel_size;
+    visit(line, [&](int slot) { return given ? index_of(kLast, slot) : -1; });
+  }
+}
+
 // The queries that see a key, as one range for each axis.
 template <int kRank>
 __device__ void inverse_of(const Problem<kRank>& problem, const Item<kRank>& key,
@@ -151,7 +241,19 @@ __device__ void inverse_of(const Problem<kRank>& problem, const Item<kRank>& key
     range[r] = problem.axes[r].inverse(key.group_index[r].index, key.group_index[r].group);
 }
 
-// The slot in a row of logits of the key at these offsets from the window's begin.
+// How many slots of a query's row of logits come before that of its window's begin, by axis: those
+// of keys that are not given.
+template <int kRank>
+__device__ void slots_before(const Problem<kRank>& problem, const Item<kRank>& query,
+                             const Range (&window)[kRank], int (&before)[kRank]) {
+#pragma unroll
+  for (int r = 0; r < kRank; ++r) {
+    const auto [group, index] = query.group_index[r];
+    before[r] = Axis::kIsPart ? window[r].begin - problem.axes[r].unclipped(index, group).begin : 0;
+  }
+}
+
+// The slot in a row of logits of the key at these offsets from slot 0 of every axis.
 template <int kRank>
 __device__ long long slot_of(const Problem<kRank>& problem, const int (&offset)[kRank]) {
   long long slot = 0;

@@ -10,12 +10,13 @@
 //   static constexpr bool kKeyExact;    their dimension fills those packets exactly
 //   kValueVector, kValueChunks, kValueExact: the same for value vectors
 //   static constexpr bool kWide;        a vector may be longer than its Row
+//   static constexpr bool kKeyMask;     keys may be hidden
 //   using Element;                      dtype of the tensors
 //   using Bias;                         dtype of rpb, or void when there is none
 // };
 #pragma once
 
-#include "cuneigh/layout.cuh"
+#include "cuneigh/key_mask.cuh"
 #include "cuneigh/row.cuh"
 
 namespace cuneigh {

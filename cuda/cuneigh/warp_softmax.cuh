@@ -25,6 +25,16 @@ __device__ inline float sum_of_row(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Multiplies one of a lane's two rows of sixteen.
+template <int kDimTiles>
+__device__ void multiply_row(float (&row)[kDimTiles][4], int half, float factor) {
+#pragma unroll
+  for (int d = 0; d < kDimTiles; ++d) {
+    row[d][2 * half] *= factor;
+    row[d][2 * half + 1] *= factor;
+  }
+}
+
 // Of each lane's two rows in every sixteen. The rows go side by side: one row alone would be a slow
 // chain of instructions. (Arrays, and `row_sum` first, because the compiler schedules the kernels
 // of `fused` worse with an array of structs or in the other order.)
@@ -38,11 +48,12 @@ struct WarpSoftmax {
     for (int m = 0; m < kRowTiles; ++m) row_max[m][0] = row_max[m][1] = -kLargest;
   }
 
-  // Row maximum and rescale: m rises where a tile of S exceeds it too far. There the sum and O are
-  // multiplied by 2^(old m - new m).
-  template <int kColumnTiles, int kDimTiles>
+  // Row maximum and rescale: m rises where a tile of S exceeds it too far; without kMayLag, where a
+  // tile of S exceeds it. There the sum, O and others like it are multiplied by 2^(old m - new m).
+  template <bool kMayLag = true, int kColumnTiles, int... kDimTiles>
   __device__ void rescale(const float (&logit)[kRowTiles][kColumnTiles][4], float scale,
-                          float (&output)[kRowTiles][kDimTiles][4]) {
+                          float (&... outputs)[kRowTiles][kDimTiles][4]) {
+    constexpr float kThreshold = kMayLag ? kRescaleThreshold : 0;
     float tile_max[kRowTiles][2];  // over this lane's columns
     bool grows = false;
 #pragma unroll
@@ -59,7 +70,7 @@ struct WarpSoftmax {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         tile_max[m][half] *= scale;
-        grows |= tile_max[m][half] > row_max[m][half] + kRescaleThreshold;
+        grows |= tile_max[m][half] > row_max[m][half] + kThreshold;
       }
     if (!__any_sync(0xffffffffu, grows)) return;
 #pragma unroll
@@ -67,15 +78,11 @@ struct WarpSoftmax {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float new_max = max_of_row(tile_max[m][half]);
-        if (!(new_max > row_max[m][half] + kRescaleThreshold)) new_max = row_max[m][half];
+        if (!(new_max > row_max[m][half] + kThreshold)) new_max = row_max[m][half];
         const float factor = ex2_approx(row_max[m][half] - new_max);
         row_max[m][half] = new_max;
         row_sum[m][half] *= factor;
-#pragma unroll
-        for (int d = 0; d < kDimTiles; ++d) {
-          output[m][d][2 * half] *= factor;
-          output[m][d][2 * half + 1] *= factor;
-        }
+        (multiply_row(outputs[m], half, factor), ...);
       }
   }
 

@@ -29,7 +29,7 @@
 namespace cuneigh::fused {
 
 template <typename Plan>
-struct BackwardArguments {
+struct BackwardArguments : KeyMask<Plan> {
   using Vectors = View<const typename Plan::Element, Plan::kRank>;
   Vectors row_qk, row_vo;        // query and grad_output, or key and value
   Vectors column_qk, column_vo;  // key and value, or query and grad_output
@@ -74,8 +74,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   constexpr int kRowTiles = Plan::kRowTiles;
   constexpr int kColumnTiles = Plan::kColumns / 8;
   constexpr bool kHasBias = !kSame<typename Plan::Bias, void>;
-  static_assert(sizeof(BackwardArguments<Plan>) == 10 * sizeof(View<float, Plan::kRank>),
-                "`backward` in cuneigh/_backends/fused/launch.py packs ten views");
+  static_assert(
+      sizeof(BackwardArguments<Plan>) == (10 + Plan::kKeyMask) * sizeof(View<float, Plan::kRank>),
+      "`backward` in cuneigh/_backends/fused/launch.py packs these views");
   static_assert(sizeof(BackwardSmem<Plan>) == Plan::kSharedBytes,
                 "`shared_bytes` in cuneigh/_backends/fused/plan.py counts what BackwardSmem holds");
   auto& smem = dynamic_smem<BackwardSmem<Plan>>();
@@ -85,14 +86,15 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   const int warp_row = warp * 16 * kRowTiles;
   const Columns<Plan> arrays = {arguments.column_qk, arguments.column_vo, arguments.additional_keys,
                                 arguments.additional_values, arguments.statistics};
-  fill_tables<Plan>(problem, arrays, arguments.rpb, tables, thread);
+  fill_tables<Plan>(problem, arrays, arguments.rpb, arguments, tables, thread);
   __syncthreads();
 
   // Boxes of columns arrive in two buffers by turns
   auto load = [&](const ColumnBox<Plan>& columns, int thread, int buffer) {
     const bool has_statistics = Plan::kRowsAreKeys && thread < Plan::kColumns;
     const float2* statistics = nullptr;
-    if (has_statistics) statistics = columns.statistics + tables.scalar_offset[thread].statistics;
+    if constexpr (Plan::kRowsAreKeys)
+      if (has_statistics) statistics = columns.extra + tables.scalar_offset[thread].extra;
     const bool present = columns.present >> thread % 64 & 1;
     load_columns<Plan>(problem, columns, tables, thread, smem.column_qk[buffer],
                        smem.column_vo[buffer]);
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   auto rows_of_block = [&] { return BatchHead{tables.share / heads, tables.share % heads}; };
   {
     const BatchHead rows = rows_of_block();
-    const auto columns = first_box<Plan>(problem, arrays, tables, warp, rows);
+    const auto columns = first_box<Plan>(problem, arrays, arguments, tables, warp, rows);
     load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.row_qk, rows, problem.head_dim, tables,
                                                warp, lane, smem.row_qk);
     if constexpr (Plan::kGradQk)
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
                      tables.token[row][0] >= 0);
       cp_async_commit();
     }
-    const auto next = next_box<Plan>(problem, arrays, tables, warp, columns);
+    const auto next = next_box<Plan>(problem, arrays, arguments, tables, warp, columns);
     if (lane == 0) {
       tables.walk[warp][0] = columns;
       tables.walk[warp][1] = next;
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     };
     // The box after the next takes the place of this one
     auto walk = [&] {
-      const auto after = next_box<Plan>(problem, arrays, tables, warp, next);
+      const auto after = next_box<Plan>(problem, arrays, arguments, tables, warp, next);
       __syncwarp();
       if (lane == 0) columns = after;
     };

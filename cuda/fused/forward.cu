@@ -26,6 +26,7 @@
 //   static constexpr int kSharedBytes;            of ForwardSmem, as the launcher counts them
 //   static constexpr bool kRowsAreKeys;           false
 //   static constexpr bool kAdditional;            whether there are additional keys
+//   static constexpr bool kKeyMask;               whether keys may be hidden
 //   static constexpr bool kManyBatchHeads;        whether a block works through more than one
 //   using Element;                                float16, bfloat16 or float32
 //   using Bias;                                   dtype of rpb, or void when there is none
@@ -41,7 +42,7 @@
 namespace cuneigh::fused {
 
 template <typename Plan>
-struct ForwardArguments {
+struct ForwardArguments : KeyMask<Plan> {
   View<const typename Plan::Element, Plan::kRank> query, key, value;
   View<const typename Plan::Element, Plan::kRank> additional_keys, additional_values;
   View<const typename Plan::Bias, Plan::kRank> rpb;
@@ -69,8 +70,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   constexpr int kRowTiles = Plan::kRowTiles;
   constexpr int kColumnTiles = Plan::kColumns / 8;
   constexpr bool kHasBias = !kSame<typename Plan::Bias, void>;
-  static_assert(sizeof(ForwardArguments<Plan>) == 8 * sizeof(View<float, kRank>),
-                "`forward` in cuneigh/_backends/fused/launch.py packs eight views");
+  static_assert(sizeof(ForwardArguments<Plan>) == (8 + Plan::kKeyMask) * sizeof(View<float, kRank>),
+                "`forward` in cuneigh/_backends/fused/launch.py packs these views");
   static_assert(sizeof(ForwardSmem<Plan>) == Plan::kSharedBytes,
                 "`shared_bytes` in cuneigh/_backends/fused/plan.py counts what ForwardSmem holds");
   auto& smem = dynamic_smem<ForwardSmem<Plan>>();
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   const int lane = thread % 32, warp = thread / 32;
   const Columns<Plan> arrays = {
       arguments.key, arguments.value, arguments.additional_keys, arguments.additional_values, {}};
-  fill_tables<Plan>(problem, arrays, arguments.rpb, tables, thread);
+  fill_tables<Plan>(problem, arrays, arguments.rpb, arguments, tables, thread);
   __syncthreads();
 
   // Boxes of keys and values arrive in two buffers by turns
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   auto start = [&](int number, int thread, int buffer) {
     const int lane = thread % 32, warp = thread / 32;
     const BatchHead rows = {number / problem.heads, number % problem.heads};
-    const auto keys = first_box<Plan>(problem, arrays, tables, warp, rows);
+    const auto keys = first_box<Plan>(problem, arrays, arguments, tables, warp, rows);
     __syncwarp();  // all lanes have read the queries of the batch-head before
     load_rows<Plan::kHeadDim, Plan::kKeyBytes>(arguments.query, rows, problem.head_dim, tables,
                                                warp, lane, smem.query);
@@ -105,7 +106,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   const int end = smaller(number + problem.batch_heads, problem.batch * problem.heads);
   start(number, thread, 0);
   load(tables.walk[warp][0], thread, 0);
-  const auto second = next_box<Plan>(problem, arrays, tables, warp, tables.walk[warp][0]);
+  const auto second =
+      next_box<Plan>(problem, arrays, arguments, tables, warp, tables.walk[warp][0]);
   if (lane == 0) tables.walk[warp][1] = second;
 
   // Rows lane / 4 and lane / 4 + 8 of every 16 are this thread's, in columns 2 * (lane % 4) and the
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       };
       // The box after the next takes the place of this one
       auto walk = [&] {
-        const auto after = next_box<Plan>(problem, arrays, tables, warp, next);
+        const auto after = next_box<Plan>(problem, arrays, arguments, tables, warp, next);
         __syncwarp();
         if (lane == 0) keys = after;
       };

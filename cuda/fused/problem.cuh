@@ -14,6 +14,9 @@
 //   batch-head      One head of the rows in one element of the batch.
 //   slot            A position in a box of columns, in raster order. Slots past the end of the box
 //                   belong to no column.
+//   present         A column is present if it lies in the block's window union, is given, and is
+//   not
+//                   a key that a mask hides. Zeros stand for the vectors of slots that are not.
 #pragma once
 
 #include "cuneigh/window.cuh"
@@ -39,8 +42,9 @@ struct FusedProblem {
   float scale;           // its magnitude times log2(e); log2(e) where the sign is 0
   float gradient_scale;  // the scale itself
 };
-static_assert(sizeof(FusedProblem<1>) == 80 && sizeof(FusedProblem<2>) == 120 &&
-                  sizeof(FusedProblem<3>) == 160,
+static_assert(sizeof(FusedProblem<1>) == 56 + sizeof(Axis) &&
+                  sizeof(FusedProblem<2>) == 72 + 2 * sizeof(Axis) &&
+                  sizeof(FusedProblem<3>) == 88 + 3 * sizeof(Axis),
               "the record that cuneigh/_backends/fused/launch.py packs has these sizes");
 
 struct BatchHead {

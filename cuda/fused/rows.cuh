@@ -51,6 +51,19 @@ __device__ int rows_of_group(const Axis& axis, int group) {
   return Plan::kRowsAreKeys ? axis.key_group_length(group) : axis.group_length(group);
 }
 
+// The dilation group of the columns that rows of `group` may have in their windows.
+template <typename Plan>
+__device__ int column_group(const Axis& axis, int group) {
+  return Plan::kRowsAreKeys ? axis.query_group(group) : axis.key_group(group);
+}
+
+// The given columns of that group.
+template <typename Plan>
+__device__ int columns_of_group(const Axis& axis, int group) {
+  const int columns = column_group<Plan>(axis, group);
+  return Plan::kRowsAreKeys ? axis.group_length(columns) : axis.key_group_length(columns);
+}
+
 // The window union of a block of at most `size` rows that begins at `first`. Windows are INCREASING
 // (the contract in cuneigh/_window.py), so that the first and the last row tell it.
 template <typename Plan>

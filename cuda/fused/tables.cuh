@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuneigh/boxes.cuh"
-#include "cuneigh/layout.cuh"
+#include "cuneigh/key_mask.cuh"
 #include "fused/problem.cuh"
 #include "fused/rows.cuh"
 
@@ -17,21 +17,38 @@ struct alignas(16) VectorOffsets {
   long long qk, vo;
 };
 
-// Elements from the statistics and from rpb of the first column of a box to those of another
-// column.
+// Elements from what is beside the vectors, and from rpb, of the first column of a box to those of
+// another column.
 struct ScalarOffsets {
-  int statistics, bias;
+  int extra, bias;
 };
 
 // Whether no, some or all pairs of a warp's rows and a box's columns are visible.
 enum class Visibility { kNone, kSome, kAll };
 
+// Whether columns may be hidden by a key mask.
+template <typename Plan>
+constexpr bool kMaskedColumns = Plan::kKeyMask && !Plan::kRowsAreKeys;
+
+// What there is of a column beside its vectors: the statistics of a query, or whether a key may be
+// seen.
+template <bool kMasked>
+struct ExtraOf {
+  using Type = float2;
+};
+template <>
+struct ExtraOf<true> {
+  using Type = bool;
+};
+template <typename Plan>
+using Extra = typename ExtraOf<kMaskedColumns<Plan>>::Type;
+
 // A box of columns: out of a block's window union, or of additional keys.
 template <typename Plan>
 struct alignas(16) ColumnBox {
   const typename Plan::Element *qk, *vo;  // of the first column
-  const float2* statistics;               // of the first column, where columns are queries
-  ColumnMask present;                     // slots whose columns are in the block's window union
+  const Extra<Plan>* extra;               // of the first column
+  ColumnMask present;                     // slots whose columns are present
   int begin[Plan::kRank];                 // group indices; the number of the first additional key
   int batch, head;                        // of the queries
   bool additional;
@@ -54,7 +71,7 @@ struct Tables {
   ColumnMask prefix_mask[Plan::kRank][Plan::kColumns + 1];
   ColumnMask row_mask[kRows];  // visible columns of the box at hand
   ScalarOffsets scalar_offset[Plan::kColumns];
-  Range window[kRows][Plan::kRank];  // empty where there is no row
+  Range window[kRows][Plan::kRank];  // empty where there is no row, kHidden if a mask hides it
   int token[kRows][Plan::kRank];     // -1 where there is no row
   int bias_offset[kRows];            // in elements of rpb
   int share;                         // the block's number among those that have these rows
@@ -68,9 +85,22 @@ struct Columns {
   const View<const float2, Plan::kRank>& statistics;
 };
 
+// The array of what there is beside vectors.
+template <typename Plan>
+__device__ const auto& extra_of(const Columns<Plan>& arrays, const KeyMask<Plan>& mask) {
+  if constexpr (kMaskedColumns<Plan>)
+    return mask.key_mask;
+  else
+    return arrays.statistics;
+}
+
+// The window of a row that is a hidden key.
+constexpr int kHidden = -1;
+
 // Fills `token`, `window` and `bias_offset`: every warp takes a box of rows of its own.
 template <typename Plan, typename Bias>
 __device__ void fill_rows(const FusedProblem<Plan::kRank>& problem, const Bias& rpb,
+                          const KeyMask<Plan>& mask, int batch,
                           const GroupIndex (&first)[Plan::kRank], Tables<Plan>& tables,
                           int thread) {
   constexpr int kRank = Plan::kRank, kThreads = Plan::kWarps * 32;
@@ -96,7 +126,14 @@ __device__ void fill_rows(const FusedProblem<Plan::kRank>& problem, const Bias& 
       const int group = first[r].group;
       tables.token[row][r] = exists ? axis.token({group, index[r]}) : -1;
       tables.window[row][r] = exists ? window_of_row<Plan>(axis, index[r], group) : Range{0, 0};
-      bias += (axis.kernel_size - 1 - kSign * index[r]) * rpb.token[r];
+      const int shift = Plan::kRowsAreKeys ? axis.inverse_shift(group) : axis.shift(group);
+      bias += (axis.kernel_size - 1 - kSign * index[r] + shift) * rpb.token[r];
+    }
+    if constexpr (Plan::kKeyMask && Plan::kRowsAreKeys) {
+      if (exists && mask.hides(batch, tables.token[row])) {
+#pragma unroll
+        for (int r = 0; r < kRank; ++r) tables.window[row][r] = {0, kHidden};
+      }
     }
     tables.bias_offset[row] = int(bias);
   }
@@ -106,7 +143,7 @@ __device__ void fill_rows(const FusedProblem<Plan::kRank>& problem, const Bias& 
 template <typename Plan, typename Bias>
 __device__ void fill_column_offsets(const FusedProblem<Plan::kRank>& problem,
                                     const Columns<Plan>& arrays, const Bias& rpb,
-                                    Tables<Plan>& tables, int thread) {
+                                    const KeyMask<Plan>& mask, Tables<Plan>& tables, int thread) {
   constexpr int kRank = Plan::kRank, kThreads = Plan::kWarps * 32;
   constexpr int kSign = Plan::kRowsAreKeys ? -1 : 1;
   for (int slot = thread; slot < Plan::kColumns; slot += kThreads) {
@@ -120,7 +157,7 @@ __device__ void fill_column_offsets(const FusedProblem<Plan::kRank>& problem,
       const long long tokens = (long long)coordinate * problem.axes[r].dilation;
       offset.qk += tokens * arrays.qk.token[r];
       offset.vo += tokens * arrays.vo.token[r];
-      scalar_offset.statistics += int(tokens * arrays.statistics.token[r]);
+      scalar_offset.extra += int(tokens * extra_of(arrays, mask).token[r]);
       scalar_offset.bias += int(kSign * coordinate * rpb.token[r]);
     }
     constexpr int kBytes = sizeof(typename Plan::Element);
@@ -141,7 +178,10 @@ __device__ void fill_warp_unions(Tables<Plan>& tables, int thread) {
   for (int r = 0; r < Plan::kRank; ++r) {
     WindowUnion windows = WindowUnion::of_none();
     for (int row = warp * kWarpRows + lane; row < (warp + 1) * kWarpRows; row += 32)
-      if (tables.token[row][0] >= 0) windows.add(tables.window[row][r]);
+      if (Plan::kKeyMask && tables.window[row][r].end == kHidden)
+        windows.all = WindowUnion::of_none().any;
+      else if (tables.token[row][0] >= 0)
+        windows.add(tables.window[row][r]);
     windows = windows.of_warp();
     if (lane == 0) tables.warp_union[warp][r] = windows;
   }
@@ -171,9 +211,40 @@ __device__ void fill_prefix_masks(const FusedProblem<Plan::kRank>& problem, Tabl
   }
 }
 
+// On a ring the columns of one lap that are given end before the next lap begins. The end of those
+// from column `begin` on, out of a window union that ends with `end`.
+template <typename Plan>
+__device__ int end_of_given(const Axis& axis, int group, int end, int begin) {
+  if (!axis.crosses()) return end;
+  const int given = columns_of_group<Plan>(axis, group);
+  return smaller(end, begin - axis.turned(begin) + given);
+}
+
+// The first given column of the lap after that of `begin`.
+__device__ inline int next_lap(const Axis& axis, int begin) {
+  return begin - axis.turned(begin) + axis.ring();
+}
+
+// Has `block_union` begin with given columns, and makes it empty along all axes if it is along one.
+template <typename Plan>
+__device__ void leave_out_hidden(const FusedProblem<Plan::kRank>& problem, Tables<Plan>& tables) {
+  bool any = true;
+  for (int r = 0; r < Plan::kRank; ++r) {
+    const Axis& axis = problem.axes[r];
+    Range& range = tables.block_union[r];
+    if (axis.crosses() &&
+        end_of_given<Plan>(axis, tables.first[r].group, range.end, range.begin) <= range.begin)
+      range.begin = next_lap(axis, range.begin);
+    any &= range.begin < range.end;
+  }
+  if (any) return;
+  for (Range& range : tables.block_union) range.end = range.begin;
+}
+
 template <typename Plan, typename Bias>
 __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem, const Columns<Plan>& arrays,
-                            const Bias& rpb, Tables<Plan>& tables, int thread) {
+                            const Bias& rpb, const KeyMask<Plan>& mask, Tables<Plan>& tables,
+                            int thread) {
   GroupIndex first[Plan::kRank];
   const int share = find_rows<Plan>(problem, first);
   if (thread == 0) {
@@ -184,9 +255,11 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem, const Colu
       tables.block_union[r] =
           union_of_block<Plan>(problem.axes[r], first[r], problem.warp_box[r] * problem.warps[r]);
     }
+    if constexpr (Axis::kIsPart) leave_out_hidden(problem, tables);
   }
-  fill_rows(problem, rpb, first, tables, thread);
-  fill_column_offsets(problem, arrays, rpb, tables, thread);
+  const int batch = Plan::kRowsAreKeys ? share / (problem.heads / problem.group_size) : 0;
+  fill_rows(problem, rpb, mask, batch, first, tables, thread);
+  fill_column_offsets(problem, arrays, rpb, mask, tables, thread);
   __syncthreads();
   fill_warp_unions(tables, thread);
   fill_prefix_masks(problem, tables, thread);

@@ -42,8 +42,7 @@ struct QueryGradient {
     smem.grad_logit_empty[exchange.slot()].wait(exchange.parity() ^ 1);
     store_transposed(grad_logit, shared_address(smem.grad_logit[exchange.slot()][w]));
     fence_shared();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) smem.grad_logit_full[exchange.slot()].arrive();
+    smem.grad_logit_full[exchange.slot()].arrive_as_warp();
   }
 
   // Until all warpgroups have shared dS of the box before.
@@ -68,11 +67,8 @@ struct QueryGradient {
       smem.sum[w][i][threadIdx.x % 128] = make_float4(four[0], four[1], four[2], four[3]);
     }
     fence_shared();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      smem.grad_logit_empty[exchange.before().slot()].arrive();
-      smem.sum_full.arrive();
-    }
+    smem.grad_logit_empty[exchange.before().slot()].arrive_as_warp();
+    smem.sum_full.arrive_as_warp();
     sums.advance();
   }
 };

@@ -10,15 +10,38 @@ __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// Lanes that arrive for a warp. One is enough, but racecheck of compute-sanitizer does not see that
+// __syncwarp puts what the other lanes did before its arrival: for it, all of them arrive.
+#ifdef CUNEIGH_ALL_LANES_ARRIVE
+constexpr unsigned kArrivingLanes = 32;
+#else
+constexpr unsigned kArrivingLanes = 1;
+#endif
+
+// Whether this lane is the one that the warp elects. All lanes must ask.
+__device__ inline bool is_elected() {
+  unsigned elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }"
+               : "=r"(elected));
+  return elected;
+}
+
 struct Barrier {
   unsigned long long state;
 
-  __device__ void init(unsigned arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals)
+  // Of a phase: arrivals of single threads, and of whole warps.
+  __device__ void init(unsigned threads, unsigned warps = 0) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)),
+                 "r"(threads + warps * kArrivingLanes)
                  : "memory");
   }
   __device__ void arrive() {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+  }
+  // The arrival of a warp, after all that its lanes have done. All of them must call it.
+  __device__ void arrive_as_warp() {
+    __syncwarp();
+    if (kArrivingLanes == 32 || is_elected()) arrive();
   }
   // One arrival, after which the phase also waits for `bytes` from TMA.
   __device__ void arrive_and_expect(unsigned bytes) {

@@ -12,7 +12,7 @@ template <typename Plan>
 struct Consumer {
   SharedMemory<Plan>& smem;
   const int w;
-  const int lane = threadIdx.x % 32, quad = threadIdx.x % 4;
+  const int quad = threadIdx.x % 4;
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   Ring<2> tiles;
   Ring<Plan::kRowSlots> rows;
@@ -22,9 +22,6 @@ struct Consumer {
   __device__ Consumer(SharedMemory<Plan>& smem, int w) : smem(smem), w(w) { rows.advance(w); }
 
   __device__ const Tile<Plan::kRank>& tile() const { return smem.tile[tiles.slot()]; }
-  __device__ void release(Barrier& empty) const {
-    if (lane == 0) empty.arrive();
-  }
 
   // Where the rows of the other warpgroup are, if there are two.
   __device__ Ring<Plan::kRowSlots> others() const {
@@ -43,13 +40,12 @@ struct Consumer {
     return true;
   }
   __device__ void release_rows() {
-    release(smem.row_empty[rows.slot()]);
-    if constexpr (Plan::kSums) release(smem.row_empty[others().slot()]);
+    smem.row_empty[rows.slot()].arrive_as_warp();
+    if constexpr (Plan::kSums) smem.row_empty[others().slot()].arrive_as_warp();
     rows.advance(Plan::kWarpgroups);
   }
   __device__ void end_tile() {
-    __syncwarp();  // all lanes have read what the tile is
-    release(smem.tile_empty[tiles.slot()]);
+    smem.tile_empty[tiles.slot()].arrive_as_warp();
     tiles.advance();
   }
 
@@ -67,8 +63,8 @@ struct Consumer {
     return false;
   }
   __device__ void wait_for_vo() const { smem.vo_full[boxes.slot()].wait(boxes.parity()); }
-  __device__ void release_qk() const { release(smem.qk_empty[boxes.slot()]); }
-  __device__ void release_vo() const { release(smem.vo_empty[boxes.slot()]); }
+  __device__ void release_qk() const { smem.qk_empty[boxes.slot()].arrive_as_warp(); }
+  __device__ void release_vo() const { smem.vo_empty[boxes.slot()].arrive_as_warp(); }
   __device__ void end_box() {
     --left;
     boxes.advance();

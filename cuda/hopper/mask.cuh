@@ -39,11 +39,12 @@ struct MaskTables {
   // Of the columns of a box: entry `prefix_base[r] + v` has the bits of those before the coordinate
   // v along axis r.
   QuadWords prefix[128 + 2 * kRank];
-  int prefix_base[kRank];
-  unsigned char number[kRank][kRows];  // of the coordinates of a row
-  // Of a tile. Each lane of the mask warps reads what it wrote itself
+  // Of a tile. Each lane of the mask warps reads what it wrote itself. (At a multiple of 16 bytes:
+  // elsewhere the assembler reads 4 bytes before an entry as well, in one load of 16.)
   Coordinate coordinate[kWarpgroups * kMostCoordinates<kRank>];
   WindowUnion windows[kRank][64];  // of the warpgroup that the lane looks after
+  int prefix_base[kRank];
+  unsigned char number[kRank][kRows];  // of the coordinates of a row
 };
 
 // Which axis and row a coordinate stands for.
@@ -117,7 +118,8 @@ __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Pl
     const int group = tile.first[r].group, base = tile.columns[r].begin;
     const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
     const int end = rows_of_group<Plan>(axis, group);
-    WindowUnion windows = {{0, 0}, {0, 0}};
+    // Rows of parts may see no column but additional keys, so that an empty union is not enough
+    WindowUnion windows = {{0, Axis::kIsPart ? -1 : 0}, {0, 0}};
     if (first < end && tile.active >> w & 1) {  // else it has no rows
       const Range low = window_of<Plan>(axis, first, group);
       const Range high = window_of<Plan>(axis, smaller(first + problem.row_box[r], end) - 1, group);

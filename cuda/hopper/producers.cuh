@@ -89,13 +89,15 @@ __device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
       has_last = true;
     }
   };
-  for_each_tile(smem, [&](const Tile<kRank>& tile) {
+  for_each_tile<false>(smem, [&](const Tile<kRank>& tile) {
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
       ColumnBox<kRank> box = {tile.batch, head, {}, false};
 #pragma unroll
-      for (int r = 0; r < kRank; ++r)
-        box.token[r] = axis_of<Plan>(problem, r)
-                           .token({tile.first[r].group, tile.columns[r].begin + first[r]});
+      for (int r = 0; r < kRank; ++r) {
+        box.token[r] =
+            axis_of<Plan>(problem, r)
+                .token({column_group<Plan>(problem, tile, r), tile.columns[r].begin + first[r]});
+      }
       load(box);
     });
     if (Plan::kAdditional)
@@ -164,7 +166,7 @@ __device__ float2 statistics_of(const HopperProblem<Plan::kRank>& problem,
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
     const Axis axis = axis_of<Plan>(problem, r);
-    const int group = tile.first[r].group;
+    const int group = column_group<Plan>(problem, tile, r);
     const int index = tile.columns[r].begin + first[r] + column % problem.column_box[r];
     column /= problem.column_box[r];
     exists &= index < axis.group_length(group);
@@ -192,13 +194,12 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   auto looked_after = [&] { return smaller(lane() % 32, kWarpgroups - 1); };
   auto publish = [&](Visibility visibility, auto make) {
     smem.qk_empty[ring.slot()].wait(ring.parity() ^ 1);
-    smem.visibility[ring.slot()][looked_after()] = visibility;
+    if (lane() < kWarpgroups) smem.visibility[ring.slot()][lane()] = visibility;
     if (__any_sync(0xffffffffu, visibility == kPartial)) make(smem.words[ring.slot()]);
-    __syncwarp();
-    if (lane() % 32 == 0) smem.qk_full[ring.slot()].arrive();
+    smem.qk_full[ring.slot()].arrive_as_warp();
     ring.advance();
   };
-  for_each_tile(smem, [&](const Tile<kRank>& tile) {
+  for_each_tile<true>(smem, [&](const Tile<kRank>& tile) {
     look_up<Plan, kLanes>(problem, tile, lane(), looked_after(), smem.mask);
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
       if constexpr (Plan::kRowsAreKeys) {
@@ -223,7 +224,9 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
     if (Plan::kAdditional) {
       bool none = false;
 #pragma unroll
-      for (int r = 0; r < kRank; ++r) none |= smem.mask.windows[r][lane()].misses(0, 1 << 30);
+      for (int r = 0; r < kRank; ++r)
+        none |= Axis::kIsPart ? smem.mask.windows[r][lane()].any.end < 0
+                              : smem.mask.windows[r][lane()].misses(0, 1 << 30);
 #pragma unroll 1
       for (int left = problem.additional; left > 0; left -= Plan::kColumns) {
         const Visibility visibility = none ? kNone : left >= Plan::kColumns ? kAll : kPartial;
@@ -233,7 +236,6 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
         });
       }
     }
-    __syncwarp();  // all lanes are done with this tile
   });
 }
 

@@ -98,14 +98,18 @@ struct SharedMemory : SumMemory<Plan> {
 template <typename Plan>
 constexpr int kMaskLanes = Plan::kSums ? 32 : 64;
 
-// Calls visit(tile) for every tile of this block, as warp 1 announces them.
-template <typename Plan, typename Visit>
+// Calls visit(tile) for every tile of this block, as warp 1 announces them: by all lanes of a warp
+// if kWarp, else by one.
+template <bool kWarp, typename Plan, typename Visit>
 __device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
   for (Ring<2> ring;; ring.advance()) {
     smem.tile_full[ring.slot()].wait(ring.parity());
     if (smem.tile[ring.slot()].boxes == kNoTile) break;
     visit(smem.tile[ring.slot()]);
-    if (threadIdx.x % 32 == 0) smem.tile_empty[ring.slot()].arrive();
+    if (kWarp)
+      smem.tile_empty[ring.slot()].arrive_as_warp();
+    else
+      smem.tile_empty[ring.slot()].arrive();
   }
 }
 
@@ -118,26 +122,27 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& smem = *reinterpret_cast<SharedMemory<Plan>*>(memory);
   if (threadIdx.x == 0) {
-    constexpr int kConsumerWarps = 4 * Plan::kWarpgroups;
+    constexpr int kConsumerWarps = 4 * Plan::kWarpgroups, kMaskWarps = kMaskLanes<Plan> / 32;
     for (int i = 0; i < 2; ++i) {
       smem.tile_full[i].init(1);
-      smem.tile_empty[i].init(3 + kConsumerWarps);  // warps 0, 2 and 3 of the producers, too
+      // Of the producers, those that load columns or add sums, and those that make masks
+      smem.tile_empty[i].init(Plan::kSums ? 2 : 1, kMaskWarps + kConsumerWarps);
     }
     for (int i = 0; i < Plan::kRowSlots; ++i) {
       smem.row_full[i].init(1);
-      smem.row_empty[i].init(Plan::kSums ? kConsumerWarps : 4);  // of who reads these rows
+      smem.row_empty[i].init(0, Plan::kSums ? kConsumerWarps : 4);  // of who reads these rows
     }
     for (int i = 0; i < Plan::kStages; ++i) {
-      smem.qk_full[i].init(1 + kMaskLanes<Plan> / 32);  // the loader, and the makers of masks
+      smem.qk_full[i].init(1, kMaskWarps);  // the loader, and the makers of masks
       smem.vo_full[i].init(1);
-      smem.qk_empty[i].init(kConsumerWarps);
-      smem.vo_empty[i].init(kConsumerWarps);
+      smem.qk_empty[i].init(0, kConsumerWarps);
+      smem.vo_empty[i].init(0, kConsumerWarps);
     }
-    smem.sum_full.init(kConsumerWarps);
+    smem.sum_full.init(0, kConsumerWarps);
     smem.sum_empty.init(1);
     for (int i = 0; i < 2; ++i) {
-      smem.grad_logit_full[i].init(kConsumerWarps);
-      smem.grad_logit_empty[i].init(kConsumerWarps);
+      smem.grad_logit_full[i].init(0, kConsumerWarps);
+      smem.grad_logit_empty[i].init(0, kConsumerWarps);
     }
     fence_barrier_init();
   }

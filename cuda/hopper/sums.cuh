@@ -53,7 +53,7 @@ __device__ void add_sums(const Sums& sums, SharedMemory<Plan>& smem) {
     last = nullptr;
   };
   Ring<1> ring;
-  for_each_tile(smem, [&](const Tile<1>& tile) {
+  for_each_tile<false>(smem, [&](const Tile<1>& tile) {
     for_each_box<Plan>(smem.problem, tile, [&](int head, const int (&first)[1]) {
       const Turn turn = turn_of<Plan>(smem.problem, tile, head, tile.columns[0].begin + first[0]);
       float* sum = sums.sum + static_cast<unsigned long long>(turn.box) * kFloats;

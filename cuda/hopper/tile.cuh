@@ -83,8 +83,9 @@ struct HopperProblem {
   float sign;            // what logits are multiplied by before that
   float gradient_scale;  // of dQ and dK
 };
-static_assert(sizeof(HopperProblem<1>) == 60 + 196 && sizeof(HopperProblem<2>) == 2 * 60 + 196 &&
-                  sizeof(HopperProblem<3>) == 3 * 60 + 196,
+static_assert(sizeof(HopperProblem<1>) == 36 + sizeof(Axis) + 196 &&
+                  sizeof(HopperProblem<2>) == 2 * (36 + sizeof(Axis)) + 196 &&
+                  sizeof(HopperProblem<3>) == 3 * (36 + sizeof(Axis)) + 196,
               "the record that launch.py packs has these sizes");
 
 // An axis of the problem. Where no axis is dilated the compiler is told that its dilation is 1.
@@ -116,6 +117,16 @@ struct Tile {
 };
 constexpr int kNoTile = -1;  // after the last one
 
+// The dilation group, along an axis, of the columns that rows of a tile may see.
+template <typename Plan>
+__device__ int column_group(const HopperProblem<Plan::kRank>& problem,
+                            const Tile<Plan::kRank>& tile, int r) {
+  const int group = tile.first[r].group;
+  if constexpr (!Axis::kIsPart) return group;
+  const Axis axis = axis_of<Plan>(problem, r);
+  return Plan::kRowsAreKeys ? axis.query_group(group) : axis.key_group(group);
+}
+
 // Writes a tile to shared memory: it takes more registers than producers have.
 template <typename Plan>
 __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
@@ -144,6 +155,7 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
     const GroupIndex first = box_begin(axis.dilation, length, box, problem.tile_box[r]);
     const int end =
         smaller(first.index + problem.tile_box[r], rows_of_group<Plan>(axis, first.group));
+    static_assert(!Axis::kIsPart || !Plan::kSums, "all tiles count the same columns");
     tile.first[r] = first;
     Range columns = {window_of<Plan>(axis, first.index, first.group).begin,
                      window_of<Plan>(axis, end - 1, first.group).end};

@@ -11,7 +11,7 @@
 namespace cuneigh::naive {
 
 template <typename Plan>
-struct AvArguments {
+struct AvArguments : KeyMask<Plan> {
   ConstView<Plan> weights;            // [batch, x1..xr, heads, slots]
   ConstView<Plan> value;              // [batch, x1..xr, kv_heads, value_dim]
   ConstView<Plan> additional_values;  // [batch, n, kv_heads, value_dim], or null
@@ -36,9 +36,11 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   ValueRow<Plan> output;  // [slice_size]
 
   // O += P V for one line of weights [count] and values [count, value_dim]
-  auto add = [&](const Element* weight, const Element* value, long long value_stride, int count) {
+  auto add = [&](const Element* weight, const Element* value, long long value_stride, int count,
+                 auto seen) {
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
+      if (!seen(i)) continue;
       ValueRow<Plan> row;
       row.load(value + i * value_stride, slice_size);
       output.add(convert<Number>(weight[i * slot_stride]), row);
@@ -47,17 +49,23 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   // The keys of the window, line by line
   Range window[Plan::kRank];
+  int before[Plan::kRank];
   window_of(problem, item, window);
+  slots_before(problem, item, window, before);
   const long long value_stride = problem.axes[kLast].dilation * arguments.value.token[kLast];
-  for_each_line(problem, item, window, [&](const Line<Plan::kRank>& line) {
-    add(weights + slot_of(problem, line.offset) * slot_stride,
-        arguments.value.at(item.batch, line.first, kv_head) + slice, value_stride, line.count);
+  for_each_line<false>(problem, item, window, [&](const Line<Plan::kRank>& line) {
+    int offset[Plan::kRank];
+#pragma unroll
+    for (int r = 0; r < Plan::kRank; ++r) offset[r] = before[r] + line.offset[r];
+    add(weights + slot_of(problem, offset) * slot_stride,
+        arguments.value.at(item.batch, line.first, kv_head) + slice, value_stride, line.count,
+        arguments.seen_in(problem, item.batch, line.first));
   });
 
   // The additional keys
   add(weights + window_size(problem) * slot_stride,
       arguments.additional_values.at(item.batch, kv_head) + slice,
-      arguments.additional_values.token[0], problem.additional);
+      arguments.additional_values.token[0], problem.additional, [](int) { return true; });
 
   output.scale(Number(problem.scale));
   output.store(arguments.output.at(item.batch, item.token, item.head) + slice, slice_size);

@@ -12,7 +12,7 @@
 namespace cuneigh::naive {
 
 template <typename Plan>
-struct BackwardKeyArguments {
+struct BackwardKeyArguments : KeyMask<Plan> {
   ConstView<Plan> query, key;        // [batch, x1..xr, heads, head_dim]
   ConstView<Plan> value;             // [batch, x1..xr, kv_heads, value_dim]
   BiasView<Plan> rpb;                // [heads, 2 K - 1, ..], or null
@@ -45,9 +45,10 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   Range inverse[Plan::kRank];
   inverse_of(problem, item, inverse);
   const long long dilation = problem.axes[kLast].dilation;
-  for (int in_group = 0; in_group < problem.group_size; ++in_group) {
+  const int group_size = arguments.hides(item.batch, item.token) ? 0 : problem.group_size;
+  for (int in_group = 0; in_group < group_size; ++in_group) {
     const int head = item.head * problem.group_size + in_group;
-    for_each_line(problem, item, inverse, [&](const Line<Plan::kRank>& line) {
+    for_each_line<true>(problem, item, inverse, [&](const Line<Plan::kRank>& line) {
       const auto* query = arguments.query.at(item.batch, line.first, head);
       const auto* grad_output = arguments.grad_output.at(item.batch, line.first, head);
       const Number* lse = arguments.lse.at(item.batch, line.first, head);

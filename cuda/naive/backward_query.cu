@@ -12,7 +12,7 @@
 namespace cuneigh::naive {
 
 template <typename Plan>
-struct BackwardQueryArguments {
+struct BackwardQueryArguments : KeyMask<Plan> {
   ConstView<Plan> query, key;                          // [batch, x1..xr, heads, head_dim]
   ConstView<Plan> value;                               // [batch, x1..xr, kv_heads, value_dim]
   ConstView<Plan> additional_keys, additional_values;  // [batch, n, kv_heads, dim], or null
@@ -57,13 +57,14 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   // One line of keys [count, head_dim] and values [count, value_dim]
   auto attend = [&](const Element* key, long long key_stride, const Element* value,
-                    long long value_stride, int count, auto bias) {
+                    long long value_stride, int count, auto bias, auto seen) {
     for (int begin = 0; begin < count; begin += kKeys) {
       KeyRow<Plan> row[kKeys];
-      Number logit[kKeys], grad_weight[kKeys];
+      Number logit[kKeys] = {}, grad_weight[kKeys] = {};
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) {
         const int neighbor = smaller(begin + i, count - 1);
+        if (!seen(neighbor)) continue;  // whose numbers may be anything
         row[i].load(key + neighbor * key_stride, problem.head_dim);
         logit[i] = query.dot(row[i], key + neighbor * key_stride);
         grad_weight[i] = grad_output.dot(value + neighbor * value_stride);
@@ -73,8 +74,10 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
         const int neighbor = smaller(begin + i, count - 1);
         // S = scale Q K^T + bias, P = exp(S - lse)
         logit[i] = scale * Lanes::sum(logit[i]) + bias(neighbor);
-        const Number weight = begin + i < count ? exponential(logit[i] - lse) : Number(0);
-        if (Plan::kWide) row[i].load(key + neighbor * key_stride + slice, slice_size);
+        const bool counts = begin + i < count && seen(neighbor);
+        const Number weight = counts ? exponential(logit[i] - lse) : Number(0);
+        if (Plan::kWide && seen(neighbor))
+          row[i].load(key + neighbor * key_stride + slice, slice_size);
         // dP = dO V^T, dS = P (dP - delta), dQ += dS K
         grad_query.add(weight * (Lanes::sum(grad_weight[i]) - delta), row[i]);
       }
@@ -85,18 +88,20 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   Range window[Plan::kRank];
   window_of(problem, item, window);
   const long long dilation = problem.axes[Plan::kRank - 1].dilation;
-  for_each_line(problem, item, window, [&](const Line<Plan::kRank>& line) {
+  for_each_line<false>(problem, item, window, [&](const Line<Plan::kRank>& line) {
     attend(arguments.key.at(item.batch, line.first, kv_head),
            dilation * arguments.key.token[Plan::kRank - 1],
            arguments.value.at(item.batch, line.first, kv_head),
            dilation * arguments.value.token[Plan::kRank - 1], line.count,
-           bias_of<Plan, false>(problem, arguments.rpb, item.head, line));
+           bias_of<Plan, false>(problem, arguments.rpb, item.head, line),
+           arguments.seen_in(problem, item.batch, line.first));
   });
 
   // The additional keys
-  attend(arguments.additional_keys.at(item.batch, kv_head), arguments.additional_keys.token[0],
-         arguments.additional_values.at(item.batch, kv_head), arguments.additional_values.token[0],
-         problem.additional, [](int) { return Number(0); });
+  attend(
+      arguments.additional_keys.at(item.batch, kv_head), arguments.additional_keys.token[0],
+      arguments.additional_values.at(item.batch, kv_head), arguments.additional_values.token[0],
+      problem.additional, [](int) { return Number(0); }, [](int) { return true; });
 
   grad_query.scale(scale);
   grad_query.store(arguments.grad_query.at(item.batch, item.token, item.head) + slice, slice_size);

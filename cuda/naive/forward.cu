@@ -11,7 +11,7 @@
 namespace cuneigh::naive {
 
 template <typename Plan>
-struct ForwardArguments {
+struct ForwardArguments : KeyMask<Plan> {
   ConstView<Plan> query, key;                          // [batch, x1..xr, heads, head_dim]
   ConstView<Plan> value;                               // [batch, x1..xr, kv_heads, value_dim]
   ConstView<Plan> additional_keys, additional_values;  // [batch, n, kv_heads, dim], or null
@@ -42,13 +42,14 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 
   // One line of keys [count, head_dim] and values [count, value_dim]
   auto attend = [&](const Element* key, long long key_stride, const Element* value,
-                    long long value_stride, int count, auto bias) {
+                    long long value_stride, int count, auto bias, auto seen) {
     for (int begin = 0; begin < count; begin += kKeys) {
-      Number logit[kKeys];
+      Number logit[kKeys] = {};
       ValueRow<Plan> row[kKeys];
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) {
         const int neighbor = smaller(begin + i, count - 1);  // the last key again past the end
+        if (!seen(neighbor)) continue;                       // whose numbers may be anything
         logit[i] = query.dot(key + neighbor * key_stride);
         row[i].load(value + neighbor * value_stride, slice_size);
       }
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       for (int i = 0; i < kKeys; ++i) {
         const int neighbor = smaller(begin + i, count - 1);
         const Number sum = scale * Lanes::sum(logit[i]) + bias(neighbor);
-        logit[i] = begin + i < count ? sum : -infinity<Number>();
+        logit[i] = begin + i < count && seen(neighbor) ? sum : -infinity<Number>();
       }
 
       // P = exp(S - max), O = O rescaled + P V
@@ -72,18 +73,21 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   Range window[Plan::kRank];
   window_of(problem, item, window);
   const long long dilation = problem.axes[Plan::kRank - 1].dilation;
-  for_each_line(problem, item, window, [&](const Line<Plan::kRank>& line) {
+  for_each_line<false>(problem, item, window, [&](const Line<Plan::kRank>& line) {
     attend(arguments.key.at(item.batch, line.first, kv_head),
            dilation * arguments.key.token[Plan::kRank - 1],
            arguments.value.at(item.batch, line.first, kv_head) + slice,
            dilation * arguments.value.token[Plan::kRank - 1], line.count,
-           bias_of<Plan, false>(problem, arguments.rpb, item.head, line));
+           bias_of<Plan, false>(problem, arguments.rpb, item.head, line),
+           arguments.seen_in(problem, item.batch, line.first));
   });
 
   // The additional keys
-  attend(arguments.additional_keys.at(item.batch, kv_head), arguments.additional_keys.token[0],
-         arguments.additional_values.at(item.batch, kv_head) + slice,
-         arguments.additional_values.token[0], problem.additional, [](int) { return Number(0); });
+  attend(
+      arguments.additional_keys.at(item.batch, kv_head), arguments.additional_keys.token[0],
+      arguments.additional_values.at(item.batch, kv_head) + slice,
+      arguments.additional_values.token[0], problem.additional, [](int) { return Number(0); },
+      [](int) { return true; });
 
   // O / sum(P), lse
   output.scale(softmax.normalizer());

@@ -10,7 +10,7 @@
 namespace cuneigh::naive {
 
 template <typename Plan>
-struct InverseArguments {
+struct InverseArguments : KeyMask<Plan> {
   ConstView<Plan> weights;  // [batch, x1..xr, heads, slots]
   ConstView<Plan> vectors;  // [batch, x1..xr, heads, dim]
   OutputView<Plan> output;  // [batch, x1..xr, kv_heads, dim]
@@ -30,27 +30,28 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const Axis& last = problem.axes[kLast];
   ValueRow<Plan> output;  // [slice_size]
 
-  // The offset of this key from the begin of the window of query `index` along axis r
-  auto offset_in = [&](int r, int index) {
+  // The slot of this key among the logits of query `index` along axis r
+  auto slot_in = [&](int r, int index) {
     const auto [group, own] = item.group_index[r];
-    return own - problem.axes[r].window(index, group).begin;
+    const Axis& axis = problem.axes[r];
+    return axis.slot(own, axis.turned(index), axis.query_group(group));
   };
 
   Range inverse[Plan::kRank];
   inverse_of(problem, item, inverse);
-  for (int in_group = 0; in_group < problem.group_size; ++in_group) {
+  const int group_size = arguments.hides(item.batch, item.token) ? 0 : problem.group_size;
+  for (int in_group = 0; in_group < group_size; ++in_group) {
     const int head = item.head * problem.group_size + in_group;
-    for_each_line(problem, item, inverse, [&](const Line<Plan::kRank>& line) {
+    for_each_line<true>(problem, item, inverse, [&](const Line<Plan::kRank>& line) {
       int offset[Plan::kRank] = {};
 #pragma unroll
-      for (int r = 0; r < kLast; ++r)
-        offset[r] = offset_in(r, item.group_index[r].index + line.relative[r]);
+      for (int r = 0; r < kLast; ++r) offset[r] = slot_in(r, inverse[r].begin + line.offset[r]);
       const auto* weights = arguments.weights.at(item.batch, line.first, head) +
                             slot_of(problem, offset) * arguments.weights.inner;
       const auto* vectors = arguments.vectors.at(item.batch, line.first, head) + slice;
 #pragma unroll 2
       for (int i = 0; i < line.count; ++i) {
-        const int slot = offset_in(kLast, inverse[kLast].begin + i);
+        const int slot = slot_in(kLast, inverse[kLast].begin + line.offset[kLast] + i);
         ValueRow<Plan> row;
         row.load(vectors, slice_size);
         // dV += P^T dO

@@ -13,7 +13,7 @@
 namespace cuneigh::sums {
 
 template <typename Plan>
-struct RpbArguments {
+struct RpbArguments : KeyMask<Plan> {
   ConstView<Plan> query, key;        // [batch, x1..xr, heads, head_dim]
   ConstView<Plan> value;             // [batch, x1..xr, kv_heads, value_dim]
   BiasView<Plan> rpb;                // [heads, 2 K - 1, ..]
@@ -64,11 +64,15 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
             const Axis& axis = problem.axes[r];
             const int index = token[r] / axis.dilation, group = token[r] % axis.dilation;
             const Range window = axis.window(index, group);
-            const int key_index = index + relative[r];
+            const int key_index = index + relative[r] - axis.shift(group);
             if (key_index < window.begin || key_index >= window.end) return;
-            key_token[r] = axis.token({group, key_index});
+            const int key_group = axis.key_group(group), turned = axis.turned(key_index);
+            if (Axis::kIsPart && turned >= axis.key_group_length(key_group)) return;
+            key_token[r] = axis.token({key_group, turned});
             offset[r] = key_index - window.begin;
+            if (Axis::kIsPart) offset[r] = key_index - axis.unclipped(index, group).begin;
           }
+          if (arguments.hides(batch, key_token)) return;
 
           if constexpr (Plan::kStored) {
             const long long slot = slot_of(problem, offset) * arguments.grad_logits.inner;

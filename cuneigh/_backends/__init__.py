@@ -27,7 +27,7 @@ from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program
 from cuneigh._jit import Kernel
 from cuneigh._messages import shown
-from cuneigh._problem import Operands, Problem
+from cuneigh._problem import JvpResults, Operands, Operation, Problem
 from cuneigh._window import Promise
 
 
@@ -100,6 +100,17 @@ class Backend(Protocol):
     ) -> None:
         """Fill every array of `gradients`, one for each operand; `grad_lse` may be None."""
 
+    def jvp(
+        self,
+        problem: Problem,
+        operands: Operands,
+        tangents: Operands,
+        results: JvpResults,
+        space: Any,
+        /,
+    ) -> None:
+        """Fill every array of `results`; `tangents` has one for each operand."""
+
     def qk(self, problem: Problem, operands: Operands, logits: Any, space: Any, /) -> None:
         """Fill `logits`."""
 
@@ -160,6 +171,16 @@ def unknown(name: str | None) -> str | None:
     if name is None or name in names:
         return None
     return f"backend={shown(name)} is not one of {', '.join(map(repr, names))}"
+
+
+def serving(name: str | None, operation: Operation) -> str | None:
+    """The name by which to ask for an operation that a derivative of a call takes.
+
+    That is the name that the call was given, unless its backend lacks the operation. Any may serve
+    it then.
+    """
+    known = {backend.NAME: backend for backend in BACKENDS}
+    return name if name in known and hasattr(known[name], operation) else None
 
 
 class NoBackendError(RuntimeError):

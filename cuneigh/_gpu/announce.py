@@ -61,6 +61,14 @@ def describe(problem: Problem) -> str:
             words.append(f"{name} {joined(values)}")
     if any(axis.is_causal for axis in axes):
         words.append(f"causal {joined(int(axis.is_causal) for axis in axes)}")
+    for word, values in (
+        ("border", [axis.border for axis in axes]),
+        ("of a layout of", [axis.layout if axis.is_part else "-" for axis in axes]),
+    ):
+        if set(values) - {"shift", "-"}:
+            words.append(f"{word} {joined(values)}")
+    if problem.has_key_mask:
+        words.append("key_mask")
     heads = f"{problem.heads} heads"
     if problem.kv_heads != problem.heads:
         heads += f" on {problem.kv_heads}"
@@ -74,7 +82,7 @@ def describe(problem: Problem) -> str:
     return f"{problem.dtype}, " + ", ".join(words)
 
 
-def joined(sizes: Iterable[int]) -> str:
+def joined(sizes: Iterable[object]) -> str:
     """Sizes along the axes, such as 4x8."""
     return "x".join(map(str, sizes))
 

@@ -33,7 +33,7 @@ class Array:
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype]
+        return 1 if self.dtype == "bool" else DTYPES[self.dtype]
 
     @property
     def size(self) -> int:
@@ -43,6 +43,17 @@ class Array:
     def byte_strides(self) -> tuple[int, ...]:
         """Bytes from one index to the next along each axis."""
         return tuple(stride * self.itemsize for stride in self.strides)
+
+    def part(self, begin: int, end: int) -> Array:
+        """The array of the elements begin .. end along the last axis."""
+        skipped = begin * self.strides[-1] * self.itemsize
+        return Array(
+            self.pointer._replace(offset=self.pointer.offset + skipped),
+            (*self.shape[:-1], min(end, self.shape[-1]) - begin),
+            self.dtype,
+            self.strides,
+            (self.misalignment + skipped) % 16,
+        )
 
     def component(self, index: int) -> Array:
         """The array of the numbers at `index` of the last axis."""

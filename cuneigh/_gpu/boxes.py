@@ -13,8 +13,8 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,28 +28,32 @@ Box = tuple[int, ...]
 Value = TypeVar("Value")
 
 
-def windows_of_groups(axis: Axis, pass_: Pass) -> Iterator[tuple[int, Indices, Indices]]:
-    """Begins and ends of the windows of all rows of a dilation group.
+Windows = Callable[[Indices], tuple[Indices, Indices]]
+"""Begins and ends of the windows of some rows of a dilation group, by their index in it."""
 
-    Groups have one of two lengths, and all groups of a length are alike: each item begins with the
-    number of groups that it stands for.
+
+def groups_of(axis: Axis, pass_: Pass) -> Iterator[tuple[int, int, Windows]]:
+    """How many dilation groups have a length, that length in rows, and the windows of rows.
+
+    Groups have one of two lengths, and all groups of a length are alike.
     """
     longer = pass_.length(axis) % axis.dilation
     for group, groups in ((0, longer), (longer, axis.dilation - longer)):
         length = pass_.group_length(axis, group)
         if groups and length:
-            index = np.arange(length, dtype=np.int64)
-            yield groups, *pass_.window(axis)(index, np.full_like(index, group))
+            yield groups, length, partial(_windows, pass_.window(axis), group)
 
 
-def window_unions(begin: Indices, end: Indices, size: int) -> tuple[Indices, Indices]:
-    """Begins and ends of the window unions of the boxes of `size` rows along an axis.
+def _windows(
+    window: Callable[[Any, Any], tuple[Indices, Indices]], group: int, index: Indices
+) -> tuple[Indices, Indices]:
+    return window(index, np.full_like(index, group))
 
-    `begin` and `end` are those of the windows of all rows of a dilation group.
-    """
-    first = np.arange(0, len(begin), size)
-    last = np.minimum(first + size, len(begin)) - 1
-    return begin[first], end[last]
+
+def ends_of_boxes(length: int, size: int) -> tuple[Indices, Indices]:
+    """The first and the last row of each box of `size` among `length` rows."""
+    first = np.arange(0, length, size, dtype=np.int64)
+    return first, np.minimum(first + size, length) - 1
 
 
 class WalkCounts(NamedTuple):
@@ -102,7 +106,7 @@ def _count_repeated(
     """
     period = math.lcm(size, axis.stride)
     repetitions = (axis.length // axis.dilation - 2 * axis.kernel_size) // period - 4
-    if repetitions < 2 or axis.length < LONG_AXIS or axis.length != axis.key_length:
+    if repetitions < 2 or axis.length < LONG_AXIS or axis.is_part or axis.length != axis.layout:
         return count(axis)
 
     def without(repetitions: int) -> tuple[int, ...]:
@@ -116,33 +120,28 @@ def _count_repeated(
 def _count_walk(axis: Axis, warp_box: int, warps: int, column_box: int, pass_: Pass) -> WalkCounts:
     """`count_walk`, box by box."""
     blocks = loads = visits = full = longest = 0
-    size = warp_box * warps
-    for groups, begin, end in windows_of_groups(axis, pass_):
-        length = len(begin)
-        first = np.arange(0, length, size)
-        low, high = window_unions(begin, end, size)
+    for groups, length, windows in groups_of(axis, pass_):
+        # Of the warps that have rows, and their blocks' first and last warps
+        first, last = ends_of_boxes(length, warp_box)
+        first_warp, last_warp = ends_of_boxes(len(first), warps)
+        (any_begin, all_end), (all_begin, any_end) = windows(first), windows(last)
+        low, high = any_begin[first_warp], any_end[last_warp]
         if pass_.on_grid:
             low -= low % column_box
         boxes = -(-(high - low) // column_box)
-        blocks += groups * len(first)
+        blocks += groups * len(boxes)
         loads += groups * int(boxes.sum())
+        longest = max(longest, int(boxes.max()))
+        # Relative to the first column of the walk: columns in the window of all rows, of any
+        origin = np.repeat(low, warps)[: len(first)]
+        whole = np.maximum((all_end - origin) // column_box + (origin - all_begin) // column_box, 0)
         if pass_.on_grid:
             visits += groups * int(boxes.sum()) * warps
-        longest = max(longest, int(boxes.max()))
-        for warp in range(warps):
-            has_rows = first + warp * warp_box < length
-            first_row = first[has_rows] + warp * warp_box
-            last_row = np.minimum(first_row + warp_box, length) - 1
-            # Relative to the first column of the walk: columns in the window of any row, of all
-            origin = low[has_rows]
-            any_begin, any_end = begin[first_row] - origin, end[last_row] - origin
-            all_begin, all_end = begin[last_row] - origin, end[first_row] - origin
-            if not pass_.on_grid:
-                visits += groups * int((-(-any_end // column_box) - any_begin // column_box).sum())
-            whole = np.maximum(all_end // column_box - -(-all_begin // column_box), 0)
-            if pass_.on_grid:
-                whole[first_row + warp_box > length] = 0
-            full += groups * int(whole.sum())
+            whole[first + warp_box > length] = 0
+        else:
+            begin, end = (any_begin - origin) // column_box, (origin - any_end) // column_box
+            visits -= groups * int((begin + end).sum())
+        full += groups * int(whole.sum())
     return WalkCounts(blocks, loads, visits, full, longest)
 
 
@@ -191,24 +190,42 @@ class UnionCounts(NamedTuple):
 
 @lru_cache(maxsize=8192)
 def count_unions(axis: Axis, warp_box: int, warps: int, pass_: Pass = FORWARD) -> UnionCounts:
-    """The counts along one axis."""
+    """The counts along one axis; of parts the widest ones there can be, wherever these start."""
 
     def count(axis: Axis) -> UnionCounts:
         return _count_unions(axis, warp_box, warps, pass_)
 
-    return UnionCounts(*_count_repeated(axis, warp_box * warps, count))
+    counts = UnionCounts(*_count_repeated(axis, warp_box * warps, count))
+    if not axis.is_part:
+        return counts
+    return counts._replace(
+        widest_warp=_widest_union(axis, warp_box, pass_),
+        widest_block=_widest_union(axis, warp_box * warps, pass_),
+    )
+
+
+def _widest_union(axis: Axis, size: int, pass_: Pass) -> int:
+    """Columns that the window union of a box of `size` rows has at most, wherever parts start."""
+    k, s = axis.kernel_size, axis.stride
+    given = math.ceil((axis.length if pass_.rows_are_keys else axis.key_length) / axis.dilation)
+    if not pass_.rows_are_keys:
+        return min(given, k + s * math.ceil((size - 1) / s))
+    if axis.border == "shift" and not axis.is_causal:
+        # The first and the last kernel_size keys are seen by all queries up to the border
+        if math.ceil(axis.layout / axis.dilation) <= 2 * k + size:
+            return given
+        size += k
+    return min(given, s * math.ceil((size - 1 + k) / s) + s)
 
 
 def _count_unions(axis: Axis, warp_box: int, warps: int, pass_: Pass) -> UnionCounts:
     """`count_unions`, box by box."""
     blocks = active = columns = widest_warp = widest_block = 0
-    for groups, begin, end in windows_of_groups(axis, pass_):
-        of_warps, of_blocks = (
-            high - low
-            for low, high in (
-                window_unions(begin, end, size) for size in (warp_box, warp_box * warps)
-            )
-        )
+    for groups, length, windows in groups_of(axis, pass_):
+        first, last = ends_of_boxes(length, warp_box)
+        first_warp, last_warp = ends_of_boxes(len(first), warps)
+        begin, end = windows(first)[0], windows(last)[1]
+        of_warps, of_blocks = end - begin, end[last_warp] - begin[first_warp]
         blocks += groups * len(of_blocks)
         active += groups * len(of_warps)
         columns += groups * int(of_warps.sum())

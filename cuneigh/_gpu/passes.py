@@ -22,7 +22,7 @@ from cuneigh._window import Axis, Index
 class Pass:
     """What one kernel of an operation computes."""
 
-    name: Literal["forward", "backward", "dq", "dkv", "dk", "dv"]
+    name: Literal["forward", "jvp", "backward", "dq", "dkv", "dk", "dv"]
     rows_are_keys: bool
     products: float
     """Its matrix products, in units of those of the forward pass."""
@@ -65,6 +65,8 @@ class Pass:
 
 
 FORWARD = Pass("forward", rows_are_keys=False, products=1.0)
+JVP = Pass("jvp", rows_are_keys=False, products=3.0)
+"""Output and lse, and their tangents."""
 BACKWARD = Pass("backward", rows_are_keys=True, products=2.5, on_grid=True)
 """All three gradients: blocks add to sums of dQ."""
 DQ = Pass("dq", rows_are_keys=False, products=1.5)

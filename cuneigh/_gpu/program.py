@@ -28,7 +28,16 @@ from cuneigh._problem import Spec
 Step = Callable[[Sequence[int], int], None]
 """Something to launch, given the addresses of all arrays and a stream."""
 
-Parameter = npt.NDArray[Any] | Sequence[int | Pointer] | TensorMap
+
+class Record(NamedTuple):
+    """A record some words of which are known when a program runs."""
+
+    values: npt.NDArray[Any]
+    words: tuple[tuple[int, Pointer], ...] = ()
+    """(Number of a 64-bit word, which of the numbers of a run replaces it)."""
+
+
+Parameter = npt.NDArray[Any] | Record | Sequence[int | Pointer] | TensorMap
 """An argument that a kernel takes by value: a record, 64-bit words, or a tensor map."""
 
 
@@ -54,7 +63,8 @@ class Program:
         """Launch everything on the CUDA stream `stream`; the device is current.
 
         `addresses` are those of arguments, results and workspace, in the order in which these were
-        added. All memory must stay as it is until the stream has come that far.
+        added, and after them the words that records take (`cuneigh._gpu.records.start_words`). All
+        memory must stay as it is until the stream has come that far.
         """
         for step in self._steps or self.load():
             step(addresses, stream)
@@ -116,8 +126,11 @@ class Program:
         """Add the launch of a kernel: `grid` blocks along x and y, `threads` threads in each.
 
         Each of `parameters` is one argument of the kernel: the address of an array is
-        ``[array.pointer]``, and several words are the members of one struct.
+        ``[array.pointer]``, and several words are the members of one struct. A grid without blocks
+        is no launch.
         """
+        if 0 in grid:
+            return
         self._recorded.append(Launch(kernel, grid, threads, parameters, shared_bytes))
 
     def add(self, step: Step) -> None:
@@ -180,6 +193,9 @@ class _Launch:
                 continue
             first = len(self._frame)
             self._starts.append((index, 8 * first))
+            if isinstance(parameter, Record):
+                self._pointers += [(first + at, *word) for at, word in parameter.words]
+                parameter = parameter.values
             if isinstance(parameter, np.ndarray):
                 self._frame.frombytes(parameter.tobytes() + bytes(-parameter.nbytes % 8))
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from cuneigh import _jit
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.records import fill_problem, problem_type
+from cuneigh._gpu.records import PARTS, fill_problem, has_parts, problem_type, with_starts
 from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import DTYPES, Operands, Problem
 
@@ -52,6 +52,10 @@ class RowPlan:
     value_chunks: int
     value_exact: bool
     wide: bool
+    parts: bool = False
+    """Whether axes need not be ordinary (`records.has_parts`)."""
+    key_mask: bool = False
+    """Whether the kernel takes a key mask."""
 
     @property
     def groups(self) -> int:
@@ -74,9 +78,9 @@ class RowPlan:
         """Slices of value vectors."""
         return math.ceil(value_dim / self.value_capacity)
 
-    def source(self, **flags: bool) -> str:
-        """The members of `struct Plan`, with `flags` that one kernel alone knows."""
-        return _jit.plan_source(
+    def kernel(self, name: str, **flags: bool) -> _jit.Kernel:
+        """The kernel of this plan, with `flags` that it alone knows."""
+        source = _jit.plan_source(
             {
                 "kRank": self.rank,
                 "kThreads": THREADS,
@@ -90,10 +94,16 @@ class RowPlan:
                 "kKeyExact": self.key_exact,
                 "kValueExact": self.value_exact,
                 "kWide": self.wide,
+                "kKeyMask": self.key_mask,
                 **flags,
             },
             {"Element": self.element, "Bias": self.bias},
         )
+        return _jit.Kernel(name, source, macros=(PARTS,) if self.parts else ())
+
+    def of(self, problem: Problem) -> RowPlan:
+        """The plan for a kernel that knows windows: those of `problem`, and what is hidden."""
+        return replace(self, parts=has_parts(problem), key_mask=problem.has_key_mask)
 
 
 @lru_cache(maxsize=1024)
@@ -198,14 +208,13 @@ HALO_COST = 4
 
 def launch(
     program: Program,
-    name: str,
-    source: str,
+    kernel: _jit.Kernel,
     record: npt.NDArray[Any],
     views: Views,
     grid: tuple[int, int],
 ) -> None:
     """Launch a kernel with blocks of `THREADS` threads."""
-    program.launch(_jit.Kernel(name, source), grid, THREADS, record, views.words)
+    program.launch(kernel, grid, THREADS, with_starts(record), views.words)
 
 
 @lru_cache(maxsize=1024)
@@ -221,7 +230,7 @@ def record_of(
 
     Dimensions and scale are those of the problem unless they are given.
     """
-    record = np.zeros(1, problem_type(problem.rank))
+    record = np.zeros(1, problem_type(problem.rank, plan.parts))
     box = box_of(problem, keys, plan.groups)
     fill_problem(record, problem, box, _boxes(problem, keys, box))
     given = {"head_dim": head_dim, "value_dim": value_dim, "scale": scale}

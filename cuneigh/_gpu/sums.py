@@ -43,21 +43,18 @@ def kernels(problem: Problem) -> list[_jit.Kernel]:
     found: list[_jit.Kernel] = []
     dtypes: list[str] = []  # of the gradients
     if problem.additional:
-        name = "sums/additional" if stored else "sums/attention_additional"
-        found.append(_jit.Kernel(name, plan.source()))
+        found.append(plan.kernel("sums/additional" if stored else "sums/attention_additional"))
         dtypes.append(dtype)
     if problem.rpb_dtype:
-        rpb_plan = _stored_plan(problem) if stored else plan
-        found.append(_jit.Kernel("sums/rpb", rpb_plan.source(kStored=stored)))
+        rpb_plan = _stored_plan(problem) if stored else plan.of(problem)
+        found.append(rpb_plan.kernel("sums/rpb", kStored=stored))
         dtypes.append(problem.rpb_dtype)
     return found + [_shares_kernel(problem.accumulator, each) for each in dict.fromkeys(dtypes)]
 
 
 def delta_kernel(problem: Problem) -> _jit.Kernel:
     """The kernel of `delta` when its arrays are contiguous."""
-    return _jit.Kernel(
-        "sums/delta", row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim).source()
-    )
+    return row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim).kernel("sums/delta")
 
 
 def delta(
@@ -79,7 +76,8 @@ def delta(
     views.scalars(lse, grad_lse)
     views.pairs(statistics)
     record = record_of(problem, plan, keys=False)
-    launch(program, "sums/delta", plan.source(), record, views, grid_of(problem, plan, keys=False))
+    grid = grid_of(problem, plan, keys=False)
+    launch(program, plan.kernel("sums/delta"), record, views, grid)
 
 
 # Gradients of the operands of attention, whose weights are recomputed
@@ -126,8 +124,7 @@ def _attention_additional(
     slices = max(plan.key_slices(problem.head_dim), plan.value_slices(problem.value_dim))
     launch(
         program,
-        "sums/attention_additional",
-        plan.source(),
+        plan.kernel("sums/attention_additional"),
         record_of(problem, plan, keys=False),
         views,
         (results * count, slices),
@@ -146,8 +143,9 @@ def attention_rpb(
     program: Program,
 ) -> None:
     """Fill the gradient of rpb."""
-    plan = attention_plan(problem, operands, values=(grad_output,))
+    plan = attention_plan(problem, operands, values=(grad_output,)).of(problem)
     views = Views(problem.rank)
+    views.mask(operands.key_mask)
     views.vectors(*operands[:3])
     views.bias(operands.rpb)
     views.vectors(grad_output)
@@ -182,8 +180,7 @@ def stored_additional(
     views.pointers(shares)
     launch(
         program,
-        "sums/additional",
-        plan.source(),
+        plan.kernel("sums/additional"),
         record_of(problem, plan, keys=False, value_dim=dim, scale=scale),
         views,
         (results * count, plan.value_slices(dim)),
@@ -191,16 +188,19 @@ def stored_additional(
     _add_up(program, shares, gradient, problem)
 
 
-def stored_rpb(problem: Problem, grad_logits: Any, gradient: Any, program: Program) -> None:
+def stored_rpb(
+    problem: Problem, grad_logits: Any, key_mask: Any, gradient: Any, program: Program
+) -> None:
     """Fill the gradient of rpb, given that of the logits."""
     views = Views(problem.rank)
+    views.mask(key_mask)
     views.vectors(*(None,) * 7, grad_logits)
     _rpb(problem, _stored_plan(problem), views, gradient, stored=True, program=program)
 
 
 def _stored_plan(problem: Problem) -> RowPlan:
     """The plan of the gradient of rpb where no head vector is loaded."""
-    return row_plan(problem.rank, problem.dtype, None, 0, 0)
+    return row_plan(problem.rank, problem.dtype, None, 0, 0).of(problem)
 
 
 def _rpb(
@@ -212,8 +212,7 @@ def _rpb(
     views.pointers(shares)
     launch(
         program,
-        "sums/rpb",
-        plan.source(kStored=stored),
+        plan.kernel("sums/rpb", kStored=stored),
         record_of(problem, plan, keys=False),
         views,
         (gradient.size * count, 1),

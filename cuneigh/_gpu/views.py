@@ -48,6 +48,12 @@ class Views:
                 batch, n, head, inner = array.strides
                 self._append(array.pointer, batch, [n], head, inner)
 
+    def mask(self, mask: Array | None) -> None:
+        """Append a key mask [batch, x1..xr]; nothing if it is None, for then kernels take none."""
+        if mask is not None:
+            batch, *token = mask.strides
+            self._append(mask.pointer, batch, token)
+
     def bias(self, rpb: Array | None) -> None:
         """Append rpb [heads, 2*K1-1, ..], or None."""
         if rpb is None:

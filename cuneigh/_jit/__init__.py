@@ -7,11 +7,12 @@ fills a cache ahead of time. One file for each step:
 - `_compiler`: NVRTC, and nothing else of CUDA;
 - `_cache`: one directory per compiled kernel, shared by any number of processes;
 - `_build`: `compile` and `precompile`, which join these three;
-- `_load`: the kernels of this process, ready to launch, those it lacks compiled side by side;
+- `_threads`: those that compile, side by side;
+- `_load`: the kernels of this process, ready to launch, those it lacks compiled meanwhile;
 - `_progress`: what a user is told meanwhile.
 
 Environment: `CUNEIGH_CACHE_DIR` moves the cache, `CUNEIGH_TRUST_CACHE_DIR=1` shares it,
-`CUNEIGH_QUIET=1` says nothing of compiling.
+`CUNEIGH_QUIET=1` says nothing of compiling, `CUNEIGH_LINE_INFO=1` has kernels name their lines.
 """
 
 from cuneigh._jit._build import compile, precompile

@@ -6,12 +6,13 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from cuneigh._jit import _compiler
 from cuneigh._jit._cache import Cache, Compiled, default_directory, shared
 from cuneigh._jit._sources import Kernel, Sources, packaged
+from cuneigh._jit._threads import Threads, drop
 
 
 def key_of(kernel: Kernel, arch: str, sources: Sources) -> str:
@@ -21,7 +22,7 @@ def key_of(kernel: Kernel, arch: str, sources: Sources) -> str:
     folders of the kernel's own name become parts of it.
     """
     digest = hashlib.sha256()
-    for part in (sources.digest, kernel.unit, *_compiler.OPTIONS):
+    for part in (sources.digest, kernel.unit, *_compiler.options()):
         digest.update(part.encode() + b"\0")
     name = kernel.name.replace("/", ".")
     return f"{name}-{kernel.target(arch)}-{digest.hexdigest()[:32]}"
@@ -71,12 +72,16 @@ def precompile(
     cache.make()  # fails now rather than after the first kernel
     # Once each: problems of one model have many kernels in common.
     tasks = list(dict.fromkeys(itertools.product(kernels, archs)))
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:  # NVRTC releases the GIL
 
-        def one(task: tuple[Kernel, str]) -> Compiled:
-            compiled = compile(*task, cache=cache)
-            on_done()
-            return compiled
+    def one(kernel: Kernel, arch: str) -> Compiled:
+        compiled = compile(kernel, arch, cache=cache)
+        on_done()
+        return compiled
 
-        compiled = pool.map(one, tasks)
-        return dict(zip(tasks, compiled, strict=True))
+    threads = Threads(jobs or os.cpu_count() or 1)  # NVRTC releases the GIL
+    running = {task: threads.submit(partial(one, *task)) for task in tasks}
+    try:
+        return {task: each.result() for task, each in running.items()}
+    finally:
+        drop(running.values())
+        threads.end()

@@ -16,6 +16,7 @@ from typing import Any
 
 from cuneigh._device import installation
 from cuneigh._jit._sources import Kernel, Sources
+from cuneigh._settings import LINE_INFO
 
 STATISTICS = "--ptxas-options=-v"
 """Has the assembler say what a kernel takes."""
@@ -25,8 +26,10 @@ RESTRICT = "--restrict"
 NVRTC compiles with this whatever comes after the first program of a process that asked for it,
 anybody's. With it always, a kernel is the same in every process.
 """
-OPTIONS = ("--std=c++17", "-default-device", "-lineinfo", RESTRICT, STATISTICS)
-"""What every kernel is compiled with, apart from the architecture and the include directory."""
+OPTIONS = ("--std=c++17", "-default-device", RESTRICT, STATISTICS)
+"""What every kernel is compiled with, apart from what `options` adds."""
+LINES = "-lineinfo"
+"""Has cubins name the lines of the source, for profilers; they are three times as large with it."""
 
 FINGERPRINT_BYTES = 1 << 16
 
@@ -125,6 +128,11 @@ def architectures() -> tuple[str, ...]:
     return tuple(f"sm_{number}" for number in _nvrtc().getSupportedArchs())
 
 
+def options() -> tuple[str, ...]:
+    """What kernels are compiled with now, apart from the architecture and the include directory."""
+    return (*OPTIONS, LINES) if LINE_INFO.read() else OPTIONS
+
+
 def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
     """Compile `kernel` for `arch`, such as sm_80 or sm_90a."""
     nvrtc = _nvrtc()
@@ -135,10 +143,10 @@ def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
         )
     if kernel.file not in sources.texts:
         raise CompilationError(f"there is no {kernel.file} in {sources.root}")
-    options = (*OPTIONS, f"--gpu-architecture={arch}", f"-I{_header_directory()}")
+    given = (*options(), f"--gpu-architecture={arch}", f"-I{_header_directory()}")
     program = _program(nvrtc, kernel, sources)
     try:
-        _compile(nvrtc, program, options)
+        _compile(nvrtc, program, given)
         return Built(
             cubin=nvrtc.getCUBIN(program),
             symbol=nvrtc.getLoweredName(program, kernel.instance),
@@ -148,7 +156,7 @@ def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
         raise CompilationError(
             f"NVRTC {version()} cannot compile {kernel.file} of {sources.root} for {arch} "
             f"({error}) with this plan.cu:\n{kernel.unit}",
-            _errors(nvrtc, kernel, sources, options),
+            _errors(nvrtc, kernel, sources, given),
         ) from None
     finally:
         nvrtc.destroyProgram(program)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from cuneigh._device import Device, current, installation
@@ -20,10 +19,11 @@ from cuneigh._jit._build import compile, find
 from cuneigh._jit._cache import Compiled
 from cuneigh._jit._compiler import CompilationError
 from cuneigh._jit._sources import Kernel
+from cuneigh._jit._threads import Task, Threads
 
 _loaded: dict[tuple[Kernel, int], Any] = {}
 _loading = threading.Lock()
-_started: dict[tuple[Kernel, tuple[int, int]], Future[Compiled]] = {}
+_started: dict[tuple[Kernel, tuple[int, int]], Task[Compiled]] = {}
 """What is being compiled, by kernel and compute capability, until it is loaded."""
 _ready: dict[tuple[Kernel, tuple[int, int]], Compiled] = {}
 """What was found in the cache instead, so that it is looked for once."""
@@ -31,8 +31,8 @@ _starting = threading.Lock()
 
 
 @cache
-def _compilers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cuneigh-nvrtc")
+def _compilers() -> Threads:
+    return Threads(os.cpu_count() or 1)
 
 
 def start(kernels: Iterable[Kernel], device: Device) -> None:
@@ -56,7 +56,8 @@ def start(kernels: Iterable[Kernel], device: Device) -> None:
         _progress.tell(missing, device.arch)
         with suppress(RuntimeError):  # no thread can be started any more: `load` compiles then
             for kernel in missing:
-                _started[kernel, device.capability] = _compilers().submit(choose, kernel, device)
+                task = _compilers().submit(partial(choose, kernel, device))
+                _started[kernel, device.capability] = task
 
 
 def load(kernel: Kernel, device: Device) -> Any:
@@ -91,15 +92,16 @@ def _load(kernel: Kernel, device: Device) -> Any:
 def _compiled(kernel: Kernel, device: Device) -> Compiled:
     """`kernel` compiled for `device`, by a thread that was started for it or here."""
     key = kernel, device.capability
-    ready, future = _ready.pop(key, None), _started.get(key)
+    ready, task = _ready.pop(key, None), _started.get(key)
     if ready is not None:
         return ready
-    if future is None:
+    if task is None:
         return choose(kernel, device)
     try:
-        return _progress.wait(future, _started.values())
+        return _progress.wait(task, list(_started.values()))
     finally:
-        _started.pop(key, None)
+        if task.is_done:  # otherwise the wait was interrupted, and the next call goes on with it
+            _started.pop(key, None)
 
 
 def stored(kernel: Kernel, device: Device) -> Compiled | None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import sys
-from collections.abc import Collection, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from cuneigh._jit._cache import default_directory
 from cuneigh._jit._sources import Kernel
+from cuneigh._jit._threads import Task
 from cuneigh._settings import QUIET
 
 Result = TypeVar("Result")
 
 PATIENCE = 2.0
 """Seconds after which a terminal gets a progress bar."""
+POLL = 0.05
+"""Seconds between looks at what is compiled, where a bar shows it."""
 
 
 def is_quiet() -> bool:
@@ -38,18 +40,25 @@ def tell(kernels: Sequence[Kernel], arch: str) -> None:
     )
 
 
-def wait(future: Future[Result], all_of_them: Collection[Future[Result]]) -> Result:
-    """The result of `future`; a terminal gets a progress bar of all if that takes long."""
-    futures = list(all_of_them)
-    done, _ = concurrent.futures.wait([future], PATIENCE)
-    progress = None if done else _bar()
-    if progress is not None:
-        with progress:
-            task = progress.add_task("cuneigh: compiling", total=len(futures))
-            while not future.done():
-                progress.update(task, completed=sum(each.done() for each in futures))
-                concurrent.futures.wait([future], 0.1)
-    return future.result()
+def wait(task: Task[Result], all_of_them: Sequence[Task[Any]]) -> Result:
+    """The result of `task`; a terminal gets a progress bar of all if that takes long."""
+    bar = None if task.is_done else _bar()
+    if bar is not None:
+        _show(bar, task, all_of_them)
+    return task.result()
+
+
+def _show(bar: Any, task: Task[Any], all_of_them: Sequence[Task[Any]]) -> None:
+    begin = time.monotonic()
+    while not task.is_done and time.monotonic() < begin + PATIENCE:
+        time.sleep(POLL)
+    if task.is_done:
+        return
+    with bar:
+        shown = bar.add_task("cuneigh: compiling", total=len(all_of_them))
+        while not task.is_done:
+            bar.update(shown, completed=sum(each.is_done for each in all_of_them))
+            time.sleep(POLL)
 
 
 def _bar() -> Any:

@@ -22,6 +22,8 @@ class Kernel:
     """The members of the struct that is its template argument, as C++."""
     arch_specific: bool = False
     """Whether it has instructions that only one architecture has, such as wgmma of sm_90a."""
+    macros: tuple[str, ...] = ()
+    """Macros that are defined before everything else."""
 
     def target(self, arch: str) -> str:
         """What it is compiled for to run on `arch`: sm_90a in place of sm_90 if it needs that."""
@@ -39,9 +41,10 @@ class Kernel:
 
     @property
     def unit(self) -> str:
-        """The translation unit. The include comes first: the plan may use the names it brings."""
+        """The translation unit. The plan comes last: it may use the names the include brings."""
+        defines = "".join(f"#define {macro}\n" for macro in self.macros)
         return (
-            f'#include "{self.file}"\n'
+            f'{defines}#include "{self.file}"\n'
             f"namespace cuneigh {{\nstruct Plan {{\n{self.plan.strip()}\n}};\n}}\n"
         )
 

@@ -9,12 +9,11 @@ from cuneigh._call import Call, opaque, results_of
 from cuneigh._frameworks import adapter_of
 from cuneigh._frameworks.arguments import examine
 from cuneigh._ops.scale import is_number, scaled
-from cuneigh._problem import ARRAYS, OPTIONAL, Problem
+from cuneigh._problem import ARRAYS, OPTIONAL
 from cuneigh._validate import (
     Window,
     boolean,
     finite_scale,
-    moved_problem,
     part_arguments,
     problem_of,
     scale_or_default,
@@ -35,11 +34,11 @@ def compute(parameters: tuple[Any, ...], *arrays: Any) -> list[Any]:
     where a rank of 0 stands for `attention`, which has `NO_PART` in place of the last four.
     """
     if is_number(parameters[SCALE]):
-        return _results_of(parameters, arrays)
+        return results_of(parameters, arrays, _examine)
 
     def compute_with(scale: Any, arrays: Sequence[Any]) -> list[Any]:
         given = (*parameters[:SCALE], scale, *parameters[SCALE + 1 :])
-        return _results_of(given, arrays)
+        return results_of(given, arrays, _examine)
 
     name = _name(parameters)
     return scaled(name, parameters[0], parameters[SCALE], arrays, compute_with)
@@ -48,16 +47,7 @@ def compute(parameters: tuple[Any, ...], *arrays: Any) -> list[Any]:
 SCALE = 6
 """The position of `scale` among the parameters."""
 
-NO_PART = (None, None, 0, 0)
-
-
-def _results_of(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> list[Any]:
-    return results_of(parameters[:-2], parameters[-2:], arrays, _examine, _move)
-
-
-def _move(call: Call, parameters: tuple[Any, ...], starts: tuple[Any, ...]) -> Problem:
-    """The problem of `call` on the part of its layout that begins at `starts`."""
-    return moved_problem(call.name, call.problem, parameters[-1] is not None, *starts)
+NO_PART = (None,) * 4
 
 
 def _name(parameters: tuple[Any, ...]) -> str:

@@ -142,7 +142,9 @@ def na2d(
     Arrays of any other framework that speaks DLPack, or ``__cuda_array_interface__``, may be on the
     CPU or a CUDA device. There they are read, and results are written, on CuPy's current stream.
     Results are arrays of that framework if its array namespace or module has a ``from_dlpack``, and
-    NumPy's or CuPy's if not. No derivative passes through such a call.
+    NumPy's or CuPy's if not. No derivative passes through such a call. Through the others PyTorch
+    and JAX take derivatives of every order, in reverse and in forward mode; from the second on they
+    need memory for logits.
 
     Parameters
     ----------
@@ -175,7 +177,8 @@ def na2d(
         Whether to return the logarithm of the sum of the exponentials of all logits as well.
     backend : str, optional
         Name of the backend to use: "hopper", "fused", "gemm", "naive" or "cpu". Of those that can
-        run the problem the one that is expected to be fastest if not given.
+        run the problem the one that is expected to be fastest if not given, and for derivatives
+        that the one of this name has no kernels for.
     border : str, or one per token axis
         What becomes of a window at the ends of an axis: "shift" pushes it inwards, "cut" takes off
         what lies outside, and with "wrap" it goes on at the other end: the axis is a ring, such as
@@ -205,7 +208,7 @@ def na2d(
     TypeError, ValueError
         For an illegal argument; the message names it, the axis, and what would be legal.
     RuntimeError
-        If no backend can run the problem, or if a PyTorch tensor would lose a derivative.
+        If no backend can run the problem.
     NotImplementedError
         For a JAX array that is sharded over explicit axes of a mesh.
     BufferError
@@ -563,7 +566,8 @@ def na2d_backward(
     -------
     Gradients
         A named tuple of contiguous arrays, each of the shape and dtype of what it belongs to; None
-        for what was not given.
+        for what was not given. In PyTorch and JAX they can be differentiated as functions of all
+        arguments, of `output` and `lse` as well.
 
     Raises
     ------

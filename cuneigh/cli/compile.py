@@ -24,8 +24,8 @@ def add_parser(subparsers: Any) -> None:
         help="compile kernels ahead of time, without a GPU",
         description="Compile the kernels of the given operations, so that a machine with the same "
         "cache directory needs neither NVRTC nor time to compile them. Sizes, windows and strides "
-        "are no part of a kernel; those for calls with and without dilation are compiled, for "
-        "scales above 0. Where an option takes several values, every combination is compiled.",
+        "are no part of a kernel; those for calls with and without dilation are compiled. Where an "
+        "option takes several values, every combination is compiled.",
     )
     parser.add_argument(
         "--arch",
@@ -55,6 +55,9 @@ def add_parser(subparsers: Any) -> None:
         "--rpb",
         choices=("same", "float32"),
         help="the calls pass a relative positional bias, of the query's dtype or of float32",
+    )
+    parser.add_argument(
+        "--any-scale", action="store_true", help="the calls pass scales of 0 or below, too"
     )
     parser.add_argument(
         "--cache-dir",
@@ -105,7 +108,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _problems(options: argparse.Namespace) -> list[Problem]:
-    """Problems for every combination of options, not dilated and dilated; all sizes are small."""
+    """Problems for every combination of options, not dilated and dilated; all sizes are small.
+
+    The sign of a scale may be a part of a kernel, its value is not.
+    """
+    scales = (1.0, -1.0) if options.any_scale else (1.0,)
     operations = options.operation or ("forward", "backward")
     return [
         Problem(
@@ -117,12 +124,12 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
             head_dim=head_dim,
             value_dim=options.value_dim or head_dim,
             axes=(Axis(dilation, dilation, 1, 1, dilation, False),) * rank,
-            scale=1.0,
+            scale=scale,
             additional=1 if options.additional_keys else None,
             rpb_dtype=dtype if options.rpb == "same" else options.rpb,
         )
-        for operation, dtype, rank, head_dim, dilation in itertools.product(
-            operations, options.dtype, options.rank, options.head_dim, (1, 2)
+        for operation, dtype, rank, head_dim, dilation, scale in itertools.product(
+            operations, options.dtype, options.rank, options.head_dim, (1, 2), scales
         )
     ]
 

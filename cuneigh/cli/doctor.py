@@ -321,7 +321,7 @@ def _results(backend: str, device: Device, operands: Operands, grad_output: Any)
 
 
 def _call(xp: Any, backend: str, operands: Operands, grad_output: Any) -> dict[str, Any]:
-    query, key, value, additional_keys, additional_values, rpb = (
+    query, key, value, additional_keys, additional_values, rpb, _ = (
         None if operand is None else xp.asarray(operand) for operand in operands
     )
     options = {

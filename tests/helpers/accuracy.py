@@ -25,7 +25,7 @@ import numpy as np
 from helpers.expected import expect, forward_results
 from helpers.strategies import Inputs, numpy_dtype
 
-from cuneigh._problem import Operands, Problem, Spec
+from cuneigh._problem import JvpResults, Operands, Problem, Spec
 
 
 def assert_close(
@@ -148,6 +148,11 @@ def run_backend(
                 problem, operands, grad_output, output, lse, grad_lse, gradients, allocate
             )
             results = named(gradients)
+        case "jvp":
+            tangents = Operands(*(native(array) for array in inputs.tangents))
+            made = JvpResults(*map(empty, problem.results))
+            backend.jvp(problem, operands, tangents, made, allocate)
+            results = made._asdict()
         case "qk":
             results = {"logits": empty(problem.logits)}
             backend.qk(problem, operands, results["logits"], allocate)

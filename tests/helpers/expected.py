@@ -16,6 +16,7 @@ from helpers.obvious import (
     logits_of,
     obvious_backward,
     obvious_forward,
+    obvious_jvp,
     one_by_one,
     token_major,
     worst,
@@ -71,6 +72,41 @@ def expect_backward(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expecte
     terms = gradients_of(sizes, weights * (d_weights + delta), weights, d_output)
     max_logit = largest(logit_terms(problem, operands))
     return expect_gradients(problem, oracle, ways, terms), max_logit
+
+
+def expect_jvp(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected], float]:
+    operands = inputs.operands
+    tangents = inputs.tangents._replace(key_mask=operands.key_mask)
+    results, max_logit = expect_forward(problem, inputs)
+    oracle = reference.jvp(problem, operands, tangents)
+    ways, tangent_lses = obvious_jvp(problem, operands, tangents)
+
+    exact = gather(problem, operands, "float64")
+    exact_lse = head_major(reference.forward(problem, operands)[1][..., None], "float64")
+    weights = np.where(exact_lse == -np.inf, 0, np.exp(logits_of(exact) - exact_lse))
+    sizes, moved = (gather(problem, magnitudes(of), "float64") for of in (operands, tangents))
+    d_logits = abs(problem.scale) * (
+        (moved.query[..., None, :] * sizes.keys).sum(-1)
+        + (sizes.query[..., None, :] * moved.keys).sum(-1)
+    )
+    if moved.bias is not None:
+        d_logits = d_logits + moved.bias
+    d_lse = (weights * d_logits).sum(-1, keepdims=True)
+    d_weights = weights * (d_logits + d_lse)
+    terms = d_weights[..., None] * sizes.values + weights[..., None] * moved.values
+    results["tangent_output"] = Expected(
+        oracle.tangent_output,
+        worst(oracle.tangent_output, ways),
+        largest(terms.sum(-2)),
+        problem.dtype,
+    )
+    results["tangent_lse"] = Expected(
+        oracle.tangent_lse,
+        worst(oracle.tangent_lse, tangent_lses),
+        largest(d_lse),
+        problem.accumulator,
+    )
+    return results, max_logit
 
 
 def expect_qk(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected], float]:
@@ -142,6 +178,7 @@ def expect_av_backward(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expe
 EXPECT = {
     "forward": expect_forward,
     "backward": expect_backward,
+    "jvp": expect_jvp,
     "qk": expect_qk,
     "qk_backward": expect_qk_backward,
     "av": expect_av,

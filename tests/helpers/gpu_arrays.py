@@ -11,9 +11,10 @@ import numpy as np
 from cuneigh import _device
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program, cupy_stream
-from cuneigh._problem import Operands, Spec
+from cuneigh._gpu.records import start_words
+from cuneigh._problem import JvpResults, Operands, Spec
 
-OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
+OPERATIONS = ("forward", "backward", "jvp", "qk", "qk_backward", "av", "av_backward")
 
 
 def to_cupy(array: np.ndarray) -> Any:
@@ -59,8 +60,8 @@ def _at_once(function: Any) -> Callable[..., None]:
         program, given = Program(_device.cuda(cupy.cuda.runtime.getDevice())), []
 
         def described(argument: Any) -> Any:
-            if isinstance(argument, Operands):
-                return Operands(*map(described, argument))
+            if isinstance(argument, (Operands, JvpResults)):
+                return type(argument)(*map(described, argument))
             if argument is None:
                 return None
             given.append(argument)
@@ -71,7 +72,8 @@ def _at_once(function: Any) -> Callable[..., None]:
         function(problem, *map(described, arguments), program)
         given += [workspace(*spec) for spec in program.workspace]
         stream = cupy.cuda.get_current_stream().ptr
-        program.run([array.data.ptr for array in given], stream)
+        words = start_words(problem)
+        program.run([*(array.data.ptr for array in given), *words], stream)
 
     return call
 

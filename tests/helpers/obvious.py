@@ -163,6 +163,49 @@ def obvious_backward(
     return ways
 
 
+def obvious_jvp(
+    problem: Problem, operands: Operands, tangents: Operands
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Every way to compute the tangents of output and lse."""
+    accumulator = problem.accumulator
+    held, moved = (gather(problem, of, accumulator) for of in (operands, tangents))
+    logits = logits_of(held)
+    top = logits.max(-1, keepdims=True)
+    alive = top != -np.inf
+    exponentials = np.exp(logits - np.where(alive, top, 0))
+    total = np.where(alive, one_by_one(exponentials, -1)[..., None], 1).astype(accumulator)
+    scale = logits.dtype.type(problem.scale)
+    d_logits = scale * (
+        one_by_one(moved.query[..., None, :] * held.keys, -1)
+        + one_by_one(held.query[..., None, :] * moved.keys, -1)
+    )
+    if moved.bias is not None:
+        d_logits = d_logits + moved.bias
+    d_logits = np.where(exponentials == 0, 0, d_logits).astype(accumulator)
+
+    # Whether weights are normalized before they are rounded, and whether dlse is subtracted before.
+    roundings = [lambda array: array]
+    if problem.dtype in HALVES:
+        roundings.append(lambda array: rounded(array, problem.dtype))
+    tangent_lses, outputs = [], []
+    for keep in roundings:
+        for divisor in (total, np.ones_like(total)):
+            weights = exponentials / (total / divisor)
+            kept, normalizer = keep(weights), np.asarray(1 / divisor, accumulator)
+            growing = kept * d_logits
+            d_lse = one_by_one(growing, -1)[..., None] * normalizer
+            tangent_lses.append(token_major(d_lse[..., 0], problem.lse))
+            of_values = one_by_one(kept[..., None] * moved.values, -2)
+            early = one_by_one(keep(weights * (d_logits - d_lse))[..., None] * held.values, -2)
+            late = one_by_one(keep(weights * d_logits)[..., None] * held.values, -2)
+            output = one_by_one(kept[..., None] * held.values, -2)
+            outputs.append(token_major((early + of_values) * normalizer, problem.output))
+            outputs.append(
+                token_major((late + of_values - d_lse * output) * normalizer, problem.output)
+            )
+    return outputs, tangent_lses
+
+
 def gradients_of(
     held: Gathered,
     d_logits: np.ndarray | None = None,

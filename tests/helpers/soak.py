@@ -1,10 +1,10 @@
 """Random problems through the Hopper kernels, each watched: a hang is named and ended.
 
-python tests/helpers/soak.py [--problems N] [--seconds S] [--seed SEED]
+python tests/helpers/soak.py [--problems N] [--seconds S] [--seed SEED] [--jobs J]
 
-The problems run in a child process, which is killed when one of them takes longer than `LIMIT`, and
-started anew. Results are compared with those of the naive kernels. The exit status says whether all
-of them agreed in time.
+The problems run in `J` child processes side by side, each of which is killed when a problem takes
+longer than `LIMIT`, and started anew. Results are compared with those of the naive kernels. The
+exit status says whether all of them agreed in time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import itertools
 import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -58,8 +59,9 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw) -> Case:
     # A backward is given the output of the oracle, which takes its time.
-    large = supported(most_tokens=3000, multiplications=1_000_000_000)
-    problem = draw(large | supported(("backward",)))
+    ordinary = draw(st.booleans())  # or parts of a layout, with any borders
+    large = supported(most_tokens=3000, multiplications=1_000_000_000, ordinary=ordinary)
+    problem = draw(large | supported(("backward",), ordinary=ordinary))
     assume(np.prod(problem.output.shape) <= MOST_ELEMENTS)
     way = draw(st.sampled_from(ways(problem)))
     chosen = {pass_: draw(st.sampled_from(plans(problem, pass_))) for pass_ in way}
@@ -75,11 +77,15 @@ def compile_all() -> int:
     for operation, rank, dtype, dims, dilation, additional, scale in itertools.product(
         hopper.LONGEST, (1, 2, 3), hopper.DTYPES, COMPILED_DIMS, (1, 2), (None, 1), (1.0, -1.0)
     ):
-        axes = (Axis(8, 8, 2, 1, dilation, False),) * rank
-        problem = Problem(operation, dtype, 1, 1, 1, *dims, axes, scale, additional)
-        if hopper.unsupported(problem, device) is None:
-            for backend in (naive, hopper):
-                kernels.update(backend.kernels(problem, device))
+        for axis in (
+            Axis(8, 8, 2, 1, dilation, False),
+            Axis(8, 8, 2, 1, dilation, False, "cut", layout=10),
+        ):
+            axes = (axis,) * rank
+            problem = Problem(operation, dtype, 1, 1, 1, *dims, axes, scale, additional)
+            if hopper.unsupported(problem, device) is None:
+                for backend in (naive, hopper):
+                    kernels.update(backend.kernels(problem, device))
     _jit.precompile(kernels, ["sm_90a"])
     return len(kernels)
 
@@ -178,7 +184,7 @@ def drawn(count: int, number: int) -> Any:
 
 
 def soak(count: int, seconds: float, number: int) -> tuple[int, list[str]]:
-    """The number of cases that ran, and a line about each that went wrong."""
+    """The number of cases of one seed that ran, and a line about each that went wrong."""
     child, end, done, wrong = Child(), time.monotonic() + seconds, [], []
 
     @drawn(count, number)
@@ -204,11 +210,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Random problems through the Hopper kernels.")
     parser.add_argument("--problems", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="that of the first job")
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    start = time.monotonic()
+    start, jobs = time.monotonic(), options.jobs
     print(f"{compile_all()} kernels in {time.monotonic() - start:.0f} s", flush=True)
-    count, wrong = soak(options.problems, options.seconds, options.seed)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        of_job = partial(soak, -(-options.problems // jobs), options.seconds)
+        results = list(pool.map(of_job, range(options.seed, options.seed + jobs)))
+    count = sum(done for done, _ in results)
+    wrong = [line for _, lines in results for line in lines]
     hung = sum(line.startswith("hung") for line in wrong)
     seconds = time.monotonic() - start
     print(f"{count} problems in {seconds:.0f} s: {hung} hung, {len(wrong) - hung} failed or wrong")

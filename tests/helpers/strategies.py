@@ -19,6 +19,7 @@ from cuneigh._validate import Part, Window, attention_problem, av_problem, dense
 from cuneigh.reference import window_slots
 
 OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
+"""Those of public functions; backends have ``jvp``, too."""
 LAYOUTS = ("contiguous", "packed", "heads_first", "reversed", "broadcast", "padded", "mixed")
 SMALL_DIMS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 32)
 LARGE_DIMS = (33, 40, 64, 65, 80, 96, 128, 200, 256)
@@ -114,7 +115,7 @@ def problems(
     """
     operation, dtype = draw(st.sampled_from(operations)), draw(st.sampled_from(dtypes))
     if cross is None:
-        cross = operation in ("forward", "backward") and draw(st.integers(0, 3)) == 3
+        cross = operation in ("forward", "backward", "jvp") and draw(st.integers(0, 3)) == 3
     rank = 1 if cross else draw(st.sampled_from(ranks))
     most_tokens = min(most_tokens, math.isqrt(budget))
     tokens = draw(token_counts(rank, most_tokens))
@@ -209,6 +210,8 @@ class Inputs(NamedTuple):
     grad_logits: Any = None
     wants_lse: bool = True
     """Whether a forward is asked for its lse."""
+    tangents: Operands | None = None
+    """Of the operands, finite."""
 
 
 def layouts() -> st.SearchStrategy[str]:
@@ -295,6 +298,11 @@ def inputs(problem: Problem, rng: np.random.Generator, layout: str = "contiguous
             return Inputs(
                 arguments, grad_output=array(problem.output, rng, layout), grad_lse=grad_lse
             )
+        case "jvp":
+            tangents = (
+                None if spec is None else array(spec, rng, layout) for spec in problem.specs
+            )
+            return Inputs(arguments, tangents=Operands(*tangents))
         case "qk":
             return Inputs(arguments)
         case "qk_backward":

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 import cuneigh
+from cuneigh.compat import natten
+from cuneigh.compat.natten import functional
 
 Array = npt.NDArray[np.float32]
 
@@ -57,6 +59,23 @@ def backward(x: Tensor) -> Tensor:
     query, _, _, *_ = gradients
     assert query is not None
     return gradients.query
+
+
+def of_natten(x: Tensor, wants_lse: bool) -> Tensor:
+    assert_type(natten.na2d(x, x, x, 7, stride=2, torch_compile=True), Tensor)
+    assert_type(natten.na2d(x, x, x, kernel_size=(7, 5), dilation=2, rpb=x), Tensor)
+    pair = natten.na3d(x, x, x, (3, 7, 7), is_causal=(True, False, False), return_lse=True)
+    assert_type(pair, tuple[Tensor, Tensor])
+    assert_type(natten.attention(x, x, x, max_seqlen_Q=0), Tensor)
+    either = natten.attention(x, x, x, return_lse=wants_lse)
+    assert_type(either, Tensor | tuple[Tensor, Tensor])
+    merged, _ = natten.merge_attentions([x, pair[0]], [x, pair[1]])
+    logits = natten.na3d_qk(x, x, 3, (1, 2, 2), rpb=x)
+    assert_type(functional.na3d_qk(x, x, 3, 7, 1, 2), Tensor)
+    assert_type(functional.natten2dqkrpb(x, x, x, 7, 1), Tensor)
+    assert_type(functional.natten2dav(logits, x, 1), Tensor)
+    assert_type(natten.na2d_av(logits, merged, kernel_size=3), Tensor)
+    return merged
 
 
 def untyped(x: Any) -> Any:

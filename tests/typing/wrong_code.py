@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 import cuneigh
+from cuneigh.compat import natten
+from cuneigh.compat.natten import functional
 
 Array = npt.NDArray[np.float32]
 
@@ -30,3 +32,13 @@ def forward(x: Array) -> Array:
     text: str = cuneigh.merge_attentions([first], [second])[0]  # type: ignore[assignment]
     cuneigh.na2d_backward(x, x, x, x, first, second, 3).rpb.mean()  # type: ignore[union-attr]
     return text  # type: ignore[return-value]
+
+
+def of_natten(x: Array) -> Array:
+    natten.na2d(x, x, x)  # type: ignore[call-overload]
+    natten.na2d(x, x, x, 7, kernel=3)  # type: ignore[call-overload]
+    natten.na2d(x, x, x, 7, stride=2, rpb=x)  # type: ignore[call-overload]
+    natten.na2d_qk(x, x)  # type: ignore[call-arg]
+    natten.attention(x, x, x, seqlens_Q=[3])  # type: ignore[call-overload]
+    functional.natten1dqk(x, x, 7)  # type: ignore[call-arg]
+    return natten.merge_attentions([x], [x])  # type: ignore[return-value]

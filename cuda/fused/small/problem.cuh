@@ -46,8 +46,9 @@ struct SmallWindowProblem {
   float scale;           // times log2(e); positive
   float gradient_scale;  // the scale itself
 };
-static_assert(sizeof(FastDivmod) == 8 && sizeof(SmallWindowProblem<1>) == 84 &&
-                  sizeof(SmallWindowProblem<2>) == 144 && sizeof(SmallWindowProblem<3>) == 204,
+static_assert(sizeof(FastDivmod) == 8 && sizeof(SmallWindowProblem<1>) == 60 + sizeof(Axis) &&
+                  sizeof(SmallWindowProblem<2>) == 96 + 2 * sizeof(Axis) &&
+                  sizeof(SmallWindowProblem<3>) == 132 + 3 * sizeof(Axis),
               "the record that cuneigh/_backends/fused/small/launch.py packs has these sizes");
 
 }  // namespace cuneigh::fused::small

@@ -29,6 +29,12 @@ __device__ void fill_row_tables(const SmallWindowProblem<Plan::kRank>& problem,
     const Range range = union_of_block<Plan>(problem.axes[r], rows.first[r],
                                              problem.warp_box[r] * problem.warps[r]);
     tables.block_union[r] = range;
+    if constexpr (Axis::kIsPart)  // an empty union still begins with a column
+      if (range.begin == range.end) {
+        const int columns = columns_of_group<Plan>(problem.axes[r], rows.first[r].group);
+        const int begin = smaller(range.begin, larger(columns - 1, 0));
+        tables.block_union[r] = {begin, begin};
+      }
     if (r == 0)
       tables.stages = Plan::kOneStage ? 1 : ceil_div(range.end - range.begin, problem.stage[0]);
   }
@@ -128,9 +134,14 @@ __device__ Origin<Element> origin_of_columns(const SmallWindowProblem<Plan::kRan
       Plan::kRowsAreKeys ? rows.head * problem.group_size : rows.head / problem.group_size;
   Element* data = view.at(0, head);
 #pragma unroll
-  for (int r = 0; r < Plan::kRank; ++r)
-    data +=
-        problem.axes[r].token({rows.first[r].group, tables.block_union[r].begin}) * view.token[r];
+  for (int r = 0; r < Plan::kRank; ++r) {
+    const Axis& axis = problem.axes[r];
+    const int group = column_group<Plan>(axis, rows.first[r].group);
+    int token = axis.token({group, tables.block_union[r].begin});
+    if (Axis::kIsPart)  // of a group without columns, too, something is read
+      token = smaller(token, (Plan::kRowsAreKeys ? axis.length : axis.key_length) - 1);
+    data += token * view.token[r];
+  }
   return {data, unsigned(view.batch / kUnit<Element>), unsigned(view.head / kUnit<Element>),
           unsigned(problem.axes[0].dilation * view.token[0] / kUnit<Element>)};
 }
@@ -157,7 +168,9 @@ __device__ void fill_column_tables(const SmallWindowProblem<Plan::kRank>& proble
       const int coordinate = r == 0 ? rest : size.remainder(rest);
       phase += coordinate * pitch;
       pitch *= problem.tile[r];
-      tokens[r] = smaller(coordinate, range.end - 1 - range.begin) * problem.axes[r].dilation;
+      int last = range.end - 1 - range.begin;
+      if (Axis::kIsPart) last = larger(last, 0);
+      tokens[r] = smaller(coordinate, last) * problem.axes[r].dilation;
       rest = size.quotient(rest);
     }
     smem.column_offsets()[i] = {unsigned(i * kColumnBytes<Plan> + phase % 8 * 16),

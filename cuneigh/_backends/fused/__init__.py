@@ -7,24 +7,28 @@ only the queries whose window holds it.
 float32 is multiplied as three products of TF32 numbers, which keeps its precision, or by the FMA
 units where there is no TF32. An infinite element of a query or key then makes a logit NaN.
 
+A jvp of values of more than 128 elements, 64 in float32, computes the logits once for each as many
+of them.
+
 There are kernels for windows of any size (`plan`, `launch`), and kernels for small windows of half
-types (`small`). `choice` compares the two. With small windows the last bits of the output depend on
-whether lse is asked for, as derivatives do: with lse the weights are summed before they are
-rounded, without it after.
+types (`small`), which take neither key masks nor the seam of a ring. `choice` compares the two.
+With small windows the last bits of the output depend on whether lse is asked for, as derivatives
+do: with lse the weights are summed before they are rounded, without it after.
+
+Of hidden keys neither key nor value is read, and boxes that hold no others are left out.
 """
 
 from __future__ import annotations
 
 from cuneigh._backends.fused import launch, plan
 from cuneigh._backends.fused.choice import plans, predicted_ms
-from cuneigh._backends.fused.launch import NAME, backward, forward
+from cuneigh._backends.fused.launch import NAME, backward, forward, jvp
 from cuneigh._device import Device
 from cuneigh._gpu import tuned
-from cuneigh._gpu.ordinary import extraordinary
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
-from cuneigh._window import CONTRACT
+from cuneigh._window import Promise
 
 __all__ = [
     "NAME",
@@ -32,6 +36,7 @@ __all__ = [
     "SETTINGS",
     "backward",
     "forward",
+    "jvp",
     "kernels",
     "plans",
     "predicted_ms",
@@ -39,7 +44,7 @@ __all__ = [
 ]
 
 SETTINGS = (tuned.SETTING,)
-RELIES_ON = CONTRACT
+RELIES_ON = Promise.ONE_RANGE | Promise.INCREASING
 DTYPES = ("float16", "bfloat16", "float32")
 LONGEST = 256
 """Head dimensions that the kernels take."""
@@ -47,10 +52,10 @@ LONGEST = 256
 
 def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
-    if reason := no_gpu(device) or extraordinary(problem):
+    if reason := no_gpu(device):
         return reason
-    if problem.operation not in ("forward", "backward"):
-        return f"computes attention and its gradients, not {problem.operation} alone"
+    if problem.operation not in ("forward", "backward", "jvp"):
+        return f"computes attention and its derivatives, not {problem.operation} alone"
     if device.capability < (7, 5):
         return f"needs compute capability 7.5, but {device.name} has {device.arch}"
     if problem.dtype not in DTYPES:
@@ -62,7 +67,10 @@ def unsupported(problem: Problem, device: Device, arrays: object = None) -> str 
             return f"takes head dimensions up to {LONGEST}, not {name}={getattr(problem, name)}"
     if problem.is_empty:
         return None
-    if not all(plan.areas(problem, device, pass_) for pass_ in plan.passes(problem)):
+    if 0 in problem.key_tokens:
+        return "needs at least one key beside additional ones"
+    parts = [part for _, part in plan.parts(problem)]
+    if not all(plan.areas(part, device, pass_) for part in parts for pass_ in plan.passes(part)):
         return f"needs more shared memory than the {device.shared_memory} bytes of {device.name}"
     return None
 

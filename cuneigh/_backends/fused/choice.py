@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 
 from cuneigh._backends.fused import plan as fused_plan
@@ -54,11 +55,12 @@ def plans(problem: Problem, device: Device) -> dict[str, tuple[FusedPlan | Small
 def predicted_ms(problem: Problem, device: Device) -> float:
     """How long a call with the plans for `device` is expected to take on an H200."""
     milliseconds = 0.0
-    for pass_ in fused_plan.passes(problem):
-        plan = choose_plan(problem, device, pass_)
+    parts = [part for _, part in fused_plan.parts(problem)]
+    for part, pass_ in itertools.product(parts, fused_plan.passes(problem)):
+        plan = choose_plan(part, device, pass_)
         if isinstance(plan, SmallPlan):
-            cycles = small_plan.cost(problem, plan, device, pass_)
+            cycles = small_plan.cost(part, plan, device, pass_)
         else:
-            cycles = fused_plan.cost(problem, plan, pass_) * problem.batch * problem.heads
+            cycles = fused_plan.cost(part, plan, pass_) * part.batch * pass_.heads(part)
         milliseconds += H200.launch_ms + cycles / H200.cycles
     return milliseconds

@@ -18,13 +18,13 @@ from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._device import Device
 from cuneigh._gpu import sums, tuned
 from cuneigh._gpu.announce import announce
-from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.arrays import Array, contiguous
 from cuneigh._gpu.boxes import count_walk
-from cuneigh._gpu.passes import DKV, DV, FORWARD, Pass
+from cuneigh._gpu.passes import DKV, DV, FORWARD, JVP, Pass
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.records import AXIS, axis_record
+from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.views import Views, load_width, readable
-from cuneigh._problem import DTYPES, Operands, Problem
+from cuneigh._problem import DTYPES, JvpResults, Operands, Problem
 
 NAME = "fused"
 
@@ -45,6 +45,7 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     key_bytes = load_width((operands.query, operands.key, operands.additional_keys))
     value_bytes = load_width((operands.value, operands.additional_values, output))
     views = Views(problem.rank)  # `ForwardArguments` of cuda/fused/forward.cu
+    views.mask(operands.key_mask)
     views.vectors(*operands[:3])
     views.additional(operands.additional_keys, operands.additional_values)
     views.bias(operands.rpb)
@@ -92,6 +93,7 @@ def backward(
         if not by_keys:  # the kernels for small windows compute the statistics themselves
             sums.delta(problem, grad_output, output, lse, grad_lse, statistics, program)
         views = Views(problem.rank)  # `BackwardArguments` of cuda/fused/backward.cu
+        views.mask(operands.key_mask)
         views.vectors(*rows, *columns)
         if by_keys:  # additional keys are rows of no box
             views.additional(None, None)
@@ -109,16 +111,62 @@ def backward(
         )
 
 
+def jvp(
+    problem: Problem, operands: Operands, tangents: Operands, results: JvpResults, program: Program
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    tangents = Operands(*(readable(array, program) for array in tangents))
+    operands, tangents = _alike(operands, tangents, program)
+    key_bytes = load_width(
+        [each for of in (operands, tangents) for each in (of.query, of.key, of.additional_keys)]
+    )
+    for begin, part in fused_plan.parts(problem):
+        end = begin + part.value_dim
+
+        def cut(array: Array | None, begin: int = begin, end: int = end) -> Array | None:
+            return None if array is None else array.part(begin, end)
+
+        output, tangent_output = cut(results.output), cut(results.tangent_output)
+        vectors: list[Array | None] = [output, tangent_output]
+        views = Views(problem.rank)  # `JvpArguments` of cuda/fused/jvp.cu
+        views.mask(operands.key_mask)
+        for of in (operands, tangents):
+            value, additional_values = cut(of.value), cut(of.additional_values)
+            vectors += value, additional_values
+            views.vectors(of.query, of.key, value)
+            views.additional(of.additional_keys, additional_values)
+            views.bias(of.rpb)
+        views.vectors(output, tangent_output)
+        views.scalars(*(results.lse, results.tangent_lse) if begin == 0 else (None, None))
+        plan = _plan(program, part, JVP, vectors)
+        assert isinstance(plan, FusedPlan), "there is no other kernel for it"
+        _launch(program, part, JVP, plan, key_bytes, load_width(vectors), views)
+
+
+def _alike(operands: Operands, tangents: Operands, program: Program) -> tuple[Operands, Operands]:
+    """The same, with the tangents of all but the query laid out in memory as what they are of."""
+    pairs = []
+    for name, array, tangent in zip(Operands._fields, operands, tangents, strict=True):
+        if tangent is not None and name != "query" and array.strides != tangent.strides:
+            wanted = contiguous(array.shape)
+            array = array if array.strides == wanted else program.copied(array)
+            tangent = tangent if tangent.strides == wanted else program.copied(tangent)
+        pairs.append((array, tangent))
+    made, moved = zip(*pairs, strict=True)
+    return Operands(*made), Operands(*moved)
+
+
 def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     """The kernels of a supported problem with contiguous arrays, whatever its windows."""
     size = DTYPES[problem.dtype]
     widths = [min(16, size * (dim & -dim)) for dim in (problem.head_dim, problem.value_dim)]
     passes = fused_plan.passes(problem)
     needed = [
-        kernel(problem, device.capability, pass_, area, many, *widths)
+        kernel(part, device.capability, pass_, area, many, *widths)
         for pass_ in passes
-        for area in fused_plan.areas(problem, device, pass_)
-        for many in {fused_plan.many_batch_heads(problem, pass_, count) for count in (1, 2)}
+        for _, part in fused_plan.parts(problem)
+        for area in fused_plan.areas(part, device, pass_)
+        for many in {fused_plan.many_batch_heads(part, pass_, count) for count in (1, 2)}
     ]
     needed += [kernel for pass_ in passes for kernel in small.kernels(problem, device, pass_)]
     if problem.operation == "backward":
@@ -163,7 +211,7 @@ def _launch(
         kernel(problem, capability, pass_, plan.area, many, key_bytes, value_bytes),
         (blocks, 1),
         plan.area.warps * 32,
-        _record(problem, plan, pass_),
+        with_starts(_record(problem, plan, pass_)),
         views.words,
         shared_bytes=fused_plan.shared_bytes(problem, plan.area, pass_),
     )
@@ -199,14 +247,16 @@ def kernel(
         "kValueExact": value_dim == problem.value_dim,
         "kRowsAreKeys": pass_.rows_are_keys,
         "kAdditional": fused_plan.has_additional(problem, pass_),
+        "kKeyMask": problem.has_key_mask,
     }
     if pass_ == FORWARD:
         flags["kManyBatchHeads"] = many_batch_heads
-    else:
+    elif pass_ != JVP:
         flags |= {"kGradQk": pass_ != DV, "kGradV": pass_ in (DV, DKV)}
     types = {"Element": problem.dtype, "Bias": problem.rpb_dtype}
-    name = "fused/forward" if pass_ == FORWARD else "fused/backward"
-    return _jit.Kernel(name, _jit.plan_source(constants, flags, types))
+    name = {FORWARD: "fused/forward", JVP: "fused/jvp"}.get(pass_, "fused/backward")
+    macros = (PARTS,) if has_parts(problem) else ()
+    return _jit.Kernel(name, _jit.plan_source(constants, flags, types), macros=macros)
 
 
 @lru_cache(maxsize=1024)
@@ -217,7 +267,7 @@ def _record(problem: Problem, plan: FusedPlan, pass_: Pass) -> np.ndarray[Any, A
         1,
         np.dtype(
             [
-                ("axes", AXIS, (rank,)),
+                ("axes", axis_type(has_parts(problem)), (rank,)),
                 *((name, "i4", (rank,)) for name in ("warp_box", "warps", "column_box", "boxes")),
                 *((name, "i4") for name in ("batch", "heads", "group_size", "batch_heads")),
                 *((name, "i4") for name in ("head_dim", "value_dim", "additional", "sign")),
@@ -227,7 +277,7 @@ def _record(problem: Problem, plan: FusedPlan, pass_: Pass) -> np.ndarray[Any, A
             align=True,
         ),
     )
-    record["axes"] = [axis_record(axis) for axis in problem.axes]
+    fill_axes(record, problem)
     record["warp_box"], record["warps"] = plan.warp_box, plan.warps
     record["column_box"] = plan.column_box
     record["boxes"] = [

@@ -28,7 +28,7 @@ from cuneigh._gpu.boxes import (
     powers_of_two,
 )
 from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
-from cuneigh._gpu.passes import DK, DKV, DQ, DV, FORWARD, Pass
+from cuneigh._gpu.passes import DK, DKV, DQ, DV, FORWARD, JVP, Pass
 from cuneigh._problem import DTYPES, Problem
 
 Value = TypeVar("Value", bound=Hashable)
@@ -71,10 +71,26 @@ def passes(problem: Problem) -> tuple[Pass, ...]:
     """The passes of an operation, in their order."""
     if problem.operation == "forward":
         return (FORWARD,)
+    if problem.operation == "jvp":
+        return (JVP,)
     # The sums of longer vectors fill the registers of a kernel.
     if max(problem.head_dim, problem.value_dim) > 128:
         return (DQ, DK, DV)
     return (DQ, DKV)
+
+
+MOST_SUMMED = {"float16": 128, "bfloat16": 128, "float32": 64}
+"""Elements of a value whose sums, and those of their tangents, fit into registers together."""
+
+
+def parts(problem: Problem) -> list[tuple[int, Problem]]:
+    """The problems that an operation is launched as, and where the values of each begin."""
+    if problem.operation != "jvp":
+        return [(0, problem)]
+    most, dim = MOST_SUMMED[problem.dtype], problem.value_dim
+    return [
+        (begin, replace(problem, value_dim=min(dim - begin, most))) for begin in range(0, dim, most)
+    ]
 
 
 def count(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD) -> WalkCounts:
@@ -109,7 +125,7 @@ def constants(problem: Problem, pass_: Pass) -> Cycles:
 
 
 def cost(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD) -> float:
-    """Predicted cycles of a multiprocessor for one batch-head."""
+    """Predicted cycles of a multiprocessor for one batch-head of the rows."""
     return float(cost_of(problem, plan.area, count(problem, plan, pass_), pass_))
 
 
@@ -125,11 +141,12 @@ def cost_of(problem: Problem, area: Area, counts: WalkCounts, pass_: Pass) -> An
     load = columns * chunks * cycles.copy + cycles.box
     block = 16 * row_tiles * warps * chunks * cycles.row + cycles.block
     # The warps of a block wait for each other, each on its own scheduler.
-    return (
-        counts.blocks * block
-        + counts.loads * load
+    walks = (
+        counts.loads * load
         + (counts.visits * visit + (counts.visits - counts.full) * partial) / warps
     )
+    # A block of keys walks over the queries of all heads that share them.
+    return counts.blocks * block + walks * (problem.group_size if pass_.rows_are_keys else 1)
 
 
 # The choice of a plan
@@ -194,7 +211,7 @@ def with_batch_heads(problem: Problem, plan: FusedPlan, device: Device) -> Fused
     counts = count(problem, plan)
     at_once = resident(problem, plan.area, device, FORWARD) * max(device.sm_count, 1)
     of_one = cost(problem, plan) / counts.blocks
-    longest = counts.longest * counts.blocks / counts.loads
+    longest = counts.longest * counts.blocks / max(counts.loads, 1)  # parts may see nothing
 
     def cycles(batch_heads: int) -> float:
         rounds = math.ceil(counts.blocks * math.ceil(all_heads / batch_heads) / at_once)
@@ -267,7 +284,30 @@ def fast_sizes(
     problem: Problem, capability: tuple[int, int], pass_: Pass
 ) -> tuple[tuple[int, int], ...]:
     """(row_tiles, columns) that fit into registers, as the compiler reports, and were fast."""
+    sizes = _fast_sizes(problem, capability, pass_)
+    if problem.is_ordinary:
+        return sizes
+    # A walk over parts, or past hidden keys, takes some registers more.
+    roomy = tuple(size for size in sizes if size not in FULL.get(pass_.name, ()))
+    return roomy or ((1, 16),)
+
+
+FULL = {"dkv": ((1, 64),)}
+"""Sizes of a pass whose kernels have no register left, apart from those of small dimensions."""
+
+
+def _fast_sizes(
+    problem: Problem, capability: tuple[int, int], pass_: Pass
+) -> tuple[tuple[int, int], ...]:
+    """Those of ordinary problems."""
     longest = max(problem.head_dim, problem.value_dim)
+    if pass_ == JVP:
+        if problem.dtype == "float32":
+            roomy = longest <= 32 and capability[0] > 7
+            return ((1, 32), (1, 16)) if roomy else ((1, 16),)
+        if longest > 64:
+            return ((1, 16),) if problem.rpb_dtype else ((1, 32), (1, 16))
+        return ((1, 32),) if problem.rpb_dtype else ((1, 64), (1, 32))
     if problem.dtype == "float32":
         if longest > 128:
             return ((1, 16),)
@@ -297,8 +337,14 @@ def blocks_per_multiprocessor(
     problem: Problem, capability: tuple[int, int], area: Area, pass_: Pass
 ) -> int:
     """Blocks to leave registers for; more of them hide latencies, as long as nothing spills."""
+    blocks = _blocks(problem, capability, area, pass_)
+    return blocks if problem.is_ordinary or blocks == 1 else blocks - 1
+
+
+def _blocks(problem: Problem, capability: tuple[int, int], area: Area, pass_: Pass) -> int:
+    """Those of ordinary problems."""
     longest = max(problem.head_dim, problem.value_dim)
-    if longest > 64 or capability[0] > 9:
+    if longest > 64 or capability[0] > 9 or pass_ == JVP:
         return 1
     if problem.dtype == "float32":
         roomy = area.columns == 16 or (pass_ == FORWARD and problem.rank < 3)
@@ -320,7 +366,7 @@ def padded(dim: int) -> int:
 
 
 def shared_bytes(problem: Problem, area: Area, pass_: Pass = FORWARD) -> int:
-    """Bytes of `ForwardSmem` of cuda/fused/forward.cu or `BackwardSmem` of fused/backward.cu."""
+    """Bytes of `ForwardSmem`, `JvpSmem` or `BackwardSmem`, of the kernel in cuda/fused."""
 
     def pitch(dim: int) -> int:
         """Bytes from one vector to the next: `kVectorPitch` of cuda/fused/vectors.cuh."""
@@ -330,9 +376,10 @@ def shared_bytes(problem: Problem, area: Area, pass_: Pass = FORWARD) -> int:
 
     key, value, rank = pitch(problem.head_dim), pitch(problem.value_dim), problem.rank
     rows, columns = 16 * area.row_tiles * area.warps, area.columns
-    size = rows * (key if pass_ == FORWARD else key + value)
-    size += 2 * columns * (key + value)
-    if pass_ != FORWARD:
+    tangents = 2 if pass_ == JVP else 1  # as many arrays as there are operands
+    size = rows * (key * tangents if pass_ in (FORWARD, JVP) else key + value)
+    size += 2 * columns * (key + value) * tangents
+    if pass_ not in (FORWARD, JVP):
         size += 8 * (2 * columns if pass_.rows_are_keys else rows)  # statistics of the queries
     # `Tables` of cuda/fused/tables.cuh:
     size += 2 * area.warps * math.ceil((48 + 4 * rank) / 16) * 16  # walk

@@ -23,6 +23,7 @@ from cuneigh._backends.gemm.launch import (
     av_backward,
     backward,
     forward,
+    jvp,
     qk,
     qk_backward,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "av_backward",
     "backward",
     "forward",
+    "jvp",
     "kernels",
     "predicted_ms",
     "qk",

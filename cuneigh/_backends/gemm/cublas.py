@@ -54,6 +54,8 @@ class Matrices(NamedTuple):
 class Product:
     """``result = factor * left @ right`` for `count` matrices; `shape` is (rows, columns, inner).
 
+    It is added to what the result holds if it `adds`.
+
     cuBLAS takes column-major matrices, for which ours are transposed: it computes
     ``result.T = right.T @ left.T``.
     """
@@ -67,6 +69,7 @@ class Product:
     compute: int
     transpose_left: bool = False
     transpose_right: bool = False
+    adds: bool = False
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
         """Multiply, in the order of `stream`."""
@@ -75,7 +78,9 @@ class Product:
         library, handle = _library(), cupy.cuda.device.get_cublas_handle()
         _check(library.cublasSetStream_v2(handle, stream))
         rows, columns, inner = self.shape
-        factors = np.array([self.factor, 0], np.float64 if self.compute == FLOAT64 else np.float32)
+        factors = np.array(
+            [self.factor, self.adds], np.float64 if self.compute == FLOAT64 else np.float32
+        )
         alpha, beta = factors.ctypes.data, factors.ctypes.data + factors.itemsize
         by_address = self.result.stride is None
         multiply = library.cublasGemmBatchedEx if by_address else library.cublasGemmStridedBatchedEx

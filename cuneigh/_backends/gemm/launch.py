@@ -13,7 +13,7 @@ from cuneigh._gpu.announce import announce
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.views import Views, load_width, readable
-from cuneigh._problem import Operands, Problem
+from cuneigh._problem import JvpResults, Operands, Problem
 
 NAME = "gemm"
 
@@ -81,6 +81,53 @@ def backward(
         sums.attention_rpb(problem, operands, grad_output, lse, delta, gradients.rpb, program)
 
 
+def jvp(
+    problem: Problem, operands: Operands, tangents: Operands, results: JvpResults, program: Program
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    tangents = Operands(*(readable(array, program) for array in tangents))
+    walk = _walk_over(problem, program, *operands[:3])
+    query, tangent_query = walk.queries(operands.query), walk.queries(tangents.query)
+    key, tangent_key, value, tangent_value = (
+        walk.keys(*of)
+        for of in (
+            (operands.key, operands.additional_keys),
+            (tangents.key, tangents.additional_keys),
+            (operands.value, operands.additional_values),
+            (tangents.value, tangents.additional_values),
+        )
+    )
+    output, tangent_output = (
+        None if array is None else walk.queries(array)
+        for array in (results.output, results.tangent_output)
+    )
+    logits, moved = (walk.dense(problem.accumulator) for _ in range(2))
+    weights, tangent_weights = _overwriting(logits, walk), _overwriting(moved, walk)
+    softmax, of_weights = Views(problem.rank), Views(problem.rank)
+    softmax.bias(operands.rpb)
+    softmax.scalars(results.lse)
+    softmax.addresses(logits.buffer, weights.buffer)
+    of_weights.bias(tangents.rpb)
+    of_weights.scalars(results.tangent_lse)
+    of_weights.addresses(weights.buffer, moved.buffer, tangent_weights.buffer)
+    source = row_source(problem, walk.plan.lanes(problem), problem.rpb_dtype)
+    factor = 1 / weight_factor(problem)
+    for chunk in walk.chunks():
+        chunk.gather(query, tangent_query, key, tangent_key, value, tangent_value)
+        chunk.multiply(logits, query, key, transpose_right=True)
+        chunk.multiply(moved, tangent_query, key, transpose_right=True)
+        chunk.multiply(moved, query, tangent_key, transpose_right=True, adds=True)
+        chunk.row_kernel("gemm/softmax", softmax_source(problem, walk.plan), softmax)
+        chunk.row_kernel("gemm/tangent", source, of_weights)
+        if output is not None:
+            chunk.multiply(output, weights, value, factor)
+            chunk.scatter(output)
+        if tangent_output is not None:
+            chunk.multiply(tangent_output, tangent_weights, value)
+            chunk.multiply(tangent_output, weights, tangent_value, factor, adds=True)
+            chunk.scatter(tangent_output)
+
+
 def qk(problem: Problem, operands: Operands, logits: Any, program: Program) -> None:
     operands = Operands(*(readable(array, program) for array in operands))
     walk = _walk_over(problem, program, operands.query, operands.key)
@@ -123,7 +170,7 @@ def qk_backward(
         chunk.scatter(grad_query)
         halo_sums.add_keys(chunk, products, query, problem.scale)
     if problem.rpb_dtype:
-        sums.stored_rpb(problem, grad_logits, gradients.rpb, program)
+        sums.stored_rpb(problem, grad_logits, None, gradients.rpb, program)
 
 
 def av(problem: Problem, weights: Any, operands: Operands, output: Any, program: Program) -> None:

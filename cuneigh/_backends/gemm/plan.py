@@ -258,7 +258,8 @@ def in_place(problem: Problem, cuts: tuple[Cut, ...]) -> tuple[Cut, ...] | None:
     inner_tokens = math.prod(other.length for other in inner)
     halo = round_up(cut.halo, COLUMNS // math.gcd(inner_tokens, COLUMNS))
     if (
-        problem.group_size == 1
+        problem.operation != "jvp"  # which has more matrices than those of one tile may be
+        and problem.group_size == 1
         and not problem.additional
         and axis.length == axis.key_length
         and axis.length % (axis.dilation * cut.size) == 0
@@ -300,6 +301,8 @@ def matrix_bytes(problem: Problem, rows: int, columns: int, direct: bool) -> int
         case "backward":
             query = 0 if direct else rows * problem.head_dim * element
             return 2 * product + 2 * (not shared) * weights + packed + query + halos + addresses
+        case "jvp":
+            return 2 * product + 2 * (not shared) * weights + 2 * packed
         case "qk":
             return product + packed + addresses
         case "qk_backward":
@@ -314,6 +317,7 @@ def matrix_bytes(problem: Problem, rows: int, columns: int, direct: bool) -> int
 USES = {
     "forward": (True, True),
     "backward": (True, True),
+    "jvp": (True, True),
     "qk": (True, False),
     "qk_backward": (True, False),
     "av": (False, True),
@@ -365,6 +369,7 @@ def predicted(
     in_products, in_kernels = {
         "forward": (number + element, number + element),
         "backward": (2 * number + 3 * element, 2 * number + 2 * element),
+        "jvp": (4 * number + 3 * element, 3 * number + 3 * element),
         "qk": (number, number),
         "qk_backward": (2 * element, element),
         "av": (element, element),
@@ -376,7 +381,9 @@ def predicted(
         traffic += columns * dims * number
     key_bytes = columns * dims * element
     if problem.dtype in H200.product_flops and not (tf32 and problem.dtype == "float32"):
-        products = {"backward": 2.5, "forward": 1.0}.get(problem.operation, 1.0 + gradients)
+        products = {"backward": 2.5, "jvp": 3.0, "forward": 1.0}.get(
+            problem.operation, 1.0 + gradients
+        )
         # Blocks of a product overhang its matrices, and each has a beginning and an end.
         area = (round_up(rows, 8) + 8) * (round_up(columns, 32) + 16)
         arithmetic = 2.0 * area * dims * products / H200.product_flops[problem.dtype]

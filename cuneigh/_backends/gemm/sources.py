@@ -75,6 +75,8 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
             names = [("gemm/softmax", softmax_source(problem, plan))]
         case "backward":
             names = [("gemm/gradient", biased)]
+        case "jvp":
+            names = [("gemm/softmax", softmax_source(problem, plan)), ("gemm/tangent", biased)]
         case "qk":
             source = row_source(problem, lanes, problem.rpb_dtype, kHiddenIsZero=False)
             names = [("gemm/select", source)]
@@ -91,6 +93,7 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
         gathered, scattered = {
             "forward": ([problem.head_dim], [problem.value_dim]),
             "backward": (dims, [problem.head_dim]),
+            "jvp": ([problem.head_dim], [problem.value_dim]),
             "qk": (dims, []),
             "qk_backward": (dims, dims),
             "av": ([], dims),

@@ -119,8 +119,9 @@ class Chunk:
         factor: float = 1.0,
         transpose_left: bool = False,
         transpose_right: bool = False,
+        adds: bool = False,
     ) -> None:
-        """``result = factor * left @ right`` in every tile."""
+        """``result = factor * left @ right`` in every tile; with `adds`, ``+=``."""
         inner = left.rows if transpose_left else left.width
         product = cublas.Product(
             self._batch(result),
@@ -132,6 +133,7 @@ class Chunk:
             compute_type(self.problem.dtype),
             transpose_left,
             transpose_right,
+            adds,
         )
         self.walk.program.add(product)
 

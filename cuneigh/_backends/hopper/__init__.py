@@ -11,6 +11,8 @@ between them but lse and delta. Along a single axis, for head dims from 72 on, o
 all gradients with five products instead of seven: its blocks add to sums of dQ in a fixed order.
 The sums take 4 bytes for each element of the query, as long as that is a small part of the device's
 memory. Neither way does a result depend on the order in which blocks run.
+
+Parts of a layout and cut windows are computed like whole ones, if none crosses the seam of a ring.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.launch import NAME, backward, forward
-from cuneigh._backends.hopper.plan import predicted_ms, ways
+from cuneigh._backends.hopper.choice import NAME, plans, predicted_ms
+from cuneigh._backends.hopper.launch import backward, forward
+from cuneigh._backends.hopper.plan import ways
 from cuneigh._backends.hopper.tensor_maps import unreadable
 from cuneigh._device import Device
+from cuneigh._gpu import tuned
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
-from cuneigh._gpu.ordinary import extraordinary
+from cuneigh._gpu.records import has_parts
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
@@ -36,11 +40,12 @@ __all__ = [
     "backward",
     "forward",
     "kernels",
+    "plans",
     "predicted_ms",
     "unsupported",
 ]
 
-SETTINGS = ()
+SETTINGS = (tuned.SETTING,)
 RELIES_ON = CONTRACT
 CAPABILITY = (9, 0)
 DTYPES = ("float16", "bfloat16")
@@ -61,7 +66,7 @@ def unsupported(
     problem: Problem, device: Device, arrays: Mapping[str, Array | None] | None = None
 ) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
-    if reason := no_gpu(device) or extraordinary(problem):
+    if reason := no_gpu(device):
         return reason
     longest = LONGEST.get(problem.operation)
     if longest is None:
@@ -76,6 +81,16 @@ def unsupported(
             return f"takes head dimensions up to {longest} in steps of 8, not {name}={dim}"
     if problem.rpb_dtype:
         return "does not take rpb"
+    if problem.has_key_mask:
+        return "does not take key_mask"
+    if RELIES_ON not in problem.promises:
+        return "does not go across the seam of a ring"
+    if problem.operation == "backward" and problem.rank > 1 and has_parts(problem):
+        for axis, along in enumerate(problem.axes):  # registers are few
+            if along.dilation > 1:
+                return f"takes no dilation for gradients of parts along several axes, as on {axis}"
+    if 0 in problem.key_tokens and not problem.is_empty:
+        return "needs at least one key beside additional ones"
     for axis, along in enumerate(problem.axes):
         if along.dilation > MOST_DILATION:
             return f"takes dilations up to {MOST_DILATION}, not {along.dilation} on axis {axis}"

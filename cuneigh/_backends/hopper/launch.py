@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cuneigh import _jit
+from cuneigh._backends.hopper.choice import NAME, make_plan, passes
 from cuneigh._backends.hopper.plan import (
     ROWS,
     SUM_FLOATS,
@@ -22,9 +23,7 @@ from cuneigh._backends.hopper.plan import (
     form_of,
     head_sums,
     is_dilated,
-    make_plan,
     padded,
-    passes,
     pieces,
     shared_bytes,
     side_by_side,
@@ -39,11 +38,9 @@ from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.boxes import Box, count_walk
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, Pass
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.records import AXIS, axis_record
+from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.views import Views, readable
 from cuneigh._problem import Operands, Problem
-
-NAME = "hopper"
 
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
@@ -181,7 +178,7 @@ def _launch(
         kernel(problem, form, pass_),
         (min(work.blocks, program.device.sm_count), 1),
         128 * (form.warpgroups + 1),
-        record,
+        with_starts(record),
         views.words,
         *maps,
         shared_bytes=shared_bytes(problem, form, pass_),
@@ -216,7 +213,8 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kSums": pass_ == BACKWARD,
     }
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
-    return _jit.Kernel(f"hopper/{name or pass_}", source, arch_specific=True)
+    macros = (PARTS,) if has_parts(problem) else ()
+    return _jit.Kernel(f"hopper/{name or pass_}", source, arch_specific=True, macros=macros)
 
 
 def _piece(problem: Problem, box: Box) -> Box:
@@ -254,7 +252,7 @@ def _record(
         1,
         np.dtype(
             [
-                ("axes", AXIS, (rank,)),
+                ("axes", axis_type(has_parts(problem)), (rank,)),
                 *((name, "i4", (rank,)) for name in boxes),
                 ("tiles", DIVISOR, (rank,)),
                 ("head_groups", DIVISOR),
@@ -278,7 +276,7 @@ def _record(
             align=True,
         ),
     )
-    record["axes"] = [axis_record(axis) for axis in axes]
+    fill_axes(record, problem)
     for name in boxes:
         record[name] = getattr(plan, name)
     record["tiles"] = [

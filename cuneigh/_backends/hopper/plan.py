@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from cuneigh._device import Device
-from cuneigh._gpu.boxes import Box, WalkCounts, count_walk, count_walks, powers_of_two
+from cuneigh._gpu.boxes import Box, WalkCounts, count_walk
 from cuneigh._gpu.costs import Cycles
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, Pass
-from cuneigh._gpu.rates import H200
-from cuneigh._problem import Problem, size_of
+from cuneigh._gpu.records import axis_type, has_parts
+from cuneigh._problem import Problem
 
 ROWS = 64
 """Of a warpgroup: those of one wgmma instruction."""
@@ -70,32 +68,21 @@ class HopperPlan:
         return f"{warpgroups} warpgroups{heads} of {rows} rows, boxes of {columns} columns"
 
 
-SHARE_OF_SUMS = 1 / 32
-"""Of the device's memory, the most that the sums of dQ may take."""
-
-
 def ways(problem: Problem) -> list[tuple[Pass, ...]]:
     """The ways to compute an operation: the passes of each, in their order.
 
-    One kernel for all gradients has five products where two kernels have seven, but cannot have
-    additional keys, which are no rows. Along several axes its tiles would wait for each other for
-    longer than two products take, and so they do where those of short vectors take little
-    (bench/NOTES.md).
+    One kernel for all gradients has five products where two kernels have seven, but needs the whole
+    layout, and cannot have additional keys, which are no rows. Along several axes its tiles would
+    wait for each other for longer than two products take, and so they do where those of short
+    vectors take little (bench/NOTES.md).
     """
     if problem.operation == "forward":
         return [(FORWARD,)]
     along_one = problem.rank == 1 and not is_dilated(problem)
-    if along_one and problem.head_dim > LINE and not problem.additional:
+    whole = not has_parts(problem) and not problem.additional
+    if along_one and problem.head_dim > LINE and whole:
         return [(BACKWARD,), (DQ, DKV)]
     return [(DQ, DKV)]
-
-
-@lru_cache(maxsize=1024)
-def passes(problem: Problem, device: Device) -> tuple[Pass, ...]:
-    """The passes for `device`: of the ways for whose sums it has room, the one of least time."""
-    room = device.memory * SHARE_OF_SUMS
-    fitting = [way for way in ways(problem) if BACKWARD not in way or sum_bytes(problem) <= room]
-    return min(fitting, key=lambda way: _milliseconds(problem, device, way))
 
 
 def padded(dim: int) -> int:
@@ -118,6 +105,9 @@ def form_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Form:
     longest = max(problem.head_dim, problem.value_dim)
     # Two sums fill the registers that one does with vectors twice as long.
     warpgroups = 3 if longest <= (64 if pass_ == DKV else 128) and pass_ != BACKWARD else 2
+    # The windows of parts take registers of the producers, whom two warpgroups leave more
+    if has_parts(problem) and (pass_ != FORWARD or is_dilated(problem)):
+        warpgroups = 2
     columns = 128 if longest <= 128 and pass_ == FORWARD else 64
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
     # Where warpgroups read each other's rows, those of a tile come together
@@ -145,7 +135,8 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     size += math.ceil(tables / 16) * 16
     size += 2 * (20 + 16 * rank)  # tiles
     size += 4 * form.stages * form.warpgroups  # visibility
-    size += 60 * rank + 196 + 4 * rank + 12  # the problem, and the last box of columns
+    axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
+    size += axes + 196 + 4 * rank + 12  # the problem, and the last box of columns
     barriers = 4 + 2 * form.row_slots + 4 * form.stages + 6
     return math.ceil((math.ceil(size / 8) * 8 + 8 * barriers) / 16) * 16
 
@@ -307,76 +298,7 @@ def count(problem: Problem, plan: HopperPlan, pass_: Pass = FORWARD) -> WalkCoun
     return WalkCounts(*(math.prod(values) for values in zip(*along, strict=True)))
 
 
-def predicted_ms(problem: Problem, device: Device) -> float:
-    """How long a call with the plans for `device` is expected to take on an H200."""
-    milliseconds = _milliseconds(problem, device, passes(problem, device))
-    if problem.operation == "backward":  # delta reads output and its gradient
-        milliseconds += H200.launch_ms + 2 * size_of(problem.output) / H200.memory_bytes
-    return milliseconds
-
-
-def _milliseconds(problem: Problem, device: Device, passes: tuple[Pass, ...]) -> float:
-    """What the kernels of these passes are expected to take."""
-    milliseconds = 0.0
-    for pass_ in passes:
-        cycles = cost(problem, make_plan(problem, device, pass_), device, pass_)
-        milliseconds += 2 * H200.launch_ms + cycles / H200.cycles
-        if pass_ == BACKWARD:  # sums are cleared, in part, and read; dQ is written
-            moved = sum_bytes(problem) + size_of(problem.specs.query)
-            milliseconds += H200.launch_ms + moved / H200.memory_bytes
-    return milliseconds
-
-
-# The choice of a plan
-
-
-@lru_cache(maxsize=1024)
-def make_plan(problem: Problem, device: Device, pass_: Pass = FORWARD) -> HopperPlan:
-    """The cheapest plan for `device`."""
-    form = form_of(problem, device, pass_)
-    best: tuple[float, HopperPlan] | None = None
-    columns = column_boxes(problem, form)
-    for warpgroups, heads in arrangements(problem, form, pass_):
-        rows = [(box, warpgroups) for box in row_boxes(problem)]
-        counts = count_walks(problem.axes, rows, columns, pass_)
-        costs = cost_of(problem, form, counts, heads, pass_)
-        row, column = np.unravel_index(costs.argmin(), costs.shape)
-        plan = HopperPlan(form, rows[row][0], warpgroups, heads, columns[column])
-        total = cost(problem, plan, device, pass_)
-        if best is None or total < best[0]:
-            best = total, plan
-    assert best is not None, "every problem has an arrangement along its last axis"
-    return best[1]
-
-
-def arrangements(problem: Problem, form: Form, pass_: Pass) -> list[tuple[Box, int]]:
-    """Boxes of rows of a tile along each axis, and its row heads."""
-    rank, warpgroups = problem.rank, form.warpgroups
-    found = [
-        (tuple(warpgroups if r == axis else 1 for r in range(rank)), 1) for axis in range(rank)
-    ]
-    if not pass_.rows_are_keys and problem.group_size % warpgroups == 0:
-        found.append(((1,) * rank, warpgroups))
-    return found
-
-
-def row_boxes(problem: Problem) -> list[Box]:
-    """Boxes of a warpgroup's rows that can be loaded, and whose masks can be made."""
-    most = most_coordinates(problem.rank)
-    boxes = powers_of_two(problem.rank, ROWS)
-    return [box for box in boxes if sum(box) <= most and loadable(problem, box)]
-
-
-def column_boxes(problem: Problem, form: Form) -> list[Box]:
-    """Boxes of columns that can be loaded."""
-    boxes = powers_of_two(problem.rank, form.columns)
-    return [box for box in boxes if loadable(problem, box)]
-
-
-def loadable(problem: Problem, box: Box) -> bool:
-    """Whether TMA loads the box, in pieces along its first axis."""
-    spans = zip(box[1:], problem.axes[1:], strict=True)
-    return all(span(extent, axis.dilation) <= LONGEST_SPAN for extent, axis in spans)
+# Boxes that are loaded
 
 
 def span(extent: int, dilation: int) -> int:

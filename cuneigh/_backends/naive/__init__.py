@@ -13,12 +13,12 @@ from cuneigh._backends.naive.launch import (
     av_backward,
     backward,
     forward,
+    jvp,
     kernels,
     qk,
     qk_backward,
 )
 from cuneigh._device import Device
-from cuneigh._gpu.ordinary import extraordinary
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._problem import Problem
 from cuneigh._window import Promise
@@ -31,6 +31,7 @@ __all__ = [
     "av_backward",
     "backward",
     "forward",
+    "jvp",
     "kernels",
     "predicted_ms",
     "qk",
@@ -40,12 +41,12 @@ __all__ = [
 
 NAME = "naive"
 SETTINGS = ()
-RELIES_ON = Promise.ONE_RANGE | Promise.INSIDE
+RELIES_ON = Promise.ONE_RANGE
 
 
 def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
-    return no_gpu(device) or extraordinary(problem)
+    return no_gpu(device)
 
 
 def predicted_ms(problem: Problem, device: Device) -> float:

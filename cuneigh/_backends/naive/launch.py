@@ -8,9 +8,17 @@ from cuneigh import _jit
 from cuneigh._device import Device
 from cuneigh._gpu import sums
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.rows import attention_plan, grid_of, launch, record_of, row_plan, value_plan
+from cuneigh._gpu.rows import (
+    RowPlan,
+    attention_plan,
+    grid_of,
+    launch,
+    record_of,
+    row_plan,
+    value_plan,
+)
 from cuneigh._gpu.views import Views, load_width, readable
-from cuneigh._problem import Operands, Problem
+from cuneigh._problem import JvpResults, Operands, Problem
 
 
 def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
@@ -18,25 +26,29 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     rank, dtype, bias = problem.rank, problem.dtype, problem.rpb_dtype
     key, value = problem.head_dim, problem.value_dim
     match problem.operation:
-        case "forward" | "backward":
-            source = row_plan(rank, dtype, bias, key, value).source()
-            named = {
-                "forward": [("forward", source)],
-                "backward": [("backward_query", source), ("backward_key", source)],
-            }[problem.operation]
+        case "forward" | "backward" | "jvp":
+            plan = row_plan(rank, dtype, bias, key, value).of(problem)
+            names = {
+                "forward": ["forward"],
+                "backward": ["backward_query", "backward_key"],
+                "jvp": ["jvp"],
+            }
+            own = [plan.kernel(f"naive/{name}") for name in names[problem.operation]]
         case "qk":
-            named = [("qk", row_plan(rank, dtype, bias, key, 0).source(kHiddenIsZero=False))]
+            own = [_products_kernel(row_plan(rank, dtype, bias, key, 0).of(problem), False)]
         case "qk_backward":
-            source = row_plan(rank, dtype, None, 0, key).source()
-            named = [("av", source), ("inverse", source)]
+            plan = row_plan(rank, dtype, None, 0, key).of(problem)
+            own = [plan.kernel("naive/av"), plan.kernel("naive/inverse")]
         case "av":
-            named = [("av", row_plan(rank, dtype, None, 0, value).source())]
+            own = [row_plan(rank, dtype, None, 0, value).of(problem).kernel("naive/av")]
         case "av_backward":
-            source = row_plan(rank, dtype, None, value, 0).source(kHiddenIsZero=True)
-            named = [("qk", source)]
-            named.append(("inverse", row_plan(rank, dtype, None, 0, value).source()))
-    own = [_jit.Kernel(f"naive/{name}", source) for name, source in named]
+            own = [_products_kernel(row_plan(rank, dtype, None, value, 0).of(problem), True)]
+            own.append(row_plan(rank, dtype, None, 0, value).of(problem).kernel("naive/inverse"))
     return own + sums.kernels(problem)
+
+
+def _products_kernel(plan: RowPlan, hidden_is_zero: bool) -> _jit.Kernel:
+    return plan.kernel("naive/qk", kHiddenIsZero=hidden_is_zero)
 
 
 # Attention
@@ -44,8 +56,9 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
     operands = Operands(*(readable(array, program) for array in operands))
-    plan = attention_plan(problem, operands, values=(output,))
+    plan = attention_plan(problem, operands, values=(output,)).of(problem)
     views = Views(problem.rank)
+    views.mask(operands.key_mask)
     views.vectors(*operands[:3])
     views.additional(operands.additional_keys, operands.additional_values)
     views.bias(operands.rpb)
@@ -53,8 +66,7 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     views.scalars(lse)
     launch(
         program,
-        "naive/forward",
-        plan.source(),
+        plan.kernel("naive/forward"),
         record_of(problem, plan, keys=False),
         views,
         grid_of(problem, plan, keys=False, slices=plan.value_slices(problem.value_dim)),
@@ -78,12 +90,13 @@ def backward(
         operands,
         keys=(gradients.query, gradients.key),
         values=(grad_output, output, gradients.value),
-    )
+    ).of(problem)
     key_slices = plan.key_slices(problem.head_dim)
     slices = max(key_slices, plan.value_slices(problem.value_dim))
     delta = program.allocate(lse.shape, problem.accumulator)
 
     views = Views(problem.rank)
+    views.mask(operands.key_mask)
     views.vectors(*operands[:3])
     views.additional(operands.additional_keys, operands.additional_values)
     views.bias(operands.rpb)
@@ -92,14 +105,14 @@ def backward(
     views.vectors(gradients.query)
     launch(
         program,
-        "naive/backward_query",
-        plan.source(),
+        plan.kernel("naive/backward_query"),
         record_of(problem, plan, keys=False),
         views,
         grid_of(problem, plan, keys=False, slices=key_slices),
     )
 
     views = Views(problem.rank)
+    views.mask(operands.key_mask)
     views.vectors(*operands[:3])
     views.bias(operands.rpb)
     views.vectors(grad_output)
@@ -107,14 +120,44 @@ def backward(
     views.vectors(gradients.key, gradients.value)
     launch(
         program,
-        "naive/backward_key",
-        plan.source(),
+        plan.kernel("naive/backward_key"),
         record_of(problem, plan, keys=True),
         views,
         grid_of(problem, plan, keys=True, slices=slices),
     )
 
     sums.attention_gradients(problem, operands, grad_output, lse, delta, gradients, program)
+
+
+def jvp(
+    problem: Problem, operands: Operands, tangents: Operands, results: JvpResults, program: Program
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    tangents = Operands(*(readable(array, program) for array in tangents))
+    plan = attention_plan(
+        problem,
+        operands,
+        keys=(tangents.query, tangents.key, tangents.additional_keys),
+        values=(
+            *(tangents.value, tangents.additional_values),
+            *(results.output, results.tangent_output),
+        ),
+    ).of(problem)
+    views = Views(problem.rank)
+    views.mask(operands.key_mask)
+    for each in (operands, tangents):
+        views.vectors(*each[:3])
+        views.additional(each.additional_keys, each.additional_values)
+        views.bias(each.rpb)
+    views.vectors(results.output, results.tangent_output)
+    views.scalars(results.lse, results.tangent_lse)
+    launch(
+        program,
+        plan.kernel("naive/jvp"),
+        record_of(problem, plan, keys=False),
+        views,
+        grid_of(problem, plan, keys=False, slices=plan.value_slices(problem.value_dim)),
+    )
 
 
 # The two products on their own
@@ -136,23 +179,34 @@ def qk_backward(
         grad_logits,
         operands.key,
         operands.additional_keys,
+        operands.key_mask,
         gradients.query,
         dim,
         scale,
     )
-    _sum_queries(program, problem, grad_logits, operands.query, gradients.key, dim, scale)
+    mask = operands.key_mask
+    _sum_queries(program, problem, grad_logits, operands.query, mask, gradients.key, dim, scale)
     if problem.additional:
         sums.stored_additional(
             program, problem, grad_logits, operands.query, gradients.additional_keys, dim, scale
         )
     if operands.rpb is not None:
-        sums.stored_rpb(problem, grad_logits, gradients.rpb, program)
+        sums.stored_rpb(problem, grad_logits, mask, gradients.rpb, program)
 
 
 def av(problem: Problem, weights: Any, operands: Operands, output: Any, program: Program) -> None:
     operands = Operands(*(readable(array, program) for array in operands))
-    value, additional_values, dim = operands.value, operands.additional_values, problem.value_dim
-    _sum_keys(program, problem, weights, value, additional_values, output, dim, 1.0)
+    _sum_keys(
+        program,
+        problem,
+        weights,
+        operands.value,
+        operands.additional_values,
+        operands.key_mask,
+        output,
+        problem.value_dim,
+        1.0,
+    )
 
 
 def av_backward(
@@ -167,11 +221,15 @@ def av_backward(
     operands = Operands(*(readable(array, program) for array in operands))
     grad_output = readable(grad_output, program)
     dim = problem.value_dim
+    mask = operands.key_mask
     factors = Operands(
-        query=grad_output, key=operands.value, additional_keys=operands.additional_values
+        query=grad_output,
+        key=operands.value,
+        additional_keys=operands.additional_values,
+        key_mask=mask,
     )
     _multiply(program, problem, factors, grad_weights, dim=dim, scale=1.0, hidden_is_zero=True)
-    _sum_queries(program, problem, weights, grad_output, gradients.value, dim, 1.0)
+    _sum_queries(program, problem, weights, grad_output, mask, gradients.value, dim, 1.0)
     if problem.additional:
         sums.stored_additional(
             program, problem, weights, grad_output, gradients.additional_values, dim, 1.0
@@ -190,16 +248,16 @@ def _multiply(
     """Fill `logits` with the products of every query and the keys of its window."""
     width = load_width((operands.query, operands.key, operands.additional_keys))
     bias = problem.rpb_dtype if operands.rpb is not None else None
-    plan = row_plan(problem.rank, problem.dtype, bias, dim, 0, key_bytes=width)
+    plan = row_plan(problem.rank, problem.dtype, bias, dim, 0, key_bytes=width).of(problem)
     views = Views(problem.rank)
+    views.mask(operands.key_mask)
     views.vectors(operands.query, operands.key)
     views.additional(operands.additional_keys)
     views.bias(operands.rpb)
     views.vectors(logits)
     launch(
         program,
-        "naive/qk",
-        plan.source(kHiddenIsZero=hidden_is_zero),
+        _products_kernel(plan, hidden_is_zero),
         record_of(problem, plan, keys=False, head_dim=dim, scale=scale),
         views,
         grid_of(problem, plan, keys=False),
@@ -212,20 +270,21 @@ def _sum_keys(
     weights: Any,
     value: Any,
     additional_values: Any,
+    key_mask: Any,
     output: Any,
     dim: int,
     scale: float,
 ) -> None:
     """Fill `output` with every query's sum of the values of its window, under its `weights`."""
-    plan = value_plan(problem, dim, value, additional_values, output)
+    plan = value_plan(problem, dim, value, additional_values, output).of(problem)
     views = Views(problem.rank)
+    views.mask(key_mask)
     views.vectors(weights, value)
     views.additional(additional_values)
     views.vectors(output)
     launch(
         program,
-        "naive/av",
-        plan.source(),
+        plan.kernel("naive/av"),
         record_of(problem, plan, keys=False, value_dim=dim, scale=scale),
         views,
         grid_of(problem, plan, keys=False, slices=plan.value_slices(dim)),
@@ -237,6 +296,7 @@ def _sum_queries(
     problem: Problem,
     weights: Any,
     vectors: Any,
+    key_mask: Any,
     output: Any,
     dim: int,
     scale: float,
@@ -245,13 +305,13 @@ def _sum_queries(
 
     The weights are those that the queries give to the key.
     """
-    plan = value_plan(problem, dim, vectors, output)
+    plan = value_plan(problem, dim, vectors, output).of(problem)
     views = Views(problem.rank)
+    views.mask(key_mask)
     views.vectors(weights, vectors, output)
     launch(
         program,
-        "naive/inverse",
-        plan.source(),
+        plan.kernel("naive/inverse"),
         record_of(problem, plan, keys=True, value_dim=dim, scale=scale),
         views,
         grid_of(problem, plan, keys=True, slices=plan.value_slices(dim)),

@@ -10,12 +10,13 @@ from cuneigh._problem import Problem
 FLOPS_PER_MS = {
     "forward": 11e9,
     "backward": 8e9,
+    "jvp": 9e9,
     "qk": 7.7e9,
     "qk_backward": 9e9,
     "av": 12e9,
     "av_backward": 7.5e9,
 }
-"""Useful operations in half precision (bench/NOTES.md)."""
+"""Useful operations in half precision (bench/NOTES.md); that of jvp is a guess from the others."""
 
 DTYPE_SHARE = {"float32": 0.72, "float64": 0.25}
 """The share of that rate that other dtypes reach."""

@@ -2,25 +2,29 @@
 
 `compute` is what everything else builds on. ``jax.jit`` makes one custom call of it, which has the
 whole `CustomCall` as an attribute, so that a compiled program means the same in another process.
-``jax.grad`` makes of it the gradient of its operation, and ``jax.vmap`` one larger operation.
+``jax.vmap`` makes of it one larger operation, and derivatives what `derivatives` says.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import partial
+from itertools import compress
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax._src import dispatch
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cuneigh._call import of_nothing
 from cuneigh._frameworks.contract import numpy_dtype
 from cuneigh._frameworks.jax.partition import Cuttable, partitioned
-from cuneigh._problem import ARRAYS, Problem
+from cuneigh._problem import ARRAYS, Problem, of_what
 from cuneigh._window import Axis
 
 TARGET = "cuneigh"
@@ -36,6 +40,8 @@ class CustomCall:
     arguments: tuple[str, ...]
     results: tuple[str, ...]
     """Those that are wanted, in the order of `ARRAYS`."""
+    hidden_is_zero: bool = False
+    """Whether hidden slots of the logits hold 0, so that a call is linear in its query."""
 
     def encoded(self) -> str:
         """The call as text, which JAX keeps in an exported program.
@@ -43,9 +49,12 @@ class CustomCall:
         Sizes that are symbols there are strings. What is written here must always stay readable:
         new fields of a `Problem` need a default.
         """
+        assert not self.hidden_is_zero, "XLA does that itself"
+        told = _fields(self)
+        del told["hidden_is_zero"]
         problem = _fields(self.problem)
         problem["axes"] = [_fields(axis) for axis in self.problem.axes]
-        return json.dumps({**_fields(self), "problem": problem}, default=str)
+        return json.dumps({**told, "problem": problem}, default=str)
 
     @staticmethod
     def decoded(text: bytes | str, shapes: Sequence[tuple[int, ...]] = ()) -> CustomCall | None:
@@ -75,7 +84,7 @@ SIZES = ("batch", "heads", "kv_heads", "head_dim", "value_dim", "additional")
 def _sizes(problem: dict[str, Any]) -> list[Any]:
     """The fields of a problem that may be symbols."""
     return [problem[name] for name in SIZES] + [
-        size for axis in problem["axes"] for size in axis.values()
+        size for axis in problem["axes"] for name, size in axis.items() if name != "border"
     ]
 
 
@@ -93,117 +102,145 @@ def _measure(problem: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     for axis, length, key_length in lengths:
         # The window is a symbol only where it is all keys.
         of_axis = {"length": length, "key_length": key_length, "kernel_size": max(key_length, 1)}
-        of_axis["layout"] = key_length  # where it is a symbol, the whole layout is given
+        if isinstance(axis["layout"], str) and axis["layout"] != axis["key_length"]:
+            raise ValueError(f"cuneigh: layout={axis['layout']} is not known; pass a number")
+        of_axis["layout"] = key_length
         axis |= {name: size for name, size in of_axis.items() if isinstance(axis[name], str)}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def compute(call: CustomCall, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The results of `call` for its arguments."""
-    results: tuple[jax.Array, ...] = _batchable(call)(*arrays)
-    return results
+    # Those that vary along an axis of a mesh, and those that do not, go into one call.
+    return tuple(primitive.bind(*spread(arrays, spread_over(arrays)), call=call))
 
-
-def _compute_forward(call: CustomCall, *arrays: jax.Array) -> tuple[Any, Any]:
-    operation = call.problem.operation
-    if ARRAYS[operation].gradient is None:
-        raise NotImplementedError(
-            "cuneigh: second derivatives of neighborhood attention are not supported"
-        )
-    # Through `compute`, so that a second derivative raises the error above and no other.
-    results = compute(replace(call, results=ARRAYS[operation].results), *arrays)
-    kept = results if operation == "forward" else ()
-    return results[: len(call.results)], (arrays, kept)
-
-
-def _compute_backward(call: CustomCall, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    arrays, kept = residuals
-    operation, gradient = call.problem.operation, call.problem.gradient
-    given = dict(zip(call.arguments, arrays, strict=True))
-    given |= zip(ARRAYS[operation].results, kept, strict=False)
-    given |= zip(ARRAYS[operation].incoming, cotangents, strict=False)
-    differentiable = ARRAYS[gradient.operation].results
-    wanted = tuple(name for name in call.arguments if name in differentiable)
-    backward = CustomCall(gradient, call.backend, tuple(given), wanted)
-    gradients = dict(zip(wanted, compute(backward, *given.values()), strict=True))
-    return tuple(
-        gradients[name] if name in gradients else np.zeros(array.shape, jax.dtypes.float0)
-        for name, array in zip(call.arguments, arrays, strict=True)
-    )
-
-
-compute.defvjp(_compute_forward, _compute_backward)
 
 eager = partial(jax.jit, static_argnums=0, inline=True)(compute)
 """`compute` as one compiled program, which JAX finds again faster than it runs one step by step."""
 
+primitive = Primitive("cuneigh")
+"""A call. What JAX makes of it, `derivatives` says, and the rules below."""
+primitive.multiple_results = True
+primitive.def_impl(lambda *arrays, call: eager(call, *arrays))
 
-@lru_cache(maxsize=4096)
-def _batchable(call: CustomCall) -> Any:
-    """The custom call of `call`, which ``jax.vmap`` makes a larger one of the same kind."""
-    problem = call.problem
-    arguments = [numpy_dtype(problem.spec(name).dtype) for name in call.arguments]
-    compute = _launched(call, problem)
-    sizes = [getattr(problem, name) for name in SIZES]
-    is_known = all(size is None or isinstance(size, int) for size in sizes)
-    cuttable = Cuttable(problem, call.arguments, call.results)
-    cut = partitioned(cuttable, partial(_launched, call)) if is_known else compute
 
-    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        for name, array, needed in zip(call.arguments, arrays, arguments, strict=True):
-            if array.dtype != needed:
-                raise TypeError(
-                    f"cuneigh: {name} has dtype {needed}, of which JAX makes {array.dtype} unless "
-                    f"jax_enable_x64 is set"
-                )
-        # Within jax.shard_map, arrays are those of one device already.
-        axes = spread_over(arrays)
-        return spread((compute if axes else cut)(*arrays), axes)
+def _types(*arrays: Any, call: CustomCall) -> list[Any]:
+    """The types of the results, which vary along the axes of a mesh as the arguments do."""
+    axes = spread_over(arrays)
+    types = []
+    for spec in map(call.problem.spec, call.results):
+        kind = jax.core.ShapedArray(spec.shape, numpy_dtype(spec.dtype))
+        if axes:
+            like = arrays[0]
+            sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(spec.shape)))
+            manual = "manual_axis_type" if hasattr(like, "manual_axis_type") else "vma"
+            kind = kind.update(sharding=sharding, **{manual: getattr(like, manual)})
+        types.append(kind)
+    return types
 
-    def run_many(size: int, batched: Any, *arrays: jax.Array) -> Any:
-        into = _folded_axis(call, batched)
-        own_mask = "key_mask" in call.arguments and batched[call.arguments.index("key_mask")]
-        if into == "heads" and own_mask:  # which heads share
-            each = [
-                run(*(a[i] if own else a for a, own in zip(arrays, batched, strict=True)))
-                for i in range(size)
-            ]
-            stacked = tuple(jnp.stack(made) for made in zip(*each, strict=True))
-            return stacked, (True,) * len(stacked)
-        folded = [
-            _fold(array, _axis(name, into), size, is_batched, into)
-            for name, array, is_batched in zip(call.arguments, arrays, batched, strict=True)
+
+primitive.def_abstract_eval(_types)
+
+
+def _launched(*arrays: jax.Array, call: CustomCall) -> list[jax.Array]:
+    """The custom call that XLA compiles, with what the operation takes of the arguments."""
+    taken = [name in ARRAYS[call.problem.operation].arguments for name in call.arguments]
+    arrays, call = (
+        tuple(compress(arrays, taken)),
+        replace(call, arguments=tuple(compress(call.arguments, taken))),
+    )
+    for name, array in zip(call.arguments, arrays, strict=True):
+        needed = numpy_dtype(call.problem.spec(name).dtype)
+        if array.dtype != needed:
+            raise TypeError(
+                f"cuneigh: {name} has dtype {needed}, of which JAX makes {array.dtype} "
+                f"unless jax_enable_x64 is set"
+            )
+    results = [
+        jax.ShapeDtypeStruct(spec.shape, numpy_dtype(spec.dtype))
+        for spec in map(call.problem.spec, call.results)
+    ]
+    if call.problem.is_empty:
+        return _of_nothing(call, results)
+    text = replace(call, hidden_is_zero=False).encoded()
+    made: list[jax.Array] = jax.ffi.ffi_call(TARGET, results)(*arrays, call=text)
+    if call.hidden_is_zero:
+        made = [jnp.where(array == -jnp.inf, 0, array) for array in made]
+    return made
+
+
+def _cut(*arrays: jax.Array, call: CustomCall) -> list[jax.Array]:
+    """`_launched`, which XLA cuts over the devices of a mesh."""
+    sizes = [getattr(call.problem, name) for name in SIZES]
+    if not all(size is None or isinstance(size, int) for size in sizes):
+        return _launched(*arrays, call=call)
+    cuttable = Cuttable(call.problem, call.arguments, call.results)
+
+    def launch(problem: Problem) -> Any:
+        return partial(_launched, call=replace(call, problem=problem))
+
+    return list(partitioned(cuttable, launch)(*arrays))
+
+
+def _lowered(context: Any, *arrays: Any, call: CustomCall) -> Any:
+    # Within jax.shard_map arrays are those of one device already.
+    manual = getattr(context.module_context.axis_context, "manual_axes", None)
+    function = _launched if manual else _cut
+    return mlir.lower_fun(function, multiple_results=True)(context, *arrays, call=call)
+
+
+mlir.register_lowering(primitive, _lowered)
+# As what it is lowered to, custom_partitioning, which asks for them.
+dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def _mapped(arrays: Sequence[Any], axes: Sequence[Any], *, call: CustomCall) -> Any:
+    """The rule for ``jax.vmap``: many calls are one with a larger batch, or more heads."""
+    batched = [isinstance(axis, int) for axis in axes]
+    pairs = list(zip(arrays, axes, batched, strict=True))
+    (size, *_) = (array.shape[axis] for array, axis, is_batched in pairs if is_batched)
+    into = _folded_axis(call, batched)
+    if into == "heads" and dict(zip(call.arguments, batched, strict=True)).get("key_mask"):
+        # Heads share a mask, so that it is one call after another.
+        each = [
+            compute(call, *(jnp.take(a, i, axis) if own else a for a, axis, own in pairs))
+            for i in range(size)
         ]
-        made = _batchable(_enlarged(call, into, size))(*folded)
-        unfolded = tuple(
-            _unfold(array, _axis(name, into), size, call.problem.spec(name).shape, into)
-            for name, array in zip(call.results, made, strict=True)
+        stacked = [jnp.stack(made) for made in zip(*each, strict=True)]
+        return stacked, [0] * len(stacked)
+    folded = [
+        _fold(
+            jnp.moveaxis(array, axis, 0) if is_batched else array,
+            _axis(name, into),
+            size,
+            is_batched,
+            into,
         )
-        return unfolded, (True,) * len(unfolded)
+        for name, (array, axis, is_batched) in zip(call.arguments, pairs, strict=True)
+    ]
+    made = compute(_enlarged(call, into, size), *folded)
+    unfolded = [
+        _unfold(array, _axis(name, into), size, call.problem.spec(name).shape, into)
+        for name, array in zip(call.results, made, strict=True)
+    ]
+    return unfolded, [0] * len(unfolded)
 
-    batchable = jax.custom_batching.custom_vmap(run)
-    batchable.def_vmap(run_many)
-    return batchable
+
+batching.primitive_batchers[primitive] = _mapped
 
 
-def _launched(call: CustomCall, problem: Problem) -> Callable[..., Sequence[jax.Array]]:
-    """The function of arrays by which XLA computes `problem` in the place of that of `call`."""
-    call = replace(call, problem=problem)
-    specs = [problem.spec(name) for name in call.results]
-    results = [jax.ShapeDtypeStruct(spec.shape, numpy_dtype(spec.dtype)) for spec in specs]
-    if problem.is_empty:  # as for a map over nothing
-        return lambda *arrays: [
-            jnp.full(result.shape, of_nothing(name), result.dtype)
-            for name, result in zip(call.results, results, strict=True)
-        ]
-    return partial(jax.ffi.ffi_call(TARGET, results), call=call.encoded())
+def _of_nothing(call: CustomCall, results: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """The results of a map over nothing: those of no keys at all."""
+    return [
+        jnp.full(result.shape, of_nothing(name), result.dtype)
+        for name, result in zip(call.results, results, strict=True)
+    ]
 
 
 def spread_over(arrays: Iterable[jax.Array]) -> frozenset[str]:
     """The mesh axes of ``jax.shard_map`` along which some of `arrays` vary."""
     axes: frozenset[str] = frozenset()
     for array in arrays:
-        kind = jax.typeof(array)
+        kind = array if isinstance(array, jax.core.ShapedArray) else jax.typeof(array)
         manual = getattr(kind, "manual_axis_type", None)
         axes |= kind.vma if manual is None else manual.varying  # JAX before and after 0.10
     return axes
@@ -230,7 +267,8 @@ def _folded_axis(call: CustomCall, batched: Any) -> Fold:
     """
     if "rpb" not in call.arguments:
         return "batch"
-    own_bias = batched[call.arguments.index("rpb")] or "rpb" in call.results
+    named = dict(zip(call.arguments, batched, strict=True))
+    own_bias = named["rpb"] or named.get("tangent_rpb") or "rpb" in call.results
     return "heads" if own_bias else "batch"
 
 
@@ -247,13 +285,13 @@ def _enlarged(call: CustomCall, into: Fold, size: int) -> CustomCall:
 
 def _axis(name: str, into: Fold) -> int | None:
     """The position, in an array without the mapped axis, of the axis that takes it up."""
-    if name == "rpb":
+    if of_what(name) == "rpb":
         return 0 if into == "heads" else None
     if into == "batch":
         return 0
     if name == "key_mask":  # it is that of all heads
         return None
-    return -1 if name in ("lse", "grad_lse") else -2
+    return -1 if of_what(name) == "lse" else -2
 
 
 def _fold(array: jax.Array, axis: int | None, size: int, is_batched: bool, into: Fold) -> jax.Array:
@@ -280,6 +318,5 @@ def _unfold(
 ) -> jax.Array:
     """The opposite of `_fold`, with the shape of one of the mapped arrays."""
     assert axis is not None, "a bias that stays as it is has no gradient among the results"
-    axis %= array.ndim
-    at = axis + (into == "batch")
+    at = axis % array.ndim + (into == "batch")
     return jnp.moveaxis(array.reshape(*of_one[:at], size, *of_one[at:]), at, 0)

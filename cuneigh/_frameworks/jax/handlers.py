@@ -18,6 +18,7 @@ from cuneigh._frameworks.contract import numpy_dtype
 from cuneigh._frameworks.jax import arithmetic, xla
 from cuneigh._frameworks.jax.calls import TARGET, CustomCall
 from cuneigh._gpu.arrays import contiguous
+from cuneigh._gpu.records import start_words
 from cuneigh._problem import ARRAYS, Spec, size_of
 
 
@@ -99,10 +100,11 @@ def serve_cuda(asked: xla.Call) -> None:
     )
     # XLA may have a call write a slice of a larger array.
     off = tuple(address % 16 for address in asked.results)
+    problem = call.problem.anywhere
     with _device.current(index):
         program = program_for(
             known_backends(),
-            call.problem,
+            problem,
             index,
             call.backend,
             call.arguments,
@@ -113,10 +115,11 @@ def serve_cuda(asked: xla.Call) -> None:
         if not program.is_loaded:
             program.compile()
             if "lse" in call.results:  # as where the call is differentiated
-                arguments = call.problem, index, call.backend, call.arguments
+                arguments = problem, index, call.backend, call.arguments
                 compile_gradient(*arguments, layouts)
         workspace = [asked.allocate(size_of(spec)) for spec in program.workspace]
-        program.run([*asked.arguments, *asked.results, *workspace], asked.stream())
+        addresses = [*asked.arguments, *asked.results, *workspace, *start_words(call.problem)]
+        program.run(addresses, asked.stream())
 
 
 def register() -> None:

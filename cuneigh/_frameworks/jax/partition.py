@@ -20,7 +20,7 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cuneigh._problem import Problem
+from cuneigh._problem import Problem, of_what
 
 Function = Callable[..., Sequence[jax.Array]]
 """From the arguments of a call to its results."""
@@ -38,7 +38,7 @@ class Cut(NamedTuple):
 
 def parts(name: str, ndim: int) -> tuple[str | None, ...]:
     """What of a call is cut along each axis of one of its arrays: "batch", "heads" or nothing."""
-    name = name.removeprefix("grad_")
+    name = of_what(name)
     found: list[str | None] = [None] * ndim
     if name == "rpb":
         found[0] = "heads"
@@ -69,7 +69,7 @@ class Cuttable(NamedTuple):
     def _parts(self, name: str) -> tuple[str | None, ...]:
         """What is cut along each axis of one of the arrays: "batch", "heads" or nothing."""
         of = parts(name, len(self.problem.spec(name).shape))
-        if self.shares_keys and name in OF_KEYS:
+        if self.shares_keys and of_what(name) in OF_KEYS:
             return tuple(None if part == "heads" else part for part in of)
         return of
 
@@ -103,11 +103,12 @@ class Cuttable(NamedTuple):
         """The axes of the mesh along which each device has but a term of a result."""
         if name == "rpb":
             return cut.batch
-        return cut.heads if self.shares_keys and name in OF_KEYS else ()
+        return cut.heads if self.shares_keys and of_what(name) in OF_KEYS else ()
 
     def rule(self) -> SdyShardingRule:
         """What Shardy is told: which axes of arguments and results are the same, and cut alike."""
         group, mappings = self.problem.group_size, []
+        is_grouped = group > 1 and not self.shares_keys
         whole: list[str] = []
         for names in (self.arguments, self.results):
             of_side = []
@@ -117,13 +118,13 @@ class Cuttable(NamedTuple):
                     if part is None:
                         whole.append(f"whole{len(whole)}")
                         factors.append(whole[-1])
-                    elif part == "batch" or group == 1 or self.shares_keys or name in OF_KEYS:
-                        factors.append(part)
-                    else:
+                    elif part == "heads" and is_grouped and of_what(name) not in OF_KEYS:
                         factors.append(CompoundFactor(part, "group"))
+                    else:
+                        factors.append(part)
                 of_side.append(ArrayMapping(*factors))
             mappings.append(tuple(of_side))
-        sizes = {"group": group} if group > 1 and not self.shares_keys else {}
+        sizes = {"group": group} if is_grouped else {}
         return SdyShardingRule(*mappings, need_replication_factors=tuple(whole), **sizes)
 
 

@@ -4,12 +4,15 @@ It is imported when the first tensor is an argument of a call, which may be whil
 traces it.
 """
 
+import sys
 from numbers import Real
 
 import torch
 
 from cuneigh._call import OPAQUE
+from cuneigh._frameworks.torch import autograd
 from cuneigh._frameworks.torch.adapter import ADAPTER
+from cuneigh._frameworks.watch import when_imported
 from cuneigh._validate import Symbol
 
 __all__ = ["ADAPTER"]
@@ -18,6 +21,19 @@ __all__ = ["ADAPTER"]
 Real.register(torch.SymFloat)
 Symbol.register(torch.SymInt)
 
-# torch.compile calls these with the tensors of its trace, and sees the operators that they call.
-for _function in OPAQUE:
-    torch.compiler.allow_in_graph(_function)
+
+def _tell_tracer() -> None:
+    """torch.compile calls the opaque functions with the tensors of its trace.
+
+    It sees the operators that they call.
+    """
+    for function in OPAQUE:
+        torch.compiler.allow_in_graph(function)
+    autograd.hide_backward()
+
+
+# Its import takes two seconds, which programs that compile nothing do without.
+if "torch._dynamo" in sys.modules:
+    _tell_tracer()
+else:
+    when_imported("torch._dynamo", _tell_tracer)

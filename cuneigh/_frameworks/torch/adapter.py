@@ -10,11 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from cuneigh._call import Call
+from cuneigh._frameworks.derivatives import COMPOSED, composed
 from cuneigh._frameworks.torch import operators
 from cuneigh._frameworks.torch.autograd import differentiable, run
+from cuneigh._frameworks.torch.derivatives import (
+    RECORDING,
+    calculus_of,
+    in_one_pass,
+    is_forward_mode,
+    is_mapped,
+    mapped,
+    split,
+)
 from cuneigh._frameworks.torch.tensors import DEVICES, PLAIN, TensorAdapter
 from cuneigh._problem import ARRAYS
 
@@ -57,17 +66,28 @@ class TorchAdapter(TensorAdapter):
     def watches(self, arrays: Sequence[torch.Tensor]) -> bool:
         return (
             _requires_grad(arrays)
-            or forward_ad._current_level >= 0
+            or is_forward_mode()
             or torch.autograd._profiler_enabled()
             or _is_traced(arrays)
         )
 
     def record(self, call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        is_gradient = ARRAYS[call.problem.operation].gradient is None
-        if is_gradient or forward_ad._current_level >= 0:
-            _refuse_lost_derivatives(call, arrays, is_gradient)
+        if any(map(is_mapped, arrays)):
+            return mapped(lambda *given: call.compute(given), arrays)
+        if is_forward_mode():
+            named = dict(zip(call.arguments, arrays, strict=True))
+            primals, moved = split(named)
+            operation = call.problem.operation
+            calculus = calculus_of(call.name, call.backend, arrays[0].device)
+            if moved and operation in COMPOSED:
+                of = composed(call.problem, named, calculus)
+                return [of.get(name) for name in ARRAYS[operation].results]
+            # Where gradients are asked for, too, they must see the tangents of what is kept.
+            if moved and operation == "forward" and not _requires_grad(arrays):
+                return in_one_pass(call, primals, moved, calculus)
         if not _is_traced(arrays):
-            return (differentiable if _requires_grad(arrays) else run)(call, arrays)
+            recorded = _requires_grad(arrays) or is_forward_mode()
+            return (differentiable if recorded else run)(call, arrays)
         made = operators.call(call, arrays)
         return [
             None if spec is None else array for spec, array in zip(call.results, made, strict=True)
@@ -79,22 +99,6 @@ _NOT_CAST = ("_backward", "merge_attentions")
 
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that autocast converts."""
-
-
-def _refuse_lost_derivatives(call: Call, arrays: Sequence[torch.Tensor], is_gradient: bool) -> None:
-    """Raise for an array that would lose a derivative, which a gradient does in either mode."""
-    for name, array in zip(call.arguments, arrays, strict=True):
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(array).tangent is not None:
-            raise RuntimeError(
-                f"{call.name}: {name} takes part in automatic differentiation in forward mode, "
-                f"which {call.name} does not support; differentiate in reverse mode"
-            )
-        if is_gradient and array.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{call.name}: {name} takes part in automatic differentiation, through which "
-                f"{call.name} cannot pass a second derivative: call it under torch.no_grad() or on "
-                f"{name}.detach()"
-            )
 
 
 def _requires_grad(arrays: Sequence[torch.Tensor]) -> bool:
@@ -119,9 +123,10 @@ def _is_traced(arrays: Sequence[torch.Tensor]) -> bool:
     for array in arrays:
         if type(array) not in PLAIN or array.is_meta:
             return True
-        if torch._C._functorch.is_functorch_wrapped_tensor(array):
+        if torch._C._functorch.is_functorch_wrapped_tensor(array) or is_mapped(array):
             return True
     return False
 
 
 ADAPTER = TorchAdapter()
+RECORDING.append(ADAPTER)

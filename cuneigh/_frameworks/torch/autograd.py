@@ -7,13 +7,21 @@ times as long as a function of `torch.autograd`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import compress
 from typing import Any
 
 import torch
 
 from cuneigh._call import Call
-from cuneigh._frameworks.torch.operators import SECOND
+from cuneigh._frameworks.torch.derivatives import (
+    calculus_of,
+    gradients,
+    is_forward_mode,
+    is_mapped,
+    mapped,
+    tangents,
+)
 from cuneigh._problem import ARRAYS
 
 
@@ -26,10 +34,18 @@ def run(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]
 
 
 def differentiable(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """What `call` computes of the arrays, through which gradients flow back to them."""
+    """What `call` computes of the arrays, through which derivatives flow in either direction."""
     made = _apply(call, *arrays)
     made = iter((made,) if isinstance(made, torch.Tensor) else made)
-    return [None if spec is None else next(made) for spec in call.results]
+    every = [None if spec is None else next(made) for spec in _computed(call).results]
+    return [
+        None if spec is None else array for spec, array in zip(call.results, every, strict=True)
+    ]
+
+
+def _computed(call: Call) -> Call:
+    """`call` with all that its gradient needs among the results, so that PyTorch sees that."""
+    return call.with_lse if call.problem.operation == "forward" else call
 
 
 class Cuneigh(torch.autograd.Function):  # type: ignore[misc]
@@ -37,47 +53,83 @@ class Cuneigh(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, call: Call, *arrays: torch.Tensor) -> Any:
-        made: Sequence[Any]
-        if call.problem.operation == "forward":
-            made = run(call.with_lse, arrays)  # which the gradient needs in any case
-            ctx.save_for_backward(*arrays, *made)
-        else:
-            made = run(call, arrays)
-            ctx.save_for_backward(*arrays)
+        results = [array for array in run(_computed(call), arrays) if array is not None]
+        kept = results if call.problem.operation == "forward" else ()
+        ctx.save_for_backward(*arrays, *kept)
+        if is_forward_mode():
+            ctx.save_for_forward(*arrays, *results)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        wanted = tuple(compress(made, call.results))
-        return wanted[0] if len(wanted) == 1 else wanted
+        return results[0] if len(results) == 1 else tuple(results)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *moved: torch.Tensor | None) -> Any:
+        call: Call = ctx.call
+        tensors, count = ctx.saved_tensors, len(call.arguments)
+        names = list(compress(ARRAYS[call.problem.operation].results, _computed(call).results))
+        made = tangents(
+            call.problem,
+            dict(zip(call.arguments, tensors, strict=False)),
+            dict(zip(names, tensors[count:], strict=True)),
+            dict(zip(call.arguments, moved, strict=True)),
+            calculus_of(call.name, call.backend, tensors[0].device),
+        )
+        turned = tuple(map(made.get, names))
+        return turned[0] if len(turned) == 1 else turned
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        if any(map(is_mapped, gradients)):
+            return tuple(mapped(partial(_backward, ctx), gradients))
         compiled = torch.compiler.is_dynamo_compiling()  # by compiled autograd
         return (_uncompiled if compiled else _backward)(ctx, *gradients)
 
 
 def _backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
     call: Call = ctx.call
-    operation = call.problem.operation
+    arrays = ctx.saved_tensors
     given = tuple([gradient is not None for gradient in gradients])
     if True not in given:
         return (None, *[None] * len(call.arguments))
+    operation = call.problem.operation
     if ARRAYS[operation].gradient is None:
-        raise RuntimeError(f"cuneigh: {operation} {SECOND}")
-    arrays = ctx.saved_tensors
+        return (None, *_second(call, arrays, gradients, ctx.needs_input_grad[1:]))
     if operation == "forward" and not given[0]:  # of lse alone
         gradients, given = (torch.zeros_like(arrays[-2]), *gradients[1:]), (True, True)
+    # Through `compute`, for somebody may differentiate the gradient, or map over it.
     gradient = call.gradient(given)
-    arrays += tuple(compress(gradients, given))
-    # Somebody who wants to differentiate the gradient must get the error above.
-    compute = differentiable if torch.is_grad_enabled() else run
-    made = dict(
-        zip(ARRAYS[gradient.problem.operation].results, compute(gradient, arrays), strict=True)
+    made = gradient.compute((*arrays, *compress(gradients, given)))
+    of = dict(zip(ARRAYS[gradient.problem.operation].results, made, strict=True))
+    return (None, *map(of.get, call.arguments))
+
+
+def _second(
+    call: Call,
+    arrays: Sequence[torch.Tensor],
+    incoming: Sequence[torch.Tensor | None],
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """The gradients of the arguments of a call that is a derivative itself."""
+    results = compress(ARRAYS[call.problem.operation].results, call.results)
+    made = gradients(
+        call.problem,
+        dict(zip(call.arguments, arrays, strict=True)),
+        {},
+        dict(zip(results, incoming, strict=True)),
+        list(compress(call.arguments, needs)),
+        calculus_of(call.name, call.backend, arrays[0].device),
     )
-    return (None, *map(made.get, call.arguments))
+    return [made.get(name) for name in call.arguments]
 
 
-_uncompiled = torch.compiler.disable(_backward)
+_uncompiled = _backward
 """The same where torch.compile would otherwise look into it, and into the backend below."""
+
+
+def hide_backward() -> None:
+    """Have torch.compile, which is there by now, not look into `_uncompiled`."""
+    global _uncompiled
+    _uncompiled = torch.compiler.disable(_backward)
 
 
 # Function.apply itself, without its care for transformations of functorch, of which there are none.

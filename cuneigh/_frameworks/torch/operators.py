@@ -15,12 +15,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cuneigh._call import Call
 from cuneigh._frameworks.arguments import examine
+from cuneigh._frameworks.derivatives import Calculus
+from cuneigh._frameworks.torch.derivatives import calculus_of, gradients, tangents
 from cuneigh._frameworks.torch.tensors import TENSORS
-from cuneigh._problem import ARRAYS, OPTIONAL, Operation, Problem
+from cuneigh._problem import ARRAYS, OPTIONAL, Operation, Problem, of_what
 from cuneigh._validate import Part, Window, problem_of
 from cuneigh._window import BORDERS, Axis
-
-SECOND = "is a gradient already, and second derivatives of neighborhood attention are not supported"
 
 
 class Parameters(NamedTuple):
@@ -76,7 +76,7 @@ def _part_parameters(
 
 def _is_default_scale(problem: Problem) -> bool:
     """Whether the scale follows from head_dim, with which it is to change."""
-    if problem.operation not in ("forward", "backward"):
+    if problem.operation not in ("forward", "backward", "jvp"):
         return False
     if isinstance(problem.scale, torch.SymFloat):  # any other has become a number in the checks
         return True
@@ -96,32 +96,17 @@ def apply(
     return [named.get(name) for name in ARRAYS[operation].results]
 
 
-def add_gradients(
-    operation: Operation,
-    arrays: dict[str, torch.Tensor],
-    gradients: Sequence[torch.Tensor | None],
-) -> None:
-    """Add to `arrays`, what `operation` took and returned, the gradients of its results.
-
-    After that they are the arguments of the gradient of `operation`.
-    """
-    for name, gradient in zip(ARRAYS[operation].incoming, gradients, strict=True):
-        if gradient is not None:
-            arrays[name] = gradient
-    if operation == "forward" and gradients[0] is None:
-        arrays["grad_output"] = torch.zeros_like(arrays["output"])
-
-
 def _given_results(operation: Operation, arrays: dict[str, Any]) -> list[str]:
     """The names of the tensors that the operator of `operation` returns."""
     results = ARRAYS[operation].results
-    if not _is_gradient(operation):
+    if not _is_backward(operation):
         return list(results)
     return [name for name in results if arrays.get(name) is not None]
 
 
-def _is_gradient(operation: Operation) -> bool:
-    return ARRAYS[operation].gradient is None
+def _is_backward(operation: Operation) -> bool:
+    """Whether the results are gradients of arguments, of which some may not be given."""
+    return operation.endswith("backward")
 
 
 def _problem(operation: Operation, arrays: dict[str, Any], parameters: Parameters) -> Problem:
@@ -147,10 +132,10 @@ def _split(operation: Operation, args: Sequence[Any]) -> tuple[dict[str, Any], P
 
 
 def _joined(operation: Operation, results: list[Any]) -> Any:
-    """What the operator of `operation` returns: one tensor, a pair, or a list of gradients."""
-    if operation == "forward":
-        return tuple(results)
-    return results if _is_gradient(operation) else results[0]
+    """What the operator of `operation` returns: one tensor, a tuple, or a list of gradients."""
+    if _is_backward(operation):
+        return results
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def _kernel(operation: Operation) -> Callable[..., Any]:
@@ -183,31 +168,60 @@ def _fake_kernel(operation: Operation) -> Callable[..., Any]:
     return kernel
 
 
-def _derivative(operation: Operation) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """What the operator keeps for its derivative, and its derivative."""
-    gradient = ARRAYS[operation].gradient
-    assert gradient is not None, "only what has a gradient has a derivative"
+def _calculus(
+    operation: Operation, arrays: dict[str, torch.Tensor], parameters: Parameters
+) -> Calculus:
+    """For derivatives of the operator, as those of the public function that has the operation."""
+    suffix = {"forward": "", "jvp": ""}.get(operation, f"_{operation}")
+    rank = len(parameters.kernel_size)
+    name = f"na{rank}d{suffix}" if rank else "attention"
+    return calculus_of(name, parameters.backend, next(iter(arrays.values())).device)
+
+
+Rule = Callable[..., Any]
+
+
+def _derivatives(operation: Operation) -> tuple[Rule, Rule, Rule]:
+    """What the operator keeps for its derivatives, its gradient and its tangent."""
     kept = ARRAYS[operation].results if operation == "forward" else ()
     names = ARRAYS[operation].arguments
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[: len(names)], *(output if kept else ()))
+        made = [output] if isinstance(output, torch.Tensor) else output
+        ctx.save_for_backward(*inputs[: len(names)], *(made if kept else ()))
+        ctx.save_for_forward(*inputs[: len(names)], *made)
         ctx.parameters = Parameters(*inputs[len(names) :])
         ctx.set_materialize_grads(False)
 
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        nothing = (None,) * (len(names) + len(Parameters._fields))
-        if all(array is None for array in gradients):
-            return nothing
-        saved = zip((*names, *kept), ctx.saved_tensors, strict=True)
-        arrays = {name: array for name, array in saved if array is not None}
-        add_gradients(operation, arrays, gradients)
-        of = dict(
-            zip(ARRAYS[gradient].results, apply(gradient, arrays, ctx.parameters), strict=True)
-        )
-        return (*map(of.get, names), *nothing[len(names) :])
+    def saved(ctx: Any) -> tuple[dict[str, Any], dict[str, Any], Problem, Calculus]:
+        tensors = ctx.saved_tensors
+        pairs = zip(names, tensors, strict=False)
+        arrays = {name: array for name, array in pairs if array is not None}
+        pairs = zip(_given_results(operation, arrays), tensors[len(names) :], strict=False)
+        problem = _problem(operation, arrays, ctx.parameters)
+        return arrays, dict(pairs), problem, _calculus(operation, arrays, ctx.parameters)
 
-    return setup, backward
+    def backward(ctx: Any, *incoming: torch.Tensor | Sequence[torch.Tensor | None] | None) -> Any:
+        arrays, results, problem, calculus = saved(ctx)
+        if incoming and isinstance(incoming[0], (list, tuple)):  # of an operator with a list
+            incoming = tuple(incoming[0])
+        given = dict(zip(_given_results(operation, arrays), incoming, strict=True))
+        nothing = (None,) * (len(names) + len(Parameters._fields))
+        if all(array is None for array in given.values()):
+            return nothing
+        pairs = zip(names, ctx.needs_input_grad, strict=False)
+        needed = [name for name, needs in pairs if needs and name in arrays]
+        made = gradients(problem, arrays, results, given, needed, calculus)
+        return (*map(made.get, names), *nothing[len(names) :])
+
+    def tangent(ctx: Any, *moved: torch.Tensor | None) -> Any:
+        arrays, results, problem, calculus = saved(ctx)
+        given = dict(zip(names, moved, strict=False))
+        made = tangents(problem, arrays, results, given, calculus)
+        turned = tuple(made.get(name) for name in _given_results(operation, arrays))
+        return turned[0] if len(turned) == 1 and not _is_backward(operation) else turned
+
+    return setup, backward, tangent
 
 
 Fold = Literal["batch", "heads"]
@@ -224,7 +238,8 @@ def _batched(operation: Operation) -> Callable[..., Any]:
         # The batch takes up the mapped axis without moving anything. But a bias is shared by the
         # whole batch, and its gradient is a sum over the batch: where each call has its own, the
         # heads take up the axis.
-        own_bias = "rpb" in arrays and (dims["rpb"] is not None or _is_gradient(operation))
+        moves = any(dims.get(name) is not None for name in ("rpb", "tangent_rpb"))
+        own_bias = "rpb" in arrays and (moves or _is_backward(operation))
         into: Fold = "heads" if own_bias else "batch"
         if own_bias and dims.get("key_mask") is not None:  # which heads share
             return one_by_one(info.batch_size, arrays, dims, parameters)
@@ -232,10 +247,12 @@ def _batched(operation: Operation) -> Callable[..., Any]:
             name: _fold(array, _axis(name, array, dims[name], into), dims[name], info.batch_size)
             for name, array in arrays.items()
         }
-        made = apply(operation, folded, parameters)
+        made = _calculus(operation, folded, parameters).apply(
+            _problem(operation, folded, parameters), folded
+        )
         results = [
             _unfold(array, _axis(name, array, None, into), info.batch_size)
-            for name, array in zip(ARRAYS[operation].results, made, strict=True)
+            for name, array in made.items()
             if array is not None
         ]
         return _joined(operation, results), _joined(operation, [0] * len(results))
@@ -259,14 +276,14 @@ def _batched(operation: Operation) -> Callable[..., Any]:
 
 def _axis(name: str, array: torch.Tensor, dim: int | None, into: Fold) -> int | None:
     """The axis, in an array without its mapped axis `dim`, that takes up the latter."""
-    if name == "rpb":
+    if of_what(name) == "rpb":
         return 0 if into == "heads" else None
     if into == "batch":
         return 0
     if name == "key_mask":  # it is that of all heads
         return None
     ndim: int = array.ndim - (dim is not None)
-    return ndim - (1 if name in ("lse", "grad_lse") else 2)
+    return ndim - (1 if of_what(name) == "lse" else 2)
 
 
 def _fold(array: torch.Tensor, axis: int | None, dim: int | None, size: int) -> torch.Tensor:
@@ -305,16 +322,9 @@ def _function(operation: Operation) -> Callable[..., Any]:
         results, dims = batched(*args)
         return (tuple(results), tuple(dims)) if isinstance(results, list) else (results, dims)
 
-    if not _is_gradient(operation):
-        setup, backward = _derivative(operation)
-    else:
-
-        def setup(ctx: Any, inputs: Any, output: Any) -> None: ...
-
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            raise RuntimeError(f"cuneigh: {operation} {SECOND}")
-
+    setup, backward, tangent = _derivatives(operation)
     rules = {"forward": forward, "setup_context": setup, "backward": backward, "vmap": vmap}
+    rules["jvp"] = tangent
     name = f"cuneigh_{operation}"
     functions = {rule: staticmethod(function) for rule, function in rules.items()}
     function: Any = type(name, (torch.autograd.Function,), functions)
@@ -330,22 +340,28 @@ def _define(operation: Operation) -> Any:
         *("int[] border", "SymInt[] layout", "SymInt[] query_start", "SymInt[] key_start"),
         *("float? scale", "str? backend"),
     ]
-    returned = {"forward": "(Tensor, Tensor)", "qk": "Tensor", "av": "Tensor"}
     operator = torch.library.custom_op(
         f"cuneigh::{operation}",
         _kernel(operation),
         mutates_args=(),
-        schema=f"({', '.join(arrays + parameters)}) -> {returned.get(operation, 'Tensor[]')}",
+        schema=f"({', '.join(arrays + parameters)}) -> {_RETURNED.get(operation, 'Tensor[]')}",
     )
     operator.register_fake(_fake_kernel(operation))
     operator.register_vmap(_batched(operation))
-    if not _is_gradient(operation):
-        setup, backward = _derivative(operation)
-        operator.register_autograd(backward, setup_context=setup)
+    setup, backward, _ = _derivatives(operation)
+    operator.register_autograd(backward, setup_context=setup)
     packet = getattr(torch.ops.cuneigh, operation)
     register_flop_formula(packet, get_raw=True)(_flops(operation))
     return packet
 
+
+_RETURNED = {
+    "forward": "(Tensor, Tensor)",
+    "jvp": "(Tensor, Tensor, Tensor, Tensor)",
+    "qk": "Tensor",
+    "av": "Tensor",
+}
+"""What operators return; those that are not here return a list, of gradients."""
 
 _OPERATORS = {operation: _define(operation) for operation in ARRAYS}
 _FUNCTIONS = {operation: _function(operation) for operation in ARRAYS}

@@ -42,11 +42,16 @@ LOW = 1 << 40
 """Few tensors have an address below this; those without memory have the offset in their storage."""
 
 
+def _zeros(array: torch.Tensor) -> torch.Tensor:
+    """The zeros that a tensor without memory stands for, as tangents in forward mode may do."""
+    return torch.zeros(array.shape, dtype=array.dtype, device=array.device)
+
+
 def is_freed(array: torch.Tensor) -> bool:
     """Whether the tensor lacks memory, as after ``untyped_storage().resize_(0)``."""
     if torch._C._get_tracing_state() is not None:  # then sizes are tensors
         return False
-    if array.numel() == 0:
+    if array.numel() == 0 or array._is_zerotensor():
         return False
     last = array.storage_offset() + sum(
         (size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True)
@@ -110,6 +115,8 @@ class TensorAdapter(Adapter):
         return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=own)
 
     def borrow(self, array: torch.Tensor) -> npt.NDArray[Any]:
+        if array._is_zerotensor():
+            array = _zeros(array)
         if is_freed(array):
             raise NoMemoryError
         # By its address: `Tensor.numpy` would make it impossible to resize the storage for good.
@@ -127,8 +134,12 @@ class TensorAdapter(Adapter):
             if array.is_neg():  # a pending change of sign, which nobody else can see
                 array = array.resolve_neg()
             address = array.data_ptr()
-            if address < LOW and is_freed(array):
-                raise NoMemoryError
+            if address < LOW:
+                if array._is_zerotensor():
+                    array = _zeros(array)
+                    address = array.data_ptr()
+                elif is_freed(array):
+                    raise NoMemoryError
             addresses.append(address)
             layouts.append((array.stride(), address % 16))
             owners.append(array)

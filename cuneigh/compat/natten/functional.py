@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from cuneigh.compat.natten import _half_types, _whole_types
 from cuneigh.compat.natten._calls import of_any_generation
 from cuneigh.compat.natten._generations import FUNCTIONS
 
@@ -32,17 +33,35 @@ def _named(name: str) -> Callable[..., Any]:
     return of_any_generation(__name__, name, FUNCTIONS[name])
 
 
-na1d, na2d, na3d = map(_named, ("na1d", "na2d", "na3d"))
-neighborhood_attention_generic = _named("neighborhood_attention_generic")
-attention, merge_attentions = _named("attention"), _named("merge_attentions")
+na1d: _whole_types.Neighborhood = _named("na1d")
+na2d: _whole_types.Neighborhood = _named("na2d")
+na3d: _whole_types.Neighborhood = _named("na3d")
+neighborhood_attention_generic: _whole_types.NeighborhoodGeneric = _named(
+    "neighborhood_attention_generic"
+)
+attention: _whole_types.Attention = _named("attention")
+merge_attentions: _whole_types.MergeAttentions = _named("merge_attentions")
 
-na1d_qk, na1d_qk_with_bias, na1d_av = map(_named, ("na1d_qk", "na1d_qk_with_bias", "na1d_av"))
-na2d_qk, na2d_qk_with_bias, na2d_av = map(_named, ("na2d_qk", "na2d_qk_with_bias", "na2d_av"))
-na3d_qk, na3d_qk_with_bias, na3d_av = map(_named, ("na3d_qk", "na3d_qk_with_bias", "na3d_av"))
+na1d_qk: _half_types.Logits = _named("na1d_qk")
+na2d_qk: _half_types.Logits = _named("na2d_qk")
+na3d_qk: _half_types.Logits3D = _named("na3d_qk")
+na1d_av: _half_types.Output = _named("na1d_av")
+na2d_av: _half_types.Output = _named("na2d_av")
+na3d_av: _half_types.Output3D = _named("na3d_av")
 
-natten1dqkrpb, natten1dqk, natten1dav = map(_named, ("natten1dqkrpb", "natten1dqk", "natten1dav"))
-natten2dqkrpb, natten2dqk, natten2dav = map(_named, ("natten2dqkrpb", "natten2dqk", "natten2dav"))
-natten3dqkrpb, natten3dqk, natten3dav = map(_named, ("natten3dqkrpb", "natten3dqk", "natten3dav"))
+na1d_qk_with_bias: _half_types.BiasedLogits = _named("na1d_qk_with_bias")
+na2d_qk_with_bias: _half_types.BiasedLogits = _named("na2d_qk_with_bias")
+na3d_qk_with_bias: _half_types.BiasedLogits3D = _named("na3d_qk_with_bias")
+
+natten1dqkrpb: _half_types.EarlyBiasedLogits = _named("natten1dqkrpb")
+natten2dqkrpb: _half_types.EarlyBiasedLogits = _named("natten2dqkrpb")
+natten3dqkrpb: _half_types.EarlyBiasedLogits3D = _named("natten3dqkrpb")
+natten1dqk: _half_types.EarlyLogits = _named("natten1dqk")
+natten2dqk: _half_types.EarlyLogits = _named("natten2dqk")
+natten3dqk: _half_types.EarlyLogits3D = _named("natten3dqk")
+natten1dav: _half_types.EarlyOutput = _named("natten1dav")
+natten2dav: _half_types.EarlyOutput = _named("natten2dav")
+natten3dav: _half_types.EarlyOutput3D = _named("natten3dav")
 
 
 # The functions of autograd of 0.14, as far as they are called

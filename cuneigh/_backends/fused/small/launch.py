@@ -18,7 +18,7 @@ from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.records import AXIS, axis_record
+from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import Problem
 
@@ -55,7 +55,7 @@ def launch(
         kernel(problem, pass_, plan.form, plan.columns, *flags),
         (boxes * outer * math.ceil(length / plan.batch_heads), 1),
         plan.form.warps * 32,
-        record,
+        with_starts(record),
         views.words,
         shared_bytes=small_plan.shared_bytes(problem, plan, pass_),
     )
@@ -84,7 +84,8 @@ def kernel(
     }
     flags = {"kRowsAreKeys": pass_.rows_are_keys, "kOneStage": one_stage, "kLse": lse}
     name = "fused/small/forward" if pass_ == FORWARD else "fused/small/backward"
-    return _jit.Kernel(name, _jit.plan_source(constants, flags, {"Element": problem.dtype}))
+    source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
+    return _jit.Kernel(name, source, macros=(PARTS,) if has_parts(problem) else ())
 
 
 def kernels(problem: Problem, device: Device, pass_: Pass) -> list[_jit.Kernel]:
@@ -128,7 +129,7 @@ def _record(problem: Problem, plan: SmallPlan, pass_: Pass) -> np.ndarray[Any, A
         1,
         np.dtype(
             [
-                ("axes", AXIS, (rank,)),
+                ("axes", axis_type(has_parts(problem)), (rank,)),
                 *((name, FAST_DIVMOD, (rank,)) for name in divisors),
                 ("boxes", "i4", (rank,)),
                 *((name, "i4") for name in numbers),
@@ -138,7 +139,7 @@ def _record(problem: Problem, plan: SmallPlan, pass_: Pass) -> np.ndarray[Any, A
             align=True,
         ),
     )
-    record["axes"] = [axis_record(axis) for axis in problem.axes]
+    fill_axes(record, problem)
     for name in divisors:
         record[name] = [
             (divisor, small_plan.LARGEST_QUOTIENT // divisor + 1) for divisor in getattr(plan, name)

@@ -28,8 +28,9 @@ from cuneigh._gpu.boxes import (
     powers_of_two,
 )
 from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
-from cuneigh._gpu.passes import DQ, FORWARD, Pass
+from cuneigh._gpu.passes import DQ, FORWARD, JVP, Pass
 from cuneigh._problem import Problem
+from cuneigh._window import Promise
 
 ROWS = 16
 """Rows of a warp: those of one tensor core instruction."""
@@ -208,10 +209,13 @@ def transfers(problem: Problem, pass_: Pass) -> int:
 def takes(problem: Problem, pass_: Pass) -> bool:
     """Whether there is a kernel for this kind of problem."""
     return (
-        problem.dtype in ("float16", "bfloat16")
+        pass_ != JVP
+        and problem.dtype in ("float16", "bfloat16")
         and {problem.head_dim, problem.value_dim} <= {*dims(pass_)}
         and not problem.rpb_dtype
         and not problem.additional
+        and not problem.has_key_mask
+        and Promise.INSIDE in problem.promises
         and SMALLEST_SCALE < problem.scale < 1 / SMALLEST_SCALE
     )
 

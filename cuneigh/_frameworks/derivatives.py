@@ -1,0 +1,239 @@
+"""How the operations are differentiated, whatever the framework: by one another.
+
+The tangent of a forward is a jvp and its gradient a backward, which have kernels of their own. The
+unfused operations are products: of queries and keys, of weights and values, and of weights and
+queries. A derivative of a product is a sum of products, so that they are differentiated by one
+another, to any order. What a backward and a jvp compute, `composed` computes of unfused operations,
+and the framework differentiates that. So derivatives of second order have arrays of the size of the
+logits in memory, in float32 at least.
+
+Arrays go by name, as in `ARRAYS`; what is absent, or None, was not given, is not wanted or is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cuneigh._problem import ARRAYS, DIFFERENTIATED, Operands, Problem, Spec, of_what
+
+Named = Mapping[str, Any]
+
+COMPOSED = ("backward", "jvp")
+"""The operations that a framework differentiates as what `composed` makes of them."""
+
+
+class Apply(Protocol):
+    """The results of an operation, all or those `wanted`, from its arguments.
+
+    There may be more arrays than it takes.
+    """
+
+    def __call__(
+        self, problem: Problem, arrays: Named, wanted: Sequence[str] | None = None
+    ) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Calculus:
+    """What a framework computes derivatives with; it can differentiate all of it."""
+
+    apply: Apply
+    change: Callable[[Problem, Named], Any]
+    """The result of a qk with 0 in hidden slots, as it is where operands are changes of some."""
+    xp: Any
+    """The module with the framework's ``exp`` and ``where``."""
+    cast: Callable[[Any, str], Any]
+    zeros: Callable[[Spec], Any]
+
+    def filled(self, problem: Problem, arrays: Named, names: tuple[str, ...]) -> dict[str, Any]:
+        """Those called `names` that `problem` has, with zeros for the absent ones."""
+        return {
+            name: self.zeros(problem.spec(name)) if arrays.get(name) is None else arrays[name]
+            for name in names
+            if problem.has(name)
+        }
+
+
+def tangents_of(
+    problem: Problem, arrays: Named, results: Named, tangents: Named, calculus: Calculus
+) -> dict[str, Any]:
+    """The tangents of the results of an operation that is not composed, at least one of `tangents`
+    being there."""
+    filled, apply = calculus.filled, calculus.apply
+    operation = problem.operation
+    if operation == "forward":
+        moved = filled(problem, tangents, DIFFERENTIATED)
+        directions = {f"tangent_{name}": array for name, array in moved.items()}
+        given = {**arrays, **results, **directions}
+        made = apply(problem.but("jvp"), given, ("tangent_output", "tangent_lse"))
+        return {name: made[f"tangent_{name}"] for name in ("output", "lse")}
+    if operation == "qk":
+        return {"logits": _logits(problem, arrays, tangents, calculus)}
+    if operation == "av":
+        return {"output": _output(problem, arrays, tangents, calculus)}
+    # Both gradients are linear in what comes in, and in the other arguments together.
+    (incoming,) = (name for name in arrays if name.startswith("grad_"))
+    made = {}
+    if tangents.get(incoming) is not None:
+        made = apply(problem, {**arrays, incoming: tangents[incoming]})
+    return _sums(made, _crossed(problem, arrays, incoming, tangents, calculus))
+
+
+def gradients_of(
+    problem: Problem, arrays: Named, results: Named, incoming: Named, calculus: Calculus
+) -> dict[str, Any]:
+    """The gradients of the arguments of an operation that is not composed.
+
+    `incoming` has those of the results, by their names, at least one of them.
+    """
+    operation = problem.operation
+    if operation == "forward":
+        given = {f"grad_{name}": array for name, array in incoming.items()}
+        given |= calculus.filled(problem, given, ("grad_output",))
+        return calculus.apply(problem.but("backward"), {**arrays, **results, **given})
+    if operation == "qk":
+        (grad_logits,) = incoming.values()
+        return calculus.apply(problem.but("qk_backward"), {**arrays, "grad_logits": grad_logits})
+    if operation == "av":
+        (grad_output,) = incoming.values()
+        return calculus.apply(problem.but("av_backward"), {**arrays, "grad_output": grad_output})
+    (name,) = (name for name in arrays if name.startswith("grad_"))
+    if operation == "qk_backward":
+        back = _logits(problem, arrays, incoming, calculus)
+    else:
+        back = _output(problem, arrays, incoming, calculus)
+    return {name: back, **_crossed(problem, arrays, name, incoming, calculus)}
+
+
+def _logits(problem: Problem, arrays: Named, moved: Named, calculus: Calculus) -> Any:
+    """The change of logits where the operands change by `moved`; 0 in hidden slots."""
+    terms = []
+    rpb = moved.get("rpb")
+    if moved.get("query") is not None or rpb is not None:
+        of_query = problem.but("qk", rpb_dtype=None if rpb is None else problem.rpb_dtype)
+        query = calculus.filled(problem, moved, ("query",))
+        terms.append(calculus.change(of_query, {**arrays, **query, "rpb": rpb}))
+    if moved.get("key") is not None or moved.get("additional_keys") is not None:
+        keys = calculus.filled(problem, moved, ("key", "additional_keys"))
+        of_keys = problem.but("qk", rpb_dtype=None)
+        terms.append(calculus.change(of_keys, {**arrays, **keys, "rpb": None}))
+    return sum(terms[1:], start=terms[0]) if terms else None
+
+
+def _output(problem: Problem, arrays: Named, moved: Named, calculus: Calculus) -> Any:
+    """The change of the sums of values where weights and values change by `moved`."""
+    terms = []
+    if moved.get("weights") is not None:
+        terms.append(calculus.apply(problem.but("av"), {**arrays, "weights": moved["weights"]}))
+    if moved.get("value") is not None or moved.get("additional_values") is not None:
+        values = calculus.filled(problem, moved, ("value", "additional_values"))
+        terms.append(calculus.apply(problem.but("av"), {**arrays, **values}))
+    outputs = [made["output"] for made in terms]
+    return sum(outputs[1:], start=outputs[0]) if outputs else None
+
+
+def _crossed(
+    problem: Problem, arrays: Named, incoming: str, moved: Named, calculus: Calculus
+) -> dict[str, Any]:
+    """A gradient with `moved` in the place of the operands that it multiplies `incoming` with.
+
+    The gradient of each of two factors is a product with the other one. So this is both how the
+    gradients change where the operands do, and the gradient of that.
+    """
+    factors = tuple(name for name in ARRAYS[problem.operation].results if name != "rpb")
+    if all(moved.get(name) is None for name in factors):
+        return {}
+    operands = calculus.filled(problem, moved, factors)
+    kept = {name: arrays.get(name) for name in (incoming, "key_mask")}
+    unbiased = problem.but(problem.operation, rpb_dtype=None)
+    return calculus.apply(unbiased, {**operands, **kept})
+
+
+def _sums(a: Named, b: Named) -> dict[str, Any]:
+    """What is in both added up; the rest as it is."""
+    return {
+        name: one if other is None else other if one is None else one + other
+        for name in {**a, **b}
+        for one, other in ((a.get(name), b.get(name)),)
+    }
+
+
+def composed(problem: Problem, arrays: Named, calculus: Calculus) -> dict[str, Any]:
+    """What a backward or a jvp computes, of unfused operations in float32 at least."""
+    compose = _backward if problem.operation == "backward" else _jvp
+    made = compose(problem, arrays, calculus)
+    return {
+        name: calculus.cast(array, problem.spec(of_what(name)).dtype)
+        for name, array in made.items()
+        if array is not None
+    }
+
+
+def _backward(problem: Problem, arrays: Named, calculus: Calculus) -> dict[str, Any]:
+    """With the output and the lse as they are given, of which the gradients are functions, too."""
+    unfused = _Unfused(problem, arrays, calculus)
+    grad_output = unfused.wide["grad_output"]
+    delta = (grad_output * unfused.wide["output"]).sum(-1)
+    if unfused.wide.get("grad_lse") is not None:
+        delta = delta - unfused.wide["grad_lse"]
+    weights = unfused.weights(arrays["lse"])
+    grad_weights = unfused.products(grad_output)
+    grad_logits = weights * (grad_weights - delta[..., None])
+    made = calculus.apply(
+        unfused.logits.but("qk_backward"), {**unfused.wide, "grad_logits": grad_logits}
+    )
+    of_values = calculus.apply(
+        unfused.sums.but("av_backward"),
+        {**unfused.wide, "weights": weights, "grad_output": grad_output},
+    )
+    return {**made, **{name: of_values[name] for name in of_values if name != "weights"}}
+
+
+def _jvp(problem: Problem, arrays: Named, calculus: Calculus) -> dict[str, Any]:
+    operands = {name: arrays.get(name) for name in Operands._fields}
+    made = calculus.apply(problem.but("forward"), operands)
+    unfused = _Unfused(problem, arrays, calculus)
+    moved = {name: unfused.wide.get(f"tangent_{name}") for name in DIFFERENTIATED}
+    weights = unfused.weights(made["lse"])
+    grown = weights * _logits(unfused.logits, unfused.wide, moved, calculus)
+    tangent_lse = grown.sum(-1)
+    moved["weights"] = grown - weights * tangent_lse[..., None]
+    given = {**unfused.wide, "weights": weights}
+    tangent_output = _output(unfused.sums, given, moved, calculus)
+    return {**made, "tangent_output": tangent_output, "tangent_lse": tangent_lse}
+
+
+class _Unfused:
+    """The unfused operations on the arrays of a fused one, in the precision of its sums."""
+
+    def __init__(self, problem: Problem, arrays: Named, calculus: Calculus) -> None:
+        wide = problem.accumulator
+        bias = None if problem.rpb_dtype is None else wide
+        self.calculus = calculus
+        self.wide: dict[str, Any] = {
+            name: array if array is None or name == "key_mask" else calculus.cast(array, wide)
+            for name, array in arrays.items()
+        }
+        self.logits = problem.but("qk", dtype=wide, value_dim=1, rpb_dtype=bias)
+        self.sums = problem.but("av", dtype=wide, head_dim=1, scale=1.0, rpb_dtype=None)
+
+    def weights(self, lse: Any) -> Any:
+        """The exponentials of the logits less `lse`; all 0 where that is -inf."""
+        xp = self.calculus.xp
+        logits = self.calculus.apply(self.logits, self.wide)["logits"]
+        subtracted = xp.where(lse == -math.inf, math.inf, lse)
+        return xp.exp(logits - subtracted[..., None])
+
+    def products(self, grad_output: Any) -> Any:
+        """Those of `grad_output` and the values; 0 in hidden slots."""
+        problem = self.logits.but("qk", head_dim=self.sums.value_dim, scale=1.0, rpb_dtype=None)
+        given = {
+            "query": grad_output,
+            "key": self.wide["value"],
+            "additional_keys": self.wide.get("additional_values"),
+            "key_mask": self.wide.get("key_mask"),
+        }
+        return self.calculus.change(problem, given)
