@@ -210,7 +210,8 @@ def na2d(
     RuntimeError
         If no backend can run the problem.
     NotImplementedError
-        For a JAX array that is sharded over explicit axes of a mesh.
+        For a JAX array that is sharded over explicit axes of a mesh along anything but its batch
+        and heads.
     BufferError
         If a framework does not lend the memory of an array.
 

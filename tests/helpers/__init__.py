@@ -24,6 +24,7 @@ What is looked at:
 - `imports`: what the modules of a package import;
 - `cubin`: what a compiled kernel says of its parameters.
 
-Programs of their own: `small_shapes` and `lifetimes` for compute-sanitizer, `soak`, `older_nvrtc`
+Programs of their own: `ranks`, which runs the `rank_suites` in several processes, `jax_shards` on
+several devices of JAX, `small_shapes` and `lifetimes` for compute-sanitizer, `soak`, `older_nvrtc`
 and `dinat_client`.
 """
