@@ -83,7 +83,9 @@ def batch_and_heads(kind: AxisType) -> None:
     assert all(one.sharding.is_equivalent_to(cut, 5) for one in (output, *gradients[:3]))
     wanted = jax.jit(both)(*arrays)
     close((gradients, output), wanted)
-    close(call(*given), wanted[1])
+    if kind is AxisType.Explicit:
+        close(call(*given), wanted[1])  # as it is: other programs are compiled
+        return
     mapped = jax.vmap(lambda query, key, value: cuneigh.na2d(query, key, value, 3), (0, 0, None))
     twice = [jnp.stack([one, 2 * one]) for one in arrays[:2]] + arrays[2:3]
     given = placed(mesh, twice, [P(None, *CUT)] * 2 + [CUT])
@@ -116,8 +118,7 @@ def halos(kind: AxisType) -> None:
     for mesh, names, tokens, parameters in (
         (line, ("x",), (12,), {"kernel_size": 5, "stride": 2, "border": "shift"}),
         (line, ("x",), (8,), {"kernel_size": 4, "dilation": 2, "border": "wrap"}),
-        (line, (None, "x"), (3, 8), {"kernel_size": (2, 7), "border": ("shift", "cut")}),
-        (square, ("x", "y"), (4, 6), {"kernel_size": 3, "border": ("cut", "wrap")}),
+        (square, ("x", "y"), (4, 6), {"kernel_size": (3, 5), "border": ("cut", "shift")}),
     ):
         rank, spec = len(names), P(None, *names)
         arrays = [*arrays_of(2, 1, *tokens), jnp.asarray(RANDOM((4, *tokens)) > -0.5)]
