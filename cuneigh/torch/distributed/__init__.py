@@ -110,6 +110,8 @@ def na2d(
 
     Notes
     -----
+    Derivatives are of first order and in reverse mode.
+
     With DTensor, a dimension of the query may be sharded if it is the batch, tokens or heads. Keys
     and values are sharded alike or replicated; additional keys, rpb and the mask may be replicated.
     Replicated arguments get gradients with ``Partial`` placements. Nothing is gathered: other

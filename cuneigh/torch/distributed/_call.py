@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from cuneigh._backends import unknown
@@ -40,7 +41,7 @@ def attend(parameters: tuple[Any, ...], sharding: str, *arrays: Any) -> list[Any
     grid = grid_of(sharding)
     try:
         task, given, return_lse = _checked(parameters, grid, arrays)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         if grid.group and not torch.compiler.is_compiling():
             agreement_of(group_of(grid.group)).refuse(error)
         raise
@@ -55,6 +56,7 @@ def _checked(parameters: tuple[Any, ...], grid: Grid, arrays: Any) -> tuple[Task
     named = zip(ARRAYS["forward"].arguments, arrays, strict=True)
     needed = {n: array for n, array in named if array is not None or n not in OPTIONAL}
     adapter, _ = examine(name, needed, adapter_of)
+    _refuse_tangents(name, needed)
     given = adapter.converted(name, needed)
     specs = {n: adapter.spec(array) for n, array in given.items()}
     window = window_arguments(name, rank, kernel_size, stride, dilation, is_causal)
@@ -76,6 +78,18 @@ def _checked(parameters: tuple[Any, ...], grid: Grid, arrays: Any) -> tuple[Task
         sizes,
     )
     return task, [given.get(n) for n in ARRAYS["forward"].arguments], return_lse
+
+
+def _refuse_tangents(name: str, arrays: Mapping[str, Any]) -> None:
+    """Raise for an array that would lose a derivative."""
+    if forward_ad._current_level < 0:
+        return
+    for argument, array in arrays.items():
+        if forward_ad.unpack_dual(array).tangent is not None:
+            raise RuntimeError(
+                f"{name}: {argument} takes part in automatic differentiation in forward mode, "
+                f"which calls on shards do not support; differentiate in reverse mode"
+            )
 
 
 def _sizes(

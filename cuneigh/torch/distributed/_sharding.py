@@ -51,6 +51,14 @@ class Sharding:
         layout: Sequence[int] | None = None,
         sizes: Sequence[Sequence[int] | None] | None = None,
     ) -> None:
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"Sharding: mesh={mesh!r} is {type(mesh).__name__}, not a DeviceMesh")
+        for name, given in (("mesh_axes", mesh_axes), ("layout", layout), ("sizes", sizes)):
+            if given is not None and not isinstance(given, (tuple, list)):
+                raise TypeError(
+                    f"Sharding: {name}={given!r} is {type(given).__name__}; a tuple with an entry "
+                    f"for each token axis is needed"
+                )
         self.mesh = mesh
         self.mesh_axes = tuple(_numbers(mesh, axis, named) for axis, named in enumerate(mesh_axes))
         used = [number for numbers in self.mesh_axes for number in numbers]
