@@ -7,6 +7,11 @@ on a CPU. Everything is checked against float64 first. A time is the median over
 each of which every contender is called twice and the second call is timed; all use the same number
 of threads. How busy other processes kept the machine meanwhile is measured and printed.
 
+Then cuneigh against itself: the tiniest windows and heads against their neighbors, half precision
+against float32, small windows in three dimensions; the rate of its products against that of one
+`numpy.matmul`; and the demo's denoising of 2048 x 2048 pixels against scikit-image. `--only`
+chooses among these parts.
+
     python bench/cpu.py --output bench/results/cpu.json
 """
 
@@ -22,15 +27,22 @@ import platform
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 import cuneigh
+from cuneigh._backends.cpu.blas import one_thread
+from cuneigh._backends.cpu.threads import thread_count
+from cuneigh._backends.cpu.tiles import boxes
 from cuneigh._device import CPU
+from cuneigh._problem import Spec
+from cuneigh._validate import attention_problem, window_arguments
+from cuneigh.cli import demo
 
 ROOT = Path(__file__).resolve().parent
 FLEX_BLOCKS = (16, 32, 64, 128)
@@ -41,10 +53,13 @@ class Case(NamedTuple):
     kernel_size: int
     heads: int
     dim: int
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         tokens = "x".join(map(str, self.tokens))
-        return f"{len(self.tokens)}-D {tokens}, k={self.kernel_size}, {self.heads} x {self.dim}"
+        dtype = "" if self.dtype == "float32" else f", {self.dtype}"
+        k, heads = self.kernel_size, f"{self.heads} x {self.dim}"
+        return f"{len(self.tokens)}-D {tokens}, k={k}, {heads}{dtype}"
 
 
 CASES = (Case((56, 56), 7, 4, 32), Case((4096,), 129, 4, 64))
@@ -53,6 +68,21 @@ GROWTH = (
     (Case((4096,), 129, 4, 64), Case((16384,), 129, 4, 64), Case((65536,), 129, 4, 64)),
 )
 LARGEST = Case((65536,), 129, 4, 64)
+HALVES = tuple(
+    tuple(Case(*case[:4], dtype) for dtype in ("float32", "float16", "bfloat16"))
+    for case in (*CASES, Case((16, 28, 28), 3, 4, 32))
+)
+NEIGHBORS = (
+    tuple(Case((4096,), k, 4, 64) for k in (1, 2)),
+    tuple(Case((56, 56), k, 4, 32) for k in (1, 2)),
+    tuple(Case((16, 28, 28), k, 4, 32) for k in (1, 2, 3, 5)),
+    tuple(Case((56, 56), 7, 128, dim) for dim in (1, 8)),
+)
+"""The first of each shall take no longer than the second."""
+
+PRODUCT = 128, 256, 64
+PHOTOGRAPH = 2048
+PARTS = ("memory", "growth", "comparison", "neighbors", "halves", "rate", "photograph")
 
 
 def main() -> None:
@@ -60,34 +90,47 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     arguments = parser.parse_args()
     os.environ["CUNEIGH_NUM_THREADS"] = str(arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
 
     document: dict[str, Any] = provenance(arguments.threads)
     print(", ".join(f"{name} {value}" for name, value in document.items()), flush=True)
-    # Memory is measured in a process of its own, before PyTorch fills this one.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        document["memory"] = pool.submit(memory, LARGEST).result()
-    document["growth"] = [growth(cases, max(arguments.rounds // 3, 3)) for cases in GROWTH]
-    document["comparison"] = [compare(case, arguments) for case in CASES]
-    for entry in document["comparison"]:
-        print_comparison(entry)
-    for entry in document["growth"]:
-        for name, times in entry["ms"].items():
-            steps = ", ".join(f"{b / a:.2f}" for a, b in itertools.pairwise(times))
-            print(f"{entry['cases']}, {name}: {times} ms, growing by {steps} from N to 4N")
-    for name, extra in document["memory"].items():
-        print(f"{LARGEST}, {name}: {extra} MiB beyond the results")
+    rounds, few = arguments.rounds, max(arguments.rounds // 3, 3)
+    # Memory is measured in processes of their own, before PyTorch fills this one.
+    measures: dict[str, Callable[[], Any]] = {
+        "memory": lambda: elsewhere(memory, LARGEST),
+        "growth": lambda: [growth(cases, few) for cases in GROWTH],
+        "comparison": lambda: [compare(case, arguments) for case in CASES],
+        "neighbors": lambda: [side_by_side(cases, few) for cases in NEIGHBORS],
+        "halves": lambda: [side_by_side(cases, rounds, ["forward"]) for cases in HALVES],
+        "rate": lambda: rate(CASES[1], rounds),
+        "photograph": lambda: elsewhere(photograph, PHOTOGRAPH),
+    }
+    for part in arguments.only:
+        document[part] = measures[part]()
+        PRINT[part](document[part])
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def elsewhere(function: Callable[[Any], Any], argument: Any) -> Any:
+    """``function(argument)`` in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, argument).result()
 
 
 def arrays(case: Case) -> list[np.ndarray]:
     """Query, key, value and a gradient of the output."""
     rng = np.random.default_rng(0)
     shape = (1, *case.tokens, case.heads, case.dim)
-    return [rng.standard_normal(shape, dtype=np.float32) for _ in range(4)]
+    drawn = [rng.standard_normal(shape, dtype=np.float32) for _ in range(4)]
+    return [array.astype(numpy_dtype(case.dtype)) for array in drawn]
+
+
+def numpy_dtype(name: str) -> Any:
+    return ml_dtypes.bfloat16 if name == "bfloat16" else name
 
 
 def calls(case: Case) -> dict[str, Callable[[], list[np.ndarray]]]:
@@ -143,12 +186,73 @@ def cpu_seconds() -> tuple[float, float]:
 
 def growth(cases: tuple[Case, ...], rounds: int) -> dict[str, Any]:
     """Times of one problem at N, 4N and 16N."""
-    result: dict[str, Any] = {"cases": " -> ".join(map(str, cases)), "ms": {}}
-    for name in ("forward", "forward and backward"):
+    times = side_by_side(cases, rounds)
+    ms = {name: list(each.values()) for name, each in times["ms"].items()}
+    return {"cases": " -> ".join(map(str, cases)), "ms": ms, "others": times["others"]}
+
+
+def side_by_side(
+    cases: tuple[Case, ...], rounds: int, names: Sequence[str] = ("forward", "forward and backward")
+) -> dict[str, Any]:
+    """Times of cases that take turns."""
+    result: dict[str, Any] = {"ms": {}}
+    for name in names:
         contenders = {str(case): calls(case)[name] for case in cases}
-        times, result["others"] = measure(contenders, rounds)
-        result["ms"][name] = list(times.values())
+        result["ms"][name], result["others"] = measure(contenders, rounds)
     return result
+
+
+def rate(case: Case, rounds: int) -> dict[str, Any]:
+    """GFLOP/s of all pairs that a forward multiplies, hidden ones too, and of `numpy.matmul`.
+
+    The latter on one core, times the number of threads: it does not divide such small products.
+    """
+    rows, columns, terms = PRODUCT
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((64, rows, terms), dtype=np.float32)
+    b = rng.standard_normal((64, terms, columns), dtype=np.float32)
+    out = np.empty((64, rows, columns), np.float32)
+
+    def matmul() -> None:
+        with one_thread():
+            np.matmul(a, b, out=out)
+
+    contenders = {str(case): calls(case)["forward"], "matmul": matmul}
+    times, others = measure(contenders, rounds)
+    spec = Spec((1, *case.tokens, case.heads, case.dim), case.dtype)
+    axes = window_arguments("bench", len(case.tokens), case.kernel_size, 1, 1, False)
+    problem = attention_problem("bench", "forward", spec, spec, spec, axes, None)
+    logits = sum(math.prod(box.lead) * box.tile.logits for box in boxes(problem)[0])
+    flops = {str(case): 4 * case.dim * logits, "matmul": 2 * out.size * terms * thread_count()}
+    rates = {name: round(flops[name] / ms / 1e6, 1) for name, ms in times.items()}
+    return {"gflops": rates, "product": PRODUCT, "others": others}
+
+
+def photograph(side: int) -> dict[str, Any]:
+    """Seconds of the demo's denoising, query and key included, and of scikit-image's."""
+    from skimage.data import chelsea
+
+    rng = np.random.default_rng(0)
+    small = chelsea().astype(np.float32) / 255
+    repeats = (-(-side // small.shape[0]), -(-side // small.shape[1]), 1)
+    image = np.tile(small, repeats)[:side, :side]
+    image += rng.normal(scale=0.1, size=image.shape).astype(np.float32)
+    result: dict[str, Any] = {"side": side}
+    for part, pixels in (("quarter", image[: side // 2, : side // 2]), ("whole", image)):
+        begin = time.perf_counter()
+        tensors = demo.tensors_of(pixels, 5, np)
+        made = time.perf_counter()
+        demo.denoise(tensors, 13, 0.1, "cpu")
+        end = time.perf_counter()
+        result[part] = {"query and key": round(made - begin, 2), "na2d": round(end - made, 2)}
+    tracemalloc.start()
+    output = demo.denoise(tensors, 13, 0.1, "cpu")
+    result["MiB beyond the result"] = round(
+        (tracemalloc.get_traced_memory()[1] - output.nbytes) / 2**20, 1
+    )
+    tracemalloc.stop()
+    theirs = demo.seconds_of_scikit_image(image, 13, 5, 0.1)
+    return {**result, "scikit-image": {mode: round(taken, 2) for mode, taken in theirs.items()}}
 
 
 # The comparison
@@ -269,13 +373,57 @@ def check(name: str, got: list[Any], expected: list[np.ndarray]) -> None:
             raise AssertionError(f"{name} errs {error:.3g} of the largest element")
 
 
-def print_comparison(entry: dict[str, Any]) -> None:
-    print(f"\n{entry['case']} (others used {entry['others']:.0%} of the time computed)")
-    for kind in ("forward", "forward_and_backward"):
-        times = entry[f"{kind}_ms"]
-        for name, ms in times.items():
-            print(f"  {kind:22}{name:30}{ms:9.2f} ms{ms / times['cuneigh']:8.2f}x")
-    print(flush=True)
+def print_comparison(entries: list[dict[str, Any]]) -> None:
+    for entry in entries:
+        print(f"\n{entry['case']} (others used {entry['others']:.0%} of the time computed)")
+        for kind in ("forward", "forward_and_backward"):
+            times = entry[f"{kind}_ms"]
+            for name, ms in times.items():
+                print(f"  {kind:22}{name:30}{ms:9.2f} ms{ms / times['cuneigh']:8.2f}x")
+        print(flush=True)
+
+
+def print_growth(entries: list[dict[str, Any]]) -> None:
+    for entry in entries:
+        for name, times in entry["ms"].items():
+            steps = ", ".join(f"{b / a:.2f}" for a, b in itertools.pairwise(times))
+            print(f"{entry['cases']}, {name}: {times} ms, growing by {steps} from N to 4N")
+
+
+def print_side_by_side(entries: list[dict[str, Any]]) -> None:
+    for entry in entries:
+        for name, times in entry["ms"].items():
+            first = next(iter(times.values()))
+            for case, ms in times.items():
+                print(f"{name:22}{case:46}{ms:9.2f} ms{ms / first:8.2f}x", flush=True)
+
+
+def print_rate(result: dict[str, Any]) -> None:
+    ours, matmul = result["gflops"].values()
+    print(f"{result['gflops']} GFLOP/s, {ours / matmul:.0%} of the rate of {PRODUCT}")
+
+
+def print_photograph(result: dict[str, Any]) -> None:
+    total = sum(result["whole"].values())
+    theirs = result["scikit-image"]
+    times = ", ".join(f"{mode} {taken / total:.2f} times as long" for mode, taken in theirs.items())
+    print(f"{result}; scikit-image {times}")
+
+
+def print_memory(result: dict[str, Any]) -> None:
+    for name, extra in result.items():
+        print(f"{LARGEST}, {name}: {extra} MiB beyond the results")
+
+
+PRINT: dict[str, Callable[[Any], None]] = {
+    "memory": print_memory,
+    "growth": print_growth,
+    "comparison": print_comparison,
+    "neighbors": print_side_by_side,
+    "halves": print_side_by_side,
+    "rate": print_rate,
+    "photograph": print_photograph,
+}
 
 
 # Memory

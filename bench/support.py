@@ -84,15 +84,29 @@ def unfused(backend: Backend) -> str:
     return "yes" if takes(backend, replace(BASE, operation="qk", value_dim=1)) else "no"
 
 
+def beyond_whole_layouts(backend: Backend) -> str:
+    """yes, no, or which of parts, borders and masks a backend takes, forward and backward."""
+    whole = Axis(16, 16, 3, 1, 1, False)
+    kinds = {
+        "parts": replace(BASE, axes=(replace(whole, layout=32),) * 2),
+        "`cut`": replace(BASE, axes=(replace(whole, border="cut"),) * 2),
+        "`wrap`": replace(BASE, axes=(replace(whole, border="wrap"),) * 2),
+        "`key_mask`": replace(BASE, has_key_mask=True),
+    }
+    able = [name for name, problem in kinds.items() if in_both(backend, problem) == "yes"]
+    return "yes" if len(able) == len(kinds) else ", ".join(able) or "no"
+
+
 ROWS: dict[str, Callable[[Backend], str]] = {
     "compute capability": machines,
     "dtypes": dtypes,
     "head dims": head_dims,
     "dilation": dilations,
-    "causal, strides, grouped heads": lambda backend: in_both(
-        backend, replace(BASE, kv_heads=2, axes=(Axis(16, 16, 4, 2, 1, True),) * 2)
+    "causal, strides, grouped heads, additional keys": lambda backend: in_both(
+        backend,
+        replace(BASE, kv_heads=2, additional=2, axes=(Axis(16, 16, 4, 2, 1, True),) * 2),
     ),
-    "additional keys": lambda backend: in_both(backend, replace(BASE, additional=2)),
+    "parts of a layout, borders, key masks": beyond_whole_layouts,
     "relative positional bias (`rpb`)": lambda backend: in_both(
         backend, replace(BASE, rpb_dtype="float32")
     ),

@@ -270,7 +270,7 @@ def _not_masked(problem: Problem, operands: Operands, row: Integers) -> Booleans
     """[batch, queries, slots]: whether the mask lets the key at `row` be seen."""
     if operands.key_mask is None:
         return np.ones((problem.batch, 1, 1), bool)
-    mask = np.asarray(operands.key_mask, bool).reshape(problem.batch, -1)
+    mask = np.asarray(operands.key_mask, bool).reshape(problem.batch, math.prod(problem.key_tokens))
     mask = np.hstack([mask, np.ones((problem.batch, problem.additional or 0), bool)])
     kept: Booleans = mask[:, row]
     return kept
@@ -293,7 +293,7 @@ def _axis_slots(axis: Axis) -> tuple[Integers, Booleans, Integers]:
 def _outer(combine: np.ufunc, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """[X, K] and [Y, J] combined into [X * Y, K * J]."""
     combined: npt.NDArray[Any] = combine(a[:, None, :, None], b[None, :, None, :])
-    return combined.reshape(len(a) * len(b), -1)
+    return combined.reshape(len(a) * len(b), a.shape[1] * b.shape[1])
 
 
 def _heads(problem: Problem) -> Iterator[tuple[int, int, int]]:

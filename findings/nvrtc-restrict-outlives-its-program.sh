@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # NVRTC 13.0.88 and 13.5.37: --restrict, given for one program, holds for every later program of the
-# process. Code that relies on pointers that may be equal is then compiled wrongly.
+# process, so that reads move to a cache that code which writes in place must not use.
 #
 # Versions: nvidia-cuda-nvrtc 13.0.88 and 13.5.37 (Linux x86-64; compiled only, no GPU needed).
 #
 # Behavior. Options of nvrtcCompileProgram belong to one program. After a program was compiled with
 # --restrict, others are compiled as if they had been given it, too, with no option of their own,
-# whether the first program still exists or was destroyed. --restrict=false is an unknown option, so
-# that nothing turns it off. A new process starts without it.
+# whether the first program still exists or was destroyed. --restrict=false is refused (it
+# "does not accept any argument"), so that nothing turns it off. A new process starts without it.
 #
 #   __global__ void f(float* x, float* y) { x[0] = y[0] + 1; x[1] = y[0]; }
 #
@@ -24,8 +24,8 @@
 # Expected: "after" as "before".
 #
 # Why it matters: one library of a process that compiles with --restrict (which is right for its own
-# kernels) changes what all others get, those that write in place first of all. Results are wrong
-# without any message, depend on the order of first calls, and stay wrong once they are in a cache
+# kernels) changes what all others get, those that write in place first of all. What they get depends,
+# without any message, on the order of first calls, and stays so once it is in a cache
 # on disk under a key made of source and options. A library can only pass --restrict itself, always,
 # and write its kernels so that it holds.
 #

@@ -36,6 +36,7 @@ import cuneigh
 from cuneigh._backends import cpu
 from cuneigh._backends.cpu import gradients as gradient_sums
 from cuneigh._backends.cpu import tiles
+from cuneigh._backends.cpu.halves import assign
 from cuneigh._call import perform
 from cuneigh._device import CPU, Device
 from cuneigh._problem import ARRAYS, Operands, Spec
@@ -180,6 +181,8 @@ def test_every_operation_agrees_with_the_oracle(operation, data, rng, layout, na
         ((40, 44), 7, {}),
         ((40, 44), (8, 5), {"dilation": (2, 8), "is_causal": (False, True)}),
         ((9, 12, 14), (3, 5, 4), {"stride": (1, 2, 4)}),
+        ((8, 9, 10), 3, {}),
+        ((70,), 1, {}),
     ],
 )
 def test_problems_of_many_tiles_agree_with_the_oracle(
@@ -214,6 +217,50 @@ def test_the_number_of_threads_changes_no_bit(problem, rng, name, threads):
         expected = run_backend(cpu, problem, given_inputs)
     with cut(name, threads):
         assert_same_bits(run_backend(cpu, problem, given_inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["usual", "many boxes"])
+@pytest.mark.parametrize(("tokens", "kernel_size"), [((90,), 9), ((10, 11), 5), ((5, 6, 6), 3)])
+def test_other_entries_of_a_batch_change_no_bit(tokens, kernel_size, name):
+    def results(*arrays):
+        rank = len(tokens)
+        forward, backward = (getattr(cuneigh, f"na{rank}d{end}") for end in ("", "_backward"))
+        output, lse = forward(*arrays[1:], kernel_size, return_lse=True)
+        gradients = backward(*arrays, output, lse, kernel_size)[:3]
+        return dict(enumerate((output, lse, *gradients)))
+
+    arrays = np.random.default_rng(0).standard_normal((4, 3, *tokens, 2, 8), dtype="float32")
+    with cut(name):
+        together, alone = results(*arrays), results(*arrays[:, 1:2])
+    assert_same_bits({key: array[1:2] for key, array in together.items()}, alone)
+
+
+# The numbers of elements where heads are many and tiny: one of each is in a product.
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+@pytest.mark.parametrize("dims", [(1, 1), (1, 3), (3, 1)])
+def test_tiny_heads_agree_with_the_oracle(dims, operation):
+    problem = attention((12, 13), dims, "float32", 5, operation, heads=24)
+    check_backend(cpu, problem, inputs(problem, np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_widened_exactly(dtype):
+    every = np.arange(1 << 16, dtype="uint16").view(numpy_dtype(dtype)).reshape(256, 256)
+    for numbers in (every, every[np.isfinite(every.astype("float32")).all(1)], every[::-3, 5:].T):
+        out = np.empty(numbers.shape, "float32")
+        assign(out, numbers)
+        expected = numbers.astype("float32")
+        np.testing.assert_array_equal(out, expected)
+        np.testing.assert_array_equal(np.signbit(out), np.signbit(expected))
+
+
+@given(firsts=st.lists(st.tuples(*[st.integers(0, 3)] * 2), min_size=1, max_size=12))
+def test_runs_of_even_steps_hold_every_position_once(firsts):
+    positions = np.cumsum(firsts, 0).T
+    runs = tiles.even_runs(*positions)
+    assert [i for run in runs for i in range(run.start, run.stop)] == list(range(len(firsts)))
+    for run in runs:
+        assert (np.diff(positions[:, run], 2) == 0).all()
 
 
 # What reaches whom
@@ -285,6 +332,24 @@ def test_large_logits(magnitude, dtype, operation):
     check_backend(cpu, problem, drawn._replace(operands=changed))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_boxes_of_large_logits_among_others(threads):
+    problem = attention((400,), (4, 8), "float32", 9)
+    drawn = inputs(problem, np.random.default_rng(0))
+    query, key, value = (array.copy() for array in drawn.operands[:3])
+    for large in (slice(100, 150), slice(250, 300)):
+        query[:, large] *= 100
+    value[:, 130] = np.inf
+    changed = drawn._replace(operands=drawn.operands._replace(query=query, key=key, value=value))
+    with cut("many boxes"):
+        expected = run_backend(cpu, problem, changed)
+    with cut("many boxes", threads):
+        assert_same_bits(run_backend(cpu, problem, changed), expected)
+    finite = drawn._replace(operands=drawn.operands._replace(query=query))
+    with cut("many boxes", threads):
+        check_backend(cpu, problem, finite)
+
+
 @pytest.mark.parametrize("size", [1e-36, 1e36])
 def test_values_near_the_ends_of_the_range(size):
     problem = attention((40,), (4, 8), "float32", 9)
@@ -342,6 +407,30 @@ def test_the_workspace_is_bounded_in_bytes(operation, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak <= 3 << 20
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_the_workspace_for_a_photograph_is_bounded_in_bytes(operation, monkeypatch):
+    """Of the demo's non-local means, in which query and key are much longer than values."""
+    monkeypatch.setenv("CUNEIGH_WORKSPACE_BYTES", "6MiB")
+    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "8")
+    problem = attention((64, 60), (76, 3), "float32", 13, operation, heads=1)
+    query, key, value, grad_output = (
+        np.random.default_rng(0).standard_normal(shape, dtype="float32")
+        for shape in (*(spec.shape for spec in problem.specs[:3]), problem.output.shape)
+    )
+    output, lse = np.empty_like(value), np.empty(problem.lse.shape, "float32")
+    gradients = Operands(*map(np.empty_like, (query, key, value)))
+    tracemalloc.start()
+    if operation == "forward":
+        cpu.forward(problem, Operands(query, key, value), output, lse, np.empty)
+    else:
+        output[...], lse[...] = value, 5.0  # any numbers do
+        given = problem, Operands(query, key, value), grad_output, output, lse
+        cpu.backward(*given, None, gradients, np.empty)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 6 << 20
 
 
 @pytest.mark.parametrize("stride", [0, 8, -4])

@@ -112,6 +112,16 @@ def test_runs_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert picture.shape[1] > 3 * 451
 
 
+def test_compares_with_scikit_image(capsys: pytest.CaptureFixture[str]) -> None:
+    PIL.Image.fromarray(data.chelsea()[:24, :20]).save("small.png")
+    assert cli.main(["demo", "small.png", "--backend=cpu", "--compare"]) == 0
+    facts = facts_of(capsys.readouterr().out)
+    total, exact = (float(facts[word].split()[0]) for word in ("total", "exact"))
+    printed = float(facts["exact"].split(", ")[1].split()[0])
+    assert printed == pytest.approx(exact / total, rel=0.02)
+    assert "fast" in facts
+
+
 @pytest.mark.gpu
 def test_runs_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--backend=cpu"]) == 0

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from cuneigh import _device, _jit
 from cuneigh._backends import choose, fused, hopper
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.plan import WIDTHS, division, form_of, make_plan, passes, ways
+from cuneigh._backends.hopper.choice import make_plan, passes
+from cuneigh._backends.hopper.plan import WIDTHS, division, form_of, ways
 from cuneigh._backends.hopper.tensor_maps import Folding
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ

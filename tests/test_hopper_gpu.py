@@ -22,7 +22,8 @@ import cuneigh
 from cuneigh import _device
 from cuneigh._backends import choose, fused, hopper
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.plan import HopperPlan, make_plan, ways
+from cuneigh._backends.hopper.choice import make_plan
+from cuneigh._backends.hopper.plan import HopperPlan, ways
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._gpu.tensor_map import KEPT
 from cuneigh._problem import Operands, Problem, Spec

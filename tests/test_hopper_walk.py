@@ -15,6 +15,7 @@ from helpers.hopper import ALL_DIMS, H200, plans, supported
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cuneigh._backends.hopper.choice import make_plan
 from cuneigh._backends.hopper.launch import _record, divisor
 from cuneigh._backends.hopper.plan import (
     ROWS,
@@ -23,7 +24,6 @@ from cuneigh._backends.hopper.plan import (
     count_sums,
     division,
     head_sums,
-    make_plan,
     shared_bytes,
     ways,
 )

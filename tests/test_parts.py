@@ -66,7 +66,7 @@ def cut(arguments: dict[str, Any], problem: Problem, queries: Any, keys: Any) ->
     }
 
 
-@settings(max_examples=25)
+@settings(max_examples=max(settings.default.max_examples // 2, 1))
 @given(
     st.data(),
     problems(operations=("backward",), ranks=(1, 2), ordinary=False, **SMALL),

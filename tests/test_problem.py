@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from helpers.brute_force import neighbors, queries
-from helpers.illegal import RULES, Call, call_of, legal_calls
+from helpers.illegal import RULES, Call, call_of, is_cross, legal_calls
 from helpers.strategies import array, empty_problems, generators, numpy_dtype, problems
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from cuneigh._validate import (
     attention_problem,
     dense_problem,
     finite_scale,
+    part_arguments,
     problem_of,
     window_arguments,
 )
@@ -29,7 +30,8 @@ def build(call: Call) -> Problem:
     if call.is_dense:
         operands = (given["query"], given["key"], given["value"])
         scale = finite_scale(name, given["scale"])
-        return dense_problem(name, "forward", *operands, given["is_causal"], scale)
+        mask = given.get("key_mask")
+        return dense_problem(name, "forward", *operands, given["is_causal"], scale, mask)
     rank = int(name[2])
     window = window_arguments(
         name,
@@ -42,13 +44,17 @@ def build(call: Call) -> Problem:
     operation = name[5:] or "forward"
     scale = finite_scale(name, given.get("scale", 1.0))
     specs = {name: spec for name, spec in given.items() if isinstance(spec, Spec)}
-    return problem_of(name, operation, specs, window, scale)
+    of_layout = [given.get(argument, usual) for argument, usual in OF_LAYOUT.items()]
+    part = part_arguments(name, rank, *of_layout)
+    return problem_of(name, operation, specs, window, scale, part)
 
 
-@given(problems())
+OF_LAYOUT = {"border": "shift", "layout": None, "query_start": 0, "key_start": 0}
+
+
+@given(st.booleans().flatmap(lambda each: problems(ordinary=each)))
 def test_a_legal_call_makes_the_problem_it_came_from(problem):
-    is_cross = any(axis.length != axis.key_length for axis in problem.axes)
-    if is_cross and problem.operation == "backward":
+    if is_cross(problem) and problem.operation == "backward":
         return
     assert build(call_of(problem)) == problem
 
@@ -131,12 +137,18 @@ def test_a_dtype_may_have_a_forward_pass_only(monkeypatch):
         problem_of("na1d_backward", "backward", specs, window, None)
 
 
-tiny = problems(most_tokens=16, budget=2_000)
+tiny = st.booleans().flatmap(lambda each: problems(most_tokens=16, budget=2_000, ordinary=each))
+
+
+def count_pairs(problem):
+    """Pairs of every batch entry and head that see each other, those that are masked too."""
+    nothing = Operands()
+    return sum(1 for b, x, _, _ in queries(problem) for _ in neighbors(problem, nothing, b, x))
 
 
 @given(tiny)
 def test_visible_pairs(problem):
-    pairs = sum(1 for _, x, _, _ in queries(problem) for _ in neighbors(problem, x))
+    pairs = count_pairs(problem)
     assert problem.batch * problem.heads * problem.visible_pairs() == pairs
 
 
@@ -153,7 +165,7 @@ def test_flops(problem):
         "av": ["weights value"],
         "av_backward": ["weights value"] * 2,
     }[problem.operation]
-    pairs = sum(1 for _, x, _, _ in queries(problem) for _ in neighbors(problem, x))
+    pairs = count_pairs(problem)
     if problem.operation == "backward":
         # By convention 2.5 forwards, which is the same where head_dim is value_dim.
         assert problem.flops() == 5 * pairs * (problem.head_dim + problem.value_dim)

@@ -23,6 +23,7 @@ import cuneigh
 from cuneigh._problem import Spec
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("cuneigh.torch")  # where the operators are defined
 
 pytestmark = pytest.mark.usefixtures(no_compiled_code.__name__)
 
@@ -142,22 +143,28 @@ def operator_arguments(operation: str, device: str) -> tuple[Any, ...]:
     """What the operator of `operation` takes; arrays for its forward require a gradient."""
     given = everything(device)
     query, key, value, extra_keys, extra_values, rpb = given.values()
-    window = ([3, 2], [1, 1], [1, 2], [False, False], 0.5, None)
+    shape = key.shape[:-2]
+    mask = torch.arange(shape.numel(), device=device).reshape(shape) % 3 > 0
+    cut_and_shifted = [1, 0]
+    window = (
+        *([3, 2], [1, 1], [1, 2], [False, False]),
+        *(cut_and_shifted, list(shape[1:]), [0, 0], [0, 0], 0.5, None),
+    )
     weights = torch.randn(2, 4, 5, 2, 8, dtype=query.dtype, device=device)
     output, lse = (tensor.detach() for tensor in whole(*given.values()))
     detached = [tensor.detach() for tensor in given.values()]
     match operation:
         case "forward":
-            return (*given.values(), *window)
+            return (*given.values(), mask, *window)
         case "backward":
-            return (*detached, output, output, lse, None, *window)
+            return (*detached, mask, output, output, lse, None, *window)
         case "qk":
-            return (query, key, extra_keys, rpb, *window)
+            return (query, key, extra_keys, rpb, mask, *window)
         case "qk_backward":
-            return (detached[0], detached[1], detached[3], None, weights, *window)
+            return (detached[0], detached[1], detached[3], None, mask, weights, *window)
         case "av":
-            return (weights.requires_grad_(), value, extra_values, *window)
-    return (weights, detached[2], detached[4], output, *window)
+            return (weights.requires_grad_(), value, extra_values, mask, *window)
+    return (weights, detached[2], detached[4], mask, output, *window)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -172,7 +179,7 @@ def test_operators_keep_the_rules_of_operators(operation, device):
 
 def test_operators_check_what_they_are_given():
     arguments = list(operator_arguments("backward", "cpu"))
-    arguments[7] = arguments[7][:1]  # output
+    arguments[8] = arguments[8][:1]  # output
     with pytest.raises(ValueError, match="output has size 1 on axis 0, but 2 is needed"):
         torch.ops.cuneigh.backward(*arguments)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cuneigh import _call
-from cuneigh._backends import choose, fused, hopper
+from cuneigh._backends import choose, fused, hopper, naive
 from cuneigh._gpu import tuned
 from cuneigh._measure.cases import problem_of
 from cuneigh.cli import main
@@ -146,9 +146,11 @@ def test_what_is_hardly_faster_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_backends_without_plans_of_their_own_are_tried_as_they_are() -> None:
     tuner = Tuner(PROBLEM, PROBLEM, np, H100, 1.0)
-    tried = [(backend, plans) for backend, plans in tuner.trials() if backend is hopper]
-    assert len(tried) == (0 if hopper not in tuner.backends else 1)
-    assert tuner.count() > 5
+    tuner.backends = [naive, hopper]
+    tried = [(backend, plans) for backend, plans in tuner.trials()]
+    assert tried.count((naive, {})) == tried.count((hopper, {})) == 1
+    assert [backend for backend, plans in tried if plans] == [hopper] * 7
+    assert tuner.count() == 9
 
 
 @pytest.mark.parametrize(

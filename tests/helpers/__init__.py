@@ -1,6 +1,7 @@
 """What several test modules share.
 
 What is drawn:
+- `emulated`: kernels on the host; `part_problems`: borders, parts and masks for few kernels;
 - `strategies`: problems, and arrays for them in any memory layout;
 - `illegal`: calls of the public functions, legal ones and those that break one rule.
 

@@ -14,13 +14,8 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from cuneigh._backends import hopper
-from cuneigh._backends.hopper.plan import (
-    HopperPlan,
-    arrangements,
-    column_boxes,
-    form_of,
-    row_boxes,
-)
+from cuneigh._backends.hopper.choice import arrangements, column_boxes, row_boxes
+from cuneigh._backends.hopper.plan import HopperPlan, form_of
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer
 from cuneigh._gpu.passes import FORWARD, Pass

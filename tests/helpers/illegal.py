@@ -47,8 +47,10 @@ class Illegal:
 
 
 def is_cross(problem: Problem) -> bool:
-    """Whether it is the attention of queries to other keys."""
-    return any(axis.length != axis.key_length and not axis.is_part for axis in problem.axes)
+    """Whether it is the attention of queries to other keys, all of which they see."""
+    (axis, *more), beside = problem.axes, (problem.additional, problem.rpb_dtype)
+    is_alone = not more and beside == (None, None)
+    return is_alone and axis.length != axis.key_length and not axis.is_part
 
 
 def call_of(problem: Problem) -> Call:
@@ -69,7 +71,8 @@ def call_of(problem: Problem) -> Call:
         arrays["grad_logits"] = problem.logits
     if problem.operation == "av_backward":
         arrays["grad_output"] = problem.output
-    names = WINDOW if all(axis.is_ordinary for axis in axes) else (*WINDOW, *OF_LAYOUT)
+    is_whole = all(axis.is_ordinary and axis.length == axis.key_length for axis in axes)
+    names = WINDOW if is_whole else (*WINDOW, *OF_LAYOUT)
     window = {name: tuple(getattr(axis, name) for axis in axes) for name in names}
     suffix = "" if problem.operation == "forward" else f"_{problem.operation}"
     return Call(f"na{problem.rank}d{suffix}", {**arrays, **window}, problem)

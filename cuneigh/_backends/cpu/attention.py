@@ -1,8 +1,9 @@
 """Neighborhood attention and its backward, box by box.
 
 Softmax needs no maximum as long as exponentials and sums stay in the range of the dtype, which the
-sums tell. Only a box in which they do not is computed again, with the maximum subtracted from each
-row that needs that. Whether a row needs it depends on what that row sees and on nothing else.
+sums tell. A box in which they do not is computed again, with the maximum subtracted from each row
+that needs that; boxes after it subtract it at once, as long as some row does. Whether a row needs
+it depends on what that row sees and on nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cuneigh._backends.cpu.boxes import (
     read_halo,
     read_tile,
     tables,
+    tile_space,
     transposed,
     view_tile,
     visible,
@@ -49,6 +51,7 @@ def forward(
     inputs = tables(operands)
     bias = flat_bias(problem, operands.rpb)
     out_rows, lse_rows = Rows(output), None if lse is None else Rows(lse[..., None])
+    careful = False  # whether boxes, of late, have needed the maximum
 
     def compute(box: Box, space: Workspace) -> None:
         masked = masked_keys(box, inputs)
@@ -61,8 +64,10 @@ def forward(
         in_place = out_rows.view(box.query_tokens)
         if in_place is None or in_place.dtype != space.dtype or problem.group_size > 1:
             in_place = None
-        shape = *box.lead, box.tile.width, problem.value_dim
-        out = space("output", *shape) if in_place is None else in_place
+        if in_place is None:
+            out = tile_space(box, space, "output", problem.value_dim)
+        else:
+            out = in_place.swapaxes(-2, -3)
 
         def fill() -> None:
             fill_logits(box, keys, columns, bias, weights)
@@ -73,17 +78,29 @@ def forward(
             np.exp(weights, out=weights)
             return column_sums(weights), values.sums(box, weights, out)
 
-        fill()
+        nonlocal careful  # which other threads change meanwhile
+        in_range = not careful
         subtracted: Array | int = 0
-        row_sum, sums = attend()
-        finite = finite_rows(sums)
-        if not (finite.all() and row_sum.min() >= LOWEST_SUM and row_sum.max() <= HIGHEST_SUM):
-            fill()
-            row_max = weights.max(-2, initial=-np.inf)
-            needed = ~finite | (np.abs(row_max) > HIGHEST_MAX)
-            subtracted = np.where(needed & (row_max != -np.inf), row_max, 0)
-            np.subtract(weights, subtracted[..., None, :], out=weights)
+        fill()
+        if in_range:
             row_sum, sums = attend()
+            in_range = bool(row_sum.min() >= LOWEST_SUM and row_sum.max() <= HIGHEST_SUM)
+            in_range = in_range and bool(finite_rows(sums).all())
+            if not in_range:
+                fill()
+        if not in_range:
+            row_max = weights.max(-2, initial=-np.inf)
+            row_max[row_max == -np.inf] = 0
+            subtracted = np.where(np.abs(row_max) > HIGHEST_MAX, row_max, 0)
+            careful = bool(subtracted.any())
+            weights -= subtracted[..., None, :]
+            row_sum, sums = attend()
+            stray = ~finite_rows(sums) & (subtracted == 0)
+            if stray.any():
+                fill()
+                subtracted = np.where(stray, row_max, subtracted)
+                weights -= subtracted[..., None, :]
+                row_sum, sums = attend()
         sums *= (1 / np.where(row_sum == 0, 1, row_sum))[..., None]
         if in_place is None:
             write_tile(box, out_rows, sums)
@@ -115,12 +132,13 @@ def backward(
         keys = read_halo(box, inputs, "key", masked, space, vectors=True)
         values = read_halo(box, inputs, "value", masked, space, vectors=False)
         query = read_tile(box, inputs.query, space, "query")
+        query *= problem.scale
         grad_out = read_tile(box, grad_rows, space, "grad output")
         delta = row_sums(grad_out, read_tile(box, out_rows, space, "output"))
         if grad_lse_rows is not None:
             delta -= read_tile(box, grad_lse_rows, space, "grad lse")[..., 0]
 
-        columns = transposed(box, query, problem.scale, space, "query columns")
+        columns = transposed(box, query, 1, space, "query columns")
         weights = space("weights", *box.lead, box.tile.keys, box.tile.width)
         row_lse = read_tile(box, lse_rows, space, "lse")[..., 0]
         row_lse[row_lse == -np.inf] = 0
@@ -140,10 +158,10 @@ def backward(
         if not np.isfinite(column_sums(grad_logits)).all():
             np.copyto(grad_logits[..., : box.tile.halo, :], 0, where=~visible(box))  # not 0 * inf
             fill_masked(masked, grad_logits, 0)
-        grad_query = keys.sums(box, grad_logits, space("grad query", *query.shape))
+        grad_query = tile_space(box, space, "grad query", problem.head_dim)
+        keys.sums(box, grad_logits, grad_query)
         grad_query *= problem.scale
         write_tile(box, query_gradient, grad_query)
-        query *= problem.scale
         key, additional_keys = halo_gradients(box, grad_logits, query, masked, space, "grad key")
         rpb = None if bias is None else bias_gradient(box, grad_logits)
         return BoxGradients(box, key, value, additional_keys, additional_values, rpb)

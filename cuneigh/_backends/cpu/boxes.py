@@ -114,26 +114,40 @@ def tables(operands: Operands) -> Operands:
     return Operands(*(Rows(a) if there else None for a, there in zip(arrays, present, strict=True)))
 
 
+def tile_space(box: Box, space: Workspace, name: str, dim: int) -> Array:
+    """An array ``[lead, width, dim]``, in memory token by token where that can be."""
+    if box.tile.group_size > 1:
+        return space(name, *box.lead, box.tile.width, dim)
+    *outer, heads = box.lead
+    return space(name, *outer, box.tile.queries, heads, dim).swapaxes(-2, -3)
+
+
+def by_token(box: Box, tile: Array) -> Array:
+    """``[batch, tiles.., queries, heads, dim]``: a view of ``tile[lead, width, dim]``."""
+    by_head = tile
+    if box.tile.group_size > 1:
+        by_head = tile.reshape(*box.lead[:-1], len(box.heads), box.tile.queries, -1)
+    return by_head.swapaxes(-2, -3)
+
+
 def read_tile(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
     """``[lead, width, dim]``: what the queries of `box` hold."""
-    out = space(name, *tile_shape(box), rows.dim)
-    return rows.read(box.query_tokens, out).reshape(*box.lead, box.tile.width, rows.dim)
+    out = tile_space(box, space, name, rows.dim)
+    rows.read(box.query_tokens, by_token(box, out))
+    return out
 
 
 def view_tile(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
     """``[batch, tiles.., heads, queries, dim]``: the same, without a copy where possible."""
     view = rows.view(box.query_tokens)
-    return read_tile(box, rows, space, name) if view is None else view
+    if view is None or view.dtype != space.dtype:
+        return read_tile(box, rows, space, name)
+    return view.swapaxes(-2, -3)
 
 
 def write_tile(box: Box, rows: Rows, values: Array) -> None:
     """Store ``values[lead, width, dim]`` for the queries of `box`."""
-    rows.write(box.query_tokens, values.reshape(*tile_shape(box), rows.dim))
-
-
-def tile_shape(box: Box) -> tuple[int, ...]:
-    """``batch, tiles.., heads, queries``"""
-    return *box.lead[:-1], len(box.heads), box.tile.queries
+    rows.write(box.query_tokens, by_token(box, values))
 
 
 def transposed(box: Box, tile: Array, factor: float, space: Workspace, name: str) -> Array:
@@ -146,7 +160,7 @@ def transposed(box: Box, tile: Array, factor: float, space: Workspace, name: str
     for start in range(0, queries, CACHED_ROWS):
         some = slice(start, start + CACHED_ROWS)
         np.copyto(target[..., some], columns[..., some])
-    return np.multiply(out, factor, out=out)
+    return out if factor == 1 else np.multiply(out, factor, out=out)
 
 
 class Halo(NamedTuple):
@@ -160,10 +174,12 @@ class Halo(NamedTuple):
 
     def times(self, columns: Array, out: Array) -> Array:
         """``[lead, keys, width]``: the product with `columns`, [lead, dim, width]."""
+        # For an outer product np.matmul does not call the BLAS.
+        product = np.multiply if columns.shape[-2] == 1 else np.matmul
         size = self.tokens.shape[-2]
-        np.matmul(self.tokens, columns, out=out[..., :size, :])
+        product(self.tokens, columns, out=out[..., :size, :])
         if self.additional is not None:
-            np.matmul(self.additional, columns, out=out[..., size:, :])
+            product(self.additional, columns, out=out[..., size:, :])
         return out
 
     def sums(self, box: Box, weights: Array, out: Array) -> Array:
@@ -198,7 +214,7 @@ def read_halo(
     if box.tile.halo == 0:
         tokens = space(side, *box.lead, 0, (rows or additional).dim)
     elif masked is not None:
-        tokens = rows.read(box.key_tokens, space(side, *box.lead, box.tile.halo, rows.dim))
+        tokens = copy_each_halo(box, rows, space, side)
         tokens[masked] = 0
     else:
         view = view_halo(box, rows, space)
@@ -208,7 +224,7 @@ def read_halo(
         return Halo(tokens, None)
     batch, *tiles, kv_heads = box.lead
     out = space(f"additional {side}", batch, 1, kv_heads, box.tile.additional, additional.dim)
-    additional.read(box.additional_tokens, out)
+    additional.read(box.additional_tokens, out.swapaxes(-2, -3))
     return Halo(tokens, out.reshape(batch, *(1 for _ in tiles), *out.shape[2:]))
 
 
@@ -217,6 +233,7 @@ def view_halo(box: Box, rows: Rows, space: Workspace) -> Array | None:
     view = rows.view(box.key_tokens)
     if view is None or view.dtype != space.dtype:
         return None
+    view = view.swapaxes(-2, -3)
     rows_are_whole = view.strides[-1] == view.itemsize or rows.dim == 1
     return view if rows_are_whole and view.strides[-2] >= rows.dim * view.itemsize else None
 
@@ -230,15 +247,24 @@ def is_aligned(array: Array) -> bool:
 
 def copy_halo(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
     """``[lead, keys of the halo, dim]``; what overlaps along the first axis is copied once."""
-    if box.key_region is None:
-        return rows.read(box.key_tokens, space(name, *box.lead, box.tile.halo, rows.dim))
-    tokens, stride = box.key_region
     batch, along, *tiles, kv_heads = box.lead
+    if box.key_region is None:
+        return copy_each_halo(box, rows, space, name)
+    tokens, stride = box.key_region
     size = stride * (along - 1) + box.tile.halo
-    region = rows.read(tokens, space(name, batch, 1, *tiles, kv_heads, size, rows.dim))
+    region = space(name, batch, 1, *tiles, size, kv_heads, rows.dim)
+    rows.read(tokens, region)
     strides = list(region.strides)
-    strides[1] = stride * strides[-2]
-    return as_strided(region, (*box.lead, box.tile.halo, rows.dim), strides)
+    strides[1] = stride * strides[-3]
+    shape = batch, along, *tiles, box.tile.halo, kv_heads, rows.dim
+    return as_strided(region, shape, strides).swapaxes(-2, -3)
+
+
+def copy_each_halo(box: Box, rows: Rows, space: Workspace, name: str) -> Array:
+    """``[lead, keys of the halo, dim]``, of which no two share memory."""
+    *outer, kv_heads = box.lead
+    out = space(name, *outer, box.tile.halo, kv_heads, rows.dim)
+    return rows.read(box.key_tokens, out).swapaxes(-2, -3)
 
 
 # Who sees whom
@@ -249,8 +275,9 @@ def masked_keys(box: Box, inputs: Operands) -> Booleans | None:
     rows: Rows | None = inputs.key_mask
     if rows is None or box.tile.halo == 0:
         return None
-    seen = rows.read(box.key_tokens, np.empty((*box.lead, box.tile.halo, 1), bool))
-    return None if seen.all() else ~seen[..., 0]
+    *outer, kv_heads = box.lead
+    seen = rows.read(box.key_tokens, np.empty((*outer, box.tile.halo, kv_heads, 1), bool))
+    return None if seen.all() else ~seen[..., 0].swapaxes(-1, -2)
 
 
 def fill_masked(masked: Booleans | None, array: Array, value: float) -> None:
@@ -283,7 +310,7 @@ def confined_product(
     Their weights are 0, so that this concerns infinities and NaN in `rows` alone.
     """
     np.matmul(weights, rows, out=out)
-    if finite_rows(out).all():
+    if finite_rows(rows if rows.size < out.size else out).all():
         return out
     stray = ~np.isfinite(rows)
     np.matmul(weights, np.where(stray, 0, rows), out=out)

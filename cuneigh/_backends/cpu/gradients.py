@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from cuneigh._backends.cpu.boxes import Workspace, confined_product, fill_masked, visible
 from cuneigh._backends.cpu.rows import Array
@@ -23,7 +24,7 @@ class BoxGradients(NamedTuple):
 
     box: Box
     key: Array | None = None
-    """``[lead, keys of the halo, dim]``, like `value`."""
+    """``[batch, tiles.., keys of the halo, kv_heads, dim]``, like `value`."""
     value: Array | None = None
     additional_keys: Array | None = None
     """``[batch, additional keys, kv_heads, dim]``, like `additional_values`."""
@@ -45,13 +46,15 @@ def halo_gradients(
     `weights` are ``[lead, keys, width]`` and `rows`, the vectors of the queries, are
     ``[lead, width, dim]``. The results are laid out as in `BoxGradients`.
     """
-    out = space(name, *box.lead, box.tile.halo, rows.shape[-1])
-    of_tokens = confined_product(weights[..., : box.tile.halo, :], rows, lambda: visible(box), out)
-    fill_masked(masked, of_tokens, 0)
+    *outer, kv_heads = box.lead
+    halos = space(name, *outer, box.tile.halo, kv_heads, rows.shape[-1])
+    out = halos.swapaxes(-2, -3)
+    confined_product(weights[..., : box.tile.halo, :], rows, lambda: visible(box), out)
+    fill_masked(masked, out, 0)
     if not box.tile.additional:
-        return of_tokens, None
+        return halos, None
     tiles = tuple(range(1, 1 + len(box.tile.strips)))
-    return of_tokens, np.matmul(weights[..., box.tile.halo :, :], rows).sum(tiles).swapaxes(1, 2)
+    return halos, np.matmul(weights[..., box.tile.halo :, :], rows).sum(tiles).swapaxes(1, 2)
 
 
 def bias_gradient(box: Box, grad_logits: Array) -> Array:
@@ -112,11 +115,26 @@ class Sums:
 
 
 def add_halos(box: Box, total: Array, halos: Array) -> None:
-    """Add ``halos[lead, keys of the halo, dim]`` to ``total[batch, tokens.., kv_heads, dim]``."""
+    """Add what is laid out as in `BoxGradients` to ``total[batch, tokens.., kv_heads, dim]``."""
     batch, *tiles, kv_heads = box.lead
     sizes = [strip.keys for strip in box.tile.strips]
-    halos = halos.reshape(batch, *tiles, kv_heads, *sizes, halos.shape[-1])
-    halos = np.moveaxis(halos, (0, 1 + len(tiles)), (len(tiles), -2))
+    halos = halos.reshape(batch, *tiles, *sizes, kv_heads, halos.shape[-1])
+    if box.keys_are_disjoint:
+        strides = [
+            [
+                cast(int, step) * stride
+                for step, stride in zip(steps, total.strides[1:], strict=False)
+            ]
+            for steps in (box.key_tokens.across, box.key_tokens.along)
+        ]
+        first_keys = (slice(int(first[0]), None) for first in box.first_key)
+        keys = as_strided(
+            total[:, *first_keys],
+            halos.shape,
+            (total.strides[0], *itertools.chain(*strides), *total.strides[-2:]),
+        )
+        keys += halos
+        return
     for runs in itertools.product(*(strip.runs for strip in box.tile.strips)):
         slices = [
             [slice(first, first + (run.stop - run.start) * d, d) for first in begins.tolist()]
@@ -125,4 +143,4 @@ def add_halos(box: Box, total: Array, halos: Array) -> None:
         ]
         for tile, tokens in zip(np.ndindex(*tiles), itertools.product(*slices), strict=True):
             keys = total[slice(None), *tokens]
-            keys += halos[(*tile, slice(None), *runs)]
+            keys += halos[(slice(None), *tile, *runs)]

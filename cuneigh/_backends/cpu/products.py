@@ -21,13 +21,15 @@ from cuneigh._backends.cpu.boxes import (
     read_halo,
     read_tile,
     tables,
+    tile_space,
     transposed,
     view_tile,
     write_tile,
 )
 from cuneigh._backends.cpu.gradients import BoxGradients, Sums, bias_gradient, halo_gradients
 from cuneigh._backends.cpu.rows import Array, Rows
-from cuneigh._backends.cpu.tiles import Box, Integers, Tile, combined
+from cuneigh._backends.cpu.tiles import Box, Tile, combined
+from cuneigh._backends.cpu.tokens import Integers
 from cuneigh._problem import Operands, Problem
 
 HIDDEN = -(1 << 40)
@@ -109,7 +111,7 @@ def qk_backward(
         given = read_tile(box, grad_rows, space, "grad logits")
         dense = Slots(box, space).spread(given)
         fill_masked(masked, dense, 0)
-        grad_query = keys.sums(box, dense, space("grad query", *query.shape))
+        grad_query = keys.sums(box, dense, tile_space(box, space, "grad query", problem.head_dim))
         grad_query *= problem.scale
         write_tile(box, query_gradient, grad_query)
         query *= problem.scale
@@ -132,7 +134,7 @@ def av(problem: Problem, weights: Array, operands: Operands, output: Array, allo
         values = read_halo(box, inputs, "value", masked, space, vectors=True)
         dense = Slots(box, space).spread(read_tile(box, weight_rows, space, "weights"))
         fill_masked(masked, dense, 0)
-        out = space("output", *box.lead, box.tile.width, problem.value_dim)
+        out = tile_space(box, space, "output", problem.value_dim)
         write_tile(box, out_rows, values.sums(box, dense, out))
 
     for_each_box(problem, compute)

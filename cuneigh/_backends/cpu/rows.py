@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from cuneigh._backends.cpu.tiles import COPIES, Integers, Tokens, workspace_limit
+from cuneigh._backends.cpu.halves import assign
+from cuneigh._backends.cpu.tiles import COPIES, workspace_limit
+from cuneigh._backends.cpu.tokens import Integers, Tokens
 
 Array = npt.NDArray[Any]
 
@@ -45,52 +47,62 @@ class Rows:
             writeable = array.flags.writeable
             step = array.strides[-1] if dim > 1 else array.itemsize
             self.table = as_strided(lowest, shape, (unit, step), writeable=writeable)
-        self._batch_stride, *self._token_strides, self._head_stride = strides
+        self._strides = strides
+        # A view of contiguous memory is made faster, though not of every dtype.
+        is_contiguous = self.table.flags.c_contiguous
+        self._bits = self.table.view(f"u{array.itemsize}") if is_contiguous else None
 
     @property
     def dim(self) -> int:
         return int(self.table.shape[1])
 
     def read(self, tokens: Tokens, out: Array) -> Array:
-        """Fill `out` with the rows ``[batch, tiles.., heads, m, dim]`` of these tokens."""
-        view = self.view(tokens)
+        """Fill `out` with the rows ``[batch, tiles.., m, heads, dim]`` of these tokens."""
+        view = self._grid(tokens)
         if view is not None:
-            np.copyto(out, view)
-        elif self.table.dtype == out.dtype and self._is_grid:
+            assign(out.reshape(view.shape), view)
+        elif self.table.dtype == out.dtype and self._is_grid and out.flags.c_contiguous:
             # With mode="raise", np.take copies once more.
             np.take(self.table, self._index(tokens), 0, out=out, mode="clip")
         else:
-            out[...] = self.table[self._index(tokens)]
+            assign(out, self.table[self._index(tokens)])
         return out
 
     def view(self, tokens: Tokens) -> Array | None:
-        """What `read` gives, without a copy; None unless the tiles of one axis follow evenly."""
-        if len(tokens.first) > 1 or tokens.across is None or tokens.along is None:
+        """What `read` gives, without a copy; None unless the rows of each tile follow evenly."""
+        if sum(len(offsets) > 1 for offsets in tokens.offsets) > 1:
             return None
-        (first,), (offsets,), (token_stride,) = tokens.first, tokens.offsets, self._token_strides
-        tile_stride, query_stride = tokens.across * token_stride, tokens.along * token_stride
-        strides = self._batch_stride, tile_stride, self._head_stride, query_stride
-        start = tokens.batch.start * strides[0] + tokens.heads.start * strides[2]
-        start += self._origin + int(first[0]) * token_stride
-        unit, itemsize = self.table.strides
-        return as_strided(
-            self.table[start],
-            (len(tokens.batch), len(first), len(tokens.heads), len(offsets), self.dim),
-            (*(unit * stride for stride in strides), itemsize),
-            writeable=self.table.flags.writeable,
-        )
+        grid = self._grid(tokens)
+        if grid is None:
+            return None
+        lead = 1 + len(tokens.offsets)
+        return grid.reshape(*grid.shape[:lead], -1, *grid.shape[-2:])
 
     def write(self, tokens: Tokens, rows: Array) -> None:
         """Store what `read` would read."""
-        view = self.view(tokens)
-        if view is None:
+        grid = self._grid(tokens)
+        if grid is None:
             self.table[self._index(tokens)] = rows
         else:
-            view[...] = rows
+            grid[...] = rows.reshape(grid.shape)
+
+    def _grid(self, tokens: Tokens) -> Array | None:
+        """A view ``[batch, tiles.., m_1, .., m_R, heads, dim]``; None where steps are uneven."""
+        grid = tokens.grid(self._origin, *self._strides)
+        if grid is None:
+            return None
+        start, shape, strides = grid
+        unit, itemsize = self.table.strides
+        whole = *shape, self.dim
+        in_bytes = *(unit * stride for stride in strides), itemsize
+        if self._bits is not None:
+            view = np.ndarray(whole, self._bits.dtype, self._bits, start * unit, in_bytes)
+            return view.view(self.table.dtype)
+        writeable = self.table.flags.writeable
+        return as_strided(self.table[start], whole, in_bytes, writeable=writeable)
 
     def _index(self, tokens: Tokens) -> Integers:
-        strides = self._batch_stride, *self._token_strides, self._head_stride
-        return tokens.index(self._origin, *strides)
+        return tokens.index(self._origin, *self._strides)
 
 
 def _byte_strides(array: Array) -> list[int]:

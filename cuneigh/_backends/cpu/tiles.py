@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 from typing import Any, NamedTuple
 
@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cuneigh import _settings
+from cuneigh._backends.cpu.tokens import Integers, Tokens
 from cuneigh._problem import DTYPES, Problem
 from cuneigh._window import Axis, Promise
 
-Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 
 
@@ -161,9 +161,9 @@ def strips(axis: Axis, queries: int, placed: bool) -> tuple[Strip, ...]:
     changes = np.flatnonzero((signature[1:] != signature[:-1]).any(1)) + 1
     for begin, stop in itertools.pairwise([0, *changes.tolist(), len(signature)]):
         alike.setdefault(signature[begin].tobytes(), []).append(range(begin, stop))
-    result = []
-    for runs in alike.values():
-        of, own = np.concatenate(runs), int(count[runs[0].start])
+    result: list[Strip] = []
+    for tiles_alike in alike.values():
+        of, own = np.concatenate(tiles_alike), int(count[tiles_alike[0].start])
         shared = signature[of[0]]
         start_of, end_of = shared[:own], shared[queries : queries + own]
         first_query = first[of] * axis.dilation + group[of]
@@ -174,8 +174,25 @@ def strips(axis: Axis, queries: int, placed: bool) -> tuple[Strip, ...]:
         ) * axis.dilation
         if not keys.size:
             first_keys[:] = 0
-        result.append(Strip(axis, start_of, end_of, first_query, first_keys, offsets))
+        # Even steps make copies fast, but groups of many tiles would make many strips.
+        even = even_runs(first_query, first_keys) if axis.dilation == 1 else [slice(None)]
+        result += (
+            Strip(axis, start_of, end_of, first_query[run], first_keys[run], offsets)
+            for run in even
+        )
     return tuple(result)
+
+
+def even_runs(*positions: Integers) -> list[slice]:
+    """Slices that cut the arrays, all of one size, into pieces with equal steps in each of them."""
+    steps = np.stack([np.diff(each) for each in positions], 1)
+    runs, begin = [], 0
+    while begin < len(positions[0]):
+        changes = np.flatnonzero((steps[begin:] != steps[begin : begin + 1]).any(1))
+        end = begin + 1 + int(changes[0] if changes.size else len(steps) - begin)
+        runs.append(slice(begin, end))
+        begin = end
+    return runs
 
 
 def combined(combine: Callable[[Any, Any], Any], matrices: Iterable[npt.NDArray[Any]]) -> Any:
@@ -259,49 +276,6 @@ class Tile:
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
-    """The tokens of a box, which `Rows` reads and writes."""
-
-    batch: range
-    heads: range
-    first: tuple[Integers, ...]
-    """``[tiles_r]`` for each axis: the first token of every tile."""
-    offsets: tuple[Integers, ...]
-    """``[m_r]`` for each axis: the tokens of a tile, from its first."""
-    _indices: dict[tuple[int, ...], Integers] = field(default_factory=dict)
-
-    def index(self, origin: int, *strides: int) -> Integers:
-        """``[batch, tiles.., heads, m]``: the rows of a table, given the strides of its axes."""
-        key = origin, *strides
-        if key not in self._indices:
-            batch_stride, *token_strides, head_stride = strides
-            batch = np.arange(self.batch.start, self.batch.stop) * batch_stride + origin
-            heads = np.arange(self.heads.start, self.heads.stop) * head_stride
-            outer = [batch, *map(np.multiply, self.first, token_strides), heads]
-            inner = reduce(np.add.outer, map(np.multiply, self.offsets, token_strides))
-            self._indices[key] = reduce(np.add.outer, [*outer, inner.ravel()])
-        return self._indices[key]
-
-    @cached_property
-    def along(self) -> int | None:
-        """Tokens from one of a tile to the next along the first axis; None if that varies."""
-        offsets = self.offsets[0]
-        along = offsets[1:] - offsets[:-1]
-        if not along.size:
-            return 0
-        return int(along[0]) if (along == along[0]).all() else None
-
-    @cached_property
-    def across(self) -> int | None:
-        """Tokens from tile to tile along the first axis; None if that varies."""
-        first = self.first[0]
-        if len(first) == 1:
-            return 0
-        across = first[1] - first[0]
-        return int(across) if (np.diff(first) == across).all() else None
-
-
-@dataclass(frozen=True, eq=False)
 class Box:
     """Tiles that one batch of matrix products computes."""
 
@@ -334,12 +308,21 @@ class Box:
         return Tokens(self.batch, self.kv_heads, self.first_key, offsets)
 
     @cached_property
+    def keys_are_disjoint(self) -> bool:
+        """Whether no key is in two halos, and these follow each other evenly."""
+        tokens = self.key_tokens
+        return None not in (*tokens.across, *tokens.along) and all(
+            len(np.unique(np.add.outer(first, offsets))) == len(first) * len(offsets)
+            for first, offsets in zip(tokens.first, tokens.offsets, strict=True)
+        )
+
+    @cached_property
     def key_region(self) -> tuple[Tokens, int] | None:
         """The keys of all tiles along the first axis as one tile, and the rows from tile to tile.
 
         None unless halos that follow each other overlap, all by the same number of keys.
         """
-        across, strip = self.key_tokens.across, self.tile.strips[0]
+        across, strip = self.key_tokens.across[0], self.tile.strips[0]
         if not across or across % strip.axis.dilation or len(strip.runs) > 1:
             return None
         keys = across // strip.axis.dilation
@@ -387,14 +370,14 @@ def shape_of_tiles(
     axes: tuple[Axis, ...],
     placed: bool,
     dims: int,
-    repeats: int,
+    kv_heads: int,
     group_size: int,
     additional: int,
 ) -> tuple[int, ...]:
     """The queries of a tile along each axis, in the shape that is predicted to be the fastest.
 
     Large tiles keep the BLAS busy, small ones have less of their halo hidden from each query. The
-    prediction, in ns for one of `repeats` key heads, is linear in the numbers of logits, of halo
+    prediction, in ns for one of `kv_heads`, is linear in the numbers of logits, of halo
     elements, of queries and of boxes; its coefficients were measured on a core with AVX-512.
     """
 
@@ -417,7 +400,7 @@ def shape_of_tiles(
             for elements in (width * halo, (3 * width + halo) * dims)
         )
         logits = (keys + tiles * additional) * columns * logit_ns * too_large
-        return logits + copied * dims * 0.5 + tiles * width * dims * 1.5 + boxes * 1e5 / repeats
+        return logits + copied * dims * 0.5 + tiles * width * dims * 1.5 + boxes * 1e5 / kv_heads
 
     def sizes(axis: Axis) -> set[int]:
         """Even cuts of the axis, also of whole stride groups."""
@@ -440,9 +423,12 @@ def shape_of_tiles(
 
 # Boxes
 
-MOST_LOGITS, FEWEST_LOGITS = 1 << 20, 1 << 17
-"""Logits of a box, half as many in a backward: so few that they stay in the cache, and enough that
+MOST_LOGITS, FEWEST_LOGITS = 1 << 19, 1 << 17
+"""Logits of a box: so few that they stay in the cache, and enough that
 threads seldom wait for each other, which they do to run Python."""
+
+MOST_IN_ROW = 512
+"""Elements of a token that a box reads, of several heads: enough for fast copies."""
 
 BOXES = 4
 """Boxes that a problem is cut into when that keeps them within those sizes."""
@@ -471,6 +457,7 @@ class Bounds(NamedTuple):
 
     most_logits: int
     most_bytes: int
+    most_heads: int
     per_logit: int
     per_new_key: int
     """Of keys that the tile before does not see: what halos share is copied once."""
@@ -497,8 +484,9 @@ def bounds_of(problem: Problem) -> Bounds:
     is_backward = problem.operation.endswith("backward")
     slots = 0 if problem.operation in ("forward", "backward", "jvp") else problem.slots
     return Bounds(
-        MOST_LOGITS if is_forward else MOST_LOGITS // 2,
+        MOST_LOGITS,
         workspace_limit() // PARALLEL_BOXES,
+        max(MOST_IN_ROW // max(problem.head_dim, problem.value_dim), 1),
         itemsize * (1 if is_forward else 3),
         itemsize * dims * (2 if problem.operation == "jvp" else 1),
         itemsize * dims if is_backward else 0,
@@ -509,13 +497,14 @@ def bounds_of(problem: Problem) -> Bounds:
 def boxes(problem: Problem) -> tuple[Iterable[Box], int]:
     """All of `problem`, always in the same order, and how many threads have room for theirs.
 
-    The boxes do not depend on the number of threads, since sums depend on the boxes.
+    Sums depend on how tokens are cut up. That does not depend on the number of threads, nor on that
+    of batches, so that the results of an entry of a batch are those that it has alone.
     """
     sizes = problem.batch, problem.kv_heads, problem.group_size, problem.additional or 0
     dims, repeats = problem.head_dim + problem.value_dim, problem.batch * problem.kv_heads
     has_slots = problem.operation not in ("forward", "backward") and not problem.is_ordinary
     placed = has_slots or problem.rpb_dtype is not None
-    strips = cut(problem.axes, placed, dims, repeats, *sizes[2:])
+    strips = cut(problem.axes, placed, dims, *sizes[1:])
     keys = math.prod(sum(strip.tiles * strip.keys for strip in along) for along in strips)
     bounds = bounds_of(problem)
     threads = max(workspace_limit() * 7 // 8 // _largest(strips, bounds, *sizes), 1)
@@ -548,11 +537,20 @@ def _boxes(
 ) -> Iterator[Box]:
     kinds = [Tile(each, group_size, additional) for each in itertools.product(*strips)]
     kinds.sort(key=lambda tile: -tile.count * tile.logits)  # so that threads end at the same time
-    total = sum(tile.count * tile.logits for tile in kinds) * batch * kv_heads
-    budget = min(max(total * 9 // (8 * BOXES), FEWEST_LOGITS), bounds.most_logits)
+    total = sum(tile.count * tile.logits for tile in kinds) * kv_heads
+
+    def most_tiles(tile: Tile, batches: int) -> int:
+        budget = max(total * batches * 9 // (8 * BOXES), FEWEST_LOGITS)
+        return bounds.tiles(tile, min(budget, bounds.most_logits))
+
     for tile in kinds:
-        counts = batch, *(strip.tiles for strip in tile.strips), kv_heads
-        batches, *along, heads = blocks(counts, bounds.tiles(tile, budget))
+        (heads,) = blocks([kv_heads], min(most_tiles(tile, 1), bounds.most_heads))
+        first, *others = (strip.tiles for strip in tile.strips)
+        # Many tiles along the first axis, for what their halos share is read and written once.
+        *rest, of_first = blocks([*others, first], most_tiles(tile, 1) // len(heads[0]))
+        along = of_first, *rest
+        of_entry = math.prod(len(cuts[0]) for cuts in (heads, *along))
+        (batches,) = blocks([batch], most_tiles(tile, batch) // of_entry)
         for block in itertools.product(*along):
             of = list(zip(tile.strips, block, strict=True))
             first_query = tuple(strip.first_query[tiles.start : tiles.stop] for strip, tiles in of)

@@ -11,9 +11,11 @@ A jvp of values of more than 128 elements, 64 in float32, computes the logits on
 of them.
 
 There are kernels for windows of any size (`plan`, `launch`), and kernels for small windows of half
-types (`small`). `choice` compares the two. With small windows the last bits of the output depend on
-whether lse is asked for, as derivatives do: with lse the weights are summed before they are
-rounded, without it after.
+types (`small`), which take neither key masks nor the seam of a ring. `choice` compares the two.
+With small windows the last bits of the output depend on whether lse is asked for, as derivatives
+do: with lse the weights are summed before they are rounded, without it after.
+
+Of hidden keys neither key nor value is read, and boxes that hold no others are left out.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ between them but lse and delta. Along a single axis, for head dims from 72 on, o
 all gradients with five products instead of seven: its blocks add to sums of dQ in a fixed order.
 The sums take 4 bytes for each element of the query, as long as that is a small part of the device's
 memory. Neither way does a result depend on the order in which blocks run.
+
+Parts of a layout and cut windows are computed like whole ones, if none crosses the seam of a ring.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.launch import NAME, backward, forward
-from cuneigh._backends.hopper.plan import predicted_ms, ways
+from cuneigh._backends.hopper.choice import NAME, plans, predicted_ms
+from cuneigh._backends.hopper.launch import backward, forward
+from cuneigh._backends.hopper.plan import ways
 from cuneigh._backends.hopper.tensor_maps import unreadable
 from cuneigh._device import Device
+from cuneigh._gpu import tuned
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.records import has_parts
 from cuneigh._gpu.requirements import no_gpu
@@ -36,11 +40,12 @@ __all__ = [
     "backward",
     "forward",
     "kernels",
+    "plans",
     "predicted_ms",
     "unsupported",
 ]
 
-SETTINGS = ()
+SETTINGS = (tuned.SETTING,)
 RELIES_ON = CONTRACT
 CAPABILITY = (9, 0)
 DTYPES = ("float16", "bfloat16")

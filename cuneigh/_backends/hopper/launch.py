@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cuneigh import _jit
+from cuneigh._backends.hopper.choice import NAME, make_plan, passes
 from cuneigh._backends.hopper.plan import (
     ROWS,
     SUM_FLOATS,
@@ -22,9 +23,7 @@ from cuneigh._backends.hopper.plan import (
     form_of,
     head_sums,
     is_dilated,
-    make_plan,
     padded,
-    passes,
     pieces,
     shared_bytes,
     side_by_side,
@@ -42,8 +41,6 @@ from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.views import Views, readable
 from cuneigh._problem import Operands, Problem
-
-NAME = "hopper"
 
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from cuneigh._device import Device
-from cuneigh._gpu.boxes import Box, WalkCounts, count_walk, count_walks, powers_of_two
+from cuneigh._gpu.boxes import Box, WalkCounts, count_walk
 from cuneigh._gpu.costs import Cycles
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, Pass
-from cuneigh._gpu.rates import H200
 from cuneigh._gpu.records import axis_type, has_parts
-from cuneigh._problem import Problem, size_of
+from cuneigh._problem import Problem
 
 ROWS = 64
 """Of a warpgroup: those of one wgmma instruction."""
@@ -71,10 +68,6 @@ class HopperPlan:
         return f"{warpgroups} warpgroups{heads} of {rows} rows, boxes of {columns} columns"
 
 
-SHARE_OF_SUMS = 1 / 32
-"""Of the device's memory, the most that the sums of dQ may take."""
-
-
 def ways(problem: Problem) -> list[tuple[Pass, ...]]:
     """The ways to compute an operation: the passes of each, in their order.
 
@@ -90,14 +83,6 @@ def ways(problem: Problem) -> list[tuple[Pass, ...]]:
     if along_one and problem.head_dim > LINE and whole:
         return [(BACKWARD,), (DQ, DKV)]
     return [(DQ, DKV)]
-
-
-@lru_cache(maxsize=1024)
-def passes(problem: Problem, device: Device) -> tuple[Pass, ...]:
-    """The passes for `device`: of the ways for whose sums it has room, the one of least time."""
-    room = device.memory * SHARE_OF_SUMS
-    fitting = [way for way in ways(problem) if BACKWARD not in way or sum_bytes(problem) <= room]
-    return min(fitting, key=lambda way: _milliseconds(problem, device, way))
 
 
 def padded(dim: int) -> int:
@@ -313,76 +298,7 @@ def count(problem: Problem, plan: HopperPlan, pass_: Pass = FORWARD) -> WalkCoun
     return WalkCounts(*(math.prod(values) for values in zip(*along, strict=True)))
 
 
-def predicted_ms(problem: Problem, device: Device) -> float:
-    """How long a call with the plans for `device` is expected to take on an H200."""
-    milliseconds = _milliseconds(problem, device, passes(problem, device))
-    if problem.operation == "backward":  # delta reads output and its gradient
-        milliseconds += H200.launch_ms + 2 * size_of(problem.output) / H200.memory_bytes
-    return milliseconds
-
-
-def _milliseconds(problem: Problem, device: Device, passes: tuple[Pass, ...]) -> float:
-    """What the kernels of these passes are expected to take."""
-    milliseconds = 0.0
-    for pass_ in passes:
-        cycles = cost(problem, make_plan(problem, device, pass_), device, pass_)
-        milliseconds += 2 * H200.launch_ms + cycles / H200.cycles
-        if pass_ == BACKWARD:  # sums are cleared, in part, and read; dQ is written
-            moved = sum_bytes(problem) + size_of(problem.specs.query)
-            milliseconds += H200.launch_ms + moved / H200.memory_bytes
-    return milliseconds
-
-
-# The choice of a plan
-
-
-@lru_cache(maxsize=1024)
-def make_plan(problem: Problem, device: Device, pass_: Pass = FORWARD) -> HopperPlan:
-    """The cheapest plan for `device`."""
-    form = form_of(problem, device, pass_)
-    best: tuple[float, HopperPlan] | None = None
-    columns = column_boxes(problem, form)
-    for warpgroups, heads in arrangements(problem, form, pass_):
-        rows = [(box, warpgroups) for box in row_boxes(problem)]
-        counts = count_walks(problem.axes, rows, columns, pass_)
-        costs = cost_of(problem, form, counts, heads, pass_)
-        row, column = np.unravel_index(costs.argmin(), costs.shape)
-        plan = HopperPlan(form, rows[row][0], warpgroups, heads, columns[column])
-        total = cost(problem, plan, device, pass_)
-        if best is None or total < best[0]:
-            best = total, plan
-    assert best is not None, "every problem has an arrangement along its last axis"
-    return best[1]
-
-
-def arrangements(problem: Problem, form: Form, pass_: Pass) -> list[tuple[Box, int]]:
-    """Boxes of rows of a tile along each axis, and its row heads."""
-    rank, warpgroups = problem.rank, form.warpgroups
-    found = [
-        (tuple(warpgroups if r == axis else 1 for r in range(rank)), 1) for axis in range(rank)
-    ]
-    if not pass_.rows_are_keys and problem.group_size % warpgroups == 0:
-        found.append(((1,) * rank, warpgroups))
-    return found
-
-
-def row_boxes(problem: Problem) -> list[Box]:
-    """Boxes of a warpgroup's rows that can be loaded, and whose masks can be made."""
-    most = most_coordinates(problem.rank)
-    boxes = powers_of_two(problem.rank, ROWS)
-    return [box for box in boxes if sum(box) <= most and loadable(problem, box)]
-
-
-def column_boxes(problem: Problem, form: Form) -> list[Box]:
-    """Boxes of columns that can be loaded."""
-    boxes = powers_of_two(problem.rank, form.columns)
-    return [box for box in boxes if loadable(problem, box)]
-
-
-def loadable(problem: Problem, box: Box) -> bool:
-    """Whether TMA loads the box, in pieces along its first axis."""
-    spans = zip(box[1:], problem.axes[1:], strict=True)
-    return all(span(extent, axis.dilation) <= LONGEST_SPAN for extent, axis in spans)
+# Boxes that are loaded
 
 
 def span(extent: int, dilation: int) -> int:

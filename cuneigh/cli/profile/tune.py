@@ -13,6 +13,7 @@ from cuneigh import _backends, _call
 from cuneigh._backends import Backend
 from cuneigh._device import Device
 from cuneigh._gpu import tuned
+from cuneigh._gpu.records import start_words
 from cuneigh._measure import arrays, checks, ours
 from cuneigh._measure.clock import GpuClock
 from cuneigh._problem import Operands, Problem
@@ -114,7 +115,7 @@ class Tuner:
         made = [each for each in results if each is not None]
         spaces = [empty(spec) for spec in program.workspace]
         held = [*(self._given[name] for name in names), *made, *spaces]
-        addresses = [array.data.ptr for array in held]
+        addresses = [*(array.data.ptr for array in held), *start_words(self.operation)]
 
         def call() -> None:
             program.run(addresses, cupy.cuda.get_current_stream().ptr)

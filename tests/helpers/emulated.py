@@ -1,0 +1,219 @@
+"""The kernels of `naive` and `fused` without a GPU: built by the host compiler, run by fibers.
+
+python tests/helpers/emulated.py [--backend fused] [--seeds 4] [--longest 9]
+
+Every thread of a block is a fiber, and what threads of a warp or block do together waits for all of
+them (emulator/emulator.h). Instructions of tensor cores are replaced by what they compute, copies
+that run beside the arithmetic by plain ones. So the logic of a kernel is tried, not its timing, its
+synchronization or its registers. Random problems with borders, parts and masks are compared with
+the oracle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers import part_problems
+from helpers.accuracy import check_backend
+from helpers.part_problems import FAMILIES, Family, part_problem
+from helpers.strategies import inputs
+
+from cuneigh import _jit
+from cuneigh._backends import fused, naive
+from cuneigh._device import of_capability
+from cuneigh._gpu.arrays import Pointer
+from cuneigh._gpu.program import Launch, Program, Record, _Clear
+from cuneigh._gpu.records import start_words
+from cuneigh._problem import Operands, Problem, Spec
+
+EMULATOR = Path(__file__).parent / "emulator"
+H100 = of_capability((9, 0))
+OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
+
+REPLACED = {
+    "cuneigh/types.cuh": [
+        (r'asm\("ex2[^;]*;[^;]*;', "y = exp2f(x);"),
+        (r'asm\("rcp[^;]*;[^;]*;', "y = 1 / x;"),
+        (r'asm\("lg2[^;]*;[^;]*;', "y = log2f(x);"),
+    ],
+    "fused/thread.cuh": [(r'asm volatile\("" : "\+r"\(thread\)\);', "")],
+    "fused/async.cuh": [
+        (
+            r"const uint4 bytes = .*?#endif",
+            "__builtin_memcpy((void*)(size_t)target, source, 16);\n#endif",
+        )
+    ],
+    "fused/small/units.cuh": [
+        (
+            r'asm\("mad.wide.u32.*?\n.*?\n.*?\)\)\)\);',
+            "address += (unsigned long long)units * (kUnit<Element> * int(sizeof(Element)));",
+        )
+    ],
+    "fused/mma.cuh": [
+        (r"// Four 8x8 matrices.*(?=// Two numbers rounded)", "using namespace emulator;\n\n"),
+    ],
+}
+"""Patterns in sources, and what the host compiles in their place."""
+
+
+def sources(folder: Path) -> None:
+    """Write the sources of all kernels as the host compiler takes them."""
+    for name, text in _jit.packaged().texts.items():
+        text = re.sub(r"extern __shared__.*?(\w+)\[\];", r"char* \1 = emulator::state.smem;", text)
+        text = text.replace("__shared__ ", "static ")
+        for pattern, replacement in REPLACED.get(name, []):
+            text, count = re.subn(pattern, replacement, text, flags=re.DOTALL)
+            assert count == 1, (name, pattern)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def compiler() -> str | None:
+    return shutil.which("g++")
+
+
+class Emulator:
+    """Kernels built in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        sources(folder / "cuda")
+        self.built = lru_cache(maxsize=None)(self._built)
+
+    def _built(self, kernel: _jit.Kernel) -> Any:
+        name = hashlib.sha256(kernel.unit.encode()).hexdigest()[:20]
+        unit, library = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
+        unit.write_text(
+            f'#include "emulator.h"\n{kernel.unit}\n'
+            'extern "C" void run(unsigned x, unsigned y, int threads, void** parameters) {\n'
+            f"  emulator::launch(&{kernel.instance}, x, y, threads, parameters);\n}}\n"
+        )
+        options = ["-std=c++17", "-O1", "-w", "-fpermissive", "-shared", "-fPIC"]
+        folders = [f"-I{EMULATOR}", f"-I{self.folder / 'cuda'}"]
+        subprocess.run(
+            [str(compiler()), *options, *folders, str(unit), "-o", str(library)], check=True
+        )
+        return ctypes.CDLL(str(library))
+
+    def run(self, program: Program, addresses: Sequence[int]) -> None:
+        """`Program.run` on memory of the host."""
+
+        def at(pointer: Pointer) -> int:
+            return addresses[pointer.slot] + pointer.offset
+
+        for each in program._recorded:
+            if isinstance(each, _Clear):
+                target = each.target
+                ctypes.memset(at(target.pointer), 0, target.size * target.itemsize)
+                continue
+            assert isinstance(each, Launch), "arrays are contiguous, so that nothing is copied"
+            kept = [ctypes.create_string_buffer(packed(p, at)) for p in each.parameters]
+            parameters = (ctypes.c_void_p * len(kept))(*map(ctypes.addressof, kept))
+            self.built(each.kernel).run(*each.grid, each.threads, parameters)
+
+    def adapt(self, backend: ModuleType) -> Any:
+        """`backend` as one that fills NumPy arrays at once."""
+        functions = {name: self._at_once(getattr(backend, name, None)) for name in OPERATIONS}
+        return SimpleNamespace(NAME=backend.NAME, **functions)
+
+    def _at_once(self, function: Any) -> Any:
+        def call(problem: Problem, *arguments: Any) -> None:
+            *arguments, workspace = arguments
+            program, given = Program(H100), []
+
+            def described(argument: Any) -> Any:
+                if isinstance(argument, Operands):
+                    return Operands(*map(described, argument))
+                if argument is None:
+                    return None
+                given.append(argument)
+                return program.array(Spec(argument.shape, argument.dtype.name))
+
+            function(problem.anywhere, *map(described, arguments), program)
+            given += [workspace(*spec) for spec in program.workspace]
+            self.run(program, [*(a.ctypes.data for a in given), *start_words(problem)])
+
+        return call
+
+    def check(self, backend: ModuleType, problem: Problem, seed: int) -> None:
+        """Compare the results of a problem with the oracle."""
+        given = inputs(problem, np.random.default_rng(seed))
+        native = {"to_native": aligned, "allocate": allocate, "adapt": self.adapt}
+        check_backend(backend, problem, given, **native)
+
+
+def packed(parameter: Any, at: Any) -> bytes:
+    """A parameter of a launch as the kernel takes it."""
+    words: dict[int, int] = {}
+    if isinstance(parameter, Record):
+        words = {place: at(pointer) for place, pointer in parameter.words}
+        parameter = parameter.values
+    if not isinstance(parameter, np.ndarray):
+        numbers = [at(word) if isinstance(word, Pointer) else word for word in parameter]
+        return np.array(numbers, np.int64).tobytes()
+    data = bytearray(parameter.tobytes() + bytes(-parameter.nbytes % 8))
+    for place, word in words.items():
+        data[8 * place : 8 * place + 8] = word.to_bytes(8, "little", signed=True)
+    return bytes(data)
+
+
+def allocate(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An array at a multiple of 16, every byte of which is 0xff."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.full(size + 16, 0xFF, np.uint8)
+    first = -memory.ctypes.data % 16
+    return memory[first : first + size].view(dtype).reshape(shape)
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    copy = allocate(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=("naive", "fused"), default="fused")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--longest", type=int, default=9, help="tokens along an axis")
+    options = parser.parse_args()
+    backend = {"naive": naive, "fused": fused}[options.backend]
+    part_problems.LONGEST.update(dict.fromkeys((1, 2, 3), options.longest))
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        emulator = Emulator(Path(folder))
+        families = [*FAMILIES, Family("float32", 2, 16, 16)]
+        kinds = [(f, o, m) for f in families for o in OPERATIONS for m in (False, True)]
+        for family, operation, has_mask in kinds:
+            for seed in range(options.seeds):
+                rng = np.random.default_rng(seed)
+                problem = part_problem(rng, family, operation, has_mask)
+                if backend.unsupported(problem, H100) is None:
+                    try:
+                        emulator.check(backend, problem, seed)
+                    except AssertionError as error:
+                        wrong += 1
+                        print(f"WRONG {problem}: {error}", flush=True)
+            print(family, operation, "masked" if has_mask else "", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

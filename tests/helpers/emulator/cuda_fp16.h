@@ -1,0 +1,32 @@
+// What the kernels need of CUDA's header of this name, for the host compiler.
+#pragma once
+#include <cstring>
+struct __half {
+  unsigned short x;
+  __half() = default;
+  explicit __half(float f) {
+    _Float16 h = (_Float16)f;
+    memcpy(&x, &h, 2);
+  }
+  operator float() const {
+    _Float16 h;
+    memcpy(&h, &x, 2);
+    return (float)h;
+  }
+};
+struct __half2 {
+  __half x, y;
+};
+inline float __half2float(__half h) { return float(h); }
+inline __half __float2half_rn(float f) { return __half(f); }
+inline __half2 __floats2half2_rn(float a, float b) { return {__half(a), __half(b)}; }
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint2 make_uint2(unsigned a, unsigned b) { return {a, b}; }

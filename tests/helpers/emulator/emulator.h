@@ -1,0 +1,276 @@
+// Runs a kernel on the host: every thread is a fiber, and blocks run one after another.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#undef __device__
+#undef __global__
+#undef __host__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __align__
+#undef __grid_constant__
+#define __device__
+#define __global__ inline
+#define __host__
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __grid_constant__
+#define __builtin_assume(x) ((void)0)
+
+namespace emulator {
+struct Dim {
+  unsigned x, y, z;
+};
+struct Warp {
+  struct Slot {
+    unsigned long long count[32] = {};
+    alignas(16) unsigned char value[2][32][64];
+  };
+  std::map<unsigned, Slot> slots;
+};
+struct State {
+  int threads;
+  Dim block, grid;
+  std::vector<ucontext_t> fibers;
+  std::vector<char> done;
+  std::vector<unsigned long long> syncs;
+  std::vector<Warp> warps;
+  ucontext_t main;
+  int current;
+  char* smem;
+  void (*body)(void*);
+  void* data;
+  long long spins;
+};
+inline State state;
+inline Dim thread_index() { return {unsigned(state.current), 0, 0}; }
+inline void yield() {
+  if (++state.spins > 2000000000ll) {
+    fprintf(stderr, "emulator: deadlock\n");
+    abort();
+  }
+  int me = state.current, next = me;
+  do {
+    next = (next + 1) % state.threads;
+  } while (state.done[next] && next != me);
+  if (next == me) return;
+  state.current = next;
+  swapcontext(&state.fibers[me], &state.fibers[next]);
+}
+inline void sync_threads() {
+  int me = state.current;
+  auto mine = ++state.syncs[me];
+  for (;;) {
+    bool all = true;
+    for (int t = 0; t < state.threads; ++t)
+      if (!state.done[t] && state.syncs[t] < mine) {
+        all = false;
+        break;
+      }
+    if (all) return;
+    yield();
+  }
+}
+// Gathers the values of the lanes in `mask`; read(lane) gives them.
+template <typename T, typename Use>
+auto collective(unsigned mask, const T& value, Use use) {
+  static_assert(sizeof(T) <= 64);
+  int me = state.current, warp = me / 32, lane = me % 32;
+  auto& slot = state.warps[warp].slots[mask];
+  auto mine = ++slot.count[lane];
+  memcpy(slot.value[mine % 2][lane], &value, sizeof(T));
+  for (;;) {
+    bool all = true;
+    for (int l = 0; l < 32; ++l)
+      if (mask >> l & 1 && warp * 32 + l < state.threads && slot.count[l] < mine) {
+        all = false;
+        break;
+      }
+    if (all) break;
+    yield();
+  }
+  return use([&](int l) {
+    T v;
+    memcpy(&v, slot.value[mine % 2][l], sizeof(T));
+    return v;
+  });
+}
+inline void entry() {
+  state.body(state.data);
+  int me = state.current;
+  state.done[me] = 1;
+  for (int t = 0; t < state.threads; ++t)
+    if (!state.done[t]) {
+      state.current = t;
+      setcontext(&state.fibers[t]);
+    }
+  setcontext(&state.main);
+}
+inline char* low_memory(size_t size) {
+  return (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT,
+                     -1, 0);
+}
+inline void run_block(Dim block, Dim grid, int threads, void (*body)(void*), void* data) {
+  static char* smem = low_memory(1 << 20);
+  static char* stacks = (char*)malloc(size_t(1024) * (1 << 18));
+  memset(smem, 0xff, 1 << 18);
+  state.threads = threads;
+  state.block = block;
+  state.grid = grid;
+  state.smem = smem;
+  state.body = body;
+  state.data = data;
+  state.fibers.assign(threads, ucontext_t());
+  state.done.assign(threads, 0);
+  state.syncs.assign(threads, 0);
+  state.warps.assign((threads + 31) / 32, Warp());
+  state.spins = 0;
+  for (int t = 0; t < threads; ++t) {
+    getcontext(&state.fibers[t]);
+    state.fibers[t].uc_stack.ss_sp = stacks + size_t(t) * (1 << 18);
+    state.fibers[t].uc_stack.ss_size = 1 << 18;
+    state.fibers[t].uc_link = nullptr;
+    makecontext(&state.fibers[t], entry, 0);
+  }
+  state.current = 0;
+  swapcontext(&state.main, &state.fibers[0]);
+}
+template <typename... A, size_t... I>
+void call(void (*kernel)(A...), void** parameters, std::index_sequence<I...>) {
+  kernel(*reinterpret_cast<std::remove_const_t<A>*>(parameters[I])...);
+}
+template <typename... A>
+void launch(void (*kernel)(A...), unsigned gx, unsigned gy, int threads, void** parameters) {
+  struct Data {
+    void (*kernel)(A...);
+    void** p;
+  } data{kernel, parameters};
+  for (unsigned y = 0; y < gy; ++y)
+    for (unsigned x = 0; x < gx; ++x)
+      run_block(
+          {x, y, 0}, {gx, gy, 1}, threads,
+          [](void* d) {
+            auto* of = (Data*)d;
+            call(of->kernel, of->p, std::index_sequence_for<A...>());
+          },
+          &data);
+}
+// A half product of tensor cores, and matrices that lanes load together
+template <typename E>
+float number(unsigned word, int i) {
+  unsigned short h = word >> 16 * i;
+  E e;
+  memcpy(&e, &h, 2);
+  return float(e);
+}
+template <typename E>
+void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  struct In {
+    unsigned a[4], b[2];
+  } in = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  int lane = state.current % 32;
+  collective(~0u, in, [&](auto read) {
+    for (int i = 0; i < 4; ++i) {
+      int row = lane / 4 + (i / 2) * 8, col = lane % 4 * 2 + i % 2;
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) {
+        In of_a = read(row % 8 * 4 + k % 8 / 2), of_b = read(col * 4 + k % 8 / 2);
+        sum += number<E>(of_a.a[row / 8 + k / 8 * 2], k % 2) * number<E>(of_b.b[k / 8], k % 2);
+      }
+      d[i] += sum;
+    }
+    return 0;
+  });
+}
+inline void ldmatrix(unsigned (&m)[4], unsigned address, bool trans) {
+  int lane = state.current % 32;
+  collective(~0u, address, [&](auto read) {
+    for (int i = 0; i < 4; ++i) {
+      unsigned short pair[2];
+      for (int j = 0; j < 2; ++j) {
+        int row = lane / 4, col = lane % 4 * 2 + j;
+        if (trans) std::swap(row, col);
+        memcpy(&pair[j], (char*)(uintptr_t)read(i * 8 + row) + 2 * col, 2);
+      }
+      m[i] = pair[0] | unsigned(pair[1]) << 16;
+    }
+    return 0;
+  });
+}
+inline void ldmatrix_x4(unsigned (&m)[4], unsigned address) { ldmatrix(m, address, false); }
+inline void ldmatrix_x4_trans(unsigned (&m)[4], unsigned address) { ldmatrix(m, address, true); }
+template <typename E>
+void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, E) {
+  mma<E>(d, a, b0, b1);
+}
+template <typename E>
+void mma_m16n8k16_zero(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, E) {
+  d[0] = d[1] = d[2] = d[3] = 0;
+  mma<E>(d, a, b0, b1);
+}
+}  // namespace emulator
+
+#define threadIdx emulator::thread_index()
+#define blockIdx emulator::state.block
+#define gridDim emulator::state.grid
+inline void __syncthreads() { emulator::sync_threads(); }
+inline void __syncwarp(unsigned mask = ~0u) {
+  emulator::collective(mask, 0, [](auto) { return 0; });
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T v, int d) {
+  return emulator::collective(mask, v, [&](auto r) { return r(emulator::state.current % 32 ^ d); });
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T v, int l) {
+  return emulator::collective(mask, v, [&](auto r) { return r(l); });
+}
+inline unsigned __ballot_sync(unsigned mask, bool v) {
+  return emulator::collective(mask, v, [&](auto r) {
+    unsigned b = 0;
+    for (int l = 0; l < 32; ++l)
+      if (mask >> l & 1 && r(l)) b |= 1u << l;
+    return b;
+  });
+}
+inline bool __any_sync(unsigned mask, bool v) { return __ballot_sync(mask, v); }
+inline float __expf(float x) { return std::exp(x); }
+inline unsigned __float_as_uint(float x) {
+  unsigned u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+inline float __uint_as_float(unsigned u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+inline float __int_as_float(int u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+inline double __longlong_as_double(long long u) {
+  double x;
+  memcpy(&x, &u, 8);
+  return x;
+}
+inline size_t __cvta_generic_to_shared(const void* p) { return (size_t)p; }
+inline void* __cvta_shared_to_generic(size_t p) { return (void*)p; }
+inline bool __isGlobal(const void*) { return true; }
+template <typename T>
+void __stcs(T* p, T v) {
+  *p = v;
+}
