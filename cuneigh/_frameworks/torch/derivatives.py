@@ -155,8 +155,7 @@ def mapped(
 
     made = iter(torch.func.vmap(batched, dims)(*held))
     return [
-        torch._add_batch_dim(next(made).contiguous(), 0, level) if each else None
-        for each in there
+        torch._add_batch_dim(next(made).contiguous(), 0, level) if each else None for each in there
     ]
 
 
@@ -224,7 +223,7 @@ def in_one_pass(
     if not any(map(is_mapped, primals.values())):  # but the tangents may be
         for name in ("output", "lse"):
             if is_mapped(made[name]):
-                made[name] = _held(made[name])[0]
+                made[name] = _held(made[name], _level(made[name]))[0]
     return [
         None
         if spec is None
