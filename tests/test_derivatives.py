@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,18 @@ def test_finite_differences_in_pytorch(name, device):
 
 def cubed(query):
     return cuneigh.na1d(query, query * 2, query * query, 3).square().sum()
+
+
+def test_batched_gradients_may_be_computed_in_another_thread():
+    """As those on a GPU are."""
+    from cuneigh._frameworks.torch.derivatives import mapped
+
+    def doubled(array):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(mapped, lambda each: (2 * each, None), [array]).result()[0]
+
+    given = torch.arange(6.0).view(2, 3)
+    assert torch.equal(torch._vmap_internals._vmap(doubled)(given), 2 * given)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -23,12 +23,13 @@ from helpers.strategies import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuneigh import _jit
+from cuneigh import _call, _jit
 from cuneigh._backends import naive
-from cuneigh._device import cuda
+from cuneigh._device import cuda, of_capability
 from cuneigh._gpu import rows
 from cuneigh._problem import Operands, Problem, Spec
 from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._window import Axis
 
 
 def attention(tokens, dims, dtype="float32", kernel_size=3, operation="forward", heads=2, batch=1):
@@ -266,3 +267,10 @@ def check_huge(rank):
                 got = to_numpy(whole[(b, *corner)].copy()).astype(float)
                 want = expected[f"grad {name}"][(0, *corner)].astype(float)
                 np.testing.assert_allclose(got, want, atol=2**-8 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_without_keys_only_blocks_of_queries_are_launched(operation):
+    axes = Axis(3, 3, 1, 1, 1, False), Axis(3, 0, 2, 1, 1, False, layout=3)
+    problem = Problem(operation, "float16", 1, 2, 1, 8, 8, axes, 1.0, additional=2)
+    _call.rehearse(problem, of_capability((9, 0)), "naive")

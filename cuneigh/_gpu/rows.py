@@ -185,7 +185,8 @@ def box_of(problem: Problem, keys: bool, area: int) -> tuple[int, ...]:
     products (those of idle groups included) and the halo of neighbors that it reads from beyond
     its cache.
     """
-    counts = problem.key_tokens if keys else problem.tokens
+    # Without any keys there are no blocks, whatever the box.
+    counts = [max(count, 1) for count in (problem.key_tokens if keys else problem.tokens)]
     windows = [axis.kernel_size for axis in problem.axes]
 
     def cost(box: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
@@ -213,7 +214,9 @@ def launch(
     views: Views,
     grid: tuple[int, int],
 ) -> None:
-    """Launch a kernel with blocks of `THREADS` threads."""
+    """Launch a kernel with blocks of `THREADS` threads, unless there is no block."""
+    if 0 in grid:
+        return
     program.launch(kernel, grid, THREADS, with_starts(record), views.words)
 
 

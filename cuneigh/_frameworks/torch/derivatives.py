@@ -141,7 +141,8 @@ def mapped(
     compute: Callable[..., Sequence[torch.Tensor | None]], arrays: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor | None]:
     """The results of `compute` for arrays that this map has batched, by torch.func.vmap."""
-    held = [_held(array) if is_mapped(array) else array for array in arrays]
+    level = _level(next(array for array in arrays if is_mapped(array)))
+    held = [_held(array, level) if is_mapped(array) else array for array in arrays]
     if any(map(is_mapped, held)):
         raise NotImplementedError("cuneigh: batched gradients cannot be batched again")
     dims = tuple(0 if is_mapped(array) else None for array in arrays)
@@ -154,21 +155,29 @@ def mapped(
 
     made = iter(torch.func.vmap(batched, dims)(*held))
     return [
-        torch._add_batch_dim(next(made).contiguous(), 0, _level()) if each else None
-        for each in there
+        torch._add_batch_dim(next(made).contiguous(), 0, level) if each else None for each in there
     ]
 
 
-def _held(array: torch.Tensor) -> torch.Tensor:
-    """What the innermost map has made `array` of; the axis that it maps over comes first."""
-    return torch._remove_batch_dim(array, _level(), 1, 0)
+def _held(array: torch.Tensor, level: int) -> torch.Tensor:
+    """What the map of this number has made `array` of; the axis that it maps over comes first."""
+    return torch._remove_batch_dim(array, level, 1, 0)
 
 
-def _level() -> int:
-    """The number of the innermost map."""
-    level: int = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    return level
+def _level(array: torch.Tensor) -> int:
+    """The number of the only map that has batched `array`; 0 if there are several.
+
+    PyTorch tells the number to the thread that began the map alone, and not to that in which the
+    gradients of a GPU are computed.
+    """
+    for level in range(1, MOST_MAPS + 1):
+        if not is_mapped(_held(array, level)):
+            return level
+    return 0
+
+
+MOST_MAPS = 64
+"""Maps within each other, at most."""
 
 
 # Tensors that carry tangents
@@ -214,7 +223,7 @@ def in_one_pass(
     if not any(map(is_mapped, primals.values())):  # but the tangents may be
         for name in ("output", "lse"):
             if is_mapped(made[name]):
-                made[name] = _held(made[name])[0]
+                made[name] = _held(made[name], _level(made[name]))[0]
     return [
         None
         if spec is None
