@@ -354,6 +354,21 @@ def errors(rank: int, world: int) -> None:
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("x",))
     sharding = distributed.Sharding(mesh, ("x",), layout=(4 * world,))
     last = world - 1
+    for axes, given, expected in [
+        (("y",), {}, "ValueError: Sharding: mesh_axes[0]='y' is not an axis of the mesh"),
+        (
+            ("x", "x"),
+            {},
+            "ValueError: Sharding: mesh_axes=('x', 'x') has an axis of the mesh twice",
+        ),
+        ("x", {}, "TypeError: Sharding: mesh_axes='x' is str"),
+        (("x",), {"layout": (-1,)}, "ValueError: Sharding: layout[0]=-1 must not be negative"),
+        (("x",), {"layout": (1, 1)}, "ValueError: Sharding: layout=(1, 1) has 2 entries, but mesh"),
+        (("x",), {"sizes": ((1,) * 9,)}, "ValueError: Sharding: sizes[0]=(1, 1, 1, 1, 1, 1, 1, 1,"),
+        (("x",), {"layout": (1,), "sizes": ((1,),)}, "ValueError: Sharding: layout and sizes were"),
+    ]:
+        message = raised(lambda axes=axes, given=given: distributed.Sharding(mesh, axes, **given))
+        assert message.startswith(expected), message
 
     def attend(mine: Any = torch.float32, size: int = 4, batch: int = 1, **parameters: Any) -> Any:
         """A call in which the last rank is another one; the others have what is usual."""
