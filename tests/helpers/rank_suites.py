@@ -146,10 +146,12 @@ def close(got: torch.Tensor, expected: torch.Tensor, what: Any, tolerance: float
 
 def grids(world: int) -> list[tuple[tuple[int, ...], DeviceMesh]]:
     """Meshes of all ranks for layouts of one to three token axes."""
-    flat = init_device_mesh("cpu", (world,), mesh_dim_names=("x",))
     if world < 4:
+        flat = init_device_mesh("cpu", (world,), mesh_dim_names=("x",))
         return [((world,), flat), ((1, world), flat), ((world, 1), flat)]
-    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("x", "y"))
+    # A mesh may have its ranks in any order.
+    flat = DeviceMesh("cpu", [2, 0, 3, 1], mesh_dim_names=("x",))
+    square = DeviceMesh("cpu", [[3, 1], [0, 2]], mesh_dim_names=("x", "y"))
     return [((4,), flat), ((2, 2), square), ((2, 1, 2), square)]
 
 
