@@ -40,8 +40,9 @@ from cuneigh._backends.cpu.blas import one_thread
 from cuneigh._backends.cpu.threads import thread_count
 from cuneigh._backends.cpu.tiles import boxes
 from cuneigh._device import CPU
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 from cuneigh.cli import demo
 
 ROOT = Path(__file__).resolve().parent

@@ -17,8 +17,9 @@ from cuneigh import _backends, _jit
 from cuneigh._backends import BACKENDS, Backend, BackendName
 from cuneigh._device import CPU, of_capability
 from cuneigh._jit import _build
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 from cuneigh.cli import main
 
 TOY_SOURCES = Path(toy_backend.__file__).parent / "cuda"

@@ -17,8 +17,9 @@ from cuneigh._backends import BACKENDS, Backend, cpu, fused, hopper, naive
 from cuneigh._device import of_capability
 from cuneigh._jit import _build as build
 from cuneigh._jit import _compiler as compiler
+from cuneigh._parameters import Window
 from cuneigh._problem import DTYPES, Spec
-from cuneigh._validate import Window, attention_problem, qk_problem
+from cuneigh._validate import attention_problem, qk_problem
 from cuneigh.cli import doctor, main
 
 needs_nvrtc = pytest.mark.skipif(

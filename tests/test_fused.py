@@ -29,8 +29,9 @@ from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._gpu.announce import announce
 from cuneigh._gpu.boxes import count_walk
 from cuneigh._gpu.passes import DKV, FORWARD
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Problem, Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 from cuneigh._window import Axis
 
 H200 = _device.Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024)

@@ -34,8 +34,9 @@ from cuneigh._backends.gemm import plan as gemm_plan
 from cuneigh._backends.gemm.plan import cut_axis
 from cuneigh._device import CPU, Device, cuda
 from cuneigh._gpu.arrays import Array, Pointer
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Operands, Spec
-from cuneigh._validate import attention_problem, dense_problem, window_arguments
+from cuneigh._validate import attention_problem, dense_problem
 from cuneigh._window import Axis
 
 GPU = Device("cuda", 0, "a GPU", (9, 0), 132, 227 * 1024)

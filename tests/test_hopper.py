@@ -25,8 +25,9 @@ from cuneigh._backends.hopper.plan import WIDTHS, division, form_of, ways
 from cuneigh._backends.hopper.tensor_maps import Folding
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Operation, Problem, Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 from cuneigh._window import Axis
 
 H100 = replace(H200, name="NVIDIA H100")

@@ -26,8 +26,9 @@ from cuneigh._backends.hopper.choice import make_plan
 from cuneigh._backends.hopper.plan import HopperPlan, ways
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._gpu.tensor_map import KEPT
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Operands, Problem, Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,10 @@ MAY_IMPORT = {
     "cuneigh._messages": set(),
     "cuneigh._settings": {"cuneigh._messages"},
     "cuneigh._problem": {"cuneigh._window"},
-    "cuneigh._validate": {"cuneigh._window", "cuneigh._problem", "cuneigh._messages"},
+    "cuneigh._parameters": {"cuneigh._window", "cuneigh._messages"},
+    "cuneigh._validate": {
+        *("cuneigh._window", "cuneigh._problem", "cuneigh._parameters", "cuneigh._messages"),
+    },
     "cuneigh._shards": {"cuneigh._window"},
     "cuneigh.reference": PURE,
     "cuneigh._jit": PURE,

@@ -27,8 +27,9 @@ from cuneigh import _call, _jit
 from cuneigh._backends import naive
 from cuneigh._device import cuda, of_capability
 from cuneigh._gpu import rows
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Operands, Problem, Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 from cuneigh._window import Axis
 
 

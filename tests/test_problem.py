@@ -13,15 +13,9 @@ from helpers.strategies import array, empty_problems, generators, numpy_dtype, p
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cuneigh._parameters import finite_scale, part_arguments, window_arguments
 from cuneigh._problem import SUPPORTED, Dtype, Operands, Problem, Spec
-from cuneigh._validate import (
-    attention_problem,
-    dense_problem,
-    finite_scale,
-    part_arguments,
-    problem_of,
-    window_arguments,
-)
+from cuneigh._validate import attention_problem, dense_problem, problem_of
 
 
 def build(call: Call) -> Problem:

@@ -27,8 +27,9 @@ from cuneigh._gpu.program import Program, Record
 from cuneigh._gpu.records import PART_AXIS, start_words
 from cuneigh._gpu.tensor_map import TensorMap
 from cuneigh._gpu.views import Views, load_width
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import ARRAYS, Problem, Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 from cuneigh._window import Axis
 
 driver = pytest.importorskip("cupy").cuda.driver

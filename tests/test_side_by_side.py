@@ -16,8 +16,9 @@ from cuneigh._frameworks.contract import Adapter
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._jit import _compiler, _load, _progress, _threads
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 
 H100 = _device.Device("cuda", 0, "NVIDIA H100", (9, 0), 132, 227 * 1024)
 BUILT = _compiler.Built(b"cubin", "symbol", _jit.Resources(1, 0, 0, 0, 0))

@@ -24,8 +24,9 @@ from cuneigh._backends.fused.small import launch as small_launch
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._gpu.boxes import count_unions
 from cuneigh._gpu.passes import FORWARD
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Problem, Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 from cuneigh._window import Axis
 
 H200 = replace(_device.of_capability((9, 0)), sm_count=132)

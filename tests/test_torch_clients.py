@@ -22,7 +22,8 @@ from helpers.tensors import (
 
 import cuneigh
 from cuneigh._backends.cpu import boxes
-from cuneigh._validate import Window, attention_problem
+from cuneigh._parameters import Window
+from cuneigh._validate import attention_problem
 
 torch = pytest.importorskip("torch")
 

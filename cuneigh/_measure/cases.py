@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Problem, Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 
 NEEDED = ("tokens", "heads", "dim", "kernel")
 OPTIONAL: Mapping[str, Any] = {

@@ -9,16 +9,16 @@ from cuneigh._call import Call, opaque, results_of
 from cuneigh._frameworks import adapter_of
 from cuneigh._frameworks.arguments import examine
 from cuneigh._ops.scale import is_number, scaled
-from cuneigh._problem import ARRAYS, OPTIONAL
-from cuneigh._validate import (
+from cuneigh._parameters import (
     Window,
     boolean,
     finite_scale,
     part_arguments,
-    problem_of,
     scale_or_default,
     window_arguments,
 )
+from cuneigh._problem import ARRAYS, OPTIONAL
+from cuneigh._validate import problem_of
 
 
 @opaque

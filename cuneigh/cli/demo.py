@@ -24,8 +24,9 @@ import numpy.typing as npt
 import cuneigh
 from cuneigh._backends import BackendName, choose
 from cuneigh._device import CPU, Device, cuda
+from cuneigh._parameters import window_arguments
 from cuneigh._problem import Problem, Spec
-from cuneigh._validate import attention_problem, window_arguments
+from cuneigh._validate import attention_problem
 from cuneigh.cli.terminal import patience
 
 Image = npt.NDArray[np.float32]

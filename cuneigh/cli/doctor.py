@@ -27,9 +27,10 @@ from cuneigh import _backends, _jit, reference
 from cuneigh._backends import Backend
 from cuneigh._device import CPU, Device, cuda, driver_library, driver_version, installation
 from cuneigh._jit import _compiler
+from cuneigh._parameters import Window
 from cuneigh._problem import DTYPES, Operands, Problem, Spec
 from cuneigh._settings import SETTINGS
-from cuneigh._validate import Window, attention_problem
+from cuneigh._validate import attention_problem
 
 
 def add_parser(subparsers: Any) -> None:

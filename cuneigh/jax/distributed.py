@@ -34,8 +34,8 @@ from jax import lax
 from cuneigh._backends import BackendName
 from cuneigh._ops import neighborhood
 from cuneigh._ops.types import Borders, Flags, Scale, Sizes
+from cuneigh._parameters import neighborhood_axes, part_arguments, window_arguments
 from cuneigh._shards.axis import Shards
-from cuneigh._validate import neighborhood_axes, part_arguments, window_arguments
 
 __all__ = ["na1d", "na2d", "na3d"]
 

@@ -11,7 +11,7 @@ from cuneigh._ops.av import na1d_av, na2d_av, na3d_av
 from cuneigh._ops.neighborhood import na1d, na2d, na3d
 from cuneigh._ops.qk import na1d_qk, na2d_qk, na3d_qk
 from cuneigh._ops.types import Borders, Flags, Sizes
-from cuneigh._validate import Window, part_arguments, window_arguments
+from cuneigh._parameters import Window, part_arguments, window_arguments
 
 
 class NeighborhoodAttention(nn.Module):  # type: ignore[misc]

@@ -37,8 +37,9 @@ from helpers.illegal import call_of
 from helpers.strategies import LAYOUTS, OPERATIONS, Inputs, inputs
 
 from cuneigh import _call, _jit
+from cuneigh._parameters import Window
 from cuneigh._problem import Problem, Spec
-from cuneigh._validate import Window, attention_problem, av_problem, qk_problem
+from cuneigh._validate import attention_problem, av_problem, qk_problem
 
 MOST_KERNELS = 350
 CHUNK = 50

@@ -25,8 +25,9 @@ from helpers.strategies import array
 import cuneigh
 from cuneigh import _device, _jit
 from cuneigh._backends import BACKENDS
+from cuneigh._parameters import Window
 from cuneigh._problem import Spec
-from cuneigh._validate import Window, attention_problem
+from cuneigh._validate import attention_problem
 
 
 def plain(dtype: str, tokens: tuple[int, ...], kernel_size: int, operation: str = "forward") -> Any:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cuneigh._parameters import Part, Window
 from cuneigh._problem import Operation, Problem, Spec
-from cuneigh._validate import Part, Window, attention_problem, av_problem, qk_problem
+from cuneigh._validate import attention_problem, av_problem, qk_problem
 
 
 class Family(NamedTuple):

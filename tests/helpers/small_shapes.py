@@ -33,8 +33,9 @@ from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._backends.hopper.plan import ways
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._jit import _compiler
+from cuneigh._parameters import Window
 from cuneigh._problem import DTYPES, Problem, Spec
-from cuneigh._validate import Window, attention_problem, av_problem, qk_problem
+from cuneigh._validate import attention_problem, av_problem, qk_problem
 
 BACKENDS = hopper, naive, gemm, fused
 WINDOWS = {

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
+from cuneigh._parameters import Part, Window
 from cuneigh._problem import DTYPES, Operands, Problem, Spec
-from cuneigh._validate import Part, Window, attention_problem, av_problem, dense_problem, qk_problem
+from cuneigh._validate import attention_problem, av_problem, dense_problem, qk_problem
 from cuneigh.reference import window_slots
 
 OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")

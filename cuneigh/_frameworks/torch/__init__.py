@@ -13,7 +13,7 @@ from cuneigh._call import OPAQUE
 from cuneigh._frameworks.torch import autograd
 from cuneigh._frameworks.torch.adapter import ADAPTER
 from cuneigh._frameworks.watch import when_imported
-from cuneigh._validate import Symbol
+from cuneigh._parameters import Symbol
 
 __all__ = ["ADAPTER"]
 

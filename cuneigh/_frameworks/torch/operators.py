@@ -18,8 +18,9 @@ from cuneigh._frameworks.arguments import examine
 from cuneigh._frameworks.derivatives import Calculus
 from cuneigh._frameworks.torch.derivatives import calculus_of, gradients, tangents
 from cuneigh._frameworks.torch.tensors import TENSORS
+from cuneigh._parameters import Part, Window
 from cuneigh._problem import ARRAYS, OPTIONAL, Operation, Problem, of_what
-from cuneigh._validate import Part, Window, problem_of
+from cuneigh._validate import problem_of
 from cuneigh._window import BORDERS, Axis
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cuneigh import _backends
+from cuneigh._parameters import neighborhood_axes, part_arguments, window_arguments
 from cuneigh._problem import DTYPES
-from cuneigh._validate import neighborhood_axes, part_arguments, window_arguments
 from cuneigh.cli.devices import device_of
 from cuneigh.cli.profile import SHORT, add_problem_options, along
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cuneigh._validate import boolean
+from cuneigh._parameters import boolean
 from cuneigh.compat.natten._arguments import flags, integer, listed, steps
 from cuneigh.compat.natten._calls import form, of_any_generation
 

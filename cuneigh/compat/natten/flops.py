@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from cuneigh._parameters import Window
 from cuneigh._problem import ARRAYS, Operation, Spec
-from cuneigh._validate import Window, problem_of
+from cuneigh._validate import problem_of
 from cuneigh.compat.natten._switch import chosen
 
 __all__ = [

@@ -14,14 +14,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from cuneigh._backends import unknown
 from cuneigh._frameworks import adapter_of
 from cuneigh._frameworks.arguments import examine
+from cuneigh._parameters import boolean, part_arguments, scale_or_default, window_arguments
 from cuneigh._problem import ARRAYS, OPTIONAL, Spec
-from cuneigh._validate import (
-    boolean,
-    part_arguments,
-    problem_of,
-    scale_or_default,
-    window_arguments,
-)
+from cuneigh._validate import problem_of
 from cuneigh.torch.distributed._agreement import agreement_of
 from cuneigh.torch.distributed._operators import SHARDED
 from cuneigh.torch.distributed._sharding import Grid, grid_of
