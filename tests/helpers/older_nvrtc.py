@@ -1,4 +1,4 @@
-"""Compile kernels for Hopper with an NVRTC that is not the installed one; a script.
+"""Compile Hopper's kernels with an NVRTC that is not the installed one; a script.
 
 python tests/helpers/older_nvrtc.py DIRECTORY    of the wheel nvidia-cuda-nvrtc, unpacked
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 # CuPy takes the library that the process has loaded already.
@@ -20,11 +19,7 @@ for name in ("libnvrtc-builtins.so.*", "libnvrtc.so.*"):
 
 from cuneigh import _jit  # noqa: E402
 from cuneigh._backends import hopper  # noqa: E402
-from cuneigh._backends.fused.choice import choose_plan  # noqa: E402
-from cuneigh._backends.fused.small import launch as small_launch  # noqa: E402
-from cuneigh._backends.fused.small.plan import SmallPlan  # noqa: E402
 from cuneigh._device import of_capability  # noqa: E402
-from cuneigh._gpu.passes import FORWARD  # noqa: E402
 from cuneigh._jit import _compiler  # noqa: E402
 from cuneigh._problem import Spec  # noqa: E402
 from cuneigh._validate import attention_problem, window_arguments  # noqa: E402
@@ -43,23 +38,12 @@ def kernels(operation: str, rank: int, dim: int, dilation: int) -> list[_jit.Ker
     return [kernel for kernel in found if kernel.name.startswith("hopper/")]
 
 
-def small_window() -> _jit.Kernel:
-    """The kernel for a window of 7 x 7, 64 dimensions and an lse, which fills its registers."""
-    spec = Spec((8, 128, 128, 8, 64), "bfloat16")
-    window = window_arguments("test", 2, 7, 1, 1, False)
-    problem = attention_problem("test", "forward", spec, spec, spec, window, None)
-    plan = choose_plan(problem, replace(DEVICE, sm_count=132))
-    assert isinstance(plan, SmallPlan)
-    return small_launch.kernel(problem, FORWARD, plan.form, plan.columns, plan.one_stage, True)
-
-
 def main() -> None:
     print(_compiler.version())
     # Of each pass the kernel that needs the most registers: three axes, dilated, long vectors; and
     # that of all gradients, for one axis without dilation
     heaviest = ("forward", 3, 128, 2), ("backward", 3, 128, 2), ("backward", 1, 128, 1)
-    found = [kernel for each in heaviest for kernel in kernels(*each)]
-    for kernel in dict.fromkeys([*found, small_window()]):
+    for kernel in {kernel: None for each in heaviest for kernel in kernels(*each)}:
         resources = _compiler.build(kernel, kernel.target("sm_90"), _jit.packaged()).resources
         if resources.spill_stores or resources.advice:
             print(kernel.name, resources)

@@ -112,11 +112,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const auto offsets = rows.offsets[row];
       const bool exists = tables.exists[row];
       const float sum = softmax.sum(half);
-      // The lse first: after the output it spills registers with NVRTC 13.0
-      if (Plan::kLse && begin == 0 && lane % 4 == 0 && exists)
-        *offset_by(in_batch(rows.lse, batch), offsets.lse) = softmax.lse(half, sum);
       store_row<kPart>(output_rmem, half, softmax.normalizer(sum), exists, lane,
                        offset_by(output, offsets.output));
+      if (Plan::kLse && begin == 0 && lane % 4 == 0 && exists)
+        *offset_by(in_batch(rows.lse, batch), offsets.lse) = softmax.lse(half, sum);
     }
 #pragma unroll
     for (int d = 0; d < kPart / 8; ++d)
