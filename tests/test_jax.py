@@ -18,7 +18,7 @@ from helpers.accuracy import assert_close, expect
 from helpers.calls import arguments_of, framework, results_of
 from helpers.gpu_arrays import at_launch, located
 from helpers.strategies import Inputs, array, generators, inputs, problems
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cuneigh
@@ -147,6 +147,7 @@ MAPPABLE = (*Operands._fields, "weights", "grad_output", "grad_logits")
 
 
 @pytest.mark.parametrize("name", DEVICES)
+@settings(max_examples=settings.default.max_examples // 2)  # each is traced
 @given(
     problem=problems(**SMALL, cross=False),
     rng=generators(),

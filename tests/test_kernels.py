@@ -18,18 +18,17 @@ from cuneigh._window import Axis
 
 # All dtypes on all architectures would take many minutes. The sources of these kernels ask for no
 # architecture, so that what differs is what the CUDA headers make of half types before sm_80 and
-# sm_90, and the assembler. Every dtype is compiled for sm_90. Every other architecture has a half
-# type and another one: float16 and bfloat16 take the same registers, mostly the most of all, and
-# differ in conversions alone, of which the headers have others for bfloat16 before sm_80. sm_86 and
-# sm_89, for which the same is assembled, share such a pair.
+# sm_90, and the assembler. Every dtype is compiled for sm_90 and for another architecture at least.
+# float16 and bfloat16 take the same registers, mostly the most of all, and differ in conversions
+# alone, of which the headers have others for bfloat16 before sm_80.
 COMPILED = {
-    "sm_75": ("bfloat16", "float64"),
-    "sm_80": ("bfloat16", "float64"),
+    "sm_75": ("bfloat16",),
+    "sm_80": ("bfloat16",),
     "sm_86": ("float32",),
     "sm_89": ("float16",),
     "sm_90": ("float16", "bfloat16", "float32", "float64"),
-    "sm_100": ("bfloat16", "float32"),
-    "sm_120": ("float16", "float64"),
+    "sm_100": ("bfloat16",),
+    "sm_120": ("float64",),
 }
 
 

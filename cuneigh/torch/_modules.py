@@ -19,6 +19,9 @@ class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
 
     rank: int
     rpb: nn.Parameter | None
+    border: Borders = "shift"
+    """Like `sharding`, of modules that were pickled before there was such an argument."""
+    sharding: Any = None
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class NeighborhoodAttention(nn.Module):  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         shown = self.window
-        if set(self.border) == {"shift"}:
+        if self.border == "shift" or set(self.border) == {"shift"}:
             del shown["border"]
         window = ", ".join(f"{name}={value}" for name, value in shown.items())
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {window}"

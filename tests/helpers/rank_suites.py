@@ -415,5 +415,5 @@ def errors(rank: int, world: int) -> None:
     dist.barrier()
 
 
-EXAMPLES = 4
+EXAMPLES = 2
 MASKS = 0.3
