@@ -19,7 +19,7 @@
 #
 # Why it matters: nothing is raised, and shapes are right. A library that needs a group of several
 # axes of a caller's mesh, and makes it by the mesh's own method, changes the numbers of tensors
-# that it never sees. cuneigh makes such groups by torch.distributed.new_group.
+# that it never sees. A group made by torch.distributed.new_group instead does no harm.
 #
 # Exits 0 while the behavior is as described, 1 if it has changed.
 set -euo pipefail
