@@ -187,7 +187,8 @@ def test_operators_check_what_they_are_given():
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cuneigh._validate import Window, attention_problem
+    from cuneigh._parameters import Window
+    from cuneigh._validate import attention_problem
 
     query, key, value = tensors()
     spec = Spec(SHAPE, "float64")

@@ -21,8 +21,9 @@ from cuneigh import _jit  # noqa: E402
 from cuneigh._backends import hopper  # noqa: E402
 from cuneigh._device import of_capability  # noqa: E402
 from cuneigh._jit import _compiler  # noqa: E402
+from cuneigh._parameters import window_arguments  # noqa: E402
 from cuneigh._problem import Spec  # noqa: E402
-from cuneigh._validate import attention_problem, window_arguments  # noqa: E402
+from cuneigh._validate import attention_problem  # noqa: E402
 
 DEVICE = of_capability((9, 0))
 
