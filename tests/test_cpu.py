@@ -35,6 +35,7 @@ from threadpoolctl import threadpool_info
 import cuneigh
 from cuneigh._backends import cpu
 from cuneigh._backends.cpu import gradients as gradient_sums
+from cuneigh._backends.cpu import strips as cpu_strips
 from cuneigh._backends.cpu import tiles
 from cuneigh._backends.cpu.halves import assign
 from cuneigh._call import perform
@@ -109,7 +110,7 @@ def test_strips_of_parts(axis, queries, placed):
 
 def check_strips(axis, queries, placed):
     tokens = []
-    for strip in tiles.strips(axis, queries, placed):
+    for strip in cpu_strips.strips(axis, queries, placed):
         assert 1 <= strip.queries <= queries
         visible, offsets = strip.visible(), strip.offsets
         slots = strip.slot_keys() if placed else None
@@ -144,9 +145,11 @@ def test_boxes_hold_every_query_of_every_head_once(problem, name):
 
 
 def test_tiles_of_a_long_problem_are_few_kinds():
-    strips = tiles.strips(neighborhood_axes("test", (4096,), window(129))[0], 64, False)
+    strips = cpu_strips.strips(neighborhood_axes("test", (4096,), window(129))[0], 64, False)
     assert len(strips) <= 3
-    causal = tiles.strips(neighborhood_axes("test", (4096,), window(129, causal=True))[0], 64, 0)
+    causal = cpu_strips.strips(
+        neighborhood_axes("test", (4096,), window(129, causal=True))[0], 64, 0
+    )
     assert max(strip.keys for strip in causal) == 129 + 63
 
 
@@ -252,7 +255,7 @@ def test_half_precision_is_widened_exactly(dtype):
 @given(firsts=st.lists(st.tuples(*[st.integers(0, 3)] * 2), min_size=1, max_size=12))
 def test_runs_of_even_steps_hold_every_position_once(firsts):
     positions = np.cumsum(firsts, 0).T
-    runs = tiles.even_runs(*positions)
+    runs = cpu_strips.even_runs(*positions)
     assert [i for run in runs for i in range(run.start, run.stop)] == list(range(len(firsts)))
     for run in runs:
         assert (np.diff(positions[:, run], 2) == 0).all()

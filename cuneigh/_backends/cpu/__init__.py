@@ -5,13 +5,13 @@ a box, its halo; one batch of matrix products takes many tiles and heads at once
 hidden pairs become -inf, and a second product sums the values. Nothing of size queries times keys
 is ever in memory: every thread works on about half a million logits at a time.
 
-`tiles` cuts a problem into boxes, `tokens` says where theirs are, `rows` reads and writes them
-whatever their strides, `halves` widens half precision, `boxes` holds what the operations do with a
-box, `attention`, `tangents` and `products` are the operations, `gradients` adds up what boxes
-share, and `threads` runs them in parallel. Half-precision arrays are computed in float32, float64
-in float64. Results do not depend on the number of threads, and those of an entry of a batch do not
-depend on the others; gradients of rpb, which all entries share, are sums over them. What is not
-finite reaches only the queries that see it.
+`strips` cuts an axis into tiles and `tiles` a problem into boxes, `tokens` says where theirs are,
+`rows` reads and writes them whatever their strides, `halves` widens half precision, `boxes` holds
+what the operations do with a box, `attention`, `tangents` and `products` are the operations,
+`gradients` adds up what boxes share, and `threads` runs them in parallel. Half-precision arrays are
+computed in float32, float64 in float64. Results do not depend on the number of threads, and those
+of an entry of a batch do not depend on the others; gradients of rpb, which all entries share, are
+sums over them. What is not finite reaches only the queries that see it.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from cuneigh._backends.cpu.rows import Array, Rows
+from cuneigh._backends.cpu.strips import Booleans
 from cuneigh._backends.cpu.threads import in_order, thread_count
-from cuneigh._backends.cpu.tiles import Booleans, Box, boxes
+from cuneigh._backends.cpu.tiles import Box, boxes
 from cuneigh._problem import Operands, Problem
 
 Result = TypeVar("Result")

@@ -15,7 +15,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from cuneigh._backends.cpu.boxes import Workspace, confined_product, fill_masked, visible
 from cuneigh._backends.cpu.rows import Array
-from cuneigh._backends.cpu.tiles import Booleans, Box
+from cuneigh._backends.cpu.strips import Booleans
+from cuneigh._backends.cpu.tiles import Box
 from cuneigh._problem import Operands, Problem
 
 
