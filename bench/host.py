@@ -8,8 +8,10 @@ the frameworks take for the same arrays without cuneigh is measured beside it.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +59,12 @@ def cases() -> Iterator[Case]:
         options = {"layout": LAYOUT, "query_start": start, "key_start": start}
         return cuneigh.na2d(*arrays, WINDOW, **options)
 
+    others = itertools.cycle(at_other_addresses())
+    for backend in ("fused", "hopper") if cuda(0).capability == (9, 0) else ("fused",):
+        na2d = functools.partial(cuneigh.na2d, kernel_size=WINDOW, backend=backend)
+        yield f"CuPy, {backend}", functools.partial(na2d, *arrays), wait
+        yield f"  {backend} at new addresses", lambda call=na2d: call(*next(others)), wait
+
     starts = itertools.cycle(range(LAYOUT - SHAPE[1] + 1))
     yield "CuPy, part of a layout", lambda: part(100), wait
     yield "CuPy, part at a new start", lambda: part(next(starts)), wait
@@ -86,6 +94,17 @@ def cases() -> Iterator[Case]:
     yield "JAX, forward", lambda: cuneigh.na2d(*given, WINDOW), jax.block_until_ready
     yield "JAX, forward, in jax.jit", lambda: jitted(*given), jax.block_until_ready
     yield "  a sum in jax.jit", lambda: add(*given), jax.block_until_ready
+
+
+def at_other_addresses() -> list[list[cupy.ndarray]]:
+    """More arguments of one call than are made in a measurement: no address comes twice."""
+    calls, step = 4100, 128  # elements: TMA takes addresses at multiples of 16 bytes
+    size = math.prod(SHAPE)
+    memory = cupy.random.standard_normal(size + 3 * calls * step, "float32").astype("float16")
+    return [
+        [memory[at : at + size].reshape(SHAPE) for at in range(call, call + 3 * step, step)]
+        for call in range(0, 3 * calls * step, 3 * step)
+    ]
 
 
 class Nothing(torch.autograd.Function):  # type: ignore[misc]
