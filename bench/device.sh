@@ -3,12 +3,14 @@
 #
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host loads memory scaling
 #                                    naive grid h200 profile (the default: all of these), soak,
-#                                    attack, alternate, tune, derivatives
+#                                    attack, alternate, tune, derivatives, two
 #
 # `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
 # takes a GPU of compute capability 9.0. `attack` compares random calls of all backends with dense
 # float64 for $SECONDS_OF_ATTACK (default: 150), and tries what is hard: numbers that are not finite,
 # more than 2^31 elements, threads with a stream each, memory that runs out.
+#
+# `two` needs two GPUs of one host: the tests for them, then one layout over both against one of them.
 #
 # `alternate` compares this checkout with an older one, whose folder is $OLD, by turns on this GPU:
 #
@@ -68,6 +70,14 @@ scaling() { python3 bench/scaling.py --output "$OUT/scaling.json"; }
 h200() { python3 bench/h200.py --output "$OUT/h200.json" | tail -n 60; return "${PIPESTATUS[0]}"; }
 # Tangents and second derivatives in PyTorch.
 derivatives() { python3 bench/derivatives.py --output "$OUT/derivatives.json"; }
+two() {
+  local status=0
+  timeout 300 python3 -m pytest -m multi_gpu -n "${JOBS:-4}" -p no:cacheprovider -p no:benchmark -q --tb=short -rs 2>&1 |
+    tee "$OUT/multi-gpu-tests.txt" | tail -n 60
+  [ "${PIPESTATUS[0]}" = 0 ] || status=1
+  python3 bench/two_gpus.py --output "$OUT/two-gpus.json" || status=1
+  return $status
+}
 naive() { python3 bench/naive.py --output "$OUT/naive.json" | tail -n 12; return "${PIPESTATUS[0]}"; }
 grid() {
   python3 bench/paper_grid.py --backward-dim 64 --output "$OUT/paper-grid.json" | tail -n 20

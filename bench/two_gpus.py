@@ -6,7 +6,11 @@ Each case is cut in two along its first token axis. Every rank computes the whol
 GPU and then its shard, forward and backward in bfloat16; a time is the median of the slower rank.
 `speedup` is one GPU's time over that of two. `together` computes all queries of a rank after the
 exchange, in place of those that need no message beside it. `bytes` is what a rank sends in the
-forward pass, and `floor` what of the other's keys and values its queries see.
+forward pass, and `floor` what of the other's keys and values its queries see. Errors are the
+largest of both ranks, in proportion to the largest number.
+
+A rank that fails ends the other, and what was measured until then is printed. Nothing runs for
+longer than `--seconds`.
 """
 
 from __future__ import annotations
@@ -14,11 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +39,8 @@ VOLUME = {"name": "volume", "tokens": [64, 128, 256], "heads": 16, "dim": 64, "k
 CASES = ["flux4k-na", "volume"]
 CALLS = {2: (cuneigh.na2d, distributed.na2d), 3: (cuneigh.na3d, distributed.na3d)}
 RANKS = 2
+PATIENCE = timedelta(seconds=120)
+"""How long ranks wait for each other: one may compile a kernel that the other does not need."""
 
 
 def main() -> None:
@@ -40,49 +48,90 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--backend", help="of both; the best one that runs it if not given")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--seconds", type=int, default=480, help="end after so many; default 480")
     options = parser.parse_args()
-    torch.multiprocessing.spawn(run, (options,), nprocs=RANKS)
+    if torch.cuda.device_count() < RANKS:
+        parser.error(f"{RANKS} GPUs are needed, but PyTorch sees {torch.cuda.device_count()}")
+    until = time.monotonic() + options.seconds
+    # Of this process, so that it outlives a rank that fails.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = torch.multiprocessing.spawn(run, (options, store.port), nprocs=RANKS, join=False)
+    while not ranks.join(timeout=1):  # raises what a rank did, and ends the other
+        if time.monotonic() > until:
+            for process in ranks.processes:
+                process.kill()
+            raise SystemExit(f"two_gpus.py: not done after {options.seconds} s")
 
 
-def run(rank: int, options: Any) -> None:
+def run(rank: int, options: Any, port: int) -> None:
     torch.cuda.set_device(rank)
-    store = dist.TCPStore("127.0.0.1", 29511, RANKS, rank == 0)
-    dist.init_process_group("nccl", store=store, rank=rank, world_size=RANKS)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
+    device = torch.device("cuda", rank)
+    dist.init_process_group(
+        "nccl", store=store, rank=rank, world_size=RANKS, timeout=PATIENCE, device_id=device
+    )
     mesh = init_device_mesh("cuda", (RANKS,), mesh_dim_names=("x",))
     known = json.loads((Path(__file__).parent / "cases.json").read_text())
     cases = {case["name"]: case for case in [*known, VOLUME]}
     document: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    document["cases"] = {name: measured(cases[name], mesh, rank, options) for name in CASES}
-    if rank == 0:
-        print(json.dumps(document, indent=1))
-        if options.output:
-            options.output.write_text(json.dumps(document, indent=1) + "\n")
+    document["cases"] = {}
+    for name in options.case:
+        document["cases"][name] = entry = measured(cases[name], mesh, rank, options)
+        if rank == 0:
+            print(name, json.dumps(entry, indent=1), flush=True)
+            if options.output:
+                options.output.write_text(json.dumps(document, indent=1) + "\n")
     dist.destroy_process_group()
 
 
-def measured(case: dict[str, Any], mesh: Any, rank: int, options: Any) -> dict[str, Any]:
-    tokens, heads, dim = case["tokens"], case["heads"], case["dim"]
-    own = tokens[0] // RANKS
-    mine = slice(rank * own, (rank + 1) * own)
+class Alone(NamedTuple):
+    """What one GPU has of a case."""
+
+    local: list[torch.Tensor]
+    """The shards of query, key, value and the gradient of the output."""
+    expected: list[torch.Tensor]
+    """The shards of the output and of the gradients."""
+    milliseconds: float
+
+
+def alone(case: dict[str, Any], mine: slice, given: dict[str, Any], repeats: int) -> Alone:
+    """The whole layout on each GPU. Its arrays, 17 GB of the volume, are gone afterwards."""
     torch.manual_seed(0)
-    shape = (1, *tokens, heads, dim)
+    shape = (1, *case["tokens"], case["heads"], case["dim"])
     whole = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     local = [array[:, mine].clone() for array in whole]
+    of_one, _ = CALLS[len(case["tokens"])]
+    one = step(of_one, whole, given)
+    expected = [array[:, mine].clone() for array in one()]
+    return Alone(local, expected, milliseconds(one, repeats))
+
+
+def measured(case: dict[str, Any], mesh: Any, rank: int, options: Any) -> dict[str, Any]:
+    tokens = case["tokens"]
+    own = tokens[0] // RANKS
+    mine = slice(rank * own, (rank + 1) * own)
+    given = {"kernel_size": tuple(case["kernel"]), "backend": options.backend}
+    local, expected, one_ms = alone(case, mine, given, options.repeats)
     axes = ("x", *[None] * (len(tokens) - 1))
     sharding = distributed.Sharding(mesh, axes, layout=tokens)
-    of_one, of_two = CALLS[len(tokens)]
-    given = {"kernel_size": tuple(case["kernel"]), "backend": options.backend}
-    one = step(of_one, whole, given)
+    _, of_two = CALLS[len(tokens)]
     two = step(of_two, local, {**given, "sharding": sharding})
-    expected = [array[:, mine].clone() for array in one()]
     with counted() as sent:
         got = two()
-    errors = {
-        name: float((a.float() - b.float()).abs().max() / b.float().abs().max())
-        for name, a, b in zip(("output", "query", "key", "value"), got, expected, strict=True)
+    names = "output", "query", "key", "value"
+    entry: dict[str, Any] = {
+        "largest_error": {
+            name: largest((a.float() - b.float()).abs().max() / b.float().abs().max())
+            for name, a, b in zip(names, got, expected, strict=True)
+        },
+        "bit_for_bit": {
+            name: not largest((a != b).any())
+            for name, a, b in zip(names, got, expected, strict=True)
+        },
     }
-    entry: dict[str, Any] = {"largest_error": errors}
-    entry["one_gpu_ms"] = milliseconds(one, options.repeats)
+    del got, expected
+    entry["one_gpu_ms"] = one_ms
     entry["two_gpus_ms"] = milliseconds(two, options.repeats)
     entry["speedup"] = entry["one_gpu_ms"] / entry["two_gpus_ms"]
     worth, _task.WORTH_SPLITTING = _task.WORTH_SPLITTING, 1 << 100
@@ -116,10 +165,15 @@ def milliseconds(run_step: Callable[[], Any], repeats: int) -> float:
         run_step()
         end.record()
         torch.cuda.synchronize()
-        slowest = torch.tensor(begin.elapsed_time(end), device="cuda")
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        times.append(float(slowest))
+        times.append(largest(begin.elapsed_time(end)))
     return median(times[2:])
+
+
+def largest(number: Any) -> float:
+    """The largest of what the ranks have."""
+    found = torch.as_tensor(number, dtype=torch.float64, device="cuda")
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
 
 
 @contextmanager

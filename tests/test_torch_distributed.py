@@ -1,4 +1,4 @@
-"""Layouts in shards over several processes, with gloo, against one process."""
+"""Layouts in shards over several processes, with gloo and NCCL, against one process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,32 @@ SUITES = {
 """Of `helpers.rank_suites`, with how many ranks each runs."""
 
 
+ON_GPUS = "plain", "halves", "dtensor", "compiled", "modules", "errors"
+"""Those that two GPUs run."""
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
 def test_ranks_compute_what_one_process_does(tmp_path):
     """All in one process that forks the ranks, for PyTorch takes seconds to be imported."""
     suites = [(suite, str(world)) for suite, worlds in SUITES.items() for world in worlds]
+    run("gloo", tmp_path, sum(suites, ()))
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("suite", ON_GPUS)
+def test_two_gpus_compute_what_one_does(suite, tmp_path):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is only one GPU")
+    run("nccl", tmp_path, (suite, "2"))
+
+
+def run(backend: str, folder: Path, suites: tuple[str, ...]) -> None:
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent)])
     done = subprocess.run(
-        [sys.executable, "-m", "helpers.ranks", str(tmp_path), *sum(suites, ())],
+        [sys.executable, "-m", "helpers.ranks", str(folder), backend, *suites],
         capture_output=True,
         text=True,
         check=False,

@@ -1,8 +1,14 @@
-"""JAX arrays over the four devices of a process: a program of its own, for `test_jax_shards`."""
+"""JAX arrays over the devices of a process: a program of its own, for `test_jax_shards`.
+
+    python -m helpers.jax_shards PLATFORM
+
+PLATFORM is cpu, of which there are four devices then, or cuda, for all GPUs of this machine.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from functools import partial
 from typing import Any
 
@@ -17,7 +23,7 @@ import cuneigh
 from cuneigh.jax import distributed
 
 jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", sys.argv[1])
 jax.config.update("jax_enable_x64", True)
 
 
@@ -28,7 +34,8 @@ CUT = P("b", None, None, "h")
 
 
 def mesh_of(kind: AxisType, *axes: str) -> Any:
-    sizes = (4,) if len(axes) == 1 else (2, 2)
+    count = len(jax.devices())
+    sizes = (count,) if len(axes) == 1 else (count // 2, 2)
     return jax.make_mesh(sizes, axes, axis_types=(kind,) * len(axes))
 
 
@@ -153,6 +160,7 @@ if __name__ == "__main__":
     for kind in (AxisType.Auto, AxisType.Explicit):
         batch_and_heads(kind)
     one_key_head(AxisType.Auto)
-    tokens_without_a_halo()
+    if jax.default_backend() == "cpu":  # where four devices are sure
+        tokens_without_a_halo()
     halos(AxisType.Auto)
     nothing_to_send()
