@@ -185,7 +185,7 @@ def neighborhood_axes(
         found = Axis(tokens[axis], keys[axis], k, s, d, causal, border, length)
         if part is not None:
             starts = part.query_start[axis], part.key_start[axis]
-            _check_part(call, where, found, is_whole, *starts)
+            check_part(call, where, found, is_whole, *starts)
             found = found.at(*starts)
         axes.append(found)
     return tuple(axes)
@@ -204,7 +204,7 @@ def _check_ring(call: str, where: str, length: int, dilation: int, is_causal: bo
         )
 
 
-def _check_part(
+def check_part(
     call: str, where: str, axis: Axis, is_unknown: bool, query_start: int, key_start: int
 ) -> None:
     """Raise unless the part of an axis lies in its layout, which is unknown if not given."""

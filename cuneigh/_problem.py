@@ -125,6 +125,14 @@ OPTIONAL = frozenset(
 """Arguments that need not be given; the tangent of one that is given must be, too."""
 
 
+STARTS = "starts"
+"""An argument beside those of an operation: where the queries and the keys start, for each axis.
+
+There is one where parts of a layout start at places that are known only when a program runs; those
+of the problem do not count then.
+"""
+
+
 def of_what(name: str) -> str:
     """The name of the array that `name` is the gradient or the tangent of, or `name` itself."""
     return name.removeprefix("grad_").removeprefix("tangent_")
@@ -252,6 +260,7 @@ class Problem:
             "weights": Spec((*queries, self.slots), self.dtype),
             "output": Spec((*queries, self.value_dim), self.dtype),
             "lse": Spec(queries, self.accumulator),
+            STARTS: Spec((2, self.rank), "int32"),
         }
         if self.has_key_mask:
             specs["key_mask"] = Spec((self.batch, *self.key_tokens), "bool")

@@ -84,6 +84,14 @@ class Adapter:
         """The number in a 0-d array; None where it may not be there yet, or be differentiated."""
         return None
 
+    def starts(self, rank: int, given: Sequence[Any]) -> tuple[Sequence[Any], Any]:
+        """The starts of parts of a layout, those of queries and of keys, and `STARTS`.
+
+        The starts have 0 in place of what is not known before a program runs, where `STARTS` has
+        it; if all are known, that is None.
+        """
+        return given, None
+
     # Arrays on the CPU: memory for NumPy
 
     def empty(self, own: Any, shape: tuple[int, ...], dtype: str) -> Any:

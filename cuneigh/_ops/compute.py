@@ -17,7 +17,7 @@ from cuneigh._parameters import (
     scale_or_default,
     window_arguments,
 )
-from cuneigh._problem import ARRAYS, OPTIONAL
+from cuneigh._problem import ARRAYS, OPTIONAL, STARTS
 from cuneigh._validate import problem_of
 
 
@@ -60,7 +60,7 @@ def _name(parameters: tuple[Any, ...]) -> str:
 def _examine(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
     """The call of a public function, all of whose arguments are checked here, and its arrays."""
     operation, rank, kernel_size, stride, dilation, is_causal, scale, return_lse = parameters[:8]
-    backend, *of_layout = parameters[8:]
+    backend, border, layout, *starts = parameters[8:]
     name = _name(parameters)
     named = zip(ARRAYS[operation].arguments, arrays, strict=True)
     needed = {n: array for n, array in named if array is not None or n not in OPTIONAL}
@@ -69,7 +69,14 @@ def _examine(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Call, 
     specs = {n: adapter.spec(array) for n, array in given.items()}
     if rank:
         window = window_arguments(name, rank, kernel_size, stride, dilation, is_causal)
-        part = part_arguments(name, rank, *of_layout)
+        known, told = adapter.starts(rank, starts)
+        part = part_arguments(name, rank, border, layout, *known)
+        if told is not None:
+            if layout is None:
+                raise ValueError(
+                    f"{name}: query_start and key_start need layout, the lengths of the whole"
+                )
+            given[STARTS] = told
     else:
         part = None
         window = Window((), (1,), (1,), (boolean(name, "is_causal", is_causal),))

@@ -191,6 +191,8 @@ def na2d(
     query_start, key_start : int, or one per token axis
         The token of the layout that is the first of the queries, or of the keys. On a ring it is
         taken modulo the length. Outputs of parts of the keys are joined by `merge_attentions`.
+        Among JAX's arrays it may be traced: one program serves all starts, and one that does not
+        lie in the layout is an error when the program runs. On a GPU the host waits for the number.
     key_mask : array of bool [B, X1, X2], optional
         False for keys that no query may see, whatever they and their values hold, NaN included.
         Its gradient is not asked for, and those of masked keys and values are 0. Additional keys

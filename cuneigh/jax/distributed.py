@@ -13,18 +13,16 @@ neighbors, by ``jax.lax.ppermute``, and from the next ones where these have too 
 don't cross a border of shards, nothing is sent. Batch and heads may be cut as well, by the specs
 alone. ``jax.jit``, ``jax.grad`` and ``jax.vmap`` pass through.
 
-All devices run one program, which has a branch for every place of a shard in its layout where
-windows lie differently: at most three along an axis, if shards are longer than windows and
-multiples of ``stride * dilation``. The starts of the parts of a layout are constants of a branch.
+All devices run one program with one call, whose starts of parts of the layout are numbers that
+each device computes of its place in the mesh.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -171,34 +169,18 @@ def _call(
             None if array is None else halo.around(array, 1 + number)
             for array in (key, value, key_mask)
         )
-    scale, additional_keys, additional_values, rpb, return_lse, backend = given
-
-    def attend(starts: tuple[tuple[int, int], ...], *arrays: Any) -> Any:
-        query, key, value, *extra, key_mask = arrays
-        return _WHOLE[rank](
-            query,
-            key,
-            value,
-            *window,
-            scale,
-            *extra,
-            return_lse,
-            backend,
-            border=border,
-            layout=layout,
-            query_start=tuple(query_start for query_start, _ in starts),
-            key_start=tuple(key_start for _, key_start in starts),
-            key_mask=key_mask,
-        )
-
-    arrays = query, key, value, additional_keys, additional_values, rpb, key_mask
-    branches = [
-        partial(attend, starts) for starts in itertools.product(*(halo.kinds for halo in halos))
-    ]
-    branch = jnp.int32(0)
-    for halo in halos:
-        branch = branch * len(halo.kinds) + halo.kind
-    return lax.switch(branch, branches, *arrays) if len(branches) > 1 else branches[0](*arrays)
+    return _WHOLE[rank](
+        query,
+        key,
+        value,
+        *window,
+        *given,
+        border=border,
+        layout=layout,
+        query_start=tuple(halo.query_start for halo in halos),
+        key_start=tuple(halo.key_start for halo in halos),
+        key_mask=key_mask,
+    )
 
 
 @dataclass(frozen=True)
@@ -253,7 +235,7 @@ class Halo:
         wide = jnp.concatenate(parts, axis)
         if len(set(offsets)) == 1:
             return wide
-        start = jnp.asarray([offset + before for offset in offsets])[lax.axis_index(self.axis_name)]
+        start = self._of_device([offset + before for offset in offsets])
         return lax.dynamic_slice_in_dim(wide, start, self.length, axis)
 
     def _from(self, array: jax.Array, axis: int, count: int, side: int) -> list[jax.Array]:
@@ -273,33 +255,18 @@ class Halo:
             parts.append(lax.ppermute(edge, self.axis_name, pairs))
         return parts
 
-    @cached_property
-    def _kinds(self) -> dict[Any, tuple[int, tuple[int, int]]]:
-        """For each way in which windows lie in a shard its number, and the starts of such a one."""
-        found: dict[Any, tuple[int, tuple[int, int]]] = {}
-        for shard in self._numbers:
-            found.setdefault(self._way(shard), (len(found), self._starts(shard)))
-        return found
-
-    def _starts(self, shard: int) -> tuple[int, int]:
-        return self.shards.own(shard).start, self.starts[shard]
-
-    def _way(self, shard: int) -> Any:
-        """All that attention in a shard depends on, along this axis."""
-        axis = self.shards.part(shard, self.starts[shard], self.length)
-        begin, end = axis.windows()
-        offset = axis.query_start - axis.key_start
-        return begin.tobytes(), end.tobytes(), axis.promises, offset % max(axis.layout, 1)
+    @property
+    def query_start(self) -> Any:
+        """The first query of this device."""
+        return self._of_device([self.shards.own(shard).start for shard in self._numbers])
 
     @property
-    def kinds(self) -> list[tuple[int, int]]:
-        """The starts of the queries and keys of one shard of every kind."""
-        return [starts for _, starts in self._kinds.values()]
+    def key_start(self) -> Any:
+        """The first key that this device gets."""
+        return self._of_device(self.starts)
 
-    @property
-    def kind(self) -> Any:
-        """The number of this device's kind."""
-        if self.axis_name is None or len(self._kinds) == 1:
-            return 0
-        numbers = [self._kinds[self._way(shard)][0] for shard in self._numbers]
+    def _of_device(self, numbers: Sequence[int]) -> Any:
+        """The one of `numbers` that is this device's: there is one for each along the axis."""
+        if len(set(numbers)) == 1:
+            return numbers[0]
         return jnp.asarray(numbers, jnp.int32)[lax.axis_index(self.axis_name)]

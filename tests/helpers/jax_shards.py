@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,10 +60,15 @@ def with_gradients(call: Any, count: int) -> Any:
     return jax.grad(total, tuple(range(count)), has_aux=True)
 
 
-def compiled(call: Any, arrays: Any, moved: tuple[str, ...] = ()) -> Any:
-    """The results of a compiled program, which moves arrays by nothing but `moved`."""
+def compiled(call: Any, arrays: Any, moved: tuple[str, ...] = (), calls: int = 0) -> Any:
+    """The results of a compiled program, which moves arrays by nothing but `moved`.
+
+    It makes so many `calls` of cuneigh, if that is given.
+    """
     program = jax.jit(call).lower(*arrays).compile()
     text = program.as_text()
+    made = text.count('custom_call_target="cuneigh"')
+    assert made == (calls or made), (made, calls)
     found = {name for name in GATHERS if re.search(rf"\b{name}(-start)?\(", text)}
     assert found <= set(moved), found
     return program(*arrays)
@@ -114,7 +120,7 @@ def tokens_without_a_halo() -> None:
     specs = [P(None, "b"), P(None, None, "h"), P()]
     close(jax.jit(call)(*placed(mesh_of(AxisType.Auto, "b", "h"), arrays, specs)), call(*arrays))
     given = placed(mesh_of(AxisType.Explicit, "b", "h"), arrays, specs)
-    words = r"na2d: query is sharded as P\(None, 'b', None, None, None\) .* cuneigh.jax.distributed"
+    words = r"na2d: query is sharded as P\w*\(None, 'b', None, None, None\) .* cuneigh.jax.distributed"
     with pytest.raises(NotImplementedError, match=words):
         call(*given)
 
@@ -143,7 +149,23 @@ def halos(kind: AxisType) -> None:
         )
         given = placed(mesh, arrays, [spec] * 4)
         got, wanted = with_gradients(mapped, 3), with_gradients(on_one, 3)
-        close(compiled(got, given, ("collective-permute",)), jax.jit(wanted)(*arrays))
+        # One program for all devices, with one call forward and one back
+        made = compiled(got, given, ("collective-permute",), calls=2)
+        close(made, jax.jit(wanted)(*arrays))
+
+
+def traced_starts(kind: AxisType) -> None:
+    """Parts that start where a program says, on arrays that are cut along batch and heads."""
+    mesh = mesh_of(kind, "b", "h")
+    arrays = arrays_of(4, 2, 4, 12)
+    given = placed(mesh, arrays, [CUT] * 3)
+
+    def call(query: Any, key: Any, value: Any, start: Any = 0) -> Any:
+        query = lax.dynamic_slice_in_dim(query, start, 5, 2)
+        return cuneigh.na2d(query, key, value, 3, layout=(4, 12), query_start=(0, start))
+
+    whole = cuneigh.na2d(*arrays, 3)
+    close(compiled(call, (*given, 3), calls=1), whole[:, :, 3:8])
 
 
 def nothing_to_send() -> None:
@@ -163,4 +185,6 @@ if __name__ == "__main__":
     if jax.default_backend() == "cpu":  # where four devices are sure
         tokens_without_a_halo()
     halos(AxisType.Auto)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        traced_starts(kind)
     nothing_to_send()

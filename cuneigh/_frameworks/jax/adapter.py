@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from itertools import compress
+from operator import index
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from cuneigh._backends import BACKENDS, choose
 from cuneigh._call import Call
 from cuneigh._frameworks.contract import Adapter, dtype_name, import_cupy, numpy_dtype, refuse
 from cuneigh._frameworks.jax import calls, sharded
+from cuneigh._frameworks.jax.handlers import LIMITS
 from cuneigh._frameworks.numpy import ADAPTER as NUMPY
 from cuneigh._problem import ARRAYS, Spec
 
@@ -81,6 +83,15 @@ class JaxAdapter(Adapter):
     ) -> jax.Array:
         return jnp.full(shape, value, numpy_dtype(dtype), device=own)
 
+    def starts(self, rank: int, given: Sequence[Any]) -> tuple[Sequence[Any], Any]:
+        rows = [each if isinstance(each, (tuple, list)) else (each,) * rank for each in given]
+        known = [tuple(0 if _is_traced_integer(one) else one for one in row) for row in rows]
+        if not any(_is_traced_integer(one) for row in rows for one in row):
+            return given, None
+        if any(len(row) != rank or _of_other_types(row) for row in known):
+            return known, None  # which is illegal
+        return known, jnp.stack([jnp.stack([_int32(one) for one in row]) for row in rows])
+
     def operations(self, own: jax.Device | None) -> AbstractContextManager[Any]:
         return nullcontext(jnp)
 
@@ -122,6 +133,24 @@ def _held(array: Any) -> Any:
 
 def _is_concrete(array: Any) -> bool:
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+
+
+def _is_traced_integer(value: Any) -> bool:
+    is_scalar = isinstance(value, jax.core.Tracer) and value.shape == ()
+    return is_scalar and jnp.issubdtype(value.dtype, jnp.integer)
+
+
+def _of_other_types(row: Sequence[Any]) -> bool:
+    return any(isinstance(one, bool) or not hasattr(one, "__index__") for one in row)
+
+
+def _int32(value: Any) -> jax.Array:
+    """`value`, of any integer type, or the end of the range of int32 that it is beyond."""
+    least, most = LIMITS
+    if not isinstance(value, jax.core.Tracer):
+        return jnp.int32(min(max(index(value), least), most))
+    of = jnp.iinfo(value.dtype)
+    return jnp.clip(value, max(of.min, least), min(of.max, most)).astype(jnp.int32)
 
 
 @cache

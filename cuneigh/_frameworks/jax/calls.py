@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cuneigh._call import of_nothing
 from cuneigh._frameworks.contract import numpy_dtype
 from cuneigh._frameworks.jax.partition import Cuttable, partitioned
-from cuneigh._problem import ARRAYS, Problem, of_what
+from cuneigh._problem import ARRAYS, STARTS, Problem, of_what
 from cuneigh._window import Axis
 
 TARGET = "cuneigh"
@@ -143,7 +143,8 @@ primitive.def_abstract_eval(_types)
 
 def _launched(*arrays: jax.Array, call: CustomCall) -> list[jax.Array]:
     """The custom call that XLA compiles, with what the operation takes of the arguments."""
-    taken = [name in ARRAYS[call.problem.operation].arguments for name in call.arguments]
+    names = *ARRAYS[call.problem.operation].arguments, STARTS
+    taken = [name in names for name in call.arguments]
     arrays, call = (
         tuple(compress(arrays, taken)),
         replace(call, arguments=tuple(compress(call.arguments, taken))),
@@ -199,14 +200,17 @@ def _mapped(arrays: Sequence[Any], axes: Sequence[Any], *, call: CustomCall) -> 
     pairs = list(zip(arrays, axes, batched, strict=True))
     (size, *_) = (array.shape[axis] for array, axis, is_batched in pairs if is_batched)
     into = _folded_axis(call, batched)
-    if into == "heads" and dict(zip(call.arguments, batched, strict=True)).get("key_mask"):
-        # Heads share a mask, so that it is one call after another.
-        each = [
-            compute(call, *(jnp.take(a, i, axis) if own else a for a, axis, own in pairs))
-            for i in range(size)
-        ]
-        stacked = [jnp.stack(made) for made in zip(*each, strict=True)]
-        return stacked, [0] * len(stacked)
+    named = dict(zip(call.arguments, batched, strict=True))
+    if named.get(STARTS) or (into == "heads" and named.get("key_mask")):
+        # All entries of a batch share starts, and all heads a mask: it is one call after another.
+        moved = [jnp.moveaxis(array, axis, 0) for array, axis, own in pairs if own]
+
+        def one(own: Sequence[Any]) -> tuple[jax.Array, ...]:
+            rest = iter(own)
+            return compute(call, *(next(rest) if own else array for array, _, own in pairs))
+
+        made = jax.lax.map(one, moved)
+        return made, [0] * len(made)
     folded = [
         _fold(
             jnp.moveaxis(array, axis, 0) if is_batched else array,
@@ -285,6 +289,8 @@ def _enlarged(call: CustomCall, into: Fold, size: int) -> CustomCall:
 
 def _axis(name: str, into: Fold) -> int | None:
     """The position, in an array without the mapped axis, of the axis that takes it up."""
+    if name == STARTS:
+        return None
     if of_what(name) == "rpb":
         return 0 if into == "heads" else None
     if into == "batch":

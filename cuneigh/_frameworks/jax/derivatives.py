@@ -25,7 +25,7 @@ from cuneigh._frameworks.derivatives import (
     tangents_of,
 )
 from cuneigh._frameworks.jax.calls import CustomCall, compute, primitive
-from cuneigh._problem import ARRAYS, TANGENTS, Problem, Spec
+from cuneigh._problem import ARRAYS, STARTS, TANGENTS, Problem, Spec
 
 LINEAR = {"backward": ("grad_output", "grad_lse"), "jvp": TANGENTS}
 """The arguments in which the operations that are `COMPOSED` are linear."""
@@ -34,8 +34,11 @@ KEPT = ("output", "lse")
 """What a jvp is told of its forward, too, for its transpose, which is the backward."""
 
 
-def calculus_of(backend: str | None) -> Calculus:
-    """For derivatives of a call, by the backend that it was given where that will do."""
+def calculus_of(backend: str | None, starts: jax.Array | None) -> Calculus:
+    """For derivatives of a call, by the backend that it was given where that will do.
+
+    `starts` are those of all calls, if a program computes them.
+    """
 
     def apply(
         problem: Problem,
@@ -47,6 +50,8 @@ def calculus_of(backend: str | None) -> Calculus:
         if problem.operation == "jvp":
             names = (*names, *KEPT)
         given = {name: arrays[name] for name in names if arrays.get(name) is not None}
+        if starts is not None:
+            given[STARTS] = starts
         asked = tuple(name for name in wanted or results if problem.has(name))
         of = serving(backend, problem.operation)
         call = CustomCall(problem, of, tuple(given), asked, hidden_is_zero)
@@ -58,18 +63,20 @@ def calculus_of(backend: str | None) -> Calculus:
     def cast(array: jax.Array, dtype: str) -> jax.Array:
         return array.astype(numpy_dtype(dtype))
 
-    def zeros(spec: Spec) -> jax.Array:
-        return jnp.zeros(spec.shape, numpy_dtype(spec.dtype))
+    return Calculus(apply, change, jnp, cast, _zeros)
 
-    return Calculus(apply, change, jnp, cast, zeros)
+
+def _zeros(spec: Spec) -> jax.Array:
+    return jnp.zeros(spec.shape, numpy_dtype(spec.dtype))
 
 
 def _tangent(
     primals: Sequence[Any], tangents: Sequence[Any], *, call: CustomCall
 ) -> tuple[list[Any], list[Any]]:
     """The results of a call, and their tangents."""
-    operation, calculus = call.problem.operation, calculus_of(call.backend)
+    operation = call.problem.operation
     arrays = dict(zip(call.arguments, primals, strict=True))
+    calculus = calculus_of(call.backend, arrays.pop(STARTS, None))
     pairs = zip(call.arguments, tangents, strict=True)
     moved = {name: tangent for name, tangent in pairs if type(tangent) is not ad.Zero}
     # A forward keeps its lse, too, which its derivatives need.
@@ -117,16 +124,17 @@ def _turned(
 
 def _transpose(incoming: Sequence[Any], *arguments: Any, call: CustomCall) -> list[Any]:
     """The gradients of the arguments that a call is linear in, which are those not known."""
-    problem, calculus = call.problem, calculus_of(call.backend)
+    problem = call.problem
     unknown = [
         name
         for name, array in zip(call.arguments, arguments, strict=True)
         if ad.is_undefined_primal(array)
     ]
     arrays = {
-        name: calculus.zeros(problem.spec(name)) if name in unknown else array
+        name: _zeros(problem.spec(name)) if name in unknown else array
         for name, array in zip(call.arguments, arguments, strict=True)
     }
+    calculus = calculus_of(call.backend, arrays.pop(STARTS, None))
     given = {
         name: gradient
         for name, gradient in zip(call.results, incoming, strict=True)

@@ -20,7 +20,7 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cuneigh._problem import Problem, of_what
+from cuneigh._problem import STARTS, Problem, of_what
 
 Function = Callable[..., Sequence[jax.Array]]
 """From the arguments of a call to its results."""
@@ -40,6 +40,8 @@ def parts(name: str, ndim: int) -> tuple[str | None, ...]:
     """What of a call is cut along each axis of one of its arrays: "batch", "heads" or nothing."""
     name = of_what(name)
     found: list[str | None] = [None] * ndim
+    if name == STARTS:
+        return tuple(found)
     if name == "rpb":
         found[0] = "heads"
         return tuple(found)
