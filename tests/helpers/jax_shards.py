@@ -120,7 +120,9 @@ def tokens_without_a_halo() -> None:
     specs = [P(None, "b"), P(None, None, "h"), P()]
     close(jax.jit(call)(*placed(mesh_of(AxisType.Auto, "b", "h"), arrays, specs)), call(*arrays))
     given = placed(mesh_of(AxisType.Explicit, "b", "h"), arrays, specs)
-    words = r"na2d: query is sharded as P\w*\(None, 'b', None, None, None\) .* cuneigh.jax.distributed"
+    words = (
+        r"na2d: query is sharded as P\w*\(None, 'b', None, None, None\) .* cuneigh.jax.distributed"
+    )
     with pytest.raises(NotImplementedError, match=words):
         call(*given)
 
