@@ -28,7 +28,7 @@ ON_GPUS = "plain", "halves", "dtensor", "compiled", "modules", "errors"
 def test_ranks_compute_what_one_process_does(tmp_path):
     """All in one process that forks the ranks, for PyTorch takes seconds to be imported."""
     suites = [(suite, str(world)) for suite, worlds in SUITES.items() for world in worlds]
-    run("gloo", tmp_path, sum(suites, ()))
+    run("gloo", tmp_path, "rank_suites", sum(suites, ()))
 
 
 @pytest.mark.gpu
@@ -38,14 +38,22 @@ def test_two_gpus_compute_what_one_does(suite, tmp_path):
     torch = pytest.importorskip("torch")
     if torch.cuda.device_count() < 2:
         pytest.skip("there is only one GPU")
-    run("nccl", tmp_path, (suite, "2"))
+    run("nccl", tmp_path, "rank_suites", (suite, "2"))
 
 
-def run(backend: str, folder: Path, suites: tuple[str, ...]) -> None:
+@pytest.mark.skipif(
+    not importlib.util.find_spec("physicsnemo"),
+    reason="physicsnemo is not installed: pip install nvidia-physicsnemo==2.2.*, 6 GB",
+)
+def test_shard_tensors_of_physicsnemo(tmp_path):
+    run("gloo", tmp_path, "shard_tensors", ("shard_tensors", "2", "shard_tensors", "4"))
+
+
+def run(backend: str, folder: Path, module: str, suites: tuple[str, ...]) -> None:
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent)])
     done = subprocess.run(
-        [sys.executable, "-m", "helpers.ranks", str(folder), backend, *suites],
+        [sys.executable, "-m", "helpers.ranks", str(folder), backend, module, *suites],
         capture_output=True,
         text=True,
         check=False,

@@ -1,8 +1,8 @@
 """Sharded calls on several ranks against calls of one process: a program of its own.
 
-    python -m helpers.ranks FOLDER BACKEND SUITE WORLD [SUITE WORLD ..]
+    python -m helpers.ranks FOLDER BACKEND MODULE SUITE WORLD [SUITE WORLD ..]
 
-forks the ranks of each suite of `helpers.rank_suites` in turn, so that PyTorch is imported once.
+forks the ranks of each suite of helpers.MODULE in turn, so that PyTorch is imported once.
 BACKEND is gloo, for processes on the CPU that meet in FOLDER, or nccl, with a GPU for each rank.
 What fails is printed, and the exit code is then 1. No suite runs on after one of its ranks failed,
 nor for more than `SECONDS`.
@@ -10,6 +10,7 @@ nor for more than `SECONDS`.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import traceback
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ GRACE = 5
 """Seconds for the other ranks to say what they saw of one that failed."""
 
 
-def run_rank(method: str, backend: str, suite: str, rank: int, world: int) -> int:
+def run_rank(method: str, backend: str, suite: Any, rank: int, world: int) -> int:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -42,19 +44,19 @@ def run_rank(method: str, backend: str, suite: str, rank: int, world: int) -> in
         device_id=torch.device("cuda", rank) if backend == "nccl" else None,
     )
     try:
-        getattr(rank_suites, suite)(rank, world)
+        suite(rank, world)
         dist.barrier()
     except BaseException:
-        print(f"suite {suite}, rank {rank} of {world}:\n{traceback.format_exc()}", flush=True)
+        print(f"{suite.__name__}, rank {rank} of {world}:\n{traceback.format_exc()}", flush=True)
         return 1
     dist.destroy_process_group()
     return 0
 
 
-def run_suite(folder: Path, backend: str, suite: str, world: int) -> bool:
+def run_suite(folder: Path, backend: str, suite: Any, world: int) -> bool:
     """Whether all ranks of a suite succeeded."""
     sys.stdout.flush()
-    method = f"file://{folder}/{suite}-{world}" if backend == "gloo" else free_port()
+    method = f"file://{folder}/{suite.__name__}-{world}" if backend == "gloo" else free_port()
     children: dict[int, int] = {}
 
     def end(*_: object) -> None:
@@ -77,7 +79,7 @@ def run_suite(folder: Path, backend: str, suite: str, world: int) -> bool:
             signal.alarm(GRACE)
     signal.alarm(0)
     if any(codes):
-        print(f"suite {suite} of {world} ranks: exit codes {codes}")
+        print(f"{suite.__name__} of {world} ranks: exit codes {codes}")
     return not any(codes)
 
 
@@ -87,9 +89,12 @@ def free_port() -> str:
         return f"tcp://127.0.0.1:{found.getsockname()[1]}"
 
 
-def main(folder: str, backend: str, *suites: str) -> int:
+def main(folder: str, backend: str, module: str, *suites: str) -> int:
+    of = importlib.import_module(f"helpers.{module}")
     pairs = zip(suites[::2], map(int, suites[1::2]), strict=True)
-    results = [run_suite(Path(folder), backend, suite, world) for suite, world in pairs]
+    results = [
+        run_suite(Path(folder), backend, getattr(of, suite), world) for suite, world in pairs
+    ]
     return 0 if all(results) else 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,15 +27,16 @@ def neighborhood(
     additional_values: Any,
     rpb: Any = None,
     return_lse: bool = False,
+    calls: Mapping[int, Callable[..., Any]] | None = None,
 ) -> Any:
     """`cuneigh.na2d` or its kin, with None for a stride, dilation or is_causal not given.
 
-    A bias is cast to the dtype of `query`.
+    `calls` are others in their place. A bias is cast to the dtype of `query`.
     """
     refuse_nested(f"na{rank}d", {"query": query, "key": key, "value": value})
     if isinstance(rpb, torch.Tensor) and isinstance(query, torch.Tensor):
         rpb = rpb.to(query.dtype)
-    return _WHOLE[rank](
+    return (calls or _WHOLE)[rank](
         query,
         key,
         value,

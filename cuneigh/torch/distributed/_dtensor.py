@@ -1,4 +1,7 @@
-"""Calls on tensors of type ``DTensor``: taken apart into local ones, and results put together."""
+"""Calls on tensors that say how they are sharded: taken apart, and results put together.
+
+They are of type ``DTensor``, or ``ShardTensor`` of physicsnemo, whose shards have any sizes.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,35 @@ class Recipe(NamedTuple):
 
 
 def has_dtensor(arrays: tuple[Any, ...]) -> bool:
-    return any(isinstance(array, DTensor) for array in arrays)
+    return any(map(_is_sharded, arrays))
+
+
+def _is_sharded(array: Any) -> bool:
+    return isinstance(array, DTensor) or _shapes_of(array) is not None
+
+
+def _shapes_of(array: Any) -> Any:
+    """The method of a ``ShardTensor`` that has the shapes of all shards; None of other tensors."""
+    return getattr(getattr(array, "_spec", None), "sharding_shapes", None)
+
+
+def _sizes_of(array: Any) -> tuple[tuple[int, ...] | None, ...] | None:
+    """Of the shards along every axis of the mesh; None for those of ``torch.chunk``."""
+    shapes_of = _shapes_of(array)
+    if shapes_of is None:
+        return None
+    shapes = shapes_of()
+    return tuple(
+        tuple(shape[placement.dim] for shape in shapes[number]) if placement.is_shard() else None
+        for number, placement in enumerate(array.placements)
+    )
 
 
 def unwrapped(call: str, rank: int, arrays: tuple[Any, ...]) -> tuple[Recipe, tuple[Any, ...]]:
     """The recipe of a call, and its local tensors."""
     query = arrays[0]
     for name, array in zip(Operands._fields, arrays, strict=True):
-        if array is not None and not isinstance(array, DTensor):
+        if array is not None and not _is_sharded(array):
             raise TypeError(
                 f"{call}: {name} is of type {type_name(array)} beside arguments that are DTensor: "
                 f"all must be; DTensor.from_local(.., run_check=False) makes one"
@@ -45,7 +69,12 @@ def unwrapped(call: str, rank: int, arrays: tuple[Any, ...]) -> tuple[Recipe, tu
                 f"{call}: {name} is on {array.device_mesh}, but query is on {query.device_mesh}"
             )
     given = tuple(
-        [None if array is None else (_numbers(array.shape), array.placements) for array in arrays]
+        [
+            None
+            if array is None
+            else (_numbers(array.shape), tuple(array.placements), _sizes_of(array))
+            for array in arrays
+        ]
     )
     recipe = _recipe(query.device_mesh, call, rank, given)
     local = tuple(
@@ -60,7 +89,7 @@ def _numbers(shape: torch.Size) -> tuple[int, ...]:
     return tuple([index(size) for size in shape])
 
 
-def _local(array: DTensor, taken: Taken) -> torch.Tensor:
+def _local(array: Any, taken: Taken) -> torch.Tensor:
     local: torch.Tensor = array.to_local(grad_placements=taken.gradients)
     for axis, start, length in taken.ranges:
         local = local.narrow(axis, start, length)
@@ -69,8 +98,16 @@ def _local(array: DTensor, taken: Taken) -> torch.Tensor:
     return local
 
 
-def wrapped(local: torch.Tensor, query: DTensor, shape: tuple[int, ...]) -> DTensor:
+def wrapped(local: torch.Tensor, query: Any, shape: tuple[int, ...]) -> Any:
     """A result, cut as the query is: inferred from local shapes, `shape` would be a wrong one."""
+    shapes_of = _shapes_of(query)
+    if shapes_of is not None:
+        rest = shape[query.ndim - 1 :]
+        shapes = {
+            number: tuple((*of[: query.ndim - 1], *rest) for of in along)
+            for number, along in shapes_of().items()
+        }
+        return type(query).from_local(local, query.device_mesh, query.placements, shapes)
     strides = [*accumulate(reversed(shape[1:]), mul, initial=1)]
     return DTensor.from_local(
         local,
@@ -100,6 +137,5 @@ def _recipe_of(mesh: DeviceMesh, call: str, rank: int, given: tuple[Any, ...]) -
         placed.taken(name, place) if name in arguments else None for name in Operands._fields
     )
     is_local = placed.has_whole_keys or not any(placed.token_axes)
-    layout = arguments["query"].shape[1 : 1 + rank]
-    sharding = "" if is_local else Sharding(mesh, placed.token_axes, layout=layout).text
+    sharding = "" if is_local else Sharding(mesh, placed.token_axes, sizes=placed.token_sizes).text
     return Recipe(taken, sharding, placed.starts(place))

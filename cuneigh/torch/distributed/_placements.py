@@ -8,14 +8,14 @@ takes of it what its queries meet, and the gradient of the whole is the sum over
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from cuneigh._shards.axis import Range, chunk
+from cuneigh._shards.axis import Range, chunk, chunks
 
 Role = int | Literal["batch", "heads"]
 """What an axis of the query is; token axes have numbers."""
@@ -29,6 +29,13 @@ class Given(NamedTuple):
 
     shape: tuple[int, ...]
     placements: tuple[Any, ...]
+    sizes: tuple[tuple[int, ...] | None, ...] | None = None
+    """Of the shards along every axis of the mesh; None if they are those of ``torch.chunk``."""
+
+    def lengths(self, number: int, count: int) -> tuple[int, ...]:
+        """The sizes of the shards along an axis of the mesh that alone cuts an axis of these."""
+        known = self.sizes and self.sizes[number]
+        return known or chunks(self.shape[self.placements[number].dim], [count])
 
 
 class Taken(NamedTuple):
@@ -88,6 +95,22 @@ class Placed:
             for number in numbers
         )
 
+    @property
+    def token_sizes(self) -> tuple[tuple[int, ...] | None, ...]:
+        """The sizes of all shards along each token axis of the query; None where it is whole."""
+        return tuple(
+            tuple(self._shards("query", 1 + axis, numbers)) if numbers else None
+            for axis, numbers in enumerate(self.token_axes)
+        )
+
+    def _shards(self, name: str, axis: int, numbers: Sequence[int]) -> Iterator[int]:
+        """The sizes of the shards that some axes of the mesh make of an axis of an argument."""
+        for cut in itertools.product(*(range(self._mesh.size(number)) for number in numbers)):
+            place = [0] * self._mesh.ndim
+            for number, shard in zip(numbers, cut, strict=True):
+                place[number] = shard
+            yield self._extent(name, axis, place).length
+
     def starts(self, place: Sequence[int]) -> tuple[int, ...]:
         """The first token of the queries of the rank at a place of the mesh."""
         return tuple(self._extent("query", 1 + axis, place).start for axis in range(self._rank))
@@ -132,11 +155,18 @@ class Placed:
 
     def _extent(self, name: str, axis: int, place: Sequence[int]) -> Range:
         """What the rank at a place of the mesh has of an axis of an argument."""
-        shape, placements = self._arguments[name]
-        found = Range(0, shape[axis])
-        for number, placement in enumerate(placements):
-            if type(placement) is Shard and placement.dim == axis:
-                found = chunk(found, self._mesh.size(number), place[number])
+        given = self._arguments[name]
+        found = Range(0, given.shape[axis])
+        for number, placement in enumerate(given.placements):
+            if type(placement) is not Shard or placement.dim != axis:
+                continue
+            shard, count = place[number], self._mesh.size(number)
+            if given.sizes is None:
+                found = chunk(found, count, shard)
+            else:
+                lengths = given.lengths(number, count)
+                start = sum(lengths[:shard])
+                found = Range(start, start + lengths[shard])
         return found
 
     def _key_heads(self, place: Sequence[int]) -> list[int]:
@@ -157,7 +187,8 @@ class Placed:
 
     def _check(self) -> None:
         """Raise unless all arguments are cut as the query is, or replicated."""
-        for name, (shape, placements) in self._arguments.items():
+        for name, given in self._arguments.items():
+            shape, placements, _ = given
             if len(shape) <= max(self._axes(name).values()):
                 raise ValueError(
                     f"{self._call}: {name} has {len(shape)} axes: {name}.shape is {shape}"
@@ -181,8 +212,29 @@ class Placed:
                         f"{self._named(number)}, along which query has {of_query}: {legal} is "
                         f"needed"
                     )
+                if role != "heads" or name in ("query", "rpb"):
+                    self._check_sizes(name, number)
             self._check_order(name, placements)
             self._check_key_heads(name)
+
+    def _check_sizes(self, name: str, number: int) -> None:
+        """Raise where shards of any sizes are not those of the query."""
+        given, of_query = (self._arguments[one] for one in (name, "query"))
+        if given.sizes is None and of_query.sizes is None:
+            return
+        dim, count = given.placements[number].dim, self._mesh.size(number)
+        for other, placement in enumerate(given.placements[:number]):
+            if type(placement) is Shard and placement.dim == dim:
+                raise ValueError(
+                    f"{self._call}: {name} is sharded on axis {dim} along {self._named(other)} and "
+                    f"along {self._named(number)}: one of them may cut it, unless it is a DTensor"
+                )
+        lengths, needed = (one.lengths(number, count) for one in (given, of_query))
+        if lengths != needed:
+            raise ValueError(
+                f"{self._call}: {name} has shards of {list(lengths)} along {self._named(number)}, "
+                f"but query has {list(needed)}"
+            )
 
     def _check_order(self, name: str, placements: Sequence[Any]) -> None:
         """Raise where a shard does not hold the query's: cut again by a later axis of the mesh."""

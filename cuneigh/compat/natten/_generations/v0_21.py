@@ -11,17 +11,22 @@ from cuneigh.compat.natten._arguments import only_tuning, refuse
 
 def functions(rank: int) -> dict[str, list[Callable[..., Any]]]:
     """What ``natten.functional`` has for this rank."""
-    return {f"na{rank}d": [_neighborhood(rank)]}
+    return {f"na{rank}d": [neighborhood(rank)]}
 
 
 def any_rank() -> dict[str, list[Callable[..., Any]]]:
     """What ``natten.functional`` has for all ranks."""
-    generic = {"neighborhood_attention_generic": [_neighborhood(None)]}
+    generic = {"neighborhood_attention_generic": [neighborhood(None)]}
     return {**generic, "attention": [_attention], "merge_attentions": [_merge_attentions]}
 
 
-def _neighborhood(rank: int | None) -> Callable[..., Any]:
-    """``na1d``, ``na2d`` or ``na3d``, or what takes any rank."""
+def neighborhood(
+    rank: int | None, calls: Mapping[int, Callable[..., Any]] | None = None
+) -> Callable[..., Any]:
+    """``na1d``, ``na2d`` or ``na3d``, or what takes any rank; by `cuneigh`'s functions or `calls`.
+
+    These have the form of those, and may be others for other arrays.
+    """
 
     def na(
         query: Any,
@@ -51,8 +56,9 @@ def _neighborhood(rank: int | None) -> Callable[..., Any]:
         only_tuning(f"na{own}d", "attention_kwargs", attention_kwargs)
         window = kernel_size, stride, dilation, is_causal
         extra = additional_keys, additional_values
-        given = {"return_lse": return_lse}
-        return _heads_last.neighborhood(own, query, key, value, *window, scale, *extra, **given)
+        return _heads_last.neighborhood(
+            own, query, key, value, *window, scale, *extra, return_lse=return_lse, calls=calls
+        )
 
     return na
 
