@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -318,6 +319,7 @@ def compiled(rank: int, world: int) -> None:
     """Programs of torch.compile without a graph break."""
     (_, mesh), *_ = grids(world)
     case = fixed_case(world)
+    recomputed(mesh)
     call = torch.compile(SHARDED[2], fullgraph=True, backend="aot_eager")
     check(case, distributed.Sharding(mesh, ("x", None), sizes=case.sizes), (rank, 0), call)
     placements = {name: (Replicate() if name in SHARED else Shard(1),) for name in arrays_of(case)}
@@ -330,6 +332,22 @@ def fixed_case(world: int) -> Case:
     sizes = (tuple(range(2, 2 + world)), (5,))
     layout = tuple(map(sum, sizes))
     return Case(layout, sizes, {**window, "border": ("cut", "shift")}, (4, 2), True, 2, MASKS > 0)
+
+
+def recomputed(mesh: DeviceMesh) -> None:
+    """A call that is made again in the backward pass, and one whose gradient is differentiated."""
+    query = torch.randn(1, 4, 2, 4, dtype=torch.float64).to(DEVICE).requires_grad_()
+    sharding = distributed.Sharding(mesh, ("x",))
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return distributed.na1d(query, query, query, 3, sharding=sharding).square().sum()
+
+    (kept,) = torch.autograd.grad(attend(query), query)
+    again = torch.utils.checkpoint.checkpoint(attend, query, use_reentrant=False)
+    close(torch.autograd.grad(again, query)[0], kept, "checkpoint")
+    (gradient,) = torch.autograd.grad(attend(query), query, create_graph=True)
+    message = raised(gradient.sum().backward)
+    assert "na1d_backward: calls on shards have derivatives of first order only" in message, message
 
 
 def modules(rank: int, world: int) -> None:
@@ -401,6 +419,11 @@ def errors(rank: int, world: int) -> None:
         (("x",), {"layout": (-1,)}, "ValueError: Sharding: layout[0]=-1 must not be negative"),
         (("x",), {"layout": (1, 1)}, "ValueError: Sharding: layout=(1, 1) has 2 entries, but mesh"),
         (("x",), {"sizes": ((1,) * 9,)}, "ValueError: Sharding: sizes[0]=(1, 1, 1, 1, 1, 1, 1, 1,"),
+        (
+            ("x",),
+            {"sizes": (4,)},
+            "TypeError: Sharding: sizes[0]=4 is int; a tuple with the tokens",
+        ),
         (("x",), {"layout": (1,), "sizes": ((1,),)}, "ValueError: Sharding: layout and sizes were"),
     ]:
         message = raised(lambda axes=axes, given=given: distributed.Sharding(mesh, axes, **given))
@@ -443,10 +466,38 @@ def errors(rank: int, world: int) -> None:
     group = dist.new_group(timeout=timedelta(seconds=1.5))
     mesh = DeviceMesh.from_group(group, DEVICE, mesh_dim_names=("x",))
     sharding = distributed.Sharding(mesh, ("x",), layout=(4 * world,))
+    lost_store(group, last)
     if rank != last:
         message = raised(attend)
         assert f"rank {last} did not make this call within the 1.5 s" in message, message
     dist.barrier()
+
+
+def lost_store(group: Any, last: int) -> None:
+    """The process that holds the store of the groups has died, and with it what can be asked."""
+
+    class Lost:
+        def __getattr__(self, name: str) -> Any:
+            raise dist.DistNetworkError("Broken pipe")
+
+    agreement = _agreement.Agreement(group)
+    agreement._store = Lost()
+
+    def exchange() -> None:
+        with agreement.waiting("na1d", [last]):
+            raise RuntimeError("Connection closed by peer")
+
+    def agree() -> None:
+        agreement.require("na1d", {}, torch.device("cpu"))
+
+    for call, expected in [
+        (exchange, f"waited for rank {last}; the process that holds the store of the process"),
+        (agree, "failed before: rank"),
+    ]:
+        assert expected in raised(call), raised(call)
+    agreement._end = None
+    assert "na1d: the process that holds the store" in raised(agree)
+    agreement.refuse(ValueError("of its own"))  # which is what the caller is to see
 
 
 EXAMPLES = 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from cuneigh._messages import shown
 
 PATIENCE = 5.0
 """Seconds in which other ranks that wait for the same message are expected to fail as well."""
+
+
+STORE_LOST = "the process that holds the store of the process groups, rank 0 or torchrun, is gone"
 
 
 class Agreement:
@@ -32,6 +35,8 @@ class Agreement:
         prefix = f"cuneigh/{group.group_name}/{self.ranks[0]}"
         self._store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
         self._agreed: set[str] = set()
+        self._terms: dict[str, Any] = {}
+        """Of the last call."""
         self._round = 0
         self._end: str | None = None
         """Why no call can use the group any more."""
@@ -43,26 +48,28 @@ class Agreement:
         """
         if self._end is not None:
             raise RuntimeError(f"{call}: this process group has failed before: {self._end}")
+        self._terms = {"call": call, **terms}
         said = json.dumps(terms)
         if said in self._agreed:
             return
-        answers = self._exchanged(call, {"call": call, **terms}, device)
+        try:
+            answers = self._exchanged(call, self._terms, device)
+        except dist.DistNetworkError as error:
+            self._end = f"{STORE_LOST}; no call can use process group {self._group.group_name}"
+            raise RuntimeError(f"{call}: {self._end} ({error})") from error
         first = answers[self.ranks[0]]
         for rank, answer in answers.items():
             if "error" in answer:
                 raise RuntimeError(f"{call}: rank {rank} failed with {answer['error']}")
         for rank, answer in answers.items():
-            for name in [*first, *answer]:
-                if first.get(name) != answer.get(name):
-                    raise ValueError(
-                        f"{call}: ranks differ in {name}: rank {self.ranks[0]} has "
-                        f"{shown(first.get(name))}, rank {rank} has {shown(answer.get(name))}"
-                    )
+            if difference := _difference(self.ranks[0], first, rank, answer):
+                raise ValueError(f"{call}: ranks differ in {difference}")
         self._agreed.add(said)
 
     def refuse(self, error: Exception) -> None:
         """Tell the other ranks, which may be waiting, that this one does not make the call."""
-        self._say({"error": f"{type(error).__name__}: {error}"})
+        with suppress(dist.DistNetworkError):
+            self._say({"error": f"{type(error).__name__}: {error}"})
 
     def _say(self, answer: Mapping[str, Any]) -> int:
         turn, self._round = self._round, self._round + 1
@@ -112,23 +119,40 @@ class Agreement:
         try:
             yield
         except RuntimeError as error:
-            self._store.set(f"failed/{self.here}", "")
-            # gloo's ranks wait for all others, also those that have nothing for them
-            absent = self._missing("failed", self.ranks, PATIENCE)
-            missing = [rank for rank in absent if rank in peers] or absent or peers
-            place = f"{self._round}"
-            said = [rank for rank in self.ranks if self._store.check([f"{place}/{rank}"])]
-            reasons = [
-                f"rank {rank} failed with {answer['error']}"
-                for rank in said
-                if "error" in (answer := json.loads(self._store.get(f"{place}/{rank}")))
-            ]
-            why = reasons[0] if reasons else f"waited for {_named(missing)}"
+            try:
+                why = self._reason(peers)
+            except dist.DistNetworkError:
+                why = f"waited for {_named(peers)}; {STORE_LOST}"
             self._end = (
                 f"rank {self.here} exchanged keys and values in process group "
                 f"{self._group.group_name}, and {why}; no call can use it any more"
             )
             raise RuntimeError(f"{call}: {self._end} ({error})") from error
+
+    def _reason(self, peers: list[int]) -> str:
+        """Why an exchange with these ranks failed."""
+        self._store.set(f"failed/{self.here}", "")
+        # gloo's ranks wait for all others, also those that have nothing for them
+        absent = self._missing("failed", self.ranks, PATIENCE)
+        missing = [rank for rank in absent if rank in peers] or absent or peers
+        for rank in self.ranks:
+            place = f"{self._round}/{rank}"
+            if self._store.check([place]):
+                answer = json.loads(self._store.get(place))
+                if "error" in answer:
+                    return f"rank {rank} failed with {answer['error']}"
+                difference = _difference(self.here, self._terms, rank, answer)
+                return f"waited for {_named(missing)}: ranks differ in {difference}"
+        return f"waited for {_named(missing)}"
+
+
+def _difference(first: int, terms: Mapping[str, Any], rank: int, others: Mapping[str, Any]) -> str:
+    """In what two ranks differ; empty if in nothing."""
+    for name in [*terms, *others]:
+        one, other = terms.get(name), others.get(name)
+        if one != other:
+            return f"{name}: rank {first} has {shown(one)}, rank {rank} has {shown(other)}"
+    return ""
 
 
 def _named(ranks: list[int]) -> str:

@@ -59,7 +59,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_output: Any, grad_lse: Any, _: Any) -> Any:
-    arrays, kept = ctx.saved_tensors[:_COUNT], ctx.saved_tensors[_COUNT:]
+    saved = ctx.saved_tensors  # once only, for they may be computed again when they are read
+    arrays, kept = saved[:_COUNT], saved[_COUNT:]
     if grad_output is None and grad_lse is None:
         return (None,) * (_COUNT + 1)
     made = iter(_GRADIENTS(*arrays, grad_output, grad_lse, *kept, ctx.text))
@@ -87,3 +88,17 @@ _GRADIENTS = _define(
 )
 
 SHARDED.register_autograd(_backward, setup_context=_setup)
+
+
+def _refuse(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError(
+        f"{ctx.call}: calls on shards have derivatives of first order only; those of a call on the "
+        f"whole layout have them of every order"
+    )
+
+
+def _name(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.call = f"{task_of(inputs[-1]).call}_backward"
+
+
+_GRADIENTS.register_autograd(_refuse, setup_context=_name)

@@ -142,6 +142,11 @@ def _sizes(
         if of_axis is None:
             known.append(None)
             continue
+        if not isinstance(of_axis, (tuple, list)):
+            raise TypeError(
+                f"Sharding: sizes[{axis}]={of_axis!r} is {type(of_axis).__name__}; a tuple with "
+                f"the tokens of every shard is needed, or None"
+            )
         if len(of_axis) != count:
             raise ValueError(
                 f"Sharding: sizes[{axis}]={of_axis!r} has {len(of_axis)} shards, but the mesh has "
