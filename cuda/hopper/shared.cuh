@@ -32,9 +32,11 @@ namespace cuneigh::hopper {
 constexpr int lines_of(int dim) { return (dim + kLineElements - 1) / kLineElements; }
 
 // Registers of a thread. All warpgroups together have at most the 65536 of a multiprocessor.
-// Consumers with few sums (kFew) leave more of them to the producers.
+// Consumers with few sums (kFew) leave more of them to the producers, who in a backward need them
+// only for the windows of parts.
 template <typename Plan>
-constexpr bool kFew = Plan::kWarpgroups == 3 && !Plan::kBackward && Plan::kValueColumns <= 64;
+constexpr bool kFew = Plan::kWarpgroups == 3 && Plan::kValueColumns <= 64 &&
+                      (!Plan::kBackward || (Axis::kIsPart && !Plan::kRowsAreKeys));
 template <typename Plan>
 constexpr int kConsumerRegisters = Plan::kWarpgroups == 2 ? 232
                                    : kFew<Plan>           ? 152

@@ -105,8 +105,7 @@ def form_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Form:
     longest = max(problem.head_dim, problem.value_dim)
     # Two sums fill the registers that one does with vectors twice as long.
     warpgroups = 3 if longest <= (64 if pass_ == DKV else 128) and pass_ != BACKWARD else 2
-    # The windows of parts take registers of the producers, whom two warpgroups leave more
-    if has_parts(problem) and (pass_ != FORWARD or is_dilated(problem)):
+    if has_parts(problem) and not _producers_have_registers(problem, pass_):
         warpgroups = 2
     columns = 128 if longest <= 128 and pass_ == FORWARD else 64
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
@@ -117,6 +116,15 @@ def form_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Form:
         if shared_bytes(problem, candidate, pass_) <= device.shared_memory:
             form = candidate
     return form
+
+
+def _producers_have_registers(problem: Problem, pass_: Pass) -> bool:
+    """Whether three warpgroups leave the producers enough registers for the windows of parts."""
+    if is_dilated(problem):
+        return False
+    if pass_ == DKV:
+        return problem.rank == 1
+    return pass_ == FORWARD or problem.rank == 1 or max(problem.head_dim, problem.value_dim) <= 64
 
 
 def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
