@@ -3,8 +3,9 @@
 Each query of a 1-D, 2-D or 3-D layout of tokens attends to the keys of a window around it:
 `na1d`, `na2d` and `na3d`, with strides, dilation, causal axes, grouped heads, additional keys and a
 relative positional bias. Each has a gradient (`na2d_backward`) and exists in two halves with the
-logits in memory between them (`na2d_qk`, `na2d_av`). `attention` sees every key, and
-`merge_attentions` joins attentions over parts of the keys.
+logits in memory between them (`na2d_qk`, `na2d_av`). `attention` sees every key,
+`merge_attentions` joins attentions over parts of the keys, and `tiled` computes layouts that do not
+fit on a GPU.
 
 Arrays are heads-last, ``[batch, tokens.., heads, dim]``. Results are of the arrays' framework and
 live on their device. ``python -m cuneigh doctor`` tells what works here.
@@ -39,6 +40,7 @@ from cuneigh._ops.qk import (
     na3d_qk,
     na3d_qk_backward,
 )
+from cuneigh._ops.tiled import tiled
 
 __version__ = "0.1.0"
 
@@ -66,4 +68,5 @@ __all__ = [
     "na3d_backward",
     "na3d_qk",
     "na3d_qk_backward",
+    "tiled",
 ]

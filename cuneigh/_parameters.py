@@ -50,9 +50,9 @@ def window_arguments(
 ) -> Window:
     """The window arguments repeated over the token axes, their types checked."""
     return Window(
-        _per_axis(call, "kernel_size", kernel_size, rank, _integer),
-        _per_axis(call, "stride", stride, rank, _integer),
-        _per_axis(call, "dilation", dilation, rank, _integer),
+        _per_axis(call, "kernel_size", kernel_size, rank, integer),
+        _per_axis(call, "stride", stride, rank, integer),
+        _per_axis(call, "dilation", dilation, rank, integer),
         _per_axis(call, "is_causal", is_causal, rank, boolean),
     )
 
@@ -63,9 +63,9 @@ def part_arguments(
     """The arguments about the layout repeated over the token axes, their types checked."""
     return Part(
         _per_axis(call, "border", border, rank, _border),
-        None if layout is None else _per_axis(call, "layout", layout, rank, _integer),
-        _per_axis(call, "query_start", query_start, rank, _integer),
-        _per_axis(call, "key_start", key_start, rank, _integer),
+        None if layout is None else _per_axis(call, "layout", layout, rank, integer),
+        _per_axis(call, "query_start", query_start, rank, integer),
+        _per_axis(call, "key_start", key_start, rank, integer),
     )
 
 
@@ -89,7 +89,8 @@ class Symbol(ABC):  # noqa: B024 - types are registered with it
     """An integer that a framework which traces a program knows by its name only."""
 
 
-def _integer(call: str, name: str, value: Any) -> int:
+def integer(call: str, name: str, value: Any) -> int:
+    """`value` as an int; TypeError unless it is one, of Python or of an array library."""
     if type(value) is int or isinstance(value, Symbol):
         return value  # type: ignore[return-value]
     if not _boolean_like(value):

@@ -13,9 +13,9 @@ from typing import Any, get_args
 from cuneigh import _backends, _jit
 from cuneigh._device import of_capability
 from cuneigh._problem import DTYPES, Operation, Problem
+from cuneigh._progress import counting
 from cuneigh._window import Axis
 from cuneigh.cli.positive import positive
-from cuneigh.cli.terminal import counting
 
 
 def add_parser(subparsers: Any) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from cuneigh._progress import bar, counting
 
 Item = TypeVar("Item")
 
@@ -70,18 +72,6 @@ def progress(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
             advance()
 
 
-@contextmanager
-def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal that moves whenever what it gives is called, by any thread."""
-    bar = _bar() if sys.stderr.isatty() else None
-    if bar is None:
-        yield lambda: None
-        return
-    with bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
-
-
 PATIENCE = 2.0
 """Seconds after which something that takes long says so."""
 
@@ -92,12 +82,12 @@ def patience(what: str) -> Iterator[None]:
     with ExitStack() as stack:
 
         def tell() -> None:
-            bar = _bar() if sys.stderr.isatty() else None
-            if bar is None:
+            shown = bar() if sys.stderr.isatty() else None
+            if shown is None:
                 print(f"{what} ..", file=sys.stderr, flush=True)
                 return
-            stack.enter_context(bar)
-            bar.add_task(what, total=None)
+            stack.enter_context(shown)
+            shown.add_task(what, total=None)
 
         timer = threading.Timer(PATIENCE, tell)
         timer.daemon = True
@@ -107,20 +97,3 @@ def patience(what: str) -> Iterator[None]:
         finally:
             timer.cancel()
             timer.join()
-
-
-def _bar() -> Any:
-    """A bar of rich; None where that is not installed."""
-    try:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-    except ImportError:
-        return None
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)

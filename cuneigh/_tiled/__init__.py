@@ -1,0 +1,9 @@
+"""Calls whose arrays lie in host memory, computed tile by tile on a GPU or the CPU.
+
+- `cuneigh._shards.tiles`: how the layout is cut.
+- `tasks`: the calls of all tiles, and what each takes.
+- `boxes`: copies of boxes of tokens, also over the seam of a ring.
+- `slots`: where tiles are computed, one after another on the CPU.
+- `gpu`: two slots on a GPU, so that one computes while the host and the other copy.
+- `run`: all of it in order.
+"""
