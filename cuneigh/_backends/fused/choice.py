@@ -1,4 +1,4 @@
-"""Which of the two kinds of kernels a pass takes: the one whose plan is expected to be faster."""
+"""Which kind of kernels a pass takes: the one whose plan is expected to be the fastest."""
 
 from __future__ import annotations
 
@@ -9,25 +9,44 @@ from cuneigh._backends.fused import plan as fused_plan
 from cuneigh._backends.fused.plan import FusedPlan
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._backends.fused.small.plan import SmallPlan
+from cuneigh._backends.fused.split import plan as split_plan
+from cuneigh._backends.fused.split.plan import SplitPlan
 from cuneigh._device import Device
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._gpu.rates import H200
 from cuneigh._problem import Problem
 
+Plan = FusedPlan | SmallPlan | SplitPlan
+
 
 @lru_cache(maxsize=1024)
 def choose_plan(
-    problem: Problem, device: Device, pass_: Pass = FORWARD, small_windows: bool = True
-) -> FusedPlan | SmallPlan:
-    """The plan for `device`; `small_windows`: whether those kernels can read the arrays."""
+    problem: Problem,
+    device: Device,
+    pass_: Pass = FORWARD,
+    small_windows: bool = True,
+    few_queries: bool = True,
+) -> Plan:
+    """The plan for `device`.
+
+    `small_windows` and `few_queries`: whether the kernels for these can read the arrays.
+    """
     small = small_plan.make_plan(problem, device, pass_) if small_windows else None
-    if small is None:
-        return fused_plan.make_plan(problem, device, pass_)
+    split = split_plan.make_plan(problem, device, pass_) if few_queries else None
     plan = fused_plan.make_plan(problem, device, pass_)
     cycles = fused_plan.cost(problem, plan, pass_) * problem.batch * pass_.heads(problem)
-    # The other cost model has this, too; nothing hides it where all blocks begin at once
-    cycles += small_plan.constants(pass_).start * max(device.sm_count, 1)
-    return plan if cycles < small_plan.cost(problem, small, device, pass_) else small
+    multiprocessors = max(device.sm_count, 1)
+    others: list[tuple[float, Plan]] = []
+    if small is not None:
+        # The other cost model has this, too; nothing hides it where all blocks begin at once
+        start = small_plan.constants(pass_).start * multiprocessors
+        others.append((small_plan.cost(problem, small, device, pass_) - start, small))
+    if split is not None:
+        # Few blocks leave most multiprocessors idle
+        blocks = fused_plan.count(problem, plan, pass_).blocks * problem.batch * problem.heads
+        cycles *= max(multiprocessors / blocks, 1.0)
+        others.append((split_plan.cost(problem, split, device), split))
+    return min([*others, (cycles, plan)], key=lambda pair: pair[0])[1]
 
 
 TRIED = 8
@@ -35,17 +54,16 @@ TRIED = 8
 
 
 @lru_cache(maxsize=1024)
-def plans_to_try(
-    problem: Problem, device: Device, pass_: Pass
-) -> tuple[FusedPlan | SmallPlan, ...]:
-    """The plans worth measuring, of both kinds, those expected to be the fastest first."""
-    plans: list[FusedPlan | SmallPlan] = [choose_plan(problem, device, pass_)]
+def plans_to_try(problem: Problem, device: Device, pass_: Pass) -> tuple[Plan, ...]:
+    """The plans worth measuring, of all kinds, those expected to be the fastest first."""
+    plans: list[Plan] = [choose_plan(problem, device, pass_)]
+    plans += split_plan.plans_to_try(problem, device, pass_, TRIED)
     plans += fused_plan.plans_to_try(problem, device, pass_, TRIED)
     plans += small_plan.plans_to_try(problem, device, pass_, TRIED)
     return tuple(dict.fromkeys(plans))
 
 
-def plans(problem: Problem, device: Device) -> dict[str, tuple[FusedPlan | SmallPlan, ...]]:
+def plans(problem: Problem, device: Device) -> dict[str, tuple[Plan, ...]]:
     """`plans_to_try` of every pass of an operation, by its name."""
     return {
         pass_.name: plans_to_try(problem, device, pass_) for pass_ in fused_plan.passes(problem)
@@ -58,6 +76,9 @@ def predicted_ms(problem: Problem, device: Device) -> float:
     parts = [part for _, part in fused_plan.parts(problem)]
     for part, pass_ in itertools.product(parts, fused_plan.passes(problem)):
         plan = choose_plan(part, device, pass_)
+        if isinstance(plan, SplitPlan):
+            milliseconds += split_plan.predicted_ms(part, plan, device)
+            continue
         if isinstance(plan, SmallPlan):
             cycles = small_plan.cost(part, plan, device, pass_)
         else:

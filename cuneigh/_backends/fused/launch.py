@@ -11,10 +11,12 @@ import numpy as np
 
 from cuneigh import _jit
 from cuneigh._backends.fused import plan as fused_plan
-from cuneigh._backends.fused.choice import choose_plan, plans_to_try
+from cuneigh._backends.fused.choice import Plan, choose_plan, plans_to_try
 from cuneigh._backends.fused.plan import Area, FusedPlan
 from cuneigh._backends.fused.small import launch as small
 from cuneigh._backends.fused.small.plan import SmallPlan
+from cuneigh._backends.fused.split import launch as split
+from cuneigh._backends.fused.split.plan import SplitPlan
 from cuneigh._device import Device
 from cuneigh._gpu import sums, tuned
 from cuneigh._gpu.announce import announce
@@ -33,6 +35,9 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     operands = Operands(*(readable(array, program) for array in operands))
     vectors = (*operands[:3], output)
     plan = _plan(program, problem, FORWARD, vectors)
+    if isinstance(plan, SplitPlan):
+        split.launch(program, problem, plan, vectors, lse)
+        return
     if isinstance(plan, SmallPlan):
         small.launch(
             program,
@@ -90,6 +95,7 @@ def backward(
             arrays += [(None if by_keys else array, "scalars") for array in (lse, grad_lse)]
             small.launch(program, problem, pass_, plan, arrays)
             continue
+        assert isinstance(plan, FusedPlan), "there is no other kernel for it"
         if not by_keys:  # the kernels for small windows compute the statistics themselves
             sums.delta(problem, grad_output, output, lse, grad_lse, statistics, program)
         views = Views(problem.rank)  # `BackwardArguments` of cuda/fused/backward.cu
@@ -168,7 +174,8 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
         for area in fused_plan.areas(part, device, pass_)
         for many in {fused_plan.many_batch_heads(part, pass_, count) for count in (1, 2)}
     ]
-    needed += [kernel for pass_ in passes for kernel in small.kernels(problem, device, pass_)]
+    for pass_ in passes:
+        needed += small.kernels(problem, device, pass_) + split.kernels(problem, device, pass_)
     if problem.operation == "backward":
         needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
     return needed
@@ -176,20 +183,22 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
 
 def _plan(
     program: Program, problem: Problem, pass_: Pass, vectors: Sequence[Array | None]
-) -> FusedPlan | SmallPlan:
+) -> Plan:
     """The plan of a pass over these arrays, which is announced."""
-    readable_by_small = small.can_read([array for array in vectors if array is not None])
+    arrays = [array for array in vectors if array is not None]
+    readable_by = small.can_read(arrays), split.can_read(arrays)
     device = program.device
 
-    def by_planner() -> FusedPlan | SmallPlan:
-        return choose_plan(problem, device, pass_, readable_by_small)
+    def by_planner() -> Plan:
+        return choose_plan(problem, device, pass_, *readable_by)
 
-    def to_try() -> tuple[FusedPlan | SmallPlan, ...]:
+    def to_try() -> tuple[Plan, ...]:
         return plans_to_try(problem, device, pass_)
 
     plan = tuned.plan(NAME, pass_.name, problem, device, to_try, by_planner)
-    if isinstance(plan, SmallPlan) and not readable_by_small:
-        plan = by_planner()
+    for kind, is_readable in zip((SmallPlan, SplitPlan), readable_by, strict=True):
+        if isinstance(plan, kind) and not is_readable:
+            plan = by_planner()
     announce(NAME, pass_.name, problem, plan)
     return plan
 

@@ -24,11 +24,15 @@ DTYPE_SHARE = {"float32": 0.72, "float64": 0.25}
 SHORT_DIM, SHORT_SHARE = 32, 0.77
 """The share for head vectors of at most so many elements: a query's own work weighs more."""
 
+KEY_MS = 1e-5
+"""At least as much passes from one key of a query to the next: some dozen cycles."""
+
 
 @lru_cache(maxsize=1024)
 def predicted(problem: Problem) -> float:
-    """Milliseconds of one call: its arithmetic, and its compulsory traffic."""
+    """Milliseconds of one call: its arithmetic and compulsory traffic, or the keys of one query."""
     rate = FLOPS_PER_MS[problem.operation] * DTYPE_SHARE.get(problem.dtype, 1.0)
     if max(problem.head_dim, problem.value_dim) <= SHORT_DIM:
         rate *= SHORT_SHARE
-    return problem.flops() / rate + problem.bytes() / H200.memory_bytes
+    busy = problem.flops() / rate + problem.bytes() / H200.memory_bytes
+    return max(busy, problem.slots * KEY_MS)

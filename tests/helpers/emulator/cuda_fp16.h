@@ -23,6 +23,9 @@ inline __half2 __floats2half2_rn(float a, float b) { return {__half(a), __half(b
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(8) uint2 {
   unsigned x, y;
 };
