@@ -140,12 +140,15 @@ class Axis:
     def anywhere(self) -> Axis:
         """The same axis for all starts between which promises do not change, or nearly all.
 
-        Its parts lie in the middle of the layout, or, if a seam is crossed, at the seam.
+        Its parts lie in the middle of the layout, and end together on a causal axis, as queries do
+        with a cache of keys; or, if a seam is crossed, at the seam.
         """
         if not self.is_part:
             return self
-        middle = [(self.layout - length) // 2 for length in (self.length, self.key_length)]
-        there = self.at(*middle)
+        queries, keys = ((self.layout - length) // 2 for length in (self.length, self.key_length))
+        if self.is_causal:
+            queries = max(keys + self.key_length - self.length, 0)
+        there = self.at(queries, keys)
         if there.promises != self.promises:
             there = self.at((self.key_length + self.layout - self.length) // 2, 0)
         return there if there.promises == self.promises else self

@@ -59,9 +59,9 @@ def test_small_windows_of_parts_agree_with_the_oracle(family, operation, monkeyp
 
     chosen = launch.choose_plan.__wrapped__
 
-    def small(problem, device, pass_=FORWARD, small_windows=True):
+    def small(problem, device, pass_=FORWARD, small_windows=True, few_queries=True):
         plan = small_plan.make_plan(problem, device, pass_) if small_windows else None
-        return plan or chosen(problem, device, pass_, small_windows)
+        return plan or chosen(problem, device, pass_, small_windows, few_queries)
 
     monkeypatch.setattr(launch, "choose_plan", small)
     device = _device.cuda(0)

@@ -20,6 +20,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers.accuracy import check_backend
+from helpers.few_queries import few_queries
+from helpers.few_queries import plans as plans_for_few_queries
 from helpers.gpu_arrays import NATIVE
 from helpers.strategies import OPERATIONS, inputs
 
@@ -27,9 +29,8 @@ from cuneigh import _device
 from cuneigh._backends import fused, gemm, hopper, naive
 from cuneigh._backends.fused import launch
 from cuneigh._backends.fused import plan as fused_plan
-from cuneigh._backends.fused.plan import FusedPlan
+from cuneigh._backends.fused.choice import Plan
 from cuneigh._backends.fused.small import plan as small_plan
-from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._backends.hopper.plan import ways
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._jit import _compiler
@@ -131,25 +132,37 @@ def long_window_problems_of(operation: str, dtype: str, rank: int) -> list[Probl
     return problems
 
 
+def few_queries_problems_of(dtype: str) -> list[Problem]:
+    """Some of one axis that `fused` has kernels of their own for."""
+    rng = np.random.default_rng(0)
+    return [few_queries(rng, dtype, dims, 700) for dims in ((128, 128), (64, 40)) for _ in range(4)]
+
+
 def choose_plan(
-    small: bool,
-    batch_heads: int,
+    kind: str,
+    number: int,
     problem: Problem,
     device: _device.Device,
     pass_: Pass,
     small_windows: bool,
-) -> FusedPlan | SmallPlan:
+    few_queries: bool,
+) -> Plan:
     """Instead of the plan that `fused` would choose: one of the kind that is to be tested.
 
-    The blocks of the kernels for windows of any size take `batch_heads` where they can.
+    The blocks of the kernels for windows of any size take several batch-heads by turns, and those
+    for few queries have all forms by turns.
     """
-    if small:
+    if kind == "few queries":
+        assert few_queries
+        plans = plans_for_few_queries(problem, device)
+        return plans[number % len(plans)]
+    if kind == "small windows":
         assert small_windows
         plan = small_plan.make_plan(problem, device, pass_)
         assert plan is not None
         return plan
     other = fused_plan.make_plan(problem, device, pass_)
-    return replace(other, batch_heads=batch_heads) if pass_ == FORWARD else other
+    return replace(other, batch_heads=3 - number % 2 * 2) if pass_ == FORWARD else other
 
 
 def take(way: tuple[Pass, ...], problem: Problem, device: _device.Device) -> tuple[Pass, ...]:
@@ -168,6 +181,10 @@ def main(names: list[str], ranks: list[int]) -> None:
         cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
         small: list[Problem] = []
         long: list[Problem] = []
+        few: list[Problem] = []
+        if (operation, rank) == ("forward", 1) and DTYPES[dtype] == 2:
+            few = few_queries_problems_of(dtype) if device.capability >= (8, 0) else []
+            cases += [(problem, "contiguous") for problem in few]
         if operation in ("forward", "backward", "jvp"):
             for rpb in (False, True):
                 cases.append((problem_of(operation, dtype, rank, (130, 250), rpb), "packed"))
@@ -180,8 +197,10 @@ def main(names: list[str], ranks: list[int]) -> None:
             cases.append((problem_of(operation, dtype, rank, (32, 32), True), "contiguous"))
         for problem, layout in cases:
             given = inputs(problem, np.random.default_rng(rank), layout)
-            launch.choose_plan = partial(choose_plan, problem in small, 1 if count % 2 else 3)
-            for backend in (hopper,) if problem in long else BACKENDS:
+            kind = "small windows" if problem in small else "few queries" if problem in few else ""
+            launch.choose_plan = partial(choose_plan, kind, count)
+            only = {"few queries": (fused,)}.get(kind, BACKENDS)
+            for backend in (hopper,) if problem in long else only:
                 if backend.NAME not in names or backend.unsupported(problem, device) is not None:
                     continue
                 for way in ways(problem) if backend is hopper else [()]:

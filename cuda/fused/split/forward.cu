@@ -5,7 +5,8 @@
 // all of them, and there are blocks for all parts of the keys. A block goes over boxes of keys, of
 // which some are always on their way to shared memory. Of each box every warp multiplies its rows
 // with its share of the keys; the sums of warps that have other keys of the same rows are joined in
-// the end. Where there are several splits, join.cu joins their sums.
+// the end. Where there are several splits, the blocks of a cluster join their sums, or join.cu
+// does.
 //
 // blockIdx.x: (element of the batch, key head, box of queries, box of query heads, split).
 //
@@ -16,6 +17,8 @@
 //   static constexpr int kColumns;              keys of a box; each warp has a multiple of 16
 //   static constexpr int kStages;               boxes of keys in shared memory
 //   static constexpr int kBlocks;               blocks of a multiprocessor to leave registers for
+//   static constexpr int kCluster;              blocks of a cluster, which join their sums: the
+//                                               number of splits, or 1
 //   static constexpr int kHeadDim, kValueDim;   head dimensions, padded to multiples of 16
 //   static constexpr int kSharedBytes;          of Smem, as the launcher counts them
 //   using Element;                              float16 or bfloat16
@@ -26,6 +29,7 @@
 #include "cuneigh/warp_softmax.cuh"
 #include "fused/async.cuh"
 #include "fused/products.cuh"
+#include "fused/split/cluster.cuh"
 #include "fused/split/problem.cuh"
 #include "fused/split/results.cuh"
 #include "fused/thread.cuh"
@@ -61,7 +65,8 @@ struct Smem {
     float2 statistics[kRows];  // m and sum(P)
   };
   static constexpr int kBoxBytes = Plan::kStages * sizeof(KeyBox);
-  static constexpr int kSumBytes = Plan::kKeyWarps * sizeof(WarpSums);
+  static constexpr int kWarpSums = Plan::kKeyWarps * sizeof(WarpSums);
+  static constexpr int kSumBytes = kWarpSums + kRows * sizeof(float2);
 
   alignas(16) char memory[kBoxBytes > kSumBytes ? kBoxBytes : kSumBytes];
   Element query[kRows][kVectorPitch<Element, Plan::kHeadDim>];
@@ -69,6 +74,11 @@ struct Smem {
 
   __device__ KeyBox& box(int stage) { return reinterpret_cast<KeyBox*>(memory)[stage]; }
   __device__ WarpSums& sums(int warp) { return reinterpret_cast<WarpSums*>(memory)[warp]; }
+  __device__ float4* four(int warp, int row, int d) {
+    return reinterpret_cast<float4*>(&sums(warp).output[row][d]);
+  }
+  // Of the rows over the keys of all warps
+  __device__ float2* statistics() { return reinterpret_cast<float2*>(memory + kWarpSums); }
 };
 
 // Copies vectors [kDim] to shared memory: source(i) is where vector i lies, or null where zeros
@@ -88,7 +98,8 @@ __device__ void load_vectors(Element (&vectors_smem)[kVectors][kPitch], int dim,
 
 template <typename Plan>
 __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
-    forward(const SplitProblem problem, const ForwardArguments<Plan> arguments) {
+    CUNEIGH_CLUSTER(Plan::kCluster)
+        forward(const SplitProblem problem, const ForwardArguments<Plan> arguments) {
   using Element = typename Plan::Element;
   constexpr int kRowTiles = Plan::kRowTiles, kColumns = Plan::kColumns, kStages = Plan::kStages;
   constexpr int kWarpColumns = kColumns / Plan::kKeyWarps, kColumnTiles = kWarpColumns / 8;
@@ -231,6 +242,10 @@ __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
   // O of each row over the keys of all warps, four dimensions a thread
   constexpr int kFours = Plan::kValueDim / 4;
   const int all_heads = problem.kv_heads * problem.group_size;
+  auto store = [&](const Joined& joined, int token, int head, int d) {
+    joined.store(arguments.output.at(batch, {token}, head) + d);
+    if (d == 0 && arguments.lse.data) *arguments.lse.at(batch, {token}, head) = joined.lse();
+  };
 #pragma unroll 2
   for (int i = thread; i < kRows * kFours; i += kThreads) {
     const int r = i / kFours, d = i % kFours * 4;
@@ -241,11 +256,13 @@ __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
     for (int w = 0; w < Plan::kKeyWarps; ++w) joined.see(smem.sums(w).statistics[r]);
 #pragma unroll
     for (int w = 0; w < Plan::kKeyWarps; ++w)
-      joined.add(smem.sums(w).statistics[r],
-                 *reinterpret_cast<const float4*>(&smem.sums(w).output[r][d]));
-    if (problem.splits == 1) {
-      joined.store(arguments.output.at(batch, {token}, head) + d);
-      if (d == 0 && arguments.lse.data) *arguments.lse.at(batch, {token}, head) = joined.lse();
+      joined.add(smem.sums(w).statistics[r], *smem.four(w, r, d));
+    const float2 statistics = {joined.row_max, joined.row_sum};
+    if constexpr (Plan::kCluster > 1) {
+      *smem.four(0, r, d) = joined.output;
+      if (d == 0) smem.statistics()[r] = statistics;
+    } else if (problem.splits == 1) {
+      store(joined, token, head, d);
     } else {
       const long long at =
           ((static_cast<long long>(split) * problem.batch + batch) * axis.length + token) *
@@ -253,8 +270,31 @@ __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
           head;
       *reinterpret_cast<float4*>(arguments.sums.output + at * problem.value_dim + d) =
           joined.output;
-      if (d == 0) arguments.sums.statistics[at] = {joined.row_max, joined.row_sum};
+      if (d == 0) arguments.sums.statistics[at] = statistics;
     }
+  }
+  if constexpr (Plan::kCluster > 1) {
+    // O of each row over the keys of all blocks of the cluster, which take their shares of it
+    cluster_sync();
+    for (int i = split * kThreads + thread; i < kRows * kFours; i += Plan::kCluster * kThreads) {
+      const int r = i / kFours, d = i % kFours * 4;
+      const int token = smem.row[r].token, head = head_of_row_0 + r % problem.heads;
+      if (token < 0 || d >= problem.value_dim) continue;
+      float2 statistics[Plan::kCluster];
+      float4 output[Plan::kCluster];
+#pragma unroll
+      for (int b = 0; b < Plan::kCluster; ++b) {
+        statistics[b] = in_block(b, &smem.statistics()[r]);
+        output[b] = in_block(b, smem.four(0, r, d));
+      }
+      Joined joined;
+#pragma unroll
+      for (int b = 0; b < Plan::kCluster; ++b) joined.see(statistics[b]);
+#pragma unroll
+      for (int b = 0; b < Plan::kCluster; ++b) joined.add(statistics[b], output[b]);
+      store(joined, token, head, d);
+    }
+    cluster_sync();  // no block goes while others read its memory
   }
 }
 

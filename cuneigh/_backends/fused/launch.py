@@ -181,9 +181,7 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     return needed
 
 
-def _plan(
-    program: Program, problem: Problem, pass_: Pass, vectors: Sequence[Array | None]
-) -> Plan:
+def _plan(program: Program, problem: Problem, pass_: Pass, vectors: Sequence[Array | None]) -> Plan:
     """The plan of a pass over these arrays, which is announced."""
     arrays = [array for array in vectors if array is not None]
     readable_by = small.can_read(arrays), split.can_read(arrays)

@@ -20,7 +20,8 @@ from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_st
 from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import Problem
 
-
+CLUSTERS = "CUNEIGH_CLUSTERS"
+"""The macro with which kernels are compiled whose blocks are in clusters."""
 UNIT = 16
 """Bytes of a load."""
 
@@ -43,10 +44,11 @@ def launch(
     views.vectors(*vectors)
     views.scalars(lse)
     sums: tuple[Array, Array] | tuple[None, None] = (None, None)
-    if plan.splits > 1:
+    if plan.is_joined_later:
         rows = (plan.splits, *output.shape[:-1])
-        sums = program.allocate((*rows, problem.value_dim), "float32"), program.allocate(
-            (*rows, 2), "float32"
+        sums = (
+            program.allocate((*rows, problem.value_dim), "float32"),
+            program.allocate((*rows, 2), "float32"),
         )
     views.addresses(*sums)
     program.launch(
@@ -57,7 +59,7 @@ def launch(
         views.words,
         shared_bytes=split_plan.shared_bytes(problem, plan.form),
     )
-    if plan.splits > 1:
+    if plan.is_joined_later:
         views = Views(1)  # `JoinArguments` of cuda/fused/split/join.cu
         views.addresses(*sums, output, lse)
         rows_in_all = math.prod(output.shape[:-1])
@@ -76,21 +78,20 @@ def kernel(problem: Problem, form: Form) -> _jit.Kernel:
         "kColumns": form.columns,
         "kStages": form.stages,
         "kBlocks": form.blocks,
+        "kCluster": form.cluster,
         "kHeadDim": split_plan.padded(problem.head_dim),
         "kValueDim": split_plan.padded(problem.value_dim),
         "kSharedBytes": split_plan.shared_bytes(problem, form),
     }
     source = _jit.plan_source(constants, types={"Element": problem.dtype})
-    macros = (PARTS,) if has_parts(problem) else ()
+    macros = ((PARTS,) if has_parts(problem) else ()) + ((CLUSTERS,) if form.cluster > 1 else ())
     return _jit.Kernel("fused/split/forward", source, macros=macros)
 
 
 @lru_cache(maxsize=64)
 def join_kernel(problem: Problem) -> _jit.Kernel:
     """The kernel that joins sums, with the plan that cuda/fused/split/join.cu describes."""
-    source = _jit.plan_source(
-        {"kSplits": split_plan.MOST_SPLITS}, types={"Element": problem.dtype}
-    )
+    source = _jit.plan_source({"kSplits": split_plan.MOST_SPLITS}, types={"Element": problem.dtype})
     return _jit.Kernel("fused/split/join", source)
 
 
@@ -105,15 +106,15 @@ def kernels(problem: Problem, device: Device, pass_: Pass) -> list[_jit.Kernel]:
 @lru_cache(maxsize=1024)
 def _record(problem: Problem, plan: SplitPlan) -> np.ndarray[Any, Any]:
     """`SplitProblem` of cuda/fused/split/problem.cuh."""
-    numbers = ("queries", "heads", "boxes", "head_boxes", "splits", "batch", "kv_heads")
-    numbers += ("group_size", "head_dim", "value_dim")
+    of_plan = ("queries", "heads", "boxes", "head_boxes", "splits")
+    of_problem = ("batch", "kv_heads", "group_size", "head_dim", "value_dim")
     fields: list[Any] = [("axes", axis_type(has_parts(problem)), (1,))]
-    fields += [(name, "i4") for name in numbers]
+    fields += [(name, "i4") for name in (*of_plan, *of_problem)]
     record = np.zeros(1, np.dtype([*fields, ("scale", "f4"), ("padding", "i4")], align=True))
     fill_axes(record, problem)
     for name in ("queries", "heads", "splits"):
         record[name] = getattr(plan, name)
-    for name in ("batch", "kv_heads", "group_size", "head_dim", "value_dim"):
+    for name in of_problem:
         record[name] = getattr(problem, name)
     record["boxes"] = split_plan.count(problem, plan).blocks
     record["head_boxes"] = math.ceil(problem.group_size / plan.heads)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,6 +25,10 @@ from cuneigh._window import Promise
 MOST_QUERIES = 64
 """Longer calls have blocks enough, and are bound by arithmetic."""
 MOST_SPLITS = 128
+CLUSTER_SIZE = 8
+"""Blocks of a cluster: the most that every GPU has room for."""
+LEAST_BOXES = 8
+"""Boxes of keys below which there is nothing to split."""
 SMALLEST_SCALE = 1e-37
 """Smaller scales are 0 in float32, where hidden logits would not stay hidden."""
 
@@ -44,6 +48,8 @@ class Form(NamedTuple):
     """Boxes of keys in shared memory."""
     blocks: int
     """Blocks of a multiprocessor that registers are left for."""
+    cluster: int = 1
+    """Blocks of a cluster, which are all splits of a box of rows and join their sums; or 1."""
 
     @property
     def rows(self) -> int:
@@ -70,7 +76,17 @@ class SplitPlan:
         form = self.form
         warps = f"{form.row_warps}x{form.key_warps} warps of {16 * form.row_tiles} rows"
         rows = f"{self.queries} queries of {self.heads} heads"
-        return f"{warps}, {rows}, boxes of {form.columns} keys, {self.splits} splits"
+        splits = f"{self.splits} splits" + (" in a cluster" if form.cluster > 1 else "")
+        return f"{warps}, {rows}, boxes of {form.columns} keys, {splits}"
+
+    def split(self, splits: int) -> SplitPlan:
+        """The same with other splits."""
+        return replace(self, splits=splits)
+
+    @property
+    def is_joined_later(self) -> bool:
+        """Whether a second kernel joins the sums of the splits."""
+        return self.splits > self.form.cluster
 
 
 def count(problem: Problem, plan: SplitPlan) -> UnionCounts:
@@ -91,6 +107,8 @@ LATENCY = 700.0
 """Cycles of a block's box of keys apart from its products: a barrier, and a chain through them."""
 START = 4000.0
 """Cycles until a block's first keys have come, and those at its end."""
+CLUSTER = 1500.0
+"""Cycles in which the blocks of a cluster join their sums."""
 BYTES = 34.0
 """Bytes that one multiprocessor receives in a cycle when others don't compete."""
 PRODUCT = 1 / 261
@@ -112,12 +130,18 @@ def predicted_ms(problem: Problem, plan: SplitPlan, device: Device) -> float:
     of_box = max(products + LATENCY, busy * products, busy * 2 * box / BYTES)
     walk = math.ceil(math.ceil(keys / form.columns) / plan.splits) * of_box
     rounds = math.ceil(total / at_once)
-    key_bytes = 2 * dims * problem.batch * problem.kv_heads * min(
-        problem.key_tokens[0], count(problem, plan).warp_columns
+    key_bytes = (
+        2
+        * dims
+        * problem.batch
+        * problem.kv_heads
+        * min(problem.key_tokens[0], count(problem, plan).warp_columns)
     )
     of_keys = max(key_bytes / H200.memory_bytes, rounds * walk / CYCLES)
     milliseconds = H200.launch_ms + START / CYCLES + of_keys
-    if plan.splits > 1:
+    if form.cluster > 1:
+        milliseconds += CLUSTER / CYCLES
+    if plan.is_joined_later:
         rows = problem.batch * problem.heads * problem.tokens[0]
         sums = 2 * 4 * (problem.value_dim + 2) * rows * plan.splits
         milliseconds += H200.launch_ms + sums / H200.cache_bytes
@@ -165,14 +189,21 @@ def plans_to_try(problem: Problem, device: Device, pass_: Pass, most: int) -> li
 def candidates(problem: Problem, device: Device) -> Iterator[SplitPlan]:
     """Every form with every number of splits that makes a difference."""
     for form in forms(problem, device):
-        heads = min(problem.group_size, form.rows)
-        longest = math.ceil(problem.tokens[0] / problem.axes[0].dilation)
-        queries = min(form.rows // heads, longest)
-        whole = SplitPlan(form, queries, heads, 1)
-        boxes = math.ceil(count(problem, whole).widest_block / form.columns)
+        plan = whole(problem, form)
+        boxes = math.ceil(count(problem, plan).widest_block / form.columns)
+        if boxes < LEAST_BOXES:
+            continue
         walks = {math.ceil(boxes / splits) for splits in range(1, MOST_SPLITS + 1)}
-        for splits in {math.ceil(boxes / walk) for walk in walks if walk}:
-            yield SplitPlan(form, queries, heads, splits)
+        numbers = {math.ceil(boxes / walk) for walk in walks}
+        for splits in sorted(numbers) if form.cluster == 1 else [form.cluster]:
+            yield plan.split(splits)
+
+
+def whole(problem: Problem, form: Form) -> SplitPlan:
+    """The plan of a form with as many rows a block as there may be, and one split."""
+    heads = min(problem.group_size, form.rows)
+    longest = math.ceil(problem.tokens[0] / problem.axes[0].dilation)
+    return SplitPlan(form, min(form.rows // heads, longest), heads, 1)
 
 
 # What is compiled into kernels
@@ -187,13 +218,14 @@ def forms(problem: Problem, device: Device) -> tuple[Form, ...]:
     shapes = [(1, 1, 4, 64), (1, 4, 1, 64 if short else 32)]
     if short:
         shapes += [(1, 2, 2, 64), (2, 4, 1, 32)]
-    found = []
+    clusters = (1, CLUSTER_SIZE) if device.capability >= (9, 0) else (1,)
+    found: list[Form] = []
     for shape in shapes:
         blocks = 2 if short and shape[0] == 1 else 1
         for stages in (3, 2):
             form = Form(*shape, stages, blocks)
             if shared_bytes(problem, form) <= device.shared_memory:
-                found.append(form)
+                found += [form._replace(cluster=cluster) for cluster in clusters]
                 break
     return tuple(found)
 
@@ -219,5 +251,5 @@ def shared_bytes(problem: Problem, form: Form) -> int:
 
     key, value = pitch(problem.head_dim), pitch(problem.value_dim)
     boxes = form.stages * form.columns * (key + value)
-    sums = form.key_warps * form.rows * 4 * (padded(problem.value_dim) + 8 + 2)
+    sums = form.key_warps * form.rows * 4 * (padded(problem.value_dim) + 8 + 2) + form.rows * 8
     return max(boxes, sums) + form.rows * (key + 12)
