@@ -3,7 +3,7 @@
 #
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host loads memory scaling
 #                                    naive grid h200 profile (the default: all of these), soak,
-#                                    attack, alternate, tune, derivatives, two
+#                                    attack, alternate, tune, derivatives, two, decode
 #
 # `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
 # takes a GPU of compute capability 9.0. `attack` compares random calls of all backends with dense
@@ -77,6 +77,11 @@ two() {
   [ "${PIPESTATUS[0]}" = 0 ] || status=1
   python3 bench/two_gpus.py --output "$OUT/two-gpus.json" || status=1
   return $status
+}
+# A decoder's attention to its cache of keys: about two minutes.
+decode() {
+  python3 bench/decode.py --output "$OUT/decode.json" | tee "$OUT/decode.txt"
+  return "${PIPESTATUS[0]}"
 }
 naive() { python3 bench/naive.py --output "$OUT/naive.json" | tail -n 12; return "${PIPESTATUS[0]}"; }
 grid() {

@@ -168,9 +168,9 @@ def test_kernels_agree_with_the_oracle(dims, monkeypatch):
     if device.capability < (8, 0):
         pytest.skip("needs compute capability 8.0")
     taken = in_turn(monkeypatch, device)
-    for seed in range(60):
+    for seed in range(36):
         rng = np.random.default_rng(seed)
-        problem = few_queries(rng, str(rng.choice(["float16", "bfloat16"])), dims)
+        problem = few_queries(rng, str(rng.choice(["float16", "bfloat16"])), dims, 1000)
         check_backend(fused, problem, inputs(problem, rng), **NATIVE)
     assert {plan.form for plan in taken} >= {*split_plan.forms(problem, device)}
 
