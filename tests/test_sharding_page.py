@@ -11,7 +11,7 @@ import pytest
 import cuneigh
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/sharding.md").read_text(encoding="utf-8")
-TORCH, JAX, DASK = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+TORCH, JAX, TILED, DASK = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
 def run(code: str) -> dict:
@@ -37,6 +37,12 @@ def test_jax_on_one_device():
     names = run(JAX)
     wanted = cuneigh.na2d(names["query"], names["key"], names["value"], 7)
     np.testing.assert_allclose(names["output"], wanted, 1e-5, 1e-5)
+
+
+def test_tiles():
+    names = run(TILED)
+    wanted = cuneigh.na3d(*names["volume"], 5, border=("cut", "cut", "wrap"))
+    np.testing.assert_allclose(names["output"], wanted, 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize(

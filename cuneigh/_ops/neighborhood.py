@@ -81,6 +81,16 @@ def na1d(
     >>> query, key, value = numpy.random.default_rng(0).standard_normal((3, 1, 64, 2, 16))
     >>> cuneigh.na1d(query, key, value, kernel_size=5).shape
     (1, 64, 2, 16)
+
+    A decoder: the query at position 40 and a cache of the keys and values so far, whose length
+    stays the same, so that no step plans anything anew.
+
+    >>> step = cuneigh.na1d(
+    ...     query[:, 40:41], key, value, kernel_size=32, is_causal=True, layout=64, query_start=40
+    ... )
+    >>> whole = cuneigh.na1d(query, key, value, kernel_size=32, is_causal=True)
+    >>> bool(numpy.allclose(step, whole[:, 40:41]))
+    True
     """
     load_adapter(query)
     output, lse = compute(
