@@ -65,6 +65,10 @@ REPLACED = {
             "address += (unsigned long long)units * (kUnit<Element> * int(sizeof(Element)));",
         )
     ],
+    "fused/split/cluster.cuh": [
+        (r"__cluster_dims__\(size, 1, 1\)", ""),
+        (r"// What all threads of the cluster.*(?=\n}  // namespace)", "using namespace emulator;\n"),
+    ],
     "fused/mma.cuh": [
         (r"// Four 8x8 matrices.*(?=// Two numbers rounded)", "using namespace emulator;\n\n"),
     ],
@@ -100,10 +104,12 @@ class Emulator:
     def _built(self, kernel: _jit.Kernel) -> Any:
         name = hashlib.sha256(kernel.unit.encode()).hexdigest()[:20]
         unit, library = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
+        cluster = re.search(r"int kCluster = (\d+);", kernel.plan)
+        blocks = cluster[1] if cluster else 1
         unit.write_text(
             f'#include "emulator.h"\n{kernel.unit}\n'
             'extern "C" void run(unsigned x, unsigned y, int threads, void** parameters) {\n'
-            f"  emulator::launch(&{kernel.instance}, x, y, threads, parameters);\n}}\n"
+            f"  emulator::launch(&{kernel.instance}, x, y, threads, parameters, {blocks});\n}}\n"
         )
         options = ["-std=c++17", "-O1", "-w", "-fpermissive", "-shared", "-fPIC"]
         folders = [f"-I{EMULATOR}", f"-I{self.folder / 'cuda'}"]

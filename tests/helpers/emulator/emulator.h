@@ -107,8 +107,8 @@ auto collective(unsigned mask, const T& value, Use use) {
     return v;
   });
 }
-inline void entry() {
-  state.body(state.data);
+// Ends a fiber.
+inline void leave() {
   int me = state.current;
   state.done[me] = 1;
   for (int t = 0; t < state.threads; ++t)
@@ -117,6 +117,10 @@ inline void entry() {
       setcontext(&state.fibers[t]);
     }
   setcontext(&state.main);
+}
+inline void entry() {
+  state.body(state.data);
+  leave();
 }
 inline char* low_memory(size_t size) {
   return (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT,
@@ -151,21 +155,51 @@ template <typename... A, size_t... I>
 void call(void (*kernel)(A...), void** parameters, std::index_sequence<I...>) {
   kernel(*reinterpret_cast<std::remove_const_t<A>*>(parameters[I])...);
 }
+// The blocks of a cluster run twice, one after another: the first time up to where they wait for each
+// other, the second time with what each had in its shared memory there.
+struct Cluster {
+  unsigned size = 1;
+  bool is_first = false;
+  std::vector<char> smem[16];
+};
+inline Cluster cluster;
+inline void cluster_sync() {
+  sync_threads();
+  if (!cluster.is_first) return;
+  if (state.current == 0)
+    cluster.smem[state.block.x % cluster.size].assign(state.smem, state.smem + (1 << 18));
+  sync_threads();
+  leave();
+}
+template <typename T>
+T in_block(int block, const T* here) {
+  T there;
+  memcpy(&there, &cluster.smem[block][(const char*)here - state.smem], sizeof(T));
+  return there;
+}
 template <typename... A>
-void launch(void (*kernel)(A...), unsigned gx, unsigned gy, int threads, void** parameters) {
+void launch(void (*kernel)(A...), unsigned gx, unsigned gy, int threads, void** parameters,
+            unsigned cluster_size = 1) {
   struct Data {
     void (*kernel)(A...);
     void** p;
   } data{kernel, parameters};
+  auto run = [&](unsigned x, unsigned y) {
+    run_block(
+        {x, y, 0}, {gx, gy, 1}, threads,
+        [](void* d) {
+          auto* of = (Data*)d;
+          call(of->kernel, of->p, std::index_sequence_for<A...>());
+        },
+        &data);
+  };
+  cluster.size = cluster_size;
   for (unsigned y = 0; y < gy; ++y)
-    for (unsigned x = 0; x < gx; ++x)
-      run_block(
-          {x, y, 0}, {gx, gy, 1}, threads,
-          [](void* d) {
-            auto* of = (Data*)d;
-            call(of->kernel, of->p, std::index_sequence_for<A...>());
-          },
-          &data);
+    for (unsigned first = 0; first < gx; first += cluster_size)
+      for (int turn = cluster_size > 1 ? 0 : 1; turn < 2; ++turn) {
+        cluster.is_first = turn == 0;
+        for (unsigned x = first; x < first + cluster_size; ++x) run(x, y);
+      }
 }
 // A half product of tensor cores, and matrices that lanes load together
 template <typename E>
