@@ -122,3 +122,10 @@ def openmp_threads() -> int | None:
     It is not cuneigh's: as for OpenMP itself, an illegal one counts as not set.
     """
     return _threads(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip())
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

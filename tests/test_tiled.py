@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import cuneigh
 from cuneigh._shards.tiles import tiles_of
-from cuneigh._tiled import run as run_module
+from cuneigh._tiled import computing
 from cuneigh._tiled.slots import HostSlot
 from cuneigh._window import BORDERS
 
@@ -84,8 +84,8 @@ def test_tiles_together_are_the_whole_and_take_no_more_than_they_may(call, share
             return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "HostSlot", Watched)
-        patch.setattr(run_module, "counting", lambda what, total: tiles.append(total) or _no_bar())
+        patch.setattr(computing, "HostSlot", Watched)
+        patch.setattr(computing, "counting", lambda what, total: tiles.append(total) or _no_bar())
         output, lse = cuneigh.tiled(
             FUNCTIONS[rank], max_bytes=most, device="cpu", return_lse=True, **arguments
         )

@@ -24,9 +24,6 @@ from cuneigh._parameters import (
     window_arguments,
 )
 from cuneigh._problem import OPTIONAL, Operands, Problem
-from cuneigh._shards.tiles import TooLargeError
-from cuneigh._tiled.run import run
-from cuneigh._tiled.tasks import Whole
 from cuneigh._validate import problem_of, require
 
 Array = npt.NDArray[Any]
@@ -214,10 +211,12 @@ def tiled(
         for name, result in zip(("output", "lse"), results, strict=False):
             result[...] = of_nothing(name)
     else:
-        whole = Whole(NAME, problem, (*arrays,), wants_lse, where, adapter, backend)
+        from cuneigh import _tiled  # which few programs need
+
+        whole = _tiled.Whole(NAME, problem, (*arrays,), wants_lse, where, adapter, backend)
         try:
-            run(whole, arrays, results, most)
-        except TooLargeError as error:
+            _tiled.run(whole, arrays, results, most)
+        except _tiled.TooLargeError as error:
             raise ValueError(
                 f"{NAME}: max_bytes={most} has no room for tiles of one query each and what these "
                 f"see, which take {error.args[0]} bytes"

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import product
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cuneigh._settings import usable_cores
 from cuneigh._shards.axis import Range
 from cuneigh._shards.plan import Box
 
 Array = npt.NDArray[Any]
 Pieces = list[tuple[slice, slice]]
 """Slices of an axis of the array of the layout, and the slices of the box that they are."""
+
+MOST_THREADS = 8
+LEAST_BYTES = 1 << 20
+"""That a thread copies: less takes it no longer than being asked."""
 
 
 def _laps(tokens: Range, layout: int) -> Pieces:
@@ -37,13 +44,35 @@ def _pieces(batch: Range, box: Box, shape: tuple[int, ...]) -> Iterator[tuple[An
         yield (slice(*batch), *whole), (slice(None), *of_box)
 
 
-def gather(layout: Array, batch: Range, box: Box, target: Array) -> None:
-    """Copy a box of the layout to `target`."""
-    for whole, of_box in _pieces(batch, box, layout.shape):
-        np.copyto(target[of_box], layout[whole])
+class Copies(AbstractContextManager["Copies"]):
+    """Copies by several threads at a time: one is slower than what connects a GPU."""
 
+    def __init__(self) -> None:
+        self._count = min(usable_cores(), MOST_THREADS)
+        self._threads = ThreadPoolExecutor(self._count)
 
-def scatter(source: Array, batch: Range, box: Box, layout: Array) -> None:
-    """Copy `source` to a box of the layout."""
-    for whole, of_box in _pieces(batch, box, layout.shape):
-        np.copyto(layout[whole], source[of_box])
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown()
+
+    def gather(self, layout: Array, batch: Range, box: Box, target: Array) -> None:
+        """Copy a box of the layout to `target`."""
+        self._copy((target[of_box], layout[at]) for at, of_box in _pieces(batch, box, layout.shape))
+
+    def scatter(self, source: Array, batch: Range, box: Box, layout: Array) -> None:
+        """Copy `source` to a box of the layout."""
+        self._copy((layout[at], source[of_box]) for at, of_box in _pieces(batch, box, layout.shape))
+
+    def _copy(self, pairs: Iterable[tuple[Array, Array]]) -> None:
+        shares = [share for pair in pairs for share in self._shares(*pair)]
+        for _ in self._threads.map(lambda pair: np.copyto(*pair), shares):
+            pass
+
+    def _shares(self, target: Array, source: Array) -> Iterator[tuple[Array, Array]]:
+        """What each thread copies: a part of the longest axis, but for that of the elements."""
+        count = min(self._count, target.nbytes // LEAST_BYTES)
+        if count <= 1:
+            yield target, source
+            return
+        axis = int(np.argmax(target.shape[:-1]))
+        both = (np.array_split(np.moveaxis(array, axis, 0), count) for array in (target, source))
+        yield from zip(*both, strict=True)

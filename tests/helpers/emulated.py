@@ -67,7 +67,10 @@ REPLACED = {
     ],
     "fused/split/cluster.cuh": [
         (r"__cluster_dims__\(size, 1, 1\)", ""),
-        (r"// What all threads of the cluster.*(?=\n}  // namespace)", "using namespace emulator;\n"),
+        (
+            r"// What all threads of the cluster.*(?=\n}  // namespace)",
+            "using namespace emulator;\n",
+        ),
     ],
     "fused/mma.cuh": [
         (r"// Four 8x8 matrices.*(?=// Two numbers rounded)", "using namespace emulator;\n\n"),

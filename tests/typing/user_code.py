@@ -36,6 +36,12 @@ def forward(query: Array, key: Array, value: Array, window: tuple[int, int]) -> 
     return merged + output
 
 
+def tiles(query: Array, out: npt.NDArray[Any], most: int) -> npt.NDArray[Any]:
+    both = cuneigh.tiled(cuneigh.na1d, query, query, query, 3, return_lse=True, max_bytes=most)
+    assert_type(both, tuple[npt.NDArray[Any], npt.NDArray[Any]])
+    return cuneigh.tiled(cuneigh.na2d, query, query, query, (3, 5), max_bytes=most, out=out)
+
+
 def any_framework(x: Tensor, wants_lse: bool) -> Tensor:
     assert_type(cuneigh.na1d(x, x, x, 3), Tensor)
     assert_type(cuneigh.na3d(x, x, x, (1, 2, 3), rpb=x, additional_keys=x), Tensor)

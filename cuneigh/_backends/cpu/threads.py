@@ -5,7 +5,6 @@ NumPy releases the interpreter while it computes, so that threads serve.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from threading import Condition
@@ -28,9 +27,7 @@ def thread_count() -> int:
     for given in (_settings.NUM_THREADS.read(), HOST_THREADS.get(), _settings.openmp_threads()):
         if given is not None:
             return given
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return _settings.usable_cores()
 
 
 def in_order(

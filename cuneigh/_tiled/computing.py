@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cuneigh._progress import counting
 from cuneigh._shards.tiles import Tile
-from cuneigh._tiled.boxes import gather, scatter
+from cuneigh._tiled.boxes import Copies
 from cuneigh._tiled.slots import HostSlot, Slot, placed
 from cuneigh._tiled.tasks import Bytes, Whole, cut
 
@@ -25,12 +25,12 @@ def run(whole: Whole, arrays: Mapping[str, Array], results: Sequence[Array], mos
     slots = [_slot(whole, size) for _ in range(count)]
     busy: dict[int, Tile] = {}
 
-    with counting(f"{whole.name}: tiles", len(tasks)) as advance:
+    with counting(f"{whole.name}: tiles", len(tasks)) as advance, Copies() as copies:
 
         def finish(number: int) -> None:
             tile = busy.pop(number)
             for made, target in zip(slots[number].results(), results, strict=True):
-                scatter(made, tile.batch, tile.queries, target)
+                copies.scatter(made, tile.batch, tile.queries, target)
             advance()
 
         try:
@@ -42,7 +42,7 @@ def run(whole: Whole, arrays: Mapping[str, Array], results: Sequence[Array], mos
                 for name, target in zip(
                     whole.arguments, placed(slots[number].given, specs), strict=True
                 ):
-                    gather(arrays[name], *whole.region(name, *tile), target)
+                    copies.gather(arrays[name], *whole.region(name, *tile), target)
                 busy[number] = tile
                 slots[number].start(call, specs)
             for number in list(busy):
