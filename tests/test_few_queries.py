@@ -43,6 +43,7 @@ def test_decoding_is_split_as_the_gpu_asks_for():
     """Every key is read by one block, and all multiprocessors have work."""
     for batch, queries in itertools.product((1, 2, 8, 32), (1, 4, 64)):
         problem = decoding(batch, queries)
+        assert problem.anywhere.visible_pairs() == problem.visible_pairs()
         plan = choice.choose_plan(problem.anywhere, H200)
         assert isinstance(plan, SplitPlan)
         assert plan.heads == 4
