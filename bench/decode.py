@@ -24,6 +24,8 @@ from typing import Any
 import cupy
 
 import cuneigh
+from cuneigh._backends import choose
+from cuneigh._backends.fused.choice import choose_plan
 from cuneigh._backends.fused.split import plan as split_plan
 from cuneigh._call import rehearse
 from cuneigh._device import cuda
@@ -53,7 +55,7 @@ BUDGET_MS = 60.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
-    parser.add_argument("--plans", type=int, default=10, help="how many plans to try of each")
+    parser.add_argument("--plans", type=int, default=14, help="how many plans to try of each")
     options = parser.parse_args()
     copy = copy_gbps()
     document: dict[str, Any] = {**provenance(cuda(0)), "copy_gbps": round(copy), "cases": {}}
@@ -61,7 +63,8 @@ def main() -> None:
     for name, (batch, queries, asked) in CASES.items():
         document["cases"][name] = figures = {"asked": asked, **measure(batch, queries, copy)}
         figures["plans"] = plans(batch, queries, copy, options.plans)
-        for label, one in (("as called", figures), *figures["plans"].items()):
+        called = f"as called: {figures['backend']}, {figures['plan_of_fused']}"
+        for label, one in ((called, figures), *figures["plans"].items()):
             print(f"{name:22} {one['us']:7.1f} us  {one['node_us']:7.1f} us in a graph of many  "
                   f"{100 * one['share']:3.0f} % of a copy  {label}", flush=True)  # fmt: skip
     if options.output:
@@ -91,18 +94,25 @@ def measure(batch: int, queries: int, copy: float) -> dict[str, Any]:
     """The public function, which takes the planner's plan."""
     given = arrays(batch, queries)
     check(step(given), step(given, "naive"))
-    return figures_of(lambda: step(given), given, copy)
+    problem = problem_of(batch, queries).anywhere
+    plan = choose_plan(problem, cuda(0))
+    backend = choose(problem, cuda(0), None).NAME
+    named = {"backend": backend, "plan_of_fused": str(plan)}
+    return {**named, **figures_of(lambda: step(given), given, copy)}
+
+
+def problem_of(batch: int, queries: int) -> Problem:
+    """That of `step`."""
+    start = POSITION - WINDOW + 1
+    given = queries, WINDOW + queries - 1
+    axis = Axis(*given, WINDOW, 1, 1, True, "shift", LAYOUT, POSITION, start)
+    return Problem("forward", "bfloat16", batch, HEADS, KV_HEADS, DIM, DIM, (axis,), DIM**-0.5)
 
 
 def plans(batch: int, queries: int, copy: float, most: int) -> dict[str, Any]:
     """The plans with the shortest predicted times, one of each form first."""
-    given, device = arrays(batch, queries), cuda(0)
+    given, device, problem = arrays(batch, queries), cuda(0), problem_of(batch, queries)
     wanted = step(given, "naive")
-    keys = given[1].shape[1]
-    start = POSITION - WINDOW + 1
-    axis = Axis(queries, keys, WINDOW, 1, 1, True, "shift", LAYOUT, POSITION, start)
-    sizes = (batch, HEADS, KV_HEADS, DIM, DIM)
-    problem = Problem("forward", "bfloat16", *sizes, (axis,), DIM**-0.5)
     tried = split_plan.plans_to_try(problem, device, FORWARD, 1000)
     of_forms = {plan.form: plan for plan in reversed(tried)}
     found = {}
