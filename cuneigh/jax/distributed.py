@@ -151,11 +151,12 @@ def _call(
     key_mask: Any,
 ) -> Any:
     name = f"na{rank}d"
-    if len(axis_names) != rank:
+    if isinstance(axis_names, str) or len(axis_names) != rank:
         raise ValueError(
-            f"{name}: axis_names={axis_names!r} has {len(axis_names)} entries, but there are "
-            f"{rank} token axes"
+            f"{name}: axis_names={axis_names!r} has no entry for each of the {rank} token axes"
         )
+    for argument, array in (("key", key), ("value", value), ("key_mask", key_mask)):
+        _check_tokens(name, rank, query, argument, array)
     counts = [1 if axis is None else lax.axis_size(axis) for axis in axis_names]
     layout = [count * n for count, n in zip(counts, query.shape[1 : 1 + rank], strict=False)]
     part = part_arguments(name, rank, border, layout, 0, 0)
@@ -181,6 +182,17 @@ def _call(
         key_start=tuple(halo.key_start for halo in halos),
         key_mask=key_mask,
     )
+
+
+def _check_tokens(call: str, rank: int, query: jax.Array, name: str, array: Any) -> None:
+    """Raise unless an array has the tokens of the query, as on every device."""
+    shape, needed = getattr(array, "shape", query.shape), query.shape
+    for axis in range(1, 1 + rank):
+        if len(shape) > axis < len(needed) and shape[axis] != needed[axis]:
+            raise ValueError(
+                f"{call}: {name} has size {shape[axis]} on axis {axis}, but query has "
+                f"{needed[axis]}: both are shards of one device"
+            )
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,27 @@ def halos(kind: AxisType) -> None:
         close(made, jax.jit(wanted)(*arrays))
 
 
+def of_second_order() -> None:
+    """Of what varies along an axis of a mesh."""
+    mesh, spec = mesh_of(AxisType.Auto, "x"), P(None, "x")
+    call = partial(distributed.na1d, kernel_size=4, axis_names=("x",))
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+
+    def steep(of: Any, *arrays: jax.Array) -> jax.Array:
+        return sum((one**2).sum() for one in with_gradients(of, 2)(*arrays)[0])
+
+    arrays = arrays_of(1, 1, 12)
+    got, wanted = (
+        jax.jit(jax.grad(partial(steep, of), (0, 2)))
+        for of in (mapped, partial(cuneigh.na1d, kernel_size=4))
+    )
+    close(got(*placed(mesh, arrays, [spec] * 3)), wanted(*arrays))
+    with pytest.raises(ValueError, match="na1d: key has size 12 on axis 1, but query has 3"):
+        jax.shard_map(call, mesh=mesh, in_specs=(spec, P(), P()), out_specs=spec)(*arrays)
+    with pytest.raises(ValueError, match="na1d: axis_names='xy' has no entry for each of the 1"):
+        distributed.na1d(*arrays, 3, axis_names="xy")
+
+
 def traced_starts(kind: AxisType) -> None:
     """Parts that start where a program says, on arrays that are cut along batch and heads."""
     mesh = mesh_of(kind, "b", "h")
@@ -190,3 +211,5 @@ if __name__ == "__main__":
     for kind in (AxisType.Auto, AxisType.Explicit):
         traced_starts(kind)
     nothing_to_send()
+    if jax.default_backend() == "cpu":
+        of_second_order()

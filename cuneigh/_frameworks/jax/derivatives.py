@@ -63,11 +63,10 @@ def calculus_of(backend: str | None, starts: jax.Array | None) -> Calculus:
     def cast(array: jax.Array, dtype: str) -> jax.Array:
         return array.astype(numpy_dtype(dtype))
 
-    return Calculus(apply, change, jnp, cast, _zeros)
+    def zeros(spec: Spec) -> jax.Array:
+        return jnp.zeros(spec.shape, numpy_dtype(spec.dtype))
 
-
-def _zeros(spec: Spec) -> jax.Array:
-    return jnp.zeros(spec.shape, numpy_dtype(spec.dtype))
+    return Calculus(apply, change, jnp, cast, zeros)
 
 
 def _tangent(
@@ -131,7 +130,8 @@ def _transpose(incoming: Sequence[Any], *arguments: Any, call: CustomCall) -> li
         if ad.is_undefined_primal(array)
     ]
     arrays = {
-        name: _zeros(problem.spec(name)) if name in unknown else array
+        # Of its very type: what varies along axes of a mesh has a gradient that does.
+        name: ad.instantiate_zeros(ad.Zero(array.aval)) if name in unknown else array
         for name, array in zip(call.arguments, arguments, strict=True)
     }
     calculus = calculus_of(call.backend, arrays.pop(STARTS, None))
