@@ -156,6 +156,16 @@ def halos(kind: AxisType) -> None:
         close(made, jax.jit(wanted)(*arrays))
 
 
+def left_behind() -> None:
+    """What nobody waits for before the process ends, which must not wait without end."""
+    mesh, spec = mesh_of(AxisType.Auto, "x"), P(None, "x")
+    call = partial(distributed.na1d, kernel_size=3, axis_names=("x",))
+    mapped = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec))
+    arrays = placed(mesh, arrays_of(2, 2, 12), [spec] * 3)
+    for _ in range(20):
+        mapped(*arrays)
+
+
 def of_second_order() -> None:
     """Of what varies along an axis of a mesh."""
     mesh, spec = mesh_of(AxisType.Auto, "x"), P(None, "x")
@@ -213,3 +223,4 @@ if __name__ == "__main__":
     nothing_to_send()
     if jax.default_backend() == "cpu":
         of_second_order()
+    left_behind()

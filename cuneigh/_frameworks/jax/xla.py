@@ -27,6 +27,8 @@ from typing import Any, ClassVar
 
 import jax
 
+from cuneigh._frameworks.jax.leaving import call_under_way
+
 VERSION = (0, 1)
 """The version of the interface that the structures are those of; XLA refuses it once too old."""
 
@@ -269,11 +271,12 @@ def register(name: str, platform: str, serve: Callable[[Call], None]) -> None:
             return None
         _keep_thread()
         try:
-            call = Call(frame)
-            try:
-                serve(call)
-            finally:
-                call.free()
+            with call_under_way(address):
+                call = Call(frame)
+                try:
+                    serve(call)
+                finally:
+                    call.free()
         except BaseException as error:  # nothing may pass through XLA's frames, Ctrl-C neither
             return api_at(frame.table).error(f"{type(error).__name__}: {error}")
         return None
