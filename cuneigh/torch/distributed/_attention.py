@@ -42,9 +42,11 @@ def forward(task: Task, operands: Operands) -> tuple[torch.Tensor, torch.Tensor,
         agreement_of(task.process_group).require(task.call, terms, query.device)
     keys = Keys(task, operands)
     exchange = keys.send() if plan.exchanges else None
-    output = query.new_empty((*query.shape[:-1], operands.value.shape[-1]))
-    lse = query.new_empty(query.shape[:-1], dtype=lse_dtype(query))
-    for work in (works := task.works(operands)):
+    works = task.works(operands)
+    if len(works) != 1:
+        output = query.new_empty((*query.shape[:-1], operands.value.shape[-1]))
+        lse = query.new_empty(query.shape[:-1], dtype=lse_dtype(query))
+    for work in works:
         if exchange is not None and not work.keys.within(plan.own):
             exchange.wait()
             exchange = None
@@ -80,10 +82,13 @@ def backward(
     """
     plan = task.plan
     keys, key_gradients = Keys(task, operands, received), KeyGradients(task, operands)
-    grad_query = torch.empty_like(operands.query, memory_format=torch.contiguous_format)
+    works = task.works(operands)
+    if len(works) != 1:
+        grad_query = torch.empty_like(operands.query, memory_format=torch.contiguous_format)
     shared: dict[str, list[torch.Tensor]] = {name: [] for name in SHARED}
 
     def differentiate(work: Work) -> None:
+        nonlocal grad_query
         where = of_tokens(work.queries, plan.own)
         made = BACKWARD[task.rank](
             grad_output[where],
@@ -93,13 +98,15 @@ def backward(
             grad_lse=None if grad_lse is None else grad_lse[where],
             **task.parameters(work),
         )
-        grad_query[where] = made.query
+        if len(works) == 1:
+            grad_query = made.query
+        else:
+            grad_query[where] = made.query
         key_gradients.add(work.keys, (made.key, made.value))
         for name in SHARED:
             if getattr(made, name) is not None:
                 shared[name].append(getattr(made, name))
 
-    works = task.works(operands)
     alone = [work for work in works if work.keys.within(plan.own)]
     for work in works:
         if work not in alone:

@@ -17,9 +17,10 @@ from cuneigh._shards.axis import Shards
 from cuneigh._shards.plan import Boxes, Plan, Work, plan_of
 from cuneigh._window import Axis
 
-WORTH_SPLITTING = 10**11
+WORTH_SPLITTING = 10**13
 """Floating-point operations of the queries that need no message from which on they are computed by
-calls of their own: NCCL takes 60 microseconds for the least exchange, and a GPU for these."""
+calls of their own. On two H200, over NVLink, that took 5 % longer at 2 * 10^12, since calls for the
+few other queries are slow, and no longer at 10^13; a slower network has more to hide."""
 
 
 @dataclass(frozen=True)
