@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 SUITES = {
-    "plain": (2, 4),
-    "dtensor": (2, 4),
-    "compiled": (2,),
-    "modules": (2,),
-    "errors": (2, 4),
+    "rank_suites.plain": (2, 4),
+    "rank_suites.dtensor": (2, 4),
+    "rank_suites.compiled": (2,),
+    "rank_suites.modules": (2,),
+    "rank_suites.errors": (2, 4),
+    "uneven.uneven": (2,),
 }
-"""Of `helpers.rank_suites`, with how many ranks each runs."""
+"""Of `helpers`, with how many ranks each runs."""
 
 
 ON_GPUS = "plain", "halves", "dtensor", "compiled", "modules", "errors"
@@ -28,7 +29,7 @@ ON_GPUS = "plain", "halves", "dtensor", "compiled", "modules", "errors"
 def test_ranks_compute_what_one_process_does(tmp_path):
     """All in one process that forks the ranks, for PyTorch takes seconds to be imported."""
     suites = [(suite, str(world)) for suite, worlds in SUITES.items() for world in worlds]
-    run("gloo", tmp_path, "rank_suites", sum(suites, ()))
+    run("gloo", tmp_path, sum(suites, ()))
 
 
 @pytest.mark.gpu
@@ -38,7 +39,7 @@ def test_two_gpus_compute_what_one_does(suite, tmp_path):
     torch = pytest.importorskip("torch")
     if torch.cuda.device_count() < 2:
         pytest.skip("there is only one GPU")
-    run("nccl", tmp_path, "rank_suites", (suite, "2"))
+    run("nccl", tmp_path, (f"rank_suites.{suite}", "2"))
 
 
 @pytest.mark.skipif(
@@ -46,14 +47,15 @@ def test_two_gpus_compute_what_one_does(suite, tmp_path):
     reason="physicsnemo is not installed: pip install nvidia-physicsnemo==2.2.*, 6 GB",
 )
 def test_shard_tensors_of_physicsnemo(tmp_path):
-    run("gloo", tmp_path, "shard_tensors", ("shard_tensors", "2", "shard_tensors", "4"))
+    suite = "shard_tensors.shard_tensors"
+    run("gloo", tmp_path, (suite, "2", suite, "4"))
 
 
-def run(backend: str, folder: Path, module: str, suites: tuple[str, ...]) -> None:
+def run(backend: str, folder: Path, suites: tuple[str, ...]) -> None:
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent)])
     done = subprocess.run(
-        [sys.executable, "-m", "helpers.ranks", str(folder), backend, module, *suites],
+        [sys.executable, "-m", "helpers.ranks", str(folder), backend, *suites],
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,6 @@
 """Sharded calls on several ranks against calls of one process: a program of its own.
 
-    python -m helpers.ranks FOLDER BACKEND MODULE SUITE WORLD [SUITE WORLD ..]
+    python -m helpers.ranks FOLDER BACKEND MODULE.SUITE WORLD [MODULE.SUITE WORLD ..]
 
 forks the ranks of each suite of helpers.MODULE in turn, so that PyTorch is imported once.
 BACKEND is gloo, for processes on the CPU that meet in FOLDER, or nccl, with a GPU for each rank.
@@ -89,12 +89,14 @@ def free_port() -> str:
         return f"tcp://127.0.0.1:{found.getsockname()[1]}"
 
 
-def main(folder: str, backend: str, module: str, *suites: str) -> int:
-    of = importlib.import_module(f"helpers.{module}")
-    pairs = zip(suites[::2], map(int, suites[1::2]), strict=True)
-    results = [
-        run_suite(Path(folder), backend, getattr(of, suite), world) for suite, world in pairs
-    ]
+def suite_of(name: str) -> Any:
+    module, suite = name.split(".")
+    return getattr(importlib.import_module(f"helpers.{module}"), suite)
+
+
+def main(folder: str, backend: str, *suites: str) -> int:
+    pairs = [*zip(map(suite_of, suites[::2]), map(int, suites[1::2]), strict=True)]
+    results = [run_suite(Path(folder), backend, suite, world) for suite, world in pairs]
     return 0 if all(results) else 1
 
 
