@@ -4,10 +4,11 @@
 
 Each case is cut in two along its first token axis. Every rank computes the whole layout on its own
 GPU and then its shard, forward and backward in bfloat16; a time is the median of the slower rank.
-`speedup` is one GPU's time over that of two. `together` computes all queries of a rank after the
-exchange, and `apart` those that need no message beside it. `bytes` is what a rank sends in the
-forward pass, and `floor` what of the other's keys and values its queries see. Errors are the
-largest of both ranks, in proportion to the largest number.
+`speedup` is one GPU's time over that of two. `part` is the attention of a rank's queries with all
+their keys at hand, so that the rest of two GPUs' time is the exchange. `together` computes all
+queries of a rank after the exchange, and `apart` those that need no message beside it. `bytes` is
+what a rank sends in the forward pass, and `floor` what of the other's keys and values its queries
+see. Errors are the largest of both ranks, in proportion to the largest number.
 
 A rank that fails ends the other, and what was measured until then is printed. Nothing runs for
 longer than `--seconds`.
@@ -93,6 +94,8 @@ class Alone(NamedTuple):
     expected: list[torch.Tensor]
     """The shards of the output and of the gradients."""
     milliseconds: float
+    part_milliseconds: float
+    """Of the shard's queries, with the keys that they see."""
 
 
 def alone(case: dict[str, Any], mine: slice, given: dict[str, Any], repeats: int) -> Alone:
@@ -104,7 +107,16 @@ def alone(case: dict[str, Any], mine: slice, given: dict[str, Any], repeats: int
     of_one, _ = CALLS[len(case["tokens"])]
     one = step(of_one, whole, given)
     expected = [array[:, mine].clone() for array in one()]
-    return Alone(local, expected, milliseconds(one, repeats))
+    one_ms = milliseconds(one, repeats)
+    rows = halo(case, mine.stop - mine.start)
+    keys = slice(max(mine.start - rows, 0), min(mine.stop + rows, shape[1]))
+    cuts = (mine, keys, keys, mine)
+    arrays = [array.detach()[:, cut].clone() for array, cut in zip(whole, cuts, strict=True)]
+    starts = {"query_start": mine.start, "key_start": keys.start}
+    rest = (0,) * (len(case["tokens"]) - 1)
+    at = {name: (start, *rest) for name, start in starts.items()}
+    part = step(of_one, arrays, {**given, "layout": tuple(case["tokens"]), **at})
+    return Alone(local, expected, one_ms, milliseconds(part, repeats))
 
 
 def measured(case: dict[str, Any], mesh: Any, rank: int, options: Any) -> dict[str, Any]:
@@ -112,7 +124,7 @@ def measured(case: dict[str, Any], mesh: Any, rank: int, options: Any) -> dict[s
     own = tokens[0] // RANKS
     mine = slice(rank * own, (rank + 1) * own)
     given = {"kernel_size": tuple(case["kernel"]), "backend": options.backend}
-    local, expected, one_ms = alone(case, mine, given, options.repeats)
+    local, expected, one_ms, part_ms = alone(case, mine, given, options.repeats)
     axes = ("x", *[None] * (len(tokens) - 1))
     sharding = distributed.Sharding(mesh, axes, layout=tokens)
     _, of_two = CALLS[len(tokens)]
@@ -132,6 +144,7 @@ def measured(case: dict[str, Any], mesh: Any, rank: int, options: Any) -> dict[s
     }
     del got, expected
     entry["one_gpu_ms"] = one_ms
+    entry["part_ms"] = part_ms
     entry["two_gpus_ms"] = milliseconds(two, options.repeats)
     entry["speedup"] = entry["one_gpu_ms"] / entry["two_gpus_ms"]
     worth = _task.WORTH_SPLITTING
@@ -194,13 +207,16 @@ def counted() -> Iterator[list[int]]:
         _exchange.dist.all_to_all_single = plain
 
 
+def halo(case: dict[str, Any], own: int) -> int:
+    """Rows of keys of the first rank that queries of the second see."""
+    length = case["tokens"][0]
+    begin, _ = Axis(length, length, case["kernel"][0], 1, 1, False).windows()
+    return own - int(begin[own:].min())
+
+
 def floor(case: dict[str, Any], own: int) -> int:
-    """Bytes of the keys and values of the first rank that queries of the second see."""
-    length, *others = case["tokens"]
-    axis = Axis(length, length, case["kernel"][0], 1, 1, False)
-    begin, _ = axis.windows()
-    rows = own - int(begin[own:].min())
-    return rows * math.prod(others) * case["heads"] * case["dim"] * 2 * 2
+    """Bytes of these keys and their values."""
+    return halo(case, own) * math.prod(case["tokens"][1:]) * case["heads"] * case["dim"] * 2 * 2
 
 
 if __name__ == "__main__":
