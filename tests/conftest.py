@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     properties = {item.function for item in items if is_hypothesis_test(item.function)}
     for function in properties:
         function.hypothesis.inner_test = count_calls(function.hypothesis.inner_test)
+    # Worksteal ends well when what is left for the end is short.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     reason = no_gpu_reason() if any(item.get_closest_marker("gpu") for item in items) else None
     if reason is not None:
         for item in items:

@@ -226,6 +226,7 @@ def test_installation_that_comes_too_late_says_so(install, monkeypatch):
 # The real client: DiNAT of Hugging Face
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_dinat_runs_unmodified(device):
     pytest.importorskip("transformers")

@@ -321,6 +321,7 @@ def test_lengths_without_kernels_are_refused():
 needs_nvrtc = pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
 
 
+@pytest.mark.long
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("device", "dtype", "operation"), GROUPS, ids=lambda value: getattr(value, "arch", str(value))

@@ -254,6 +254,7 @@ def test_the_kernels_below_have_every_flag_and_width():
     assert {case[3] for case in COMPILED if case[0] == "forward"} == set(WIDTHS)
 
 
+@pytest.mark.long
 @needs_nvrtc
 @pytest.mark.parametrize(("operation", "rank", "dtype", "head_dim", "value_dim", "flags"), COMPILED)
 def test_kernels_do_not_spill(operation, rank, dtype, head_dim, value_dim, flags, tmp_path):
@@ -305,6 +306,7 @@ def test_one_kernel_serves_all_windows_and_lengths(problem, data):
         assert hopper.kernels(alike, H200) == hopper.kernels(replace(other, batch=1), H200)
 
 
+@pytest.mark.long
 @pytest.mark.skipif("OLDER_NVRTC" not in os.environ, reason="OLDER_NVRTC names no other NVRTC")
 def test_kernels_compile_with_the_nvrtc_of_pytorch():
     """Which is 13.0, where tests take the newest; `.ci/run` unpacks it."""

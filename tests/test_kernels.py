@@ -87,6 +87,7 @@ def test_no_source_asks_for_an_architecture() -> None:
             assert "__CUDA_ARCH" not in text, name
 
 
+@pytest.mark.long
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("arch", "dtype"), [(arch, dtype) for arch, dtypes in COMPILED.items() for dtype in dtypes]
@@ -97,6 +98,7 @@ def test_kernels_compile(arch: str, dtype: str, module_cache: Path) -> None:
     assert_no_spills(of, arch, module_cache)
 
 
+@pytest.mark.long
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("dtype", "rank"), [("float16", 1), ("bfloat16", 2), ("float32", 2), ("float64", 1)]
@@ -107,6 +109,7 @@ def test_kernels_of_fewer_axes_compile(dtype: str, rank: int, module_cache: Path
     assert_no_spills(of, "sm_90", module_cache)
 
 
+@pytest.mark.long
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "value_dim", "rpb_dtype"),
@@ -127,6 +130,7 @@ def test_kernels_of_other_dimensions_compile(
 # The kernels around the batched products hold little; the longest rows of logits are their most.
 
 
+@pytest.mark.long
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("dtype", "arch"),

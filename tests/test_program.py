@@ -218,6 +218,7 @@ PART_PROBLEMS = [
 """Parts of a layout, whose kernels are compiled apart from those of whole ones."""
 
 
+@pytest.mark.long
 @needs_nvrtc
 @pytest.mark.parametrize("backend", [naive, gemm, fused, hopper], ids=lambda backend: backend.NAME)
 def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, tmp_path):

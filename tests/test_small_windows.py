@@ -143,6 +143,7 @@ def test_small_windows_are_planned_so(kernel_size):
     assert isinstance(choose_plan(problem, H200), small_plan.SmallPlan)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
 @pytest.mark.parametrize(
     ("capability", "rank", "dim"),

@@ -25,6 +25,7 @@ ON_GPUS = "plain", "halves", "dtensor", "compiled", "modules", "errors"
 """Those that two GPUs run."""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
 def test_ranks_compute_what_one_process_does(tmp_path):
     """All in one process that forks the ranks, for PyTorch takes seconds to be imported."""
