@@ -289,7 +289,7 @@ def test_tokens_in_place_agree_with_the_oracle(
         (192,), kernel_size, (16, 32), dtype, operation, 2, 2, stride, dilation, is_causal
     )
     workspace(limit)
-    assert gemm.plan_of(problem, contiguous=True).direct
+    assert gemm.plan_of(problem, GPU, contiguous=True).direct
     check_backend(gemm, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
 
 
@@ -446,7 +446,7 @@ def test_a_workspace_smaller_than_the_problem_is_enough(workspace):
     """Attention whose dense products would take 3 GiB."""
     problem = attention((4096,), 2047, (32, 32), "float16", heads=32, batch=2)
     workspace(8 << 20)
-    plan = gemm.plan_of(problem, contiguous=True)
+    plan = gemm.plan_of(problem, GPU, contiguous=True)
     assert plan.chunk_bytes == plan.bytes <= 8 << 20
     assert len(plan.chunks()) > 100
     small = replace(problem, batch=1, heads=1, kv_heads=1)

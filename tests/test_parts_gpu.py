@@ -57,7 +57,7 @@ def test_small_windows_of_parts_agree_with_the_oracle(family, operation, monkeyp
     """The kernels for small windows, whatever the planner thinks of them."""
     from cuneigh._backends import fused
 
-    chosen = launch.choose_plan.__wrapped__
+    chosen = launch.choose_plan
 
     def small(problem, device, pass_=FORWARD, small_windows=True, few_queries=True):
         plan = small_plan.make_plan(problem, device, pass_) if small_windows else None

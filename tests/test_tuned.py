@@ -13,7 +13,7 @@ import pytest
 
 from cuneigh import _call
 from cuneigh._backends import choose, fused, hopper, naive
-from cuneigh._gpu import tuned
+from cuneigh._gpu import kept, tuned
 from cuneigh._measure.cases import problem_of
 from cuneigh.cli import main
 from cuneigh.cli.devices import device_of
@@ -80,11 +80,11 @@ def test_another_backend_can_be_kept() -> None:
     "damage",
     [
         lambda text: text[: len(text) // 2],
-        lambda text: text.replace(tuned.version(), "older"),
+        lambda text: text.replace(kept.version(), "older"),
         lambda text: "[]",
         lambda text: text.replace('"backend"', '"back"'),
         lambda text: text.replace("FusedPlan(", "Plan(").replace("SmallPlan(", "Plan("),
-        lambda text: json.dumps({"version": tuned.version(), "gpus": []}),
+        lambda text: json.dumps({"version": kept.version(), "gpus": []}),
         lambda text: text.replace('"plans": {', '"plans": "", "other": {'),
     ],
 )
@@ -133,7 +133,7 @@ def test_tuning_keeps_what_is_fastest(monkeypatch: pytest.MonkeyPatch, cache: Pa
     assert planned(PROBLEM) == ("fused", rows[0]["plans"])
     assert planned(PROBLEM.gradient) == ("fused", rows[1]["plans"])
     document = json.loads(cache.read_text())
-    assert document["version"] == tuned.version()
+    assert document["version"] == kept.version()
     assert list(document["gpus"]) == [f"{H100.name}, 132 SMs"]
 
 

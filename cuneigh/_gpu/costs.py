@@ -11,9 +11,10 @@ RESERVED = 1024
 
 
 class Cycles(NamedTuple):
-    """Cycles that the parts of a kernel take on a multiprocessor of an H200.
+    """Cycles that the parts of a kernel take on a multiprocessor.
 
-    They are non-negative least squares fits of measurements (bench/NOTES.md).
+    They are non-negative least squares fits of measurements, on an H200 (bench/NOTES.md) or by
+    `profile --calibrate`.
     """
 
     product: float

@@ -22,10 +22,10 @@ Of hidden keys neither key nor value is read, and boxes that hold no others are 
 from __future__ import annotations
 
 from cuneigh._backends.fused import launch, plan
-from cuneigh._backends.fused.choice import plans, predicted_ms
-from cuneigh._backends.fused.launch import NAME, backward, forward, jvp
+from cuneigh._backends.fused.choice import NAME, RATES, model, plans, predicted_ms
+from cuneigh._backends.fused.launch import backward, forward, jvp
 from cuneigh._device import Device
-from cuneigh._gpu import tuned
+from cuneigh._gpu import kept
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._jit import Kernel
 from cuneigh._problem import Problem
@@ -33,18 +33,20 @@ from cuneigh._window import Promise
 
 __all__ = [
     "NAME",
+    "RATES",
     "RELIES_ON",
     "SETTINGS",
     "backward",
     "forward",
     "jvp",
     "kernels",
+    "model",
     "plans",
     "predicted_ms",
     "unsupported",
 ]
 
-SETTINGS = (tuned.SETTING,)
+SETTINGS = (kept.SETTING,)
 RELIES_ON = Promise.ONE_RANGE | Promise.INCREASING
 DTYPES = ("float16", "bfloat16", "float32")
 LONGEST = 256

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 from cuneigh._backends.fused import plan as fused_plan
 from cuneigh._backends.fused.plan import FusedPlan
@@ -12,14 +14,32 @@ from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._backends.fused.split import plan as split_plan
 from cuneigh._backends.fused.split.plan import SplitPlan
 from cuneigh._device import Device
+from cuneigh._gpu import rates as gpu_rates
 from cuneigh._gpu.passes import FORWARD, Pass
-from cuneigh._gpu.rates import H200
+from cuneigh._gpu.rates import CYCLES, LAUNCH_MS
 from cuneigh._problem import Problem
 
+NAME = "fused"
 Plan = FusedPlan | SmallPlan | SplitPlan
 
 
-@lru_cache(maxsize=1024)
+class Rates(NamedTuple):
+    """What predictions are made of: by default what was fitted to an H200."""
+
+    walks: fused_plan.Rates = fused_plan.H200
+    """Of the kernels for windows of any size."""
+    small: small_plan.Rates = small_plan.H200
+    split: split_plan.Rates = split_plan.H200
+    launch_ms: float = LAUNCH_MS
+
+
+RATES = Rates()
+
+
+def rates_of(device: Device) -> Rates:
+    return gpu_rates.of(NAME, device, RATES)
+
+
 def choose_plan(
     problem: Problem,
     device: Device,
@@ -31,21 +51,38 @@ def choose_plan(
 
     `small_windows` and `few_queries`: whether the kernels for these can read the arrays.
     """
-    small = small_plan.make_plan(problem, device, pass_) if small_windows else None
-    split = split_plan.make_plan(problem, device, pass_) if few_queries else None
-    plan = fused_plan.make_plan(problem, device, pass_)
-    cycles = fused_plan.cost(problem, plan, pass_) * problem.batch * pass_.heads(problem)
+    return _choose_plan(problem, device, pass_, small_windows, few_queries, rates_of(device))
+
+
+@lru_cache(maxsize=1024)
+def _choose_plan(
+    problem: Problem,
+    device: Device,
+    pass_: Pass,
+    small_windows: bool,
+    few_queries: bool,
+    rates: Rates,
+) -> Plan:
+    small = split = None
+    if small_windows:
+        small = small_plan.make_plan(problem, device, pass_, rates.small)
+    if few_queries:
+        split = split_plan.make_plan(problem, device, pass_, rates.split)
+    plan = fused_plan.make_plan(problem, device, pass_, rates.walks)
+    cycles: float = _walk_cycles(problem, device, plan, pass_, rates.walks)
     multiprocessors = max(device.sm_count, 1)
     others: list[tuple[float, Plan]] = []
     if small is not None:
-        # The other cost model has this, too; nothing hides it where all blocks begin at once
-        start = small_plan.constants(pass_).start * multiprocessors
-        others.append((small_plan.cost(problem, small, device, pass_) - start, small))
+        of_small: float = small_plan.cost(problem, small, device, pass_, rates.small)
+        if not fused_plan.cycles_of(problem, pass_, rates.walks).start:
+            # The other cost model has this, too; nothing hides it where all blocks begin at once
+            of_small -= rates.small.cycles_of(pass_).start * multiprocessors
+        others.append((of_small, small))
     if split is not None:
         # Few blocks leave most multiprocessors idle
         blocks = fused_plan.count(problem, plan, pass_).blocks * problem.batch * problem.heads
         cycles *= max(multiprocessors / blocks, 1.0)
-        others.append((split_plan.cost(problem, split, device), split))
+        others.append((split_plan.cost(problem, split, device, rates.split), split))
     return min([*others, (cycles, plan)], key=lambda pair: pair[0])[1]
 
 
@@ -53,13 +90,17 @@ TRIED = 8
 """Plans of each kind that tuning measures for one pass."""
 
 
-@lru_cache(maxsize=1024)
 def plans_to_try(problem: Problem, device: Device, pass_: Pass) -> tuple[Plan, ...]:
     """The plans worth measuring, of all kinds, those expected to be the fastest first."""
-    plans: list[Plan] = [choose_plan(problem, device, pass_)]
-    plans += split_plan.plans_to_try(problem, device, pass_, TRIED)
-    plans += fused_plan.plans_to_try(problem, device, pass_, TRIED)
-    plans += small_plan.plans_to_try(problem, device, pass_, TRIED)
+    return _plans_to_try(problem, device, pass_, rates_of(device))
+
+
+@lru_cache(maxsize=1024)
+def _plans_to_try(problem: Problem, device: Device, pass_: Pass, rates: Rates) -> tuple[Plan, ...]:
+    plans: list[Plan] = [_choose_plan(problem, device, pass_, True, True, rates)]
+    plans += split_plan.plans_to_try(problem, device, pass_, TRIED, rates.split)
+    plans += fused_plan.plans_to_try(problem, device, pass_, TRIED, rates.walks)
+    plans += small_plan.plans_to_try(problem, device, pass_, TRIED, rates.small)
     return tuple(dict.fromkeys(plans))
 
 
@@ -71,17 +112,38 @@ def plans(problem: Problem, device: Device) -> dict[str, tuple[Plan, ...]]:
 
 
 def predicted_ms(problem: Problem, device: Device) -> float:
-    """How long a call with the plans for `device` is expected to take on an H200."""
-    milliseconds = 0.0
+    """How long a call with the plans for `device` is expected to take, in milliseconds."""
+    rates, milliseconds = rates_of(device), 0.0
     parts = [part for _, part in fused_plan.parts(problem)]
     for part, pass_ in itertools.product(parts, fused_plan.passes(problem)):
-        plan = choose_plan(part, device, pass_)
-        if isinstance(plan, SplitPlan):
-            milliseconds += split_plan.predicted_ms(part, plan, device)
-            continue
-        if isinstance(plan, SmallPlan):
-            cycles = small_plan.cost(part, plan, device, pass_)
-        else:
-            cycles = fused_plan.cost(part, plan, pass_) * part.batch * pass_.heads(part)
-        milliseconds += H200.launch_ms + cycles / H200.cycles
+        plan = _choose_plan(part, device, pass_, True, True, rates)
+        milliseconds += _pass_ms(part, device, pass_, plan, rates)
     return milliseconds
+
+
+def model(problem: Problem, device: Device, plans: Mapping[str, Any], rates: Rates) -> Any:
+    """`predicted_ms` of attention or its gradients with these plans, by pass, and these rates."""
+    return sum(
+        _pass_ms(problem, device, pass_, plans[pass_.name], rates)
+        for pass_ in fused_plan.passes(problem)
+    )
+
+
+def _pass_ms(problem: Problem, device: Device, pass_: Pass, plan: Plan, rates: Rates) -> Any:
+    """Milliseconds of one pass."""
+    if isinstance(plan, SplitPlan):
+        return split_plan.predicted_ms(problem, plan, device, rates.split)
+    if isinstance(plan, SmallPlan):
+        cycles = small_plan.cost(problem, plan, device, pass_, rates.small)
+    else:
+        cycles = _walk_cycles(problem, device, plan, pass_, rates.walks)
+    return rates.launch_ms + cycles / CYCLES
+
+
+def _walk_cycles(
+    problem: Problem, device: Device, plan: FusedPlan, pass_: Pass, rates: fused_plan.Rates
+) -> Any:
+    """Cycles of all multiprocessors together."""
+    cycles = fused_plan.cost(problem, plan, pass_, rates) * problem.batch * pass_.heads(problem)
+    start = fused_plan.cycles_of(problem, pass_, rates).start
+    return cycles + start * max(device.sm_count, 1)

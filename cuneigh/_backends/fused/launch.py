@@ -11,7 +11,7 @@ import numpy as np
 
 from cuneigh import _jit
 from cuneigh._backends.fused import plan as fused_plan
-from cuneigh._backends.fused.choice import Plan, choose_plan, plans_to_try
+from cuneigh._backends.fused.choice import NAME, Plan, choose_plan, plans_to_try
 from cuneigh._backends.fused.plan import Area, FusedPlan
 from cuneigh._backends.fused.small import launch as small
 from cuneigh._backends.fused.small.plan import SmallPlan
@@ -27,8 +27,6 @@ from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.views import Views, load_width, readable
 from cuneigh._problem import DTYPES, JvpResults, Operands, Problem
-
-NAME = "fused"
 
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:

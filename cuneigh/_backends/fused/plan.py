@@ -115,24 +115,39 @@ HALF_BACKWARD = Cycles(1 / 265, logit=0.0, mask=0.26, copy=0.58, box=314, row=0.
 FLOAT32 = Cycles(1 / 40, logit=0.0, mask=1.36, copy=0.4, box=216, row=2.2, block=0)
 
 
-def constants(problem: Problem, pass_: Pass) -> Cycles:
+class Rates(NamedTuple):
+    """The fits of all kernels, those of an H200 unless others are given."""
+
+    half_forward: Cycles = HALF_FORWARD
+    short_forward: Cycles = SHORT_FORWARD
+    half_backward: Cycles = HALF_BACKWARD
+    float32: Cycles = FLOAT32
+
+
+H200 = Rates()
+
+
+def cycles_of(problem: Problem, pass_: Pass, rates: Rates = H200) -> Cycles:
     """The fit for a kernel."""
     if problem.dtype == "float32":
-        return FLOAT32
+        return rates.float32
     if pass_ != FORWARD:
-        return HALF_BACKWARD
-    return SHORT_FORWARD if max(problem.head_dim, problem.value_dim) <= 64 else HALF_FORWARD
+        return rates.half_backward
+    is_short = max(problem.head_dim, problem.value_dim) <= 64
+    return rates.short_forward if is_short else rates.half_forward
 
 
-def cost(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD) -> float:
+def cost(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD, rates: Rates = H200) -> Any:
     """Predicted cycles of a multiprocessor for one batch-head of the rows."""
-    return float(cost_of(problem, plan.area, count(problem, plan, pass_), pass_))
+    return cost_of(problem, plan.area, count(problem, plan, pass_), pass_, rates)
 
 
-def cost_of(problem: Problem, area: Area, counts: WalkCounts, pass_: Pass) -> Any:
+def cost_of(
+    problem: Problem, area: Area, counts: WalkCounts, pass_: Pass, rates: Rates = H200
+) -> Any:
     """The cost for these counts, which may be arrays of the counts of many plans."""
     row_tiles, columns, warps = area
-    cycles = constants(problem, pass_)
+    cycles = cycles_of(problem, pass_, rates)
     logits = 16 * row_tiles * columns
     dims = problem.head_dim + problem.value_dim
     chunks = dims * DTYPES[problem.dtype] / 16
@@ -153,38 +168,43 @@ def cost_of(problem: Problem, area: Area, counts: WalkCounts, pass_: Pass) -> An
 
 
 @lru_cache(maxsize=1024)
-def make_plan(problem: Problem, device: Device, pass_: Pass = FORWARD) -> FusedPlan:
+def make_plan(
+    problem: Problem, device: Device, pass_: Pass = FORWARD, rates: Rates = H200
+) -> FusedPlan:
     """The cheapest plan for `device`, where any area fits."""
-    cheapest = (cheapest_shapes(problem, area, pass_) for area in areas(problem, device, pass_))
-    best = min(cheapest, key=lambda candidate: cost(problem, candidate, pass_))
-    return with_batch_heads(problem, best, device) if pass_ == FORWARD else best
+    fitting = areas(problem, device, pass_)
+    cheapest = (cheapest_shapes(problem, area, pass_, rates) for area in fitting)
+    best = min(cheapest, key=lambda candidate: cost(problem, candidate, pass_, rates))
+    return with_batch_heads(problem, best, device, rates) if pass_ == FORWARD else best
 
 
-def cheapest_shapes(problem: Problem, area: Area, pass_: Pass) -> FusedPlan:
+def cheapest_shapes(problem: Problem, area: Area, pass_: Pass, rates: Rates = H200) -> FusedPlan:
     """The first of the cheapest of `candidates`; all of them are counted at once."""
     rows, boxes = row_boxes(problem, area), column_boxes(problem, area.columns, pass_)
     counts = count_walks(problem.axes, rows, boxes, pass_)
     full: Any = counts.full * np.array([math.prod(box) == area.columns for box in boxes])
-    costs = cost_of(problem, area, counts._replace(full=full), pass_)
+    costs = cost_of(problem, area, counts._replace(full=full), pass_, rates)
     row_index, box_index = np.unravel_index(costs.argmin(), costs.shape)
     return FusedPlan(area, *rows[row_index], boxes[box_index])
 
 
-def plans_to_try(problem: Problem, device: Device, pass_: Pass, most: int) -> list[FusedPlan]:
+def plans_to_try(
+    problem: Problem, device: Device, pass_: Pass, most: int, rates: Rates = H200
+) -> list[FusedPlan]:
     """The cheapest plans of every area, `most` in all, the cheapest first."""
     found: list[tuple[float, FusedPlan]] = []
     for area in areas(problem, device, pass_):
         rows, boxes = row_boxes(problem, area), column_boxes(problem, area.columns, pass_)
         counts = count_walks(problem.axes, rows, boxes, pass_)
         full: Any = counts.full * np.array([math.prod(box) == area.columns for box in boxes])
-        costs = cost_of(problem, area, counts._replace(full=full), pass_)
+        costs = cost_of(problem, area, counts._replace(full=full), pass_, rates)
         for place in np.argsort(costs, axis=None, kind="stable")[:most]:
             row, box = np.unravel_index(place, costs.shape)
             found.append((float(costs[row, box]), FusedPlan(area, *rows[row], boxes[box])))
     found.sort(key=lambda pair: pair[0])
     plans = [candidate for _, candidate in found[:most]]
     if pass_ == FORWARD:
-        return [with_batch_heads(problem, candidate, device) for candidate in plans]
+        return [with_batch_heads(problem, candidate, device, rates) for candidate in plans]
     return plans
 
 
@@ -201,7 +221,9 @@ def resident(problem: Problem, area: Area, device: Device, pass_: Pass) -> int:
     return min(in_registers, blocks_in_shared_memory(device, shared_bytes(problem, area, pass_)))
 
 
-def with_batch_heads(problem: Problem, plan: FusedPlan, device: Device) -> FusedPlan:
+def with_batch_heads(
+    problem: Problem, plan: FusedPlan, device: Device, rates: Rates = H200
+) -> FusedPlan:
     """The plan with the number of batch-heads a block that makes all multiprocessors ready first.
 
     Blocks with many of them fill tables less often. Blocks with few leave less to do for the last
@@ -210,7 +232,7 @@ def with_batch_heads(problem: Problem, plan: FusedPlan, device: Device) -> Fused
     all_heads = problem.batch * problem.heads
     counts = count(problem, plan)
     at_once = resident(problem, plan.area, device, FORWARD) * max(device.sm_count, 1)
-    of_one = cost(problem, plan) / counts.blocks
+    of_one: float = cost(problem, plan, FORWARD, rates) / counts.blocks
     longest = counts.longest * counts.blocks / max(counts.loads, 1)  # parts may see nothing
 
     def cycles(batch_heads: int) -> float:

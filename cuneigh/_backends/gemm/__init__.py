@@ -18,7 +18,6 @@ more than that, half-precision gradients take the float32 sums of that head on t
 from __future__ import annotations
 
 from cuneigh._backends.gemm.launch import (
-    NAME,
     av,
     av_backward,
     backward,
@@ -27,9 +26,10 @@ from cuneigh._backends.gemm.launch import (
     qk,
     qk_backward,
 )
-from cuneigh._backends.gemm.plan import plan_of, workspace_limit
+from cuneigh._backends.gemm.plan import NAME, RATES, model, plan_of, workspace_limit
 from cuneigh._backends.gemm.sources import kernels
 from cuneigh._device import Device
+from cuneigh._gpu import kept
 from cuneigh._gpu.ordinary import extraordinary
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._problem import Problem
@@ -37,6 +37,7 @@ from cuneigh._window import CONTRACT
 
 __all__ = [
     "NAME",
+    "RATES",
     "RELIES_ON",
     "SETTINGS",
     "av",
@@ -45,13 +46,14 @@ __all__ = [
     "forward",
     "jvp",
     "kernels",
+    "model",
     "predicted_ms",
     "qk",
     "qk_backward",
     "unsupported",
 ]
 
-SETTINGS = ("CUNEIGH_WORKSPACE_BYTES", "CUNEIGH_ALLOW_TF32")
+SETTINGS = ("CUNEIGH_WORKSPACE_BYTES", "CUNEIGH_ALLOW_TF32", kept.SETTING)
 RELIES_ON = CONTRACT
 
 
@@ -61,7 +63,7 @@ def unsupported(problem: Problem, device: Device, arrays: object = None) -> str 
     if reason is not None or problem.is_empty:
         return reason
     limit = workspace_limit()
-    plan = plan_of(problem, contiguous=True)
+    plan = plan_of(problem, device, contiguous=True)
     if plan.chunk_bytes > limit:
         return (
             f"needs {plan.chunk_bytes} bytes of workspace for one tile, but may take {limit}; "
@@ -72,4 +74,4 @@ def unsupported(problem: Problem, device: Device, arrays: object = None) -> str 
 
 def predicted_ms(problem: Problem, device: Device) -> float:
     """How long a call is expected to take, in milliseconds."""
-    return plan_of(problem, contiguous=True).milliseconds
+    return plan_of(problem, device, contiguous=True).milliseconds

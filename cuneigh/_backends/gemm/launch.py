@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cuneigh._backends.gemm.plan import USES, plan_of
+from cuneigh._backends.gemm.plan import NAME, USES, plan_of
 from cuneigh._backends.gemm.sources import row_source, softmax_source, weight_factor
 from cuneigh._backends.gemm.walk import Chunk, Matrix, Walk
 from cuneigh._gpu import sums
@@ -14,8 +14,6 @@ from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.views import Views, load_width, readable
 from cuneigh._problem import JvpResults, Operands, Problem
-
-NAME = "gemm"
 
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
@@ -266,7 +264,7 @@ def _overwriting(product: Matrix, walk: Walk) -> Matrix:
 def _walk_over(problem: Problem, program: Program, *tokens: Array) -> Walk:
     """A walk over `problem`, which reads and writes `tokens`."""
     aligned = load_width(tokens) == 16
-    plan = plan_of(problem, contiguous=aligned and _one_stride(tokens))
+    plan = plan_of(problem, program.device, contiguous=aligned and _one_stride(tokens))
     announce(NAME, problem.operation, problem, plan)
     return Walk(problem, plan, program)
 

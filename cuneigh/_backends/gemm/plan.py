@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cuneigh import _settings
-from cuneigh._gpu.rates import H200
+from cuneigh._device import Device
+from cuneigh._gpu import rates as gpu_rates
+from cuneigh._gpu.linear import Speed
+from cuneigh._gpu.rates import CACHE_BYTES, MEMORY_BYTES
 from cuneigh._problem import DTYPES, Problem
 from cuneigh._window import Axis
+
+NAME = "gemm"
 
 WORKSPACE_BYTES = 512 << 20
 """Workspace for the tiles of a chunk unless CUNEIGH_WORKSPACE_BYTES says otherwise."""
@@ -67,7 +73,7 @@ class GemmPlan:
     direct: bool
     """Whether the products read and write tokens where they are: nothing is packed."""
     milliseconds: float
-    """Predicted time on an H200."""
+    """Predicted time."""
 
     def __str__(self) -> str:
         box = "x".join(map(str, self.box))
@@ -145,9 +151,41 @@ def allows_tf32() -> bool:
     return bool(_settings.ALLOW_TF32.read())
 
 
-def plan_of(problem: Problem, contiguous: bool) -> GemmPlan:
-    """The plan under the limits that the environment sets."""
-    return make_plan(problem, workspace_limit(), allows_tf32(), contiguous)
+class Work(NamedTuple):
+    """The rates of one kind of operations: by default what was fitted to an H200."""
+
+    memory_bytes: Speed = MEMORY_BYTES
+    cache_bytes: Speed = CACHE_BYTES
+    float32_flops: Speed = Speed(38e9)
+    float64_flops: Speed = Speed(38e9)
+    """Operations of matrix products that are bound by arithmetic, in a millisecond."""
+    tile_ms: float = 4e-6
+    chunk_ms: float = 0.02
+    """Starting and ending a tile, and the launches of a chunk."""
+
+
+class Rates(NamedTuple):
+    """What predictions are made of (bench/NOTES.md says how it was measured)."""
+
+    results: Work = Work()
+    gradients: Work = Work()
+
+
+RATES = Rates()
+
+
+def plan_of(problem: Problem, device: Device, contiguous: bool) -> GemmPlan:
+    """The plan for `device` under the limits that the environment sets."""
+    rates = gpu_rates.of(NAME, device, RATES)
+    return make_plan(problem, workspace_limit(), allows_tf32(), contiguous, rates)
+
+
+def model(problem: Problem, device: Device, plans: Mapping[str, Any], rates: Rates) -> Any:
+    """The predicted milliseconds of a plan, by operation, with these rates."""
+    plan: GemmPlan = plans[problem.operation]
+    chunks = math.ceil(plan.tiles / plan.chunk)
+    size = plan.rows, plan.columns, plan.tiles, chunks
+    return predicted(problem, *size, allows_tf32(), plan.direct, rates)
 
 
 @lru_cache(maxsize=8192)
@@ -177,6 +215,7 @@ def make_plan(
     limit: int = WORKSPACE_BYTES,
     tf32: bool = False,
     contiguous: bool = True,
+    rates: Rates = RATES,
 ) -> GemmPlan:
     """The fastest plan within `limit` bytes, by the cost model; if there is none, the smallest.
 
@@ -185,7 +224,7 @@ def make_plan(
     best = smallest = None
     for cuts in candidates(problem):
         for direct in (False, True):
-            candidate = make(problem, cuts, limit, tf32, direct and contiguous)
+            candidate = make(problem, cuts, limit, tf32, direct and contiguous, rates)
             if candidate is None or (direct and not candidate.direct):
                 continue
             if smallest is None or candidate.tile_bytes < smallest.tile_bytes:
@@ -216,7 +255,12 @@ def candidates(problem: Problem) -> list[tuple[Cut, ...]]:
 
 
 def make(
-    problem: Problem, cuts: tuple[Cut, ...], limit: int, tf32: bool, direct: bool
+    problem: Problem,
+    cuts: tuple[Cut, ...],
+    limit: int,
+    tf32: bool,
+    direct: bool,
+    rates: Rates = RATES,
 ) -> GemmPlan | None:
     """The plan for given boxes; None if its matrices would be too long.
 
@@ -240,7 +284,8 @@ def make(
     else:
         sums = sum_bytes(problem)
         chunk = balanced(pair_tiles, most, 1)
-    milliseconds = predicted(problem, rows, columns, tiles, math.ceil(tiles / chunk), tf32, direct)
+    size = rows, columns, tiles, math.ceil(tiles / chunk)
+    milliseconds = predicted(problem, *size, tf32, direct, rates)
     return GemmPlan(cuts, rows, columns, tiles, tile_bytes, sums, chunk, direct, milliseconds)
 
 
@@ -342,13 +387,10 @@ def sum_bytes(problem: Problem) -> int:
     return keys * dims * DTYPES[problem.accumulator]
 
 
-# The cost model, in milliseconds on an H200 (bench/NOTES.md says how it was measured).
+# The cost model
 
 GRADIENTS = 1.6
 """What gradients take beyond the time of their bytes."""
-TILE_MS = 4e-6
-CHUNK_MS = 0.02
-"""Starting and ending a tile, and the launches of a chunk."""
 
 
 def predicted(
@@ -359,12 +401,14 @@ def predicted(
     chunks: int,
     tf32: bool,
     direct: bool,
-) -> float:
+    rates: Rates,
+) -> Any:
     """Milliseconds of one call: its products and its passes over memory, one after another."""
     element, number = DTYPES[problem.dtype], DTYPES[problem.accumulator]
     uses_key, uses_value = USES[problem.operation]
     dims = uses_key * problem.head_dim + uses_value * problem.value_dim
     gradients = problem.operation.endswith("backward")
+    work = rates.gradients if gradients else rates.results
     # Bytes of one element of a dense product that matrix products move, and that kernels move.
     in_products, in_kernels = {
         "forward": (number + element, number + element),
@@ -380,24 +424,25 @@ def predicted(
     if gradients:
         traffic += columns * dims * number
     key_bytes = columns * dims * element
-    if problem.dtype in H200.product_flops and not (tf32 and problem.dtype == "float32"):
+    arithmetic: Any = 0.0
+    by_dtype = {"float32": work.float32_flops, "float64": work.float64_flops}
+    if problem.dtype in by_dtype and not (tf32 and problem.dtype == "float32"):
         products = {"backward": 2.5, "jvp": 3.0, "forward": 1.0}.get(
             problem.operation, 1.0 + gradients
         )
         # Blocks of a product overhang its matrices, and each has a beginning and an end.
         area = (round_up(rows, 8) + 8) * (round_up(columns, 32) + 16)
-        arithmetic = 2.0 * area * dims * products / H200.product_flops[problem.dtype]
+        arithmetic = 2.0 * area * dims * products / by_dtype[problem.dtype]
     else:
-        arithmetic = 0.0
         traffic += traffic * (round_up(rows, 64) / rows - 1) / 2
-    moved = traffic / H200.memory_bytes
-    kernels = elements * in_kernels / H200.memory_bytes
+    moved = traffic / work.memory_bytes
+    kernels = elements * in_kernels / work.memory_bytes
     if direct:
-        moved += key_bytes / H200.cache_bytes
+        moved += key_bytes / work.cache_bytes
     else:  # gathered: read mostly from the cache, written, read by the product; and scattered
-        moved += key_bytes / H200.memory_bytes
-        kernels += (1.4 * key_bytes + 3 * rows * dims * element) / H200.memory_bytes
+        moved += key_bytes / work.memory_bytes
+        kernels += (1.4 * key_bytes + 3 * rows * dims * element) / work.memory_bytes
     if gradients:
-        kernels += columns * dims * number / H200.memory_bytes
+        kernels += columns * dims * number / work.memory_bytes
         kernels, moved = GRADIENTS * kernels, GRADIENTS * moved
-    return tiles * (max(moved, arithmetic) + kernels + TILE_MS) + chunks * CHUNK_MS
+    return tiles * (max(moved, arithmetic) + kernels + work.tile_ms) + chunks * work.chunk_ms

@@ -64,7 +64,7 @@ def weight_factor(problem: Problem) -> float:
 
 def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     """The kernels that `problem` needs when its arrays are contiguous."""
-    plan = plan_of(problem, contiguous=True)
+    plan = plan_of(problem, device, contiguous=True)
     lanes = plan.lanes(problem)
     rows = row_source(problem, lanes, None)
     biased = row_source(problem, lanes, problem.rpb_dtype)

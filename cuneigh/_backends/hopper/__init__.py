@@ -20,12 +20,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.choice import NAME, plans, predicted_ms
+from cuneigh._backends.hopper.choice import NAME, RATES, model, plans, predicted_ms
 from cuneigh._backends.hopper.launch import backward, forward
 from cuneigh._backends.hopper.plan import ways
 from cuneigh._backends.hopper.tensor_maps import unreadable
 from cuneigh._device import Device
-from cuneigh._gpu import tuned
+from cuneigh._gpu import kept
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.records import has_parts
 from cuneigh._gpu.requirements import no_gpu
@@ -35,17 +35,19 @@ from cuneigh._window import CONTRACT
 
 __all__ = [
     "NAME",
+    "RATES",
     "RELIES_ON",
     "SETTINGS",
     "backward",
     "forward",
     "kernels",
+    "model",
     "plans",
     "predicted_ms",
     "unsupported",
 ]
 
-SETTINGS = (tuned.SETTING,)
+SETTINGS = (kept.SETTING,)
 RELIES_ON = CONTRACT
 CAPABILITY = (9, 0)
 DTYPES = ("float16", "bfloat16")

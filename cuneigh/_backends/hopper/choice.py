@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cuneigh._backends.hopper import plan as hopper_plan
 from cuneigh._backends.hopper.plan import (
     LONGEST_SPAN,
     ROWS,
@@ -20,44 +23,84 @@ from cuneigh._backends.hopper.plan import (
     ways,
 )
 from cuneigh._device import Device
+from cuneigh._gpu import rates as gpu_rates
 from cuneigh._gpu import tuned
 from cuneigh._gpu.boxes import Box, count_walks, powers_of_two
+from cuneigh._gpu.linear import Speed
 from cuneigh._gpu.passes import BACKWARD, FORWARD, Pass
-from cuneigh._gpu.rates import H200
+from cuneigh._gpu.rates import CYCLES, LAUNCH_MS, MEMORY_BYTES
 from cuneigh._problem import Problem, size_of
 
 NAME = "hopper"
+
+
+class Rates(NamedTuple):
+    """What predictions are made of: by default what was fitted to an H200."""
+
+    walks: hopper_plan.Rates = hopper_plan.H200
+    launch_ms: float = LAUNCH_MS
+    memory_bytes: Speed = MEMORY_BYTES
+    """Of what computes delta, clears sums and reads them, in a millisecond."""
+
+
+RATES = Rates()
+
+
+def rates_of(device: Device) -> Rates:
+    return gpu_rates.of(NAME, device, RATES)
 
 
 SHARE_OF_SUMS = 1 / 32
 """Of the device's memory, the most that the sums of dQ may take."""
 
 
-@lru_cache(maxsize=1024)
 def passes(problem: Problem, device: Device) -> tuple[Pass, ...]:
     """The passes for `device`: of the ways for whose sums it has room, the one of least time."""
+    return _passes(problem, device, rates_of(device))
+
+
+@lru_cache(maxsize=1024)
+def _passes(problem: Problem, device: Device, rates: Rates) -> tuple[Pass, ...]:
     room = device.memory * SHARE_OF_SUMS
     fitting = [way for way in ways(problem) if BACKWARD not in way or sum_bytes(problem) <= room]
-    return min(fitting, key=lambda way: _milliseconds(problem, device, way))
+    return min(
+        fitting, key=lambda way: sum(_cheapest_ms(problem, device, each, rates) for each in way)
+    )
 
 
 def predicted_ms(problem: Problem, device: Device) -> float:
-    """How long a call with the plans for `device` is expected to take on an H200."""
-    milliseconds = _milliseconds(problem, device, passes(problem, device))
-    if problem.operation == "backward":  # delta reads output and its gradient
-        milliseconds += H200.launch_ms + 2 * size_of(problem.output) / H200.memory_bytes
+    """How long a call with the plans for `device` is expected to take, in milliseconds."""
+    found: dict[str, HopperPlan] = {
+        pass_.name: cheapest(problem, device, pass_)[0] for pass_ in passes(problem, device)
+    }
+    milliseconds: float = model(problem, device, found, rates_of(device))
     return milliseconds
 
 
-def _milliseconds(problem: Problem, device: Device, passes: tuple[Pass, ...]) -> float:
-    """What the kernels of these passes are expected to take."""
-    milliseconds = 0.0
-    for pass_ in passes:
-        cycles = cost(problem, cheapest(problem, device, pass_)[0], device, pass_)
-        milliseconds += 2 * H200.launch_ms + cycles / H200.cycles
-        if pass_ == BACKWARD:  # sums are cleared, in part, and read; dQ is written
-            moved = sum_bytes(problem) + size_of(problem.specs.query)
-            milliseconds += H200.launch_ms + moved / H200.memory_bytes
+def model(problem: Problem, device: Device, plans: Mapping[str, Any], rates: Rates) -> Any:
+    """`predicted_ms` with these plans, by pass, and these rates."""
+    launched = (pass_ for way in ways(problem) for pass_ in way if pass_.name in plans)
+    milliseconds = sum(
+        _pass_ms(problem, device, pass_, plans[pass_.name], rates) for pass_ in launched
+    )
+    if problem.operation == "backward":  # delta reads output and its gradient
+        milliseconds += rates.launch_ms + 2 * size_of(problem.output) / rates.memory_bytes
+    return milliseconds
+
+
+def _cheapest_ms(problem: Problem, device: Device, pass_: Pass, rates: Rates) -> float:
+    """What a pass is expected to take with its cheapest plan."""
+    plan = _cheapest(problem, device, pass_, 1, rates.walks)[0]
+    milliseconds: float = _pass_ms(problem, device, pass_, plan, rates)
+    return milliseconds
+
+
+def _pass_ms(problem: Problem, device: Device, pass_: Pass, plan: HopperPlan, rates: Rates) -> Any:
+    """What the kernels of a pass take with a plan."""
+    milliseconds = 2 * rates.launch_ms + cost(problem, plan, device, pass_, rates.walks) / CYCLES
+    if pass_ == BACKWARD:  # sums are cleared, in part, and read; dQ is written
+        moved = sum_bytes(problem) + size_of(problem.specs.query)
+        milliseconds += rates.launch_ms + moved / rates.memory_bytes
     return milliseconds
 
 
@@ -84,22 +127,28 @@ def plans(problem: Problem, device: Device) -> dict[str, tuple[HopperPlan, ...]]
     }
 
 
-@lru_cache(maxsize=1024)
 def cheapest(
     problem: Problem, device: Device, pass_: Pass, most: int = 1
 ) -> tuple[HopperPlan, ...]:
     """The `most` cheapest plans by prediction, the cheapest first."""
+    return _cheapest(problem, device, pass_, most, rates_of(device).walks)
+
+
+@lru_cache(maxsize=1024)
+def _cheapest(
+    problem: Problem, device: Device, pass_: Pass, most: int, rates: hopper_plan.Rates
+) -> tuple[HopperPlan, ...]:
     form = form_of(problem, device, pass_)
     found: list[tuple[float, HopperPlan]] = []
     columns = column_boxes(problem, form)
     for warpgroups, heads in arrangements(problem, form, pass_):
         rows = [(box, warpgroups) for box in row_boxes(problem)]
         counts = count_walks(problem.axes, rows, columns, pass_)
-        costs = cost_of(problem, form, counts, heads, pass_)
+        costs = cost_of(problem, form, counts, heads, pass_, rates)
         for place in np.argsort(costs, axis=None, kind="stable")[:most]:
             row, column = np.unravel_index(place, costs.shape)
             plan = HopperPlan(form, rows[row][0], warpgroups, heads, columns[column])
-            found.append((cost(problem, plan, device, pass_), plan))
+            found.append((cost(problem, plan, device, pass_, rates), plan))
     found.sort(key=lambda pair: pair[0])
     return tuple(plan for _, plan in found[:most])
 

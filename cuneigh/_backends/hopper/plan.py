@@ -211,20 +211,35 @@ OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, ma
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
 
 
-def constants(problem: Problem, pass_: Pass) -> Cycles:
-    """The fit for a kernel."""
-    if pass_ != FORWARD:
-        return {BACKWARD: OF_BACKWARD, DQ: OF_DQ, DKV: OF_DKV}[pass_]
-    longest = max(problem.head_dim, problem.value_dim)
-    return SHORT if longest <= 64 else MIDDLE if longest <= 128 else LONG
+class Rates(NamedTuple):
+    """The fits of all kernels, those of an H200 unless others are given."""
+
+    short: Cycles = SHORT
+    middle: Cycles = MIDDLE
+    long: Cycles = LONG
+    backward: Cycles = OF_BACKWARD
+    dq: Cycles = OF_DQ
+    dkv: Cycles = OF_DKV
+
+    def cycles_of(self, problem: Problem, pass_: Pass) -> Cycles:
+        """The fit for a kernel."""
+        if pass_ != FORWARD:
+            return {BACKWARD: self.backward, DQ: self.dq, DKV: self.dkv}[pass_]
+        longest = max(problem.head_dim, problem.value_dim)
+        return self.short if longest <= 64 else self.middle if longest <= 128 else self.long
 
 
-def cost_of(problem: Problem, form: Form, counts: WalkCounts, heads: int, pass_: Pass) -> Any:
+H200 = Rates()
+
+
+def cost_of(
+    problem: Problem, form: Form, counts: WalkCounts, heads: int, pass_: Pass, rates: Rates = H200
+) -> Any:
     """Predicted cycles of all multiprocessors together for these counts of one head.
 
     The counts may be arrays, of those of many plans; `heads` are those of a tile.
     """
-    cycles = constants(problem, pass_)
+    cycles = rates.cycles_of(problem, pass_)
     logits = ROWS * form.columns
     dims = problem.head_dim + problem.value_dim
     walks = problem.group_size if pass_.rows_are_keys else 1  # one for each column head
@@ -239,16 +254,22 @@ def cost_of(problem: Problem, form: Form, counts: WalkCounts, heads: int, pass_:
     return (of_warpgroups * heads + of_blocks) * problem.batch * (pass_.heads(problem) / heads)
 
 
-def cost(problem: Problem, plan: HopperPlan, device: Device, pass_: Pass = FORWARD) -> float:
+def cost(
+    problem: Problem,
+    plan: HopperPlan,
+    device: Device,
+    pass_: Pass = FORWARD,
+    rates: Rates = H200,
+) -> Any:
     """Predicted cycles of all multiprocessors together, those that wait for the last included."""
     counts = count(problem, plan, pass_)
-    cycles: float = cost_of(problem, plan.form, counts, plan.heads, pass_)
+    cycles = cost_of(problem, plan.form, counts, plan.heads, pass_, rates)
     work, multiprocessors = division(problem, plan, device, pass_), max(device.sm_count, 1)
     rounds: float = work.whole // multiprocessors
     if work.tiles > rounds * multiprocessors:
         rounds += PART_OF_ROUND[work.parts]
     cycles *= rounds * multiprocessors / work.tiles
-    return cycles + constants(problem, pass_).start * multiprocessors
+    return cycles + rates.cycles_of(problem, pass_).start * multiprocessors
 
 
 PART_OF_ROUND = {1: 1.0, 2: 0.7, 3: 0.45}

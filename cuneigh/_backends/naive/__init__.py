@@ -7,7 +7,6 @@ window holds it.
 
 from __future__ import annotations
 
-from cuneigh._backends.naive import plan
 from cuneigh._backends.naive.launch import (
     av,
     av_backward,
@@ -18,13 +17,16 @@ from cuneigh._backends.naive.launch import (
     qk,
     qk_backward,
 )
+from cuneigh._backends.naive.plan import NAME, RATES, model, predicted_ms
 from cuneigh._device import Device
+from cuneigh._gpu import kept
 from cuneigh._gpu.requirements import no_gpu
 from cuneigh._problem import Problem
 from cuneigh._window import Promise
 
 __all__ = [
     "NAME",
+    "RATES",
     "RELIES_ON",
     "SETTINGS",
     "av",
@@ -33,22 +35,17 @@ __all__ = [
     "forward",
     "jvp",
     "kernels",
+    "model",
     "predicted_ms",
     "qk",
     "qk_backward",
     "unsupported",
 ]
 
-NAME = "naive"
-SETTINGS = ()
+SETTINGS = (kept.SETTING,)
 RELIES_ON = Promise.ONE_RANGE
 
 
 def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
     return no_gpu(device)
-
-
-def predicted_ms(problem: Problem, device: Device) -> float:
-    """How long a call is expected to take on an H200, in milliseconds."""
-    return plan.predicted(problem)

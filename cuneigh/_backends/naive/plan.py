@@ -1,11 +1,18 @@
-"""How long the naive kernels take: a rate for each operation and dtype, measured on an H200."""
+"""How long the naive kernels take: a rate for each operation and dtype."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any, NamedTuple
 
-from cuneigh._gpu.rates import H200
+from cuneigh._device import Device
+from cuneigh._gpu import rates as gpu_rates
+from cuneigh._gpu.linear import Speed
+from cuneigh._gpu.rates import MEMORY_BYTES
 from cuneigh._problem import Problem
+
+NAME = "naive"
 
 FLOPS_PER_MS = {
     "forward": 11e9,
@@ -28,11 +35,64 @@ KEY_MS = 1e-5
 """At least as much passes from one key of a query to the next: some dozen cycles."""
 
 
+class Flops(NamedTuple):
+    """Useful operations in a millisecond, by operation."""
+
+    forward: Speed
+    backward: Speed
+    jvp: Speed
+    qk: Speed
+    qk_backward: Speed
+    av: Speed
+    av_backward: Speed
+
+
+def flops_of(dtype: str, is_short: bool) -> Flops:
+    """What was measured on an H200."""
+    share = DTYPE_SHARE.get(dtype, 1.0)
+    return Flops(
+        **{
+            operation: Speed(rate * share * (SHORT_SHARE if is_short else 1.0))
+            for operation, rate in FLOPS_PER_MS.items()
+        }
+    )
+
+
+class Rates(NamedTuple):
+    """What predictions are made of: by default what was measured on an H200."""
+
+    half: Flops = flops_of("float16", False)
+    half_short: Flops = flops_of("float16", True)
+    float32: Flops = flops_of("float32", False)
+    float32_short: Flops = flops_of("float32", True)
+    float64: Flops = flops_of("float64", False)
+    float64_short: Flops = flops_of("float64", True)
+    memory_bytes: Speed = MEMORY_BYTES
+    key_ms: float = KEY_MS
+
+
+RATES = Rates()
+
+
+def predicted_ms(problem: Problem, device: Device) -> float:
+    """How long a call is expected to take, in milliseconds."""
+    return _predicted(problem, gpu_rates.of(NAME, device, RATES))
+
+
 @lru_cache(maxsize=1024)
-def predicted(problem: Problem) -> float:
-    """Milliseconds of one call: its arithmetic and compulsory traffic, or the keys of one query."""
-    rate = FLOPS_PER_MS[problem.operation] * DTYPE_SHARE.get(problem.dtype, 1.0)
+def _predicted(problem: Problem, rates: Rates) -> float:
+    milliseconds: float = model(problem, None, {}, rates)
+    return milliseconds
+
+
+def model(problem: Problem, device: object, plans: Mapping[str, Any], rates: Rates) -> Any:
+    """`predicted_ms` with these rates; there are no plans.
+
+    That is for arithmetic and compulsory traffic, or for the keys of one query.
+    """
+    kind = problem.dtype if problem.dtype in DTYPE_SHARE else "half"
     if max(problem.head_dim, problem.value_dim) <= SHORT_DIM:
-        rate *= SHORT_SHARE
-    busy = problem.flops() / rate + problem.bytes() / H200.memory_bytes
-    return max(busy, problem.slots * KEY_MS)
+        kind += "_short"
+    rate = getattr(getattr(rates, kind), problem.operation)
+    busy = problem.flops() / rate + problem.bytes() / rates.memory_bytes
+    return max(busy, problem.slots * rates.key_ms)

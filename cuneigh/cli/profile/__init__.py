@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,13 @@ def add_parser(subparsers: Any) -> None:
         "(CUNEIGH_TUNED=0 ignores them)",
     )
     parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="instead of a problem: fit the planners' cost models, which are those of an H200, to "
+        "this GPU in under five minutes, and keep them for later calls (CUNEIGH_TUNED=0 ignores "
+        "them)",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="run nothing: list the backends with their plan and predicted time, or why not",
@@ -119,6 +127,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.calibrate:
+        return _calibrate(options)
     # Here, and not above, for every command imports this module.
     from cuneigh._measure.arrays import here
     from cuneigh.cli.profile import document, report
@@ -161,6 +171,29 @@ def _run(options: argparse.Namespace) -> int:
     elif options.dry_run:
         report.print_dry_run(made)
     return int(any("error" in row for entry in made["cases"] for row in entry["rows"]))
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from cuneigh._measure.arrays import here
+    from cuneigh.cli.profile import report
+    from cuneigh.cli.profile.calibrate import calibrate
+
+    alone = ("input_size", "cases", "case", "dtype", "backward", "backend", "peers", "tune")
+    for name in (*alone, "dry_run", "arch", *PROBLEM):
+        if getattr(options, name):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"--calibrate measures problems of its own, without {option}")
+    xp, device = here()
+    if device.kind != "cuda":
+        raise RuntimeError("--calibrate is for GPUs, of which there is none here")
+    if find_spec("scipy") is None:
+        raise RuntimeError("--calibrate needs SciPy: pip install 'cuneigh[calibrate]'")
+    made = {"device": device.name, **calibrate(xp, device)}
+    if options.json:
+        print(json.dumps(made, indent=1))
+    else:
+        report.print_calibration(made)
+    return 0
 
 
 def cases_of(options: argparse.Namespace, dtype: str) -> Sequence[Any]:

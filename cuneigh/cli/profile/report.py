@@ -46,6 +46,38 @@ def _print_tuned(row: dict[str, Any]) -> None:
         print(f"    {text}")
 
 
+def print_calibration(made: dict[str, Any]) -> None:
+    """What was fitted to a GPU."""
+    print(
+        f"{made['device']}: {made['measured']} calls measured in {made['seconds']:.0f} s; "
+        "the rates are kept, and later calls are planned by them"
+    )
+    for text in made["failed"]:
+        print(f"left out: {text}")
+    print()
+    rows = []
+    for backend in made["backends"]:
+        before, after = (f"{backend[f'error_{when}']:.1%}" for when in ("before", "after"))
+        rows.append([backend["name"], str(backend["measured"]), before, after])
+    print_table(("predictions err by", "calls", "before", "now"), rows)
+    print()
+    rows = []
+    for backend in made["backends"]:
+        for path, rate in backend["rates"].items():
+            default, fitted = rate["default"], rate["fitted"]
+            if rate["seen"]:
+                share = f"{fitted / default:.2f}" if default else ""
+                name = f"{backend['name']} {path}"
+                rows.append([name, f"{default:.4g}", f"{fitted:.4g}", share])
+    print_table(("rate", "H200", "here", "here / H200"), rows)
+    print()
+    for when, cost in (("before", made["choices"]["before"]), ("now", made["choices"]["after"])):
+        print(
+            f"{when} the choice for {cost['operations']} operations is {cost['mean']:.1%} slower "
+            f"than the best measured, at worst {cost['worst']:.1%} ({cost['worst_call']})"
+        )
+
+
 def _by_kind(entry: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     """The rows of each kind that there is, under its title."""
     of_kind = {

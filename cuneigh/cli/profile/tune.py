@@ -13,10 +13,8 @@ from cuneigh import _backends, _call
 from cuneigh._backends import Backend
 from cuneigh._device import Device
 from cuneigh._gpu import tuned
-from cuneigh._gpu.records import start_words
-from cuneigh._measure import arrays, checks, ours
-from cuneigh._measure.clock import GpuClock
-from cuneigh._problem import Operands, Problem
+from cuneigh._measure.trials import Trials
+from cuneigh._problem import Problem
 from cuneigh.cli.profile.document import FAR_SLOWER, Row, kinds
 from cuneigh.cli.terminal import progress
 
@@ -62,7 +60,6 @@ class Tuner:
         self, operation: Problem, forward: Problem, xp: Any, device: Device, budget_ms: float
     ) -> None:
         self.operation, self.device, self.budget_ms = operation, device, budget_ms
-        self._forward = forward
         self.times: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
         """Of every trial: backend and (pass, text of the plan)."""
         self.failed: list[str] = []
@@ -77,12 +74,7 @@ class Tuner:
             for backend, ms in predicted.items()
             if ms <= FAR_SLOWER / 4 * min(predicted.values())
         ]
-        self._operands = arrays.operands_of(xp, forward)
-        self._grad_output = arrays.grad_output_of(xp, forward)
-        output, lse = ours.forward(forward, self._operands, None, return_lse=True)
-        checks.check_forward(forward, self._operands, output, lse)
-        given = {**self._operands._asdict(), "output": output, "lse": lse}
-        self._given = {**given, "grad_output": self._grad_output}
+        self._trials = Trials(operation, forward, xp, device)
 
     def trials(self) -> Iterator[Trial]:
         """Every backend as it plans, and with every plan of every pass."""
@@ -106,32 +98,8 @@ class Tuner:
             self.failed.append(f"{backend.NAME}, {told}: {type(error).__name__}: {error}")
 
     def _time(self, backend: Backend, plans: Mapping[str, Any]) -> float:
-        import cupy
-
-        with tuned.forcing(plans):
-            program, _ = _call.rehearse(self.operation, self.device, backend.NAME)
-        names = _call.taken(self.operation)
-        results = [None if s is None else empty(s) for s in self.operation.results]
-        made = [each for each in results if each is not None]
-        spaces = [empty(spec) for spec in program.workspace]
-        held = [*(self._given[name] for name in names), *made, *spaces]
-        addresses = [*(array.data.ptr for array in held), *start_words(self.operation)]
-
-        def call() -> None:
-            program.run(addresses, cupy.cuda.get_current_stream().ptr)
-
-        call()
-        cupy.cuda.get_current_stream().synchronize()
-        self._check(results)
-        return GpuClock().measure(call, self.budget_ms).best
-
-    def _check(self, results: list[Any]) -> None:
-        forward, given = self._forward, self._given
-        if self.operation.operation == "forward":
-            checks.check_forward(forward, self._operands, results[0], results[1])
-            return
-        about = forward, self._operands, self._grad_output, given["output"], given["lse"]
-        checks.check_gradients(*about, Operands(*results))
+        program, _ = self._trials.program(backend, plans)
+        return self._trials.ms(program, self.budget_ms)
 
     def entry(self) -> tuned.Entry:
         """What to keep: of the fastest backend the fastest plan of each pass, measured together."""
@@ -172,12 +140,3 @@ class Tuner:
             if times[fastest] < own_ms * (1 - NOISE):
                 found[pass_] = fastest
         return found
-
-
-def empty(spec: Any) -> Any:
-    """An uninitialized CuPy array."""
-    import cupy
-    import ml_dtypes
-
-    dtype = ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else spec.dtype
-    return cupy.empty(spec.shape, dtype)

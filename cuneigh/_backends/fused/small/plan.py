@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import (
@@ -28,6 +28,7 @@ from cuneigh._gpu.boxes import (
     powers_of_two,
 )
 from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
+from cuneigh._gpu.linear import Speed
 from cuneigh._gpu.passes import DQ, FORWARD, JVP, Pass
 from cuneigh._problem import Problem
 from cuneigh._window import Promise
@@ -120,18 +121,27 @@ FORWARD_CYCLES = Cycles(
 BACKWARD_CYCLES = Cycles(
     1 / 290, logit=0.0, copy=0.096, box=479, row=0.528, warp=100, block=432, start=19_100
 )
-BYTES = 17.0
+BYTES = Speed(17)
 """Bytes that a multiprocessor's share of the memory brings in a cycle."""
 
 
-def constants(pass_: Pass) -> Cycles:
-    """The fit for a kernel."""
-    return FORWARD_CYCLES if pass_ == FORWARD else BACKWARD_CYCLES
+class Rates(NamedTuple):
+    """The fits of both kernels, those of an H200 unless others are given."""
+
+    forward: Cycles = FORWARD_CYCLES
+    backward: Cycles = BACKWARD_CYCLES
+    bytes: Speed = BYTES
+
+    def cycles_of(self, pass_: Pass) -> Cycles:
+        """The fit for a kernel."""
+        return self.forward if pass_ == FORWARD else self.backward
 
 
-def batch_head_cost(problem: Problem, plan: SmallPlan, pass_: Pass) -> float:
+H200 = Rates()
+
+
+def batch_head_cost(problem: Problem, plan: SmallPlan, pass_: Pass, cycles: Cycles) -> Any:
     """Cycles that a block takes for one batch-head."""
-    cycles = constants(pass_)
     counts = count(problem, plan, pass_)
     loads = stages(problem, plan, pass_)
     blocks = math.prod(count.blocks for count in counts)
@@ -158,26 +168,33 @@ def resident(problem: Problem, plan: SmallPlan, device: Device, pass_: Pass) -> 
     return min(plan.form.blocks, blocks_in_shared_memory(device, taken))
 
 
-def cost(problem: Problem, plan: SmallPlan, device: Device, pass_: Pass) -> float:
+def cost(
+    problem: Problem, plan: SmallPlan, device: Device, pass_: Pass, rates: Rates = H200
+) -> Any:
     """Predicted cycles of all multiprocessors of `device` together."""
-    (cycles,) = costs(problem, plan, device, pass_, [plan.batch_heads])
+    (cycles,) = costs(problem, plan, device, pass_, [plan.batch_heads], rates)
     return cycles
 
 
 def costs(
-    problem: Problem, plan: SmallPlan, device: Device, pass_: Pass, choices: Sequence[int]
-) -> list[float]:
+    problem: Problem,
+    plan: SmallPlan,
+    device: Device,
+    pass_: Pass,
+    choices: Sequence[int],
+    rates: Rates,
+) -> list[Any]:
     """The costs of the plan with each of these numbers of batch-heads a block."""
-    cycles = constants(pass_)
+    cycles = rates.cycles_of(pass_)
     length, outer = sizes(problem, pass_)
     boxes = outer * math.prod(count.blocks for count in count(problem, plan, pass_))
-    of_one = batch_head_cost(problem, plan, pass_)
+    of_one = batch_head_cost(problem, plan, pass_, cycles)
     tables = cycles.warp * plan.form.warps + cycles.block
     multiprocessors = max(device.sm_count, 1)
     beside = resident(problem, plan, device, pass_)
-    at_least = transfers(problem, pass_) / BYTES / multiprocessors
+    at_least = transfers(problem, pass_) / rates.bytes / multiprocessors
 
-    def cost_with(batch_heads: int) -> float:
+    def cost_with(batch_heads: int) -> Any:
         blocks = math.ceil(boxes * math.ceil(length / batch_heads) / multiprocessors)
         rounds, last = divmod(blocks, beside)
         block = tables + batch_heads * of_one
@@ -221,32 +238,36 @@ def takes(problem: Problem, pass_: Pass) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def make_plan(problem: Problem, device: Device, pass_: Pass = FORWARD) -> SmallPlan | None:
+def make_plan(
+    problem: Problem, device: Device, pass_: Pass = FORWARD, rates: Rates = H200
+) -> SmallPlan | None:
     """The cheapest plan for `device`; None if there is none."""
     if not takes(problem, pass_) or device.capability < (8, 0):
         return None
-    fitting = _fitting(problem, device, pass_)
-    return min(fitting, key=lambda plan: cost(problem, plan, device, pass_), default=None)
+    fitting = _fitting(problem, device, pass_, rates)
+    return min(fitting, key=lambda plan: cost(problem, plan, device, pass_, rates), default=None)
 
 
-def plans_to_try(problem: Problem, device: Device, pass_: Pass, most: int) -> list[SmallPlan]:
+def plans_to_try(
+    problem: Problem, device: Device, pass_: Pass, most: int, rates: Rates = H200
+) -> list[SmallPlan]:
     """The cheapest plans, the cheapest first."""
     if not takes(problem, pass_) or device.capability < (8, 0):
         return []
-    plans = sorted(
-        _fitting(problem, device, pass_), key=lambda plan: cost(problem, plan, device, pass_)
-    )
-    return plans[:most]
+    fitting = _fitting(problem, device, pass_, rates)
+    return sorted(fitting, key=lambda plan: cost(problem, plan, device, pass_, rates))[:most]
 
 
-def _fitting(problem: Problem, device: Device, pass_: Pass) -> Iterator[SmallPlan]:
+def _fitting(problem: Problem, device: Device, pass_: Pass, rates: Rates) -> Iterator[SmallPlan]:
     """The plans that a multiprocessor holds."""
     for candidate in candidates(problem, device, pass_):
         if resident(problem, candidate, device, pass_):
-            yield with_batch_heads(problem, candidate, device, pass_)
+            yield with_batch_heads(problem, candidate, device, pass_, rates)
 
 
-def with_batch_heads(problem: Problem, plan: SmallPlan, device: Device, pass_: Pass) -> SmallPlan:
+def with_batch_heads(
+    problem: Problem, plan: SmallPlan, device: Device, pass_: Pass, rates: Rates
+) -> SmallPlan:
     """The plan with the cheapest number of batch-heads a block.
 
     Blocks with many of them fill tables less often; blocks with few leave less to do for the last
@@ -254,7 +275,7 @@ def with_batch_heads(problem: Problem, plan: SmallPlan, device: Device, pass_: P
     """
     length, _ = sizes(problem, pass_)
     choices = sorted({math.ceil(length / n) for n in range(1, min(length, 64) + 1)})
-    of_choices = costs(problem, plan, device, pass_, choices)
+    of_choices = costs(problem, plan, device, pass_, choices, rates)
     return replace(plan, batch_heads=choices[of_choices.index(min(of_choices))])
 
 

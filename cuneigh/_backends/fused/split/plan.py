@@ -12,13 +12,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import UnionCounts, count_unions
 from cuneigh._gpu.costs import blocks_in_shared_memory
+from cuneigh._gpu.linear import Speed
 from cuneigh._gpu.passes import FORWARD, Pass
-from cuneigh._gpu.rates import H200
+from cuneigh._gpu.rates import CACHE_BYTES, LAUNCH_MS, MEMORY_BYTES
+from cuneigh._gpu.rates import CYCLES as ALL_CYCLES
 from cuneigh._problem import Problem
 from cuneigh._window import Promise
 
@@ -109,7 +111,7 @@ START = 4000.0
 """Cycles until a block's first keys have come, and those at its end."""
 CLUSTER = 1500.0
 """Cycles in which the blocks of a cluster join their sums."""
-BYTES = 34.0
+BYTES = Speed(34)
 """Bytes that one multiprocessor receives in a cycle when others don't compete."""
 PRODUCT = 1 / 261
 """Cycles of a multiply-add of the tensor cores, on one of four schedulers."""
@@ -117,8 +119,24 @@ CYCLES = 1.755e6
 """In a millisecond."""
 
 
-def predicted_ms(problem: Problem, plan: SplitPlan, device: Device) -> float:
-    """How long the launches of a plan are expected to take on an H200."""
+class Rates(NamedTuple):
+    """What predictions are made of: that of an H200 unless others are given."""
+
+    latency: float = LATENCY
+    start: float = START
+    cluster: float = CLUSTER
+    bytes: Speed = BYTES
+    product: float = PRODUCT
+    memory_bytes: Speed = MEMORY_BYTES
+    cache_bytes: Speed = CACHE_BYTES
+    launch_ms: float = LAUNCH_MS
+
+
+H200 = Rates()
+
+
+def predicted_ms(problem: Problem, plan: SplitPlan, device: Device, rates: Rates = H200) -> Any:
+    """How long the launches of a plan are expected to take, in milliseconds."""
     form, keys = plan.form, count(problem, plan).widest_block
     beside = resident(problem, form, device)
     at_once = beside * max(device.sm_count, 1)
@@ -126,8 +144,8 @@ def predicted_ms(problem: Problem, plan: SplitPlan, device: Device) -> float:
     busy = min(beside, math.ceil(total / max(device.sm_count, 1)))  # blocks of a multiprocessor
     dims = problem.head_dim + problem.value_dim
     box = form.columns * dims
-    products = form.rows * box * PRODUCT / 4
-    of_box = max(products + LATENCY, busy * products, busy * 2 * box / BYTES)
+    products = form.rows * box * rates.product / 4
+    of_box = max(products + rates.latency, busy * products, busy * 2 * box / rates.bytes)
     walk = math.ceil(math.ceil(keys / form.columns) / plan.splits) * of_box
     rounds = math.ceil(total / at_once)
     key_bytes = (
@@ -137,20 +155,21 @@ def predicted_ms(problem: Problem, plan: SplitPlan, device: Device) -> float:
         * problem.kv_heads
         * min(problem.key_tokens[0], count(problem, plan).warp_columns)
     )
-    of_keys = max(key_bytes / H200.memory_bytes, rounds * walk / CYCLES)
-    milliseconds = H200.launch_ms + START / CYCLES + of_keys
+    of_keys = max(key_bytes / rates.memory_bytes, rounds * walk / CYCLES)
+    milliseconds = rates.launch_ms + rates.start / CYCLES + of_keys
     if form.cluster > 1:
-        milliseconds += CLUSTER / CYCLES
+        milliseconds += rates.cluster / CYCLES
     if plan.is_joined_later:
         rows = problem.batch * problem.heads * problem.tokens[0]
         sums = 2 * 4 * (problem.value_dim + 2) * rows * plan.splits
-        milliseconds += H200.launch_ms + sums / H200.cache_bytes
+        milliseconds += rates.launch_ms + sums / rates.cache_bytes
     return milliseconds
 
 
-def cost(problem: Problem, plan: SplitPlan, device: Device) -> float:
+def cost(problem: Problem, plan: SplitPlan, device: Device, rates: Rates = H200) -> float:
     """The same in cycles of all multiprocessors together, the first launch left out."""
-    return (predicted_ms(problem, plan, device) - H200.launch_ms) * H200.cycles
+    milliseconds: float = predicted_ms(problem, plan, device, rates) - rates.launch_ms
+    return milliseconds * ALL_CYCLES
 
 
 # The choice of a plan
@@ -172,18 +191,22 @@ def takes(problem: Problem, pass_: Pass) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def make_plan(problem: Problem, device: Device, pass_: Pass = FORWARD) -> SplitPlan | None:
+def make_plan(
+    problem: Problem, device: Device, pass_: Pass = FORWARD, rates: Rates = H200
+) -> SplitPlan | None:
     """The plan expected to be the fastest on `device`; None if there is none."""
-    plans = plans_to_try(problem, device, pass_, 1)
+    plans = plans_to_try(problem, device, pass_, 1, rates)
     return plans[0] if plans else None
 
 
-def plans_to_try(problem: Problem, device: Device, pass_: Pass, most: int) -> list[SplitPlan]:
+def plans_to_try(
+    problem: Problem, device: Device, pass_: Pass, most: int, rates: Rates = H200
+) -> list[SplitPlan]:
     """Those expected to be the fastest, the fastest first."""
     if not takes(problem, pass_):
         return []
     plans = candidates(problem, device)
-    return sorted(plans, key=lambda plan: predicted_ms(problem, plan, device))[:most]
+    return sorted(plans, key=lambda plan: predicted_ms(problem, plan, device, rates))[:most]
 
 
 def candidates(problem: Problem, device: Device) -> Iterator[SplitPlan]:

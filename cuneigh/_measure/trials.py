@@ -1,0 +1,80 @@
+"""One operation of a problem on a GPU, with any backend and any plans: checked, then timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from cuneigh import _call
+from cuneigh._backends import Backend
+from cuneigh._device import Device
+from cuneigh._gpu import tuned
+from cuneigh._gpu.announce import Planned
+from cuneigh._gpu.program import Program
+from cuneigh._gpu.records import start_words
+from cuneigh._measure import arrays, checks, ours
+from cuneigh._measure.clock import GpuClock
+from cuneigh._problem import Operands, Problem
+
+
+class Trials:
+    """An operation, its arguments, and what its results are to be."""
+
+    def __init__(self, operation: Problem, forward: Problem, xp: Any, device: Device) -> None:
+        self.operation, self.forward, self.device = operation, forward, device
+        self._xp = xp
+
+    def program(self, backend: Backend, plans: Mapping[str, Any]) -> tuple[Program, list[Planned]]:
+        """What a backend launches if it is forced to take these plans, by pass, and all plans."""
+        with tuned.forcing(plans):
+            return _call.rehearse(self.operation, self.device, backend.NAME)
+
+    def ms(self, program: Program, budget_ms: float) -> float:
+        """The time of a program; raises WrongResultError, among others, if there is none."""
+        import cupy
+
+        names = _call.taken(self.operation)
+        results = [None if s is None else empty(s) for s in self.operation.results]
+        made = [each for each in results if each is not None]
+        spaces = [empty(spec) for spec in program.workspace]
+        held = [*(self._given[name] for name in names), *made, *spaces]
+        addresses = [*(array.data.ptr for array in held), *start_words(self.operation)]
+
+        def call() -> None:
+            program.run(addresses, cupy.cuda.get_current_stream().ptr)
+
+        call()
+        cupy.cuda.get_current_stream().synchronize()
+        self._check(results)
+        return GpuClock().measure(call, budget_ms).best
+
+    def _check(self, results: list[Any]) -> None:
+        forward, given = self.forward, self._given
+        if self.operation.operation == "forward":
+            checks.check_forward(forward, self._operands, results[0], results[1])
+            return
+        about = forward, self._operands, given["grad_output"], given["output"], given["lse"]
+        checks.check_gradients(*about, Operands(*results))
+
+    @cached_property
+    def _operands(self) -> Operands:
+        return arrays.operands_of(self._xp, self.forward)
+
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        """The arguments by name, also those of a backward."""
+        output, lse = ours.forward(self.forward, self._operands, None, return_lse=True)
+        checks.check_forward(self.forward, self._operands, output, lse)
+        grad_output = arrays.grad_output_of(self._xp, self.forward)
+        given = {"output": output, "lse": lse, "grad_output": grad_output}
+        return {**self._operands._asdict(), **given}
+
+
+def empty(spec: Any) -> Any:
+    """An uninitialized CuPy array."""
+    import cupy
+    import ml_dtypes
+
+    dtype = ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else spec.dtype
+    return cupy.empty(spec.shape, dtype)
