@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -331,9 +333,75 @@ def test_another_library_in_nattens_name_is_no_peer(monkeypatch: pytest.MonkeyPa
     pytest.importorskip("torch")
     given = peers.given_to(*_given({"tokens": [9], "kernel": 3}))
     fake = SimpleNamespace(__name__="natten", na1d=ours.forward)
-    monkeypatch.setitem(__import__("sys").modules, "natten", fake)
+    monkeypatch.setitem(sys.modules, "natten", fake)
     with pytest.raises(peers.UnfitError, match="is not NATTEN"):
         peers.PEERS["NATTEN"](given)
+
+
+@dataclass(frozen=True)
+class OnGpu(peers.Given):
+    """On the CPU, but for what peers ask."""
+
+    on_gpu = True
+
+
+def flash_attn_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    qv: Any = None,
+    gather_kv_indices: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    return_lse: bool = False,
+) -> tuple[Any, Any]:
+    """What flash-attn-4 4.0.0b36 says that its function takes and computes."""
+    import torch
+
+    tokens = torch.arange(q.shape[1])
+    left, right = (q.shape[1] if size is None else size for size in window_size)
+    offset = tokens[None] - tokens[:, None]
+    seen = (offset >= -left) & (offset <= (0 if causal else right))
+    heads = (each.transpose(1, 2) for each in (q, k, v))
+    options = {"attn_mask": seen, "scale": softmax_scale, "enable_gqa": True}
+    output = torch.nn.functional.scaled_dot_product_attention(*heads, **options)
+    return output.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kernel", [5, 6, 40])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_window_of_flash_attention(
+    kernel: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    module = SimpleNamespace(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=module))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    entry = {"tokens": [40], "heads": 4, "kv_heads": 2, "kernel": kernel, "causal": [causal]}
+    problem, operands, grad_output = _given(entry)
+    given = peers.given_to(problem, operands, grad_output)
+    calls = peers.PEERS["FlashAttention-4, window_size"](OnGpu(**vars(given)))
+    assert calls.inner == (kernel < 40 and not causal)
+    far = kernel if calls.inner else 0
+    tokens = [(x,) for x in range(far, 40 - far)]
+    checks.check_forward(problem, operands, calls.forward(), tokens=tokens)
+    assert calls.step is not None
+    output, gradients = calls.step()
+    _, lse = ours.forward(problem, operands, None, return_lse=True)
+    about = problem, operands, grad_output, output, lse, Operands(*gradients)
+    checks.check_gradients(*about, tokens=[(x,) for x in range(2 * far, 40 - 2 * far)])
+
+
+def test_blocks_of_keys_are_tiles_of_flash_attention() -> None:
+    pytest.importorskip("torch")
+    found = {
+        (capability, dim): flex.flash_blocks(
+            (capability, 0), peers.given_to(*_given({"tokens": [9], "kernel": 3, "dim": dim}))
+        )
+        for capability, dim in [(9, 64), (9, 128), (9, 192), (9, 256), (10, 128)]
+    }
+    assert [*found.values()] == [(128, 128), (128, 128), (128, 96), (128, 64), (256, 128)]
 
 
 def _given(entry: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -108,12 +108,37 @@ def _calls(given: Given, forward: Any, note: str = "") -> Calls:
     return Calls(without_gradient, differentiated(given, forward) if given.on_gpu else None, note)
 
 
+BLOCK = 128
+"""Queries, and keys, of the blocks that FlexAttention passes over where a mask hides them whole."""
+
+
+def has_flash() -> bool:
+    """Whether FlashAttention-4 is there, which FlashAttention-2 has a folder in common with."""
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
+
+
+def flash_blocks(capability: tuple[int, int], given: Given) -> tuple[int, int]:
+    """The blocks that FlashAttention-4's forward and backward take, of queries and keys.
+
+    On Hopper those of keys are the tiles of its kernels, which are shorter for long vectors; on
+    Blackwell the forward takes two tiles of queries at a time (`flash_attn/cute/interface.py`).
+    """
+    problem = given.problem
+    longest = max(problem.head_dim, problem.value_dim)
+    if capability[0] == 9:
+        return BLOCK, BLOCK if longest <= 128 else 96 if longest <= 192 else 64
+    return (2 * BLOCK if capability[0] in (10, 11) else BLOCK), BLOCK
+
+
 def _attention(given: Given, kernels: Kernels, tile: Box | None) -> Any:
     """The compiled function of query, key and value, heads-first."""
     refuse_extras(given)
     if kernels == "FLASH" and not given.on_gpu:
         raise UnfitError("FlashAttention-4 needs a GPU")
-    if kernels == "FLASH" and find_spec("flash_attn") is None:
+    if kernels == "FLASH" and not has_flash():
         raise UnfitError("flash-attn-4 is not installed")
     try:
         import torch
@@ -124,7 +149,11 @@ def _attention(given: Given, kernels: Kernels, tile: Box | None) -> Any:
     torch._dynamo.reset()  # each problem is compiled for its own sizes
     tokens = math.prod(problem.tokens)
     make = torch.compile(create_block_mask) if given.on_gpu else create_block_mask
-    mask = make(mask_mod(problem, tile), None, None, tokens, tokens, device=str(given.query.device))
+    blocks = (BLOCK, BLOCK)
+    if kernels == "FLASH":
+        blocks = flash_blocks(torch.cuda.get_device_capability(given.query.device), given)
+    about = mask_mod(problem, tile), None, None, tokens, tokens
+    mask = make(*about, device=str(given.query.device), BLOCK_SIZE=blocks)
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     options: dict[str, Any] = {"block_mask": mask, "scale": problem.scale}
     if problem.group_size > 1:
