@@ -162,7 +162,8 @@ def settings() -> tuple[object, ...]:
 @lru_cache(maxsize=16)
 def _setting_keys(backends: tuple[Backend, ...]) -> list[object]:
     """The keys of the settings in what `os.environ` keeps."""
-    return [os.environ.encodekey(name) for backend in backends for name in backend.SETTINGS]
+    names = dict.fromkeys(name for backend in backends for name in backend.SETTINGS)
+    return [os.environ.encodekey(name) for name in names]
 
 
 def unknown(name: str | None) -> str | None:

@@ -70,10 +70,12 @@ def _passes(problem: Problem, device: Device, rates: Rates) -> tuple[Pass, ...]:
 
 def predicted_ms(problem: Problem, device: Device) -> float:
     """How long a call with the plans for `device` is expected to take, in milliseconds."""
+    rates = rates_of(device)
     found: dict[str, HopperPlan] = {
-        pass_.name: cheapest(problem, device, pass_)[0] for pass_ in passes(problem, device)
+        pass_.name: _cheapest(problem, device, pass_, 1, rates.walks)[0]
+        for pass_ in _passes(problem, device, rates)
     }
-    milliseconds: float = model(problem, device, found, rates_of(device))
+    milliseconds: float = model(problem, device, found, rates)
     return milliseconds
 
 
