@@ -3,7 +3,7 @@
 #
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host loads memory scaling
 #                                    naive grid h200 profile (the default: all of these), soak,
-#                                    attack, alternate, tune, derivatives, two, decode
+#                                    attack, alternate, tune, calibrate, derivatives, two, decode
 #
 # `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
 # takes a GPU of compute capability 9.0. `attack` compares random calls of all backends with dense
@@ -65,6 +65,8 @@ memory() { python3 bench/memory.py --output "$OUT/memory.json"; }
 host() { python3 bench/host.py --output "$OUT/host.json"; }
 # First calls, cold and warm, beside those of the peers that are installed.
 loads() { python3 bench/loads.py --output "$OUT/loads.json"; }
+# Rates fitted to this GPU, and what choices by them cost on the case set; about eight minutes.
+calibrate() { python3 bench/calibrate.py --output "$OUT/calibrate.json"; }
 scaling() { python3 bench/scaling.py --output "$OUT/scaling.json"; }
 
 h200() { python3 bench/h200.py --output "$OUT/h200.json" | tail -n 60; return "${PIPESTATUS[0]}"; }

@@ -18,12 +18,32 @@ from cuneigh._measure.clock import GpuClock
 from cuneigh._problem import Operands, Problem
 
 
+class Arguments:
+    """The arrays of a forward and of its backward, made when they are needed."""
+
+    def __init__(self, problem: Problem, xp: Any) -> None:
+        self.problem, self._xp = problem, xp
+
+    @cached_property
+    def operands(self) -> Operands:
+        return arrays.operands_of(self._xp, self.problem)
+
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """All of them by name."""
+        output, lse = ours.forward(self.problem, self.operands, None, return_lse=True)
+        checks.check_forward(self.problem, self.operands, output, lse)
+        grad_output = arrays.grad_output_of(self._xp, self.problem)
+        given = {"output": output, "lse": lse, "grad_output": grad_output}
+        return {**self.operands._asdict(), **given}
+
+
 class Trials:
     """An operation, its arguments, and what its results are to be."""
 
-    def __init__(self, operation: Problem, forward: Problem, xp: Any, device: Device) -> None:
-        self.operation, self.forward, self.device = operation, forward, device
-        self._xp = xp
+    def __init__(self, operation: Problem, arguments: Arguments, device: Device) -> None:
+        self.operation, self.device = operation, device
+        self._arguments = arguments
 
     def program(self, backend: Backend, plans: Mapping[str, Any]) -> tuple[Program, list[Planned]]:
         """What a backend launches if it is forced to take these plans, by pass, and all plans."""
@@ -38,7 +58,7 @@ class Trials:
         results = [None if s is None else empty(s) for s in self.operation.results]
         made = [each for each in results if each is not None]
         spaces = [empty(spec) for spec in program.workspace]
-        held = [*(self._given[name] for name in names), *made, *spaces]
+        held = [*(self._arguments.given[name] for name in names), *made, *spaces]
         addresses = [*(array.data.ptr for array in held), *start_words(self.operation)]
 
         def call() -> None:
@@ -50,25 +70,13 @@ class Trials:
         return GpuClock().measure(call, budget_ms).best
 
     def _check(self, results: list[Any]) -> None:
-        forward, given = self.forward, self._given
+        forward, operands = self._arguments.problem, self._arguments.operands
+        given = self._arguments.given
         if self.operation.operation == "forward":
-            checks.check_forward(forward, self._operands, results[0], results[1])
+            checks.check_forward(forward, operands, results[0], results[1])
             return
-        about = forward, self._operands, given["grad_output"], given["output"], given["lse"]
+        about = forward, operands, given["grad_output"], given["output"], given["lse"]
         checks.check_gradients(*about, Operands(*results))
-
-    @cached_property
-    def _operands(self) -> Operands:
-        return arrays.operands_of(self._xp, self.forward)
-
-    @cached_property
-    def _given(self) -> dict[str, Any]:
-        """The arguments by name, also those of a backward."""
-        output, lse = ours.forward(self.forward, self._operands, None, return_lse=True)
-        checks.check_forward(self.forward, self._operands, output, lse)
-        grad_output = arrays.grad_output_of(self._xp, self.forward)
-        given = {"output": output, "lse": lse, "grad_output": grad_output}
-        return {**self._operands._asdict(), **given}
 
 
 def empty(spec: Any) -> Any:

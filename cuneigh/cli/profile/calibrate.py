@@ -25,7 +25,7 @@ from cuneigh._gpu.linear import leaves
 from cuneigh._gpu.program import Program
 from cuneigh._measure.cases import problem_of
 from cuneigh._measure.fit import Measured, fit, root_mean_square
-from cuneigh._measure.trials import Trials
+from cuneigh._measure.trials import Arguments, Trials
 from cuneigh._problem import Problem
 from cuneigh.cli.profile.document import Row
 from cuneigh.cli.terminal import counting
@@ -102,11 +102,8 @@ class Trial:
 def calibrate(xp: Any, device: Device) -> Row:
     """Measure, fit and keep; what was found out."""
     start = time.monotonic()
-    operations = [
-        Trials(operation, problem, xp, device)
-        for problem in (problem_of(case, case["dtype"]) for case in CASES)
-        for operation in (problem, problem.gradient)
-    ]
+    problems = [problem_of(case, case["dtype"]) for case in CASES]
+    operations = operations_of(problems, xp, device)
     times, failed = measured(in_order(operations), device, start + SECONDS)
     if not times:
         raise RuntimeError("nothing could be measured: " + "; ".join(failed[:3]))
@@ -126,6 +123,15 @@ def calibrate(xp: Any, device: Device) -> Row:
             "after": cost_of_choices(times, kept),
         },
     }
+
+
+def operations_of(problems: list[Problem], xp: Any, device: Device) -> list[Trials]:
+    """The forward of every problem, and its backward."""
+    return [
+        Trials(operation, arguments, device)
+        for arguments in (Arguments(problem, xp) for problem in problems)
+        for operation in (arguments.problem, arguments.problem.gradient)
+    ]
 
 
 def trials_of(trials: Trials, turn: int) -> Iterator[Trial]:

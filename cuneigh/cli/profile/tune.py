@@ -13,7 +13,7 @@ from cuneigh import _backends, _call
 from cuneigh._backends import Backend
 from cuneigh._device import Device
 from cuneigh._gpu import tuned
-from cuneigh._measure.trials import Trials
+from cuneigh._measure.trials import Arguments, Trials
 from cuneigh._problem import Problem
 from cuneigh.cli.profile.document import FAR_SLOWER, Row, kinds
 from cuneigh.cli.terminal import progress
@@ -74,7 +74,7 @@ class Tuner:
             for backend, ms in predicted.items()
             if ms <= FAR_SLOWER / 4 * min(predicted.values())
         ]
-        self._trials = Trials(operation, forward, xp, device)
+        self._trials = Trials(operation, Arguments(forward, xp), device)
 
     def trials(self) -> Iterator[Trial]:
         """Every backend as it plans, and with every plan of every pass."""
