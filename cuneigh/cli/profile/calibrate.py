@@ -27,8 +27,8 @@ from cuneigh._measure.cases import problem_of
 from cuneigh._measure.fit import Measured, fit, root_mean_square
 from cuneigh._measure.trials import Arguments, Trials
 from cuneigh._problem import Problem
+from cuneigh._progress import counting
 from cuneigh.cli.profile.document import Row
-from cuneigh.cli.terminal import counting
 
 SECONDS = 230.0
 """After which no more calls are measured."""
