@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -13,12 +14,14 @@ from helpers.gpu_arrays import NATIVE
 from helpers.illegal import call_of
 from helpers.strategies import array, generators, inputs, layouts, problems
 from helpers.tensors import DEVICES
+from helpers.toy_kernel import needs_nvrtc
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import cuneigh
-from cuneigh import _device, reference
-from cuneigh._backends import cpu, gemm, naive, serving
+from cuneigh import _device, _jit, reference
+from cuneigh._backends import cpu, fused, gemm, naive, serving
+from cuneigh._call import rehearse
 from cuneigh._problem import DIFFERENTIATED, OfResults, Operands, Problem, Spec
 from cuneigh._window import Axis
 
@@ -77,7 +80,7 @@ def test_the_hessian_is_symmetric(problem, rng):
 
 
 @pytest.mark.parametrize("ordinary", [True, False])
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data(), rng=generators(), layout=layouts())
 def test_the_cpu_backend(ordinary, data, rng, layout):
     problem = data.draw(hvps(budget=5_000, ordinary=ordinary))
@@ -128,10 +131,25 @@ def test_the_gradients_of_gradients_are_those_of_the_oracle(device, data, ordina
         np.testing.assert_allclose(own.numpy(one), other, rtol=1e-8, atol=1e-8, err_msg=name)
 
 
+@needs_nvrtc
+@pytest.mark.parametrize(("capability", "dtype", "dim"), [((9, 0), "bfloat16", 128)])
+def test_the_kernels_of_fused_keep_all_in_registers(capability, dtype, dim, tmp_path):
+    device = _device.of_capability(capability)
+    problem = replace(
+        line(70, 9), dtype=dtype, head_dim=dim, value_dim=dim, has_key_mask=True, additional=1
+    )
+    kernels = [each for each in fused.kernels(problem, device) if each.name == "fused/hvp"]
+    moving = [each for each in kernels if "kGradMoves = true" in each.plan]
+    for compiled in _jit.precompile(moving[-1:], [device.arch], tmp_path).values():
+        resources = compiled.resources
+        assert resources.registers > 0
+        assert resources.spill_stores + resources.spill_loads == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("backend", "ordinary"),
-    [(naive, True), (naive, False)],
+    [(naive, True), (naive, False), (fused, True), (fused, False)],
     ids=lambda of: getattr(of, "NAME", "ordinary" if of else "parts"),
 )
 @given(data=st.data(), rng=generators(), layout=layouts())
@@ -141,9 +159,33 @@ def test_the_backends_of_the_gpu(backend, ordinary, data, rng, layout):
     check_backend(backend, problem, inputs(problem, rng, layout), **NATIVE)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", range(8, fused.LONGEST_OF_HVP + 1, 24))
+def test_every_head_dim_of_fused(head_dim):
+    value_dim = head_dim * 7 % fused.LONGEST_OF_HVP + 1
+    for dtype in ("float16", "bfloat16", "float32"):
+        for value in (head_dim, value_dim):
+            problem = replace(
+                line(70, 9), dtype=dtype, head_dim=head_dim, value_dim=value, heads=2,
+                kv_heads=1, additional=3,
+            )  # fmt: skip
+            check_backend(fused, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+
+
+@pytest.mark.parametrize("backend", ["naive", "fused"])
+def test_nothing_of_the_size_of_the_logits_is_allocated(backend):
+    problem = replace(line(4096, 1001), additional=3, head_dim=64, value_dim=64)
+    program, _ = rehearse(problem, _device.of_capability((9, 0)), backend)
+    taken = sum(math.prod(spec.shape) for spec in program.workspace)
+    assert 0 < taken < math.prod(problem.output.shape)
+
+
 def test_a_backend_without_the_operation_leaves_it_to_others():
-    assert serving("naive", "hvp") == "naive"
+    assert serving("fused", "hvp") == "fused"
     assert serving("hopper", "hvp") is None
     assert serving("gemm", "hvp") is None
     device = _device.of_capability((9, 0))
     assert "second order" in gemm.unsupported(line(70, 9), device)
+    long = replace(line(70, 9), head_dim=fused.LONGEST_OF_HVP + 1)
+    assert "head dimensions up to 128, not head_dim=129" in fused.unsupported(long, device)
+    assert naive.unsupported(long, device) is None

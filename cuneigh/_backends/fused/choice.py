@@ -6,6 +6,7 @@ import itertools
 from functools import lru_cache
 
 from cuneigh._backends.fused import plan as fused_plan
+from cuneigh._backends.fused.passes import parts, passes
 from cuneigh._backends.fused.plan import FusedPlan
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._backends.fused.small.plan import SmallPlan
@@ -65,16 +66,16 @@ def plans_to_try(problem: Problem, device: Device, pass_: Pass) -> tuple[Plan, .
 
 def plans(problem: Problem, device: Device) -> dict[str, tuple[Plan, ...]]:
     """`plans_to_try` of every pass of an operation, by its name."""
-    return {
-        pass_.name: plans_to_try(problem, device, pass_) for pass_ in fused_plan.passes(problem)
-    }
+    return {pass_.name: plans_to_try(problem, device, pass_) for pass_ in passes(problem)}
 
 
 def predicted_ms(problem: Problem, device: Device) -> float:
     """How long a call with the plans for `device` is expected to take on an H200."""
     milliseconds = 0.0
-    parts = [part for _, part in fused_plan.parts(problem)]
-    for part, pass_ in itertools.product(parts, fused_plan.passes(problem)):
+    if problem.operation == "hvp":
+        milliseconds += predicted_ms(problem.but("jvp"), device)
+    of = [part for _, part in parts(problem)]
+    for part, pass_ in itertools.product(of, passes(problem)):
         plan = choose_plan(part, device, pass_)
         if isinstance(plan, SplitPlan):
             milliseconds += split_plan.predicted_ms(part, plan, device)

@@ -222,7 +222,6 @@ def _not_zero(names: Sequence[str], gradients: Sequence[Any]) -> dict[str, Any]:
 
 def _transpose(incoming: Sequence[Any], *arguments: Any, call: CustomCall) -> list[Any]:
     """The gradients of the arguments that a call is linear in, which are those not known."""
-    problem = call.problem
     unknown = [
         name
         for name, array in zip(call.arguments, arguments, strict=True)
