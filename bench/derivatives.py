@@ -66,12 +66,13 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
     leaves = [array.clone().requires_grad_() for array in given]
 
-    def step(create_graph: bool = False) -> Any:
-        loss = (attend(*leaves) * ways[0]).sum()
+    def step(backend: str | None = None, create_graph: bool = False) -> Any:
+        loss = (attend(*leaves, backend=backend) * ways[0]).sum()
         return torch.autograd.grad(loss, leaves, create_graph=create_graph)
 
-    def penalty() -> Any:
-        total = sum(gradient.float().square().sum() for gradient in step(create_graph=True))
+    def penalty(backend: str | None) -> Any:
+        gradients = step(backend, create_graph=True)
+        total = sum(gradient.float().square().sum() for gradient in gradients)
         return torch.autograd.grad(total, leaves)
 
     unit = given[0].nbytes
@@ -85,10 +86,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             continue
         found[f"jvp {backend}"] = {**made, "forwards": round(made["ms"] / forward["ms"], 2)}
     if case["name"] in SECOND:
-        first, second = figure(step, unit), figure(penalty, unit)
-        found["step"] = first
-        found["second order"] = {**second, "steps": round(second["ms"] / first["ms"], 2)}
-        found["second order"]["limit"] = SECOND[case["name"]]
+        found["step"] = first = figure(step, unit)
+        for backend in (None, "fused", "naive"):
+            second = figure(lambda backend=backend: penalty(backend), unit)
+            steps = {"steps": round(second["ms"] / first["ms"], 2), "limit": SECOND[case["name"]]}
+            found[f"second order {backend}"] = {**second, **steps}
     return found
 
 

@@ -4,7 +4,9 @@
 
 Peaks are those of CuPy's allocations during a call, results included, in units of 512 bytes.
 `forward` is compared with the output and lse, `backward` with the gradients in float32 once, delta
-and 64 MiB.
+and 64 MiB. `second_order` is a gradient of gradients in PyTorch, whose allocations count there. It
+is compared with the gradients and a tangent of the output in float32 once, the numbers of every
+query, and 64 MiB.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cupy
+import torch
 from figures import update as draw_figures
 
 import cuneigh
@@ -37,7 +40,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
     arguments = parser.parse_args()
     document: dict[str, Any] = {**provenance(cuda(0)), "heads": HEADS, "dim": DIM, "cases": []}
-    print(f"{'':28} tokens  forward MiB (allowed)  backward MiB (allowed)")
+    print(f"{'':28} tokens  forward, backward and second order: MiB (allowed)")
     for name, (layouts, window) in CASES.items():
         for tokens in layouts:
             for rpb in (False, True):
@@ -45,12 +48,11 @@ def main() -> None:
                 label = name + (", rpb" if rpb else "")
                 document["cases"].append({"case": label, "tokens": tokens, **figures})
                 mib = {key: value / MIB for key, value in figures.items()}
-                print(
-                    f"{label:26} {figures['queries']:8} {mib['forward']:8.1f} "
-                    f"({mib['forward_allowed']:8.1f}) {mib['backward']:8.1f} "
-                    f"({mib['backward_allowed']:8.1f})",
-                    flush=True,
+                columns = (
+                    f"{mib[name]:8.1f} ({mib[f'{name}_allowed']:8.1f})"
+                    for name in ("forward", "backward", "second_order")
                 )
+                print(f"{label:26} {figures['queries']:8} {' '.join(columns)}", flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
         draw_figures(arguments.output)
@@ -67,6 +69,7 @@ def measure(tokens: tuple[int, ...], window: tuple[int, ...], with_rpb: bool) ->
     backward = getattr(cuneigh, f"na{rank}d_backward")
     output, lse = forward(query, key, value, return_lse=True, **keywords)
     bias_bytes = keywords["rpb"].nbytes if with_rpb else 0
+    numbers_bytes = 8 * lse.nbytes  # lse, delta and their tangents, of which some are kept twice
     return {
         "queries": query.size // (HEADS * DIM),
         "forward": GpuClock().peak(lambda: forward(query, key, value, return_lse=True, **keywords)),
@@ -75,7 +78,32 @@ def measure(tokens: tuple[int, ...], window: tuple[int, ...], with_rpb: bool) ->
             lambda: backward(grad_output, query, key, value, output, lse, **keywords)
         ),
         "backward_allowed": 4 * 3 * query.size + bias_bytes + lse.nbytes + 64 * MIB,
+        "second_order": second_order(forward, shape, keywords),
+        "second_order_allowed": 4 * 4 * query.size + bias_bytes + numbers_bytes + 64 * MIB,
     }
+
+
+def second_order(forward: Any, shape: tuple[int, ...], keywords: dict[str, Any]) -> int:
+    """The peak of a gradient of gradients beyond what is there before."""
+    leaves = [
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)
+    ]
+    if "rpb" in keywords:
+        keywords = {**keywords, "rpb": torch.from_dlpack(keywords["rpb"]).requires_grad_()}
+        leaves.append(keywords["rpb"])
+    output = forward(*leaves[:3], **keywords)
+    gradients = torch.autograd.grad(output, leaves, torch.ones_like(output), create_graph=True)
+    ways = [torch.ones_like(leaf) for leaf in leaves]
+
+    def call() -> Any:
+        return torch.autograd.grad(gradients, leaves, ways, retain_graph=True)
+
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 if __name__ == "__main__":

@@ -32,7 +32,16 @@ from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import start_words
 from cuneigh._messages import shown
-from cuneigh._problem import ARRAYS, TANGENTS, JvpResults, Operands, Problem, Spec, of_what
+from cuneigh._problem import (
+    ARRAYS,
+    TANGENTS,
+    JvpResults,
+    OfResults,
+    Operands,
+    Problem,
+    Spec,
+    of_what,
+)
 
 KEPT = 4096
 """Calls that are kept, and programs."""
@@ -120,6 +129,9 @@ class Call:
         self.backend = backend
         self.results = tuple(results)
         """Of every result that the operation has; None where not wanted."""
+        self.follows = False
+        """Whether it is a backward whose `output` and `lse` are those of a forward of its operands,
+        and change as these do."""
         self.is_differentiated = False
         """Whether a call for the gradients is expected to follow."""
         self.starts: tuple[Any, ...] = ()
@@ -293,9 +305,9 @@ class Call:
 
     @cached_property
     def with_lse(self) -> Call:
-        """The call to make, of the operation ``forward``, if its gradient is to be called, too."""
+        """The call to make, of a forward or a jvp, if its gradient is to be called, too."""
         call = self._with_all_results(self.arguments, self.problem)
-        call.is_differentiated = True
+        call.is_differentiated = self.problem.operation == "forward"
         return call
 
     def gradient(self, given: tuple[bool, ...]) -> Call:
@@ -310,6 +322,7 @@ class Call:
             results = arrays.results if self.problem.operation == "forward" else ()
             names = (*self.arguments, *results, *compress(arrays.incoming, given))
             call = self._gradients[given] = self._with_all_results(names, self.problem.gradient)
+            call.follows = self.problem.operation == "forward"
         return call
 
     def _with_all_results(self, arguments: tuple[str, ...], problem: Problem) -> Call:
@@ -413,10 +426,12 @@ def rehearse(
 
 
 def taken(problem: Problem) -> tuple[str, ...]:
-    """The names of the arrays that a problem takes, without a gradient of lse."""
+    """The names of the arrays that a problem takes, without a gradient of lse and its tangent."""
     absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
     names = ARRAYS[problem.operation].arguments
-    return tuple(name for name in names if name != "grad_lse" and of_what(name) not in absent)
+    return tuple(
+        name for name in names if not name.endswith("grad_lse") and of_what(name) not in absent
+    )
 
 
 def forget() -> None:
@@ -457,6 +472,18 @@ def perform(
             tangents = Operands(*map(given.get, TANGENTS))
             wanted = JvpResults(*map(results.get, JvpResults._fields))
             backend.jvp(problem, operands, tangents, wanted, space)
+        case "hvp":
+            backend.hvp(
+                problem,
+                operands,
+                OfResults(given["output"], given["lse"]),
+                OfResults(given["grad_output"], given.get("grad_lse")),
+                Operands(*map(given.get, TANGENTS)),
+                OfResults(given.get("tangent_grad_output"), given.get("tangent_grad_lse")),
+                gradients,
+                OfResults(results["tangent_output"], results["tangent_lse"]),
+                space,
+            )
         case "qk":
             backend.qk(problem, operands, results["logits"], space)
         case "qk_backward":

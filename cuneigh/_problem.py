@@ -74,10 +74,20 @@ class JvpResults(NamedTuple):
     tangent_lse: Any = None
 
 
-Operation = Literal["forward", "backward", "jvp", "qk", "qk_backward", "av", "av_backward"]
+class OfResults(NamedTuple):
+    """An array for each result of attention: its gradients, say, or their tangents."""
+
+    output: Any = None
+    lse: Any = None
+
+
+Operation = Literal["forward", "backward", "jvp", "hvp", "qk", "qk_backward", "av", "av_backward"]
 
 TANGENTS = tuple(f"tangent_{name}" for name in DIFFERENTIATED)
 """What a jvp calls the directions in which it differentiates, in the order of the operands."""
+
+INCOMING = ("grad_output", "grad_lse")
+"""The gradients of the results, of which a backward makes those of the operands."""
 
 
 class Arrays(NamedTuple):
@@ -85,7 +95,10 @@ class Arrays(NamedTuple):
 
     arguments: tuple[str, ...]
     results: tuple[str, ...]
-    """A result of a backward has the name of the array that it is the gradient of."""
+    """A result of a backward has the name of the array that it is the gradient of.
+
+    One of an hvp has the name of the array whose gradient it is the tangent of.
+    """
     gradient: Operation | None = None
     """The operation that gives the gradients of this one; None for one that is itself derived."""
 
@@ -104,6 +117,15 @@ ARRAYS: dict[Operation, Arrays] = {
         ("query", "key", "additional_keys", "rpb", "key_mask"), ("logits",), "qk_backward"
     ),
     "jvp": Arrays((*Operands._fields, *TANGENTS), JvpResults._fields),
+    # How the results of a backward, and those of its forward, change where all their arguments do:
+    # a product with the Hessian of sum(grad_output * output) + sum(grad_lse * lse).
+    "hvp": Arrays(
+        (
+            *(*Operands._fields, "grad_output", "output", "lse", "grad_lse"),
+            *(*TANGENTS, "tangent_grad_output", "tangent_grad_lse"),
+        ),
+        (*DIFFERENTIATED, "tangent_output", "tangent_lse"),
+    ),
     "qk_backward": Arrays(
         ("query", "key", "additional_keys", "rpb", "key_mask", "grad_logits"),
         ("query", "key", "additional_keys", "rpb"),
@@ -120,6 +142,7 @@ OPTIONAL = frozenset(
     [
         *("additional_keys", "additional_values", "rpb", "key_mask", "grad_lse"),
         *("tangent_additional_keys", "tangent_additional_values", "tangent_rpb"),
+        *("tangent_grad_output", "tangent_grad_lse"),
     ]
 )
 """Arguments that need not be given; the tangent of one that is given must be, too."""
@@ -135,7 +158,7 @@ of the problem do not count then.
 
 def of_what(name: str) -> str:
     """The name of the array that `name` is the gradient or the tangent of, or `name` itself."""
-    return name.removeprefix("grad_").removeprefix("tangent_")
+    return name.removeprefix("tangent_").removeprefix("grad_")
 
 
 @dataclass(frozen=True)
@@ -329,17 +352,17 @@ class Problem:
         forward = 2 * self.batch * self.heads * self.visible_pairs() * dims
         if self.operation == "backward":
             return forward * 5 // 2
-        if self.operation == "jvp":
-            return forward * 3
+        if self.operation in ("jvp", "hvp"):
+            return forward * (3 if self.operation == "jvp" else 6)
         return forward * 2 if self.operation.endswith("_backward") else forward
 
     def bytes(self) -> int:
         """Compulsory memory traffic: every argument read once, every result written once.
 
-        A gradient of lse is not counted, for most calls have none.
+        A gradient of lse is not counted, for most calls have none, nor its tangent.
         """
         arguments, results, _ = ARRAYS[self.operation]
-        moved = [name for name in (*arguments, *results) if name != "grad_lse"]
+        moved = [name for name in (*arguments, *results) if not name.endswith("grad_lse")]
         specs = [self._specs.get(of_what(name)) for name in moved]
         return sum(size_of(spec) for spec in specs if spec is not None)
 

@@ -35,10 +35,10 @@ def problem_of(
     given = part, key_mask
     problem: Problem
     match operation:
-        case "forward" | "backward" | "jvp" if not window.kernel_size:
+        case "forward" | "backward" | "jvp" | "hvp" if not window.kernel_size:
             (is_causal,) = window.is_causal
             problem = dense_problem(call, operation, query, key, value, is_causal, scale, key_mask)
-        case "forward" | "backward" | "jvp":
+        case "forward" | "backward" | "jvp" | "hvp":
             extra = additional_keys, additional_values
             problem = attention_problem(
                 call, operation, query, key, value, window, scale, *extra, rpb, *given
@@ -120,7 +120,7 @@ def kept(build: Callable[..., Problem]) -> Callable[..., Problem]:
 @kept
 def attention_problem(
     call: str,
-    operation: Literal["forward", "backward", "jvp"],
+    operation: Literal["forward", "backward", "jvp", "hvp"],
     query: Spec,
     key: Spec,
     value: Spec,

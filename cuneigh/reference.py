@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cuneigh._problem import DIFFERENTIATED, JvpResults, Operands, Problem
+from cuneigh._problem import DIFFERENTIATED, JvpResults, OfResults, Operands, Problem
 from cuneigh._window import Axis, Promise
 
 Floats = npt.NDArray[np.float64]
@@ -171,6 +171,69 @@ def jvp(problem: Problem, operands: Operands, tangents: Operands) -> JvpResults:
             "ns,nsd->nd", d_weights, values
         ) + np.einsum("ns,nsd->nd", weights, d_values)
     return made
+
+
+@_quiet
+def hvp(
+    problem: Problem,
+    operands: Operands,
+    incoming: OfResults,
+    tangents: Operands,
+    tangents_incoming: OfResults,
+) -> tuple[Operands, OfResults]:
+    """How the gradients of `backward`, and the results of `forward`, change along tangents.
+
+    `incoming` are the gradients of the results that `backward` takes; None stands for zeros there
+    and in `tangents_incoming`. It is a product with the Hessian of `sum(incoming * results)` as a
+    function of the operands and `incoming`. With `dS` the change of the logits, that of the weights
+    is `dP = P (dS - dlse)`; the rest is the product rule.
+    """
+    made = OfResults(np.zeros(problem.output.shape), np.zeros(problem.lse.shape))
+    if problem.is_empty:
+        return _zeros(problem), made
+    slots = window_slots(problem, operands)
+    rows, directions = _rows(problem, operands), _rows(problem, tangents)
+    gradients = _rows(problem, _zeros(problem))
+    of_output, of_lse = (
+        [
+            _flat(_wide(problem, np.zeros(shape) if array is None else array.reshape(shape)))
+            for array in arrays
+        ]
+        for shape, arrays in (
+            (problem.output.shape, (incoming.output, tangents_incoming.output)),
+            ((*problem.lse.shape, 1), (incoming.lse, tangents_incoming.lse)),
+        )
+    )
+    for b, h, kv in _heads(problem):
+        head, direction = rows.head(b, h, kv), directions.head(b, h, kv)
+        gradient, visible = gradients.head(b, h, kv), slots.visible[b]
+        weights, _, seen = _softmax(_logits(problem, slots, visible, head), visible)
+        values, d_values = (_gather(of.values, slots.row, seen) for of in (head, direction))
+        d_logits = _logits_tangent(problem, slots, head, seen, direction)
+        d_lse = (weights * d_logits).sum(-1, keepdims=True)
+        d_weights = np.where(seen, weights * (d_logits - d_lse), 0.0)
+        output = np.einsum("ns,nsd->nd", weights, values)
+        d_output = np.einsum("ns,nsd->nd", d_weights, values)
+        d_output += np.einsum("ns,nsd->nd", weights, d_values)
+
+        # The gradients of the output, the weights and the logits, and how they change
+        grad, d_grad = (array[b, :, h] for array in of_output)
+        grad_lse, d_grad_lse = (array[b, :, h] for array in of_lse)
+        of_weights = np.einsum("nd,nsd->ns", grad, values) + grad_lse
+        of_weights -= (grad * output).sum(-1, keepdims=True)
+        d_of_weights = np.einsum("nd,nsd->ns", d_grad, values) + d_grad_lse
+        d_of_weights += np.einsum("nd,nsd->ns", grad, d_values)
+        d_of_weights -= (d_grad * output + grad * d_output).sum(-1, keepdims=True)
+        of_logits = np.where(seen, weights * of_weights, 0.0)
+        d_of_logits = np.where(seen, d_weights * of_weights + weights * d_of_weights, 0.0)
+
+        _logits_backward(problem, slots, head, seen, d_of_logits, gradient)
+        _products_backward(problem, slots, direction, seen, of_logits, gradient)
+        terms = d_weights[..., None] * grad[:, None] + weights[..., None] * d_grad[:, None]
+        _scatter(gradient.values, slots.row, seen, terms)
+        _flat(made.output)[b, :, h] = d_output
+        _flat(made.lse[..., None])[b, :, h] = d_lse
+    return _operands(problem, gradients), made
 
 
 @_quiet
@@ -328,12 +391,19 @@ def _logits_backward(
     problem: Problem, slots: Slots, head: Rows, seen: Booleans, d_logits: Wide, gradient: Rows
 ) -> None:
     """Add to `gradient` what `d_logits`, which is 0 where not `seen`, means for the operands."""
-    keys = _gather(head.keys, slots.row, seen)
-    gradient.query[...] = problem.scale * np.einsum("ns,nsd->nd", d_logits, keys)
-    terms = problem.scale * d_logits[..., None] * head.query[:, None]
-    _scatter(gradient.keys, slots.row, seen, terms)
+    _products_backward(problem, slots, head, seen, d_logits, gradient)
     if slots.offset is not None:
         np.add.at(gradient.bias, slots.offset, d_logits[:, : problem.window_size])
+
+
+def _products_backward(
+    problem: Problem, slots: Slots, head: Rows, seen: Booleans, d_logits: Wide, gradient: Rows
+) -> None:
+    """The same for queries and keys alone."""
+    keys = _gather(head.keys, slots.row, seen)
+    gradient.query[...] += problem.scale * np.einsum("ns,nsd->nd", d_logits, keys)
+    terms = problem.scale * d_logits[..., None] * head.query[:, None]
+    _scatter(gradient.keys, slots.row, seen, terms)
 
 
 def _softmax(logits: Wide, visible: Booleans) -> tuple[Wide, Wide, Booleans]:

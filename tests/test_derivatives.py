@@ -17,6 +17,7 @@ from hypothesis import given, settings
 
 import cuneigh
 from cuneigh import reference
+from cuneigh._backends import cpu
 from cuneigh._problem import Spec
 
 torch = pytest.importorskip("torch")
@@ -178,6 +179,71 @@ def test_tangents_are_those_of_the_oracle(device, problem, rng):
     for array, other, wanted in zip((*results, *turned), (*results, *eager), (*made,), strict=True):
         assert torch.equal(array, other)
         np.testing.assert_allclose(own.numpy(array), wanted, rtol=1e-9, atol=1e-9)
+
+
+OPERATIONS = ("forward", "backward", "jvp", "hvp", "qk", "qk_backward", "av", "av_backward")
+
+
+@pytest.fixture
+def operations(monkeypatch):
+    """What the CPU backend is asked for."""
+    asked = []
+
+    def asking(name, compute):
+        return lambda *given: (asked.append(name), compute(*given))
+
+    for name in OPERATIONS:
+        monkeypatch.setattr(cpu, name, asking(name, getattr(cpu, name)))
+    return asked
+
+
+def change_of(jvp, function):
+    """A mean-flow loss of `function`."""
+
+    def loss(query):
+        mean, change = jvp(function, (query,), (query,))
+        return ((mean - change) ** 2).sum()
+
+    return loss
+
+
+def test_second_order_holds_no_logits_in_pytorch(operations):
+    def function(query):
+        return cuneigh.na1d(query, query * 2, query, 3)
+
+    def energy(query):
+        return function(query).sin().sum()
+
+    query = torch.randn(1, 6, 1, 2, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(energy(query), query, create_graph=True)
+    torch.autograd.grad(gradient.square().sum(), query)
+    assert sorted(operations) == ["backward", "backward", "forward", "hvp"]
+    for second in (
+        torch.func.hessian(energy),
+        torch.func.grad(change_of(torch.func.jvp, function)),
+    ):
+        operations.clear()
+        second(query)
+        assert "hvp" in operations
+        assert set(operations) <= {"forward", "backward", "jvp", "hvp"}
+
+
+def test_second_order_holds_no_logits_in_jax(operations):
+    def function(query):
+        return cuneigh.na1d(query, query * 2, query, 3)
+
+    def energy(query):
+        return jnp.sin(function(query)).sum()
+
+    (query,) = of_jax(1, np.float32)
+    for second in (
+        jax.hessian(energy),
+        jax.grad(change_of(jax.jvp, function)),
+    ):
+        operations.clear()
+        jax.block_until_ready(jax.jit(second)(query))
+        assert "hvp" in operations
+        assert set(operations) <= {"forward", "backward", "jvp", "hvp"}
 
 
 def test_dead_rows_have_finite_derivatives():

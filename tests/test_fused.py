@@ -23,6 +23,7 @@ from cuneigh._backends import fused
 from cuneigh._backends.fused import launch
 from cuneigh._backends.fused import plan as fused_plan
 from cuneigh._backends.fused.choice import choose_plan, predicted_ms
+from cuneigh._backends.fused.passes import passes
 from cuneigh._backends.fused.small import launch as small_launch
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._backends.fused.small.plan import SmallPlan
@@ -93,7 +94,7 @@ DEVICES = [_device.of_capability(capability) for capability in CAPABILITIES]
 @given(problem=supported(), device=st.sampled_from(DEVICES))
 def test_a_plan_fits_the_kernel(problem, device):
     assume(fused.unsupported(problem, device) is None)
-    for pass_ in fused_plan.passes(problem):
+    for pass_ in passes(problem):
         plan = fused_plan.make_plan(problem, device, pass_)
         area = plan.area
         assert area in fused_plan.areas(problem, device, pass_)
@@ -122,7 +123,7 @@ def test_a_head_that_is_shared_is_walked_for_all_that_share_it():
 
 @given(problem=supported(most_tokens=60), data=st.data())
 def test_the_plan_is_the_cheapest_of_all_candidates(problem, data):
-    pass_ = data.draw(st.sampled_from(fused_plan.passes(problem)))
+    pass_ = data.draw(st.sampled_from(passes(problem)))
     area = data.draw(st.sampled_from(fused_plan.areas(problem, H200, pass_)))
     costs = [
         fused_plan.cost(problem, candidate, pass_)

@@ -32,6 +32,9 @@ COMPILED = {
 }
 
 
+FIRST_ORDER = tuple(each for each in get_args(Operation) if each != "hvp")
+
+
 def device_of(arch: str) -> Device:
     return of_capability(divmod(int(arch.removeprefix("sm_")), 10))
 
@@ -44,9 +47,10 @@ def problems(
     rpb_dtype: str | None = None,
     additional: int | None = None,
     length: int = 1,
+    operations: Iterable[Operation] = FIRST_ORDER,
 ) -> Iterator[Problem]:
-    """Every operation."""
-    for rank, operation in itertools.product(ranks, get_args(Operation)):
+    """Every operation, but for those of second order unless they are among `operations`."""
+    for rank, operation in itertools.product(ranks, operations):
         yield Problem(
             operation=operation,
             dtype=dtype,
@@ -127,6 +131,13 @@ def test_kernels_of_other_dimensions_compile(
     assert_no_spills(of, "sm_90", module_cache)
 
 
+@needs_nvrtc
+def test_kernels_of_second_order_compile(module_cache: Path) -> None:
+    """Which hold twice as many vectors as others: those with the most registers."""
+    of = problems("bfloat16", [3], rpb_dtype="bfloat16", additional=1, operations=["hvp"])
+    assert_no_spills(of, "sm_75", module_cache)
+
+
 # The kernels around the batched products hold little; the longest rows of logits are their most.
 
 
@@ -165,7 +176,8 @@ def test_all_headers_can_be_included_together(order: int, tmp_path: Path) -> Non
 
 def test_every_source_is_compiled() -> None:
     """There is no `.cu` that no backend names."""
-    full = [*problems("float16", [3], rpb_dtype="float16", additional=1)]
+    every = get_args(Operation)
+    full = [*problems("float16", [3], rpb_dtype="float16", additional=1, operations=every)]
     plain = [*problems("float16", [1], length=32), *problems("float16", [1], head_dim=128)]
     kernels = {
         kernel.name

@@ -98,8 +98,8 @@ struct Row {
 
 // The vector of the token that a group works on, kept in registers for its products with the
 // vectors of many neighbors. If kWide, it may be longer than a Row, and what a Row does not hold is
-// read for each product.
-template <typename Row, bool kWide>
+// read for each product, one Row at a time if kTight: the kernel has no registers for more.
+template <typename Row, bool kWide, bool kTight = false>
 struct Held {
   using Element = typename Row::Element;
   using Number = typename Row::Number;
@@ -114,11 +114,17 @@ struct Held {
   __device__ Number dot(const Row& first, const Element* other) const {
     Number sum = row.dot(first);
     if constexpr (kWide) {
-      for (int begin = Row::kCapacity; begin < size; begin += Row::kCapacity) {
+      auto add = [&](int begin) {
         Row mine, others;
         mine.load(data + begin, size - begin);
         others.load(other + begin, size - begin);
         sum += mine.dot(others);
+      };
+      if constexpr (kTight) {
+#pragma unroll 1
+        for (int begin = Row::kCapacity; begin < size; begin += Row::kCapacity) add(begin);
+      } else {
+        for (int begin = Row::kCapacity; begin < size; begin += Row::kCapacity) add(begin);
       }
     }
     return sum;

@@ -54,20 +54,6 @@ struct BackwardSmem {
   Tables<Plan> tables;
 };
 
-// Rounds a warp's sums [kRowTiles * 16, kDim] times a factor to shared memory, on their way out.
-template <int kDim, int kRowTiles, typename Element>
-__device__ void round_rows(const float (&sum)[kRowTiles][kDim / 8][4], float factor, int lane,
-                           Element (*rows_smem)[kVectorPitch<Element, kDim>]) {
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        store_pair(element_of(rows_smem, m * 16 + half * 8 + lane / 4, d * 8 + lane % 4 * 2),
-                   sum[m][d][2 * half] * factor, sum[m][d][2 * half + 1] * factor);
-}
-
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     backward(const FusedProblem<Plan::kRank> problem, const BackwardArguments<Plan> arguments) {

@@ -55,9 +55,16 @@ struct ColumnCopy {
   }
 };
 
-// Copies both vectors of all columns of a box. Everything that is read of shared memory is read
-// before the first copy: behind copies a read would wait for long.
-template <typename Plan, typename Element>
+// The element of `moved` that lies there as `element` lies in `view`.
+template <typename Element, int kRank>
+__device__ const Element* like(const Element* element, const View<const Element, kRank>& view,
+                               const View<const Element, kRank>& moved) {
+  return moved.data + (element - view.data);
+}
+
+// Copies both vectors of all columns of a box, or the first ones alone unless kVo. Everything that
+// is read of shared memory is read before the first copy: behind copies a read would wait for long.
+template <typename Plan, bool kVo = true, typename Element>
 __device__ void load_columns(const FusedProblem<Plan::kRank>& problem,
                              const ColumnBox<Plan>& columns, const Tables<Plan>& tables, int thread,
                              Element (*qk_smem)[kVectorPitch<Element, Plan::kHeadDim>],
@@ -74,11 +81,12 @@ __device__ void load_columns(const FusedProblem<Plan::kRank>& problem,
     qk_offset[pass] = offsets[QkCopy::slot(pass, thread)].qk;
 #pragma unroll
   for (int pass = 0; pass < VoCopy::kPasses; ++pass)
-    vo_offset[pass] = offsets[VoCopy::slot(pass, thread)].vo;
+    if (kVo) vo_offset[pass] = offsets[VoCopy::slot(pass, thread)].vo;
   QkCopy::template run<Plan::kKeyBytes, Plan::kKeyExact>(first_qk, qk_offset, present,
                                                          problem.head_dim, thread, qk_smem);
-  VoCopy::template run<Plan::kValueBytes, Plan::kValueExact>(first_vo, vo_offset, present,
-                                                             problem.value_dim, thread, vo_smem);
+  if constexpr (kVo)
+    VoCopy::template run<Plan::kValueBytes, Plan::kValueExact>(first_vo, vo_offset, present,
+                                                               problem.value_dim, thread, vo_smem);
 }
 
 }  // namespace cuneigh::fused

@@ -50,13 +50,6 @@ struct JvpSmem {
   Tables<Plan> tables;
 };
 
-// The element of `moved` that lies there as `element` lies in `view`.
-template <typename Element, int kRank>
-__device__ const Element* like(const Element* element, const View<const Element, kRank>& view,
-                               const View<const Element, kRank>& moved) {
-  return moved.data + (element - view.data);
-}
-
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     jvp(const FusedProblem<Plan::kRank> problem, const JvpArguments<Plan> arguments) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fused/column_copies.cuh"
+#include "fused/mma.cuh"
 
 namespace cuneigh::fused {
 
@@ -37,6 +38,20 @@ __device__ void multiply_by_sign(const FusedProblem<Plan::kRank>& problem,
     element = convert<Element>(float(problem.sign) * convert<float>(element));
   }
   __syncwarp();
+}
+
+// Rounds a warp's sums [kRowTiles * 16, kDim] times a factor to shared memory, on their way out.
+template <int kDim, int kRowTiles, typename Element>
+__device__ void round_rows(const float (&sum)[kRowTiles][kDim / 8][4], float factor, int lane,
+                           Element (*rows_smem)[kVectorPitch<Element, kDim>]) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        store_pair(element_of(rows_smem, m * 16 + half * 8 + lane / 4, d * 8 + lane % 4 * 2),
+                   sum[m][d][2 * half] * factor, sum[m][d][2 * half + 1] * factor);
 }
 
 // Writes kRows rows [kRows, kDim] from shared memory, in the widest packets that the alignment

@@ -9,20 +9,12 @@
 // blockIdx.x: a box of queries of one batch and head; blockIdx.y: a slice of value_dim.
 
 #include "cuneigh/layout.cuh"
+#include "cuneigh/operands.cuh"
 #include "cuneigh/row.cuh"
 #include "cuneigh/row_plan.cuh"
 #include "cuneigh/softmax.cuh"
 
 namespace cuneigh::naive {
-
-// The operands of attention, or their tangents.
-template <typename Plan>
-struct Operands {
-  ConstView<Plan> query, key;                          // [batch, x1..xr, heads, head_dim]
-  ConstView<Plan> value;                               // [batch, x1..xr, kv_heads, value_dim]
-  ConstView<Plan> additional_keys, additional_values;  // [batch, n, kv_heads, dim], or null
-  BiasView<Plan> rpb;                                  // [heads, 2 K - 1, ..], or null
-};
 
 template <typename Plan>
 struct JvpArguments : KeyMask<Plan> {

@@ -9,6 +9,7 @@
 #include "cuneigh/row.cuh"
 #include "cuneigh/row_plan.cuh"
 #include "cuneigh/softmax.cuh"
+#include "sums/rpb.cuh"
 
 namespace cuneigh::sums {
 
@@ -33,45 +34,16 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   constexpr int kRank = Plan::kRank;
   constexpr unsigned kGroups = Plan::kThreads / Plan::kLanes;
 
-  // This block's head, element and share
-  unsigned elements = 1;
-#pragma unroll
-  for (int r = 0; r < kRank; ++r) elements *= 2 * problem.axes[r].kernel_size - 1;
-  const unsigned shares = gridDim.x / (problem.heads * elements);
-  const unsigned share = blockIdx.x % shares;
-  const unsigned head_and_element = blockIdx.x / shares;
-  const int head = head_and_element / elements;
-  const int kv_head = head / problem.group_size;
-  int element[kRank], relative[kRank];  // key less query is `relative`
-  unsigned rest = head_and_element % elements;
-#pragma unroll
-  for (int r = kRank - 1; r >= 0; --r) {
-    const int extent = 2 * problem.axes[r].kernel_size - 1;
-    element[r] = rest % extent;
-    relative[r] = element[r] - (problem.axes[r].kernel_size - 1);
-    rest /= extent;
-  }
+  const BiasElement<kRank> element(problem);
+  const int head = element.head;
 
   Number sum = 0;
   for (int batch = 0; batch < problem.batch; ++batch) {
     for_each_token(
-        problem, share * kGroups + Lanes::index(), shares * kGroups,
+        problem, element.share * kGroups + Lanes::index(), element.shares * kGroups,
         [&](const int (&token)[kRank]) {
-          // The key at this relative position, if the query sees it
           int key_token[kRank], offset[kRank];
-#pragma unroll
-          for (int r = 0; r < kRank; ++r) {
-            const Axis& axis = problem.axes[r];
-            const int index = token[r] / axis.dilation, group = token[r] % axis.dilation;
-            const Range window = axis.window(index, group);
-            const int key_index = index + relative[r] - axis.shift(group);
-            if (key_index < window.begin || key_index >= window.end) return;
-            const int key_group = axis.key_group(group), turned = axis.turned(key_index);
-            if (Axis::kIsPart && turned >= axis.key_group_length(key_group)) return;
-            key_token[r] = axis.token({key_group, turned});
-            offset[r] = key_index - window.begin;
-            if (Axis::kIsPart) offset[r] = key_index - axis.unclipped(index, group).begin;
-          }
+          if (!element.find_key(problem, token, key_token, offset)) return;
           if (arguments.hides(batch, key_token)) return;
 
           if constexpr (Plan::kStored) {
@@ -84,11 +56,11 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
                 arguments.grad_output.at(batch, token, head), problem.value_dim);
             // S = scale Q K^T + bias, dP = dO V^T
             const Number product =
-                Lanes::sum(query.dot(arguments.key.at(batch, key_token, kv_head)));
+                Lanes::sum(query.dot(arguments.key.at(batch, key_token, element.kv_head)));
             const Number grad_weight =
-                Lanes::sum(grad_output.dot(arguments.value.at(batch, key_token, kv_head)));
+                Lanes::sum(grad_output.dot(arguments.value.at(batch, key_token, element.kv_head)));
             const Number logit = Number(problem.scale) * product +
-                                 convert<Number>(*arguments.rpb.at(0, element, head));
+                                 convert<Number>(*arguments.rpb.at(0, element.index, head));
             // P = exp(S - lse), dS = P (dP - delta)
             const Number lse = finite_lse(*arguments.lse.at(batch, token, head));
             sum +=
@@ -98,9 +70,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   }
 
   sum = block_sum<Plan::kThreads, Plan::kLanes>(sum);
-  if (threadIdx.x == 0)
-    arguments.shares.data[(unsigned long long)share * problem.heads * elements + head_and_element] =
-        sum;
+  if (threadIdx.x == 0) arguments.shares.data[element.place(problem)] = sum;
 }
 
 }  // namespace cuneigh::sums

@@ -27,7 +27,7 @@ from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program
 from cuneigh._jit import Kernel
 from cuneigh._messages import shown
-from cuneigh._problem import JvpResults, Operands, Operation, Problem
+from cuneigh._problem import JvpResults, OfResults, Operands, Operation, Problem
 from cuneigh._window import Promise
 
 
@@ -111,6 +111,25 @@ class Backend(Protocol):
     ) -> None:
         """Fill every array of `results`; `tangents` has one for each operand."""
 
+    def hvp(
+        self,
+        problem: Problem,
+        operands: Operands,
+        results: OfResults,
+        incoming: OfResults,
+        tangents: Operands,
+        tangents_incoming: OfResults,
+        gradients: Operands,
+        tangents_of_results: OfResults,
+        space: Any,
+        /,
+    ) -> None:
+        """Fill `gradients`, with the tangents of a backward's, and `tangents_of_results`.
+
+        `results` are those of the forward and `incoming` their gradients, of which that of lse may
+        be None. So may either of `tangents_incoming`, where it is 0.
+        """
+
     def qk(self, problem: Problem, operands: Operands, logits: Any, space: Any, /) -> None:
         """Fill `logits`."""
 
@@ -147,8 +166,11 @@ class Backend(Protocol):
 BackendName = Literal["hopper", "fused", "naive", "gemm", "cpu"]
 """The names of the backends, for type checkers."""
 
-# `hopper` and `fused` lack the functions of the operations that their `unsupported` refuses.
-BACKENDS: tuple[Backend, ...] = (cast(Backend, hopper), cast(Backend, fused), naive, gemm, cpu)
+# `hopper`, `fused` and `gemm` lack functions: of the operations that their `unsupported` refuses.
+BACKENDS: tuple[Backend, ...] = (
+    *(cast(Backend, hopper), cast(Backend, fused), naive),
+    *(cast(Backend, gemm), cpu),
+)
 
 
 def settings() -> tuple[object, ...]:

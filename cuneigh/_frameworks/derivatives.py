@@ -1,11 +1,19 @@
 """How the operations are differentiated, whatever the framework: by one another.
 
-The tangent of a forward is a jvp and its gradient a backward, which have kernels of their own. The
-unfused operations are products: of queries and keys, of weights and values, and of weights and
+The tangent of a forward is a jvp and its gradient a backward. The derivative of either, which is of
+second order, is an hvp: a product with the Hessian of `sum(grad_output * output) + sum(grad_lse *
+lse)` as a function of the operands and of both gradients. That is symmetric, so that the hvp is
+what the backward changes by, and what comes back from it. All of these have kernels of their own.
+
+The unfused operations are products: of queries and keys, of weights and values, and of weights and
 queries. A derivative of a product is a sum of products, so that they are differentiated by one
-another, to any order. What a backward and a jvp compute, `composed` computes of unfused operations,
-and the framework differentiates that. So derivatives of second order have arrays of the size of the
-logits in memory, in float32 at least.
+another, to any order. What remains, the tangent of a jvp and the derivatives of an hvp, `composed`
+computes of unfused operations, and the framework differentiates that, with arrays of the size of
+the logits in memory, in float32 at least.
+
+A backward that follows from a forward is a function of the operands and of the gradients alone. One
+that a user calls is a function of `output` and `lse` as well (`Calculus.apply` makes none such);
+`composed` computes it of a forward and a backward that follows from that.
 
 Arrays go by name, as in `ARRAYS`; what is absent, or None, was not given, is not wanted or is zero.
 """
@@ -17,12 +25,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cuneigh._problem import ARRAYS, DIFFERENTIATED, Operands, Problem, Spec, of_what
+from cuneigh._problem import (
+    ARRAYS,
+    DIFFERENTIATED,
+    INCOMING,
+    OfResults,
+    Operands,
+    Operation,
+    Problem,
+    Spec,
+)
 
 Named = Mapping[str, Any]
 
-COMPOSED = ("backward", "jvp")
-"""The operations that a framework differentiates as what `composed` makes of them."""
+
+def is_composed(operation: Operation, follows: bool, *, forwards: bool) -> bool:
+    """Whether a framework differentiates an operation as what `composed` makes of it.
+
+    `follows` says that it is a backward which follows from its forward, `forwards` that tangents
+    are asked for and not gradients.
+    """
+    if operation == "backward":
+        return not follows
+    return operation == "hvp" or (operation == "jvp" and forwards)
 
 
 class Apply(Protocol):
@@ -70,6 +95,11 @@ def tangents_of(
         given = {**arrays, **results, **directions}
         made = apply(problem.but("jvp"), given, ("tangent_output", "tangent_lse"))
         return {name: made[f"tangent_{name}"] for name in ("output", "lse")}
+    if operation == "backward":
+        if not any(tangents.get(name) is not None for name in DIFFERENTIATED):
+            changed = {name: tangents.get(name) for name in INCOMING}
+            return apply(problem, {**arrays, **changed, **filled(problem, changed, INCOMING[:1])})
+        return hvp(problem, arrays, tangents, calculus)
     if operation == "qk":
         return {"logits": _logits(problem, arrays, tangents, calculus)}
     if operation == "av":
@@ -100,12 +130,56 @@ def gradients_of(
     if operation == "av":
         (grad_output,) = incoming.values()
         return calculus.apply(problem.but("av_backward"), {**arrays, "grad_output": grad_output})
+    if operation == "jvp":
+        tangents = {
+            name: gradient
+            for name in OfResults._fields
+            if (gradient := incoming.get(f"tangent_{name}")) is not None
+        }
+        made = {}
+        if tangents:
+            made = gradients_of(problem.but("forward"), arrays, results, tangents, calculus)
+        back = {f"tangent_{name}": gradient for name, gradient in made.items()}
+        return {**back, **gradients_of_operands(problem, arrays, results, incoming, calculus)}
+    if operation == "backward":
+        made = hvp(problem, arrays, incoming, calculus)
+        back = {f"grad_{name}": made[f"tangent_{name}"] for name in OfResults._fields}
+        return {**made, **back}
     (name,) = (name for name in arrays if name.startswith("grad_"))
     if operation == "qk_backward":
         back = _logits(problem, arrays, incoming, calculus)
     else:
         back = _output(problem, arrays, incoming, calculus)
     return {name: back, **_crossed(problem, arrays, name, incoming, calculus)}
+
+
+def gradients_of_operands(
+    problem: Problem, arrays: Named, results: Named, incoming: Named, calculus: Calculus
+) -> dict[str, Any]:
+    """The gradients of the operands of a jvp, as `gradients_of` has them.
+
+    The product of its tangents with `incoming` is that of the gradients, by a backward, with the
+    tangents of the operands; so they are how these gradients change along those.
+    """
+    of_results, of_tangents = (
+        {f"grad_{name}": incoming.get(f"{prefix}{name}") for name in OfResults._fields}
+        for prefix in ("", "tangent_")
+    )
+    given = {**arrays, **{name: results[name] for name in OfResults._fields}}
+    if all(gradient is None for gradient in of_tangents.values()):
+        of_results |= calculus.filled(problem, of_results, INCOMING[:1])
+        return calculus.apply(problem.but("backward"), {**given, **of_results})
+    given |= {**of_tangents, **calculus.filled(problem, of_tangents, INCOMING[:1])}
+    directions = {name: arrays.get(f"tangent_{name}") for name in DIFFERENTIATED}
+    return hvp(problem, given, {**directions, **of_results}, calculus)
+
+
+def hvp(problem: Problem, arrays: Named, moved: Named, calculus: Calculus) -> dict[str, Any]:
+    """The results of an hvp at the arguments of a backward, some of which move."""
+    directions = calculus.filled(problem, moved, DIFFERENTIATED)
+    directions |= {name: moved[name] for name in INCOMING if moved.get(name) is not None}
+    given = {f"tangent_{name}": array for name, array in directions.items()}
+    return calculus.apply(problem.but("hvp"), {**arrays, **given})
 
 
 def _logits(problem: Problem, arrays: Named, moved: Named, calculus: Calculus) -> Any:
@@ -162,34 +236,43 @@ def _sums(a: Named, b: Named) -> dict[str, Any]:
 
 
 def composed(problem: Problem, arrays: Named, calculus: Calculus) -> dict[str, Any]:
-    """What a backward or a jvp computes, of unfused operations in float32 at least."""
-    compose = _backward if problem.operation == "backward" else _jvp
+    """What an operation computes, of operations that the framework can differentiate."""
+    compose = {"backward": _backward, "jvp": _jvp, "hvp": _unfused_hvp}[problem.operation]
     made = compose(problem, arrays, calculus)
     return {
-        name: calculus.cast(array, problem.spec(of_what(name)).dtype)
+        name: calculus.cast(array, problem.spec(name).dtype)
         for name, array in made.items()
         if array is not None
     }
 
 
 def _backward(problem: Problem, arrays: Named, calculus: Calculus) -> dict[str, Any]:
-    """With the output and the lse as they are given, of which the gradients are functions, too."""
-    unfused = _Unfused(problem, arrays, calculus)
-    grad_output = unfused.wide["grad_output"]
-    delta = (grad_output * unfused.wide["output"]).sum(-1)
-    if unfused.wide.get("grad_lse") is not None:
-        delta = delta - unfused.wide["grad_lse"]
-    weights = unfused.weights(arrays["lse"])
-    grad_weights = unfused.products(grad_output)
-    grad_logits = weights * (grad_weights - delta[..., None])
-    made = calculus.apply(
-        unfused.logits.but("qk_backward"), {**unfused.wide, "grad_logits": grad_logits}
-    )
-    of_values = calculus.apply(
-        unfused.sums.but("av_backward"),
-        {**unfused.wide, "weights": weights, "grad_output": grad_output},
-    )
-    return {**made, **{name: of_values[name] for name in of_values if name != "weights"}}
+    """A backward with any `output` and `lse`, of which the gradients are functions, too.
+
+    By another lse all weights of a row are `ratio` times those of the forward.
+    """
+    forward = calculus.apply(problem.but("forward"), arrays)
+    given = {
+        name: None if array is None else calculus.cast(array, problem.accumulator)
+        for name, array in arrays.items()
+        if name in (*INCOMING, *OfResults._fields)
+    }
+    output = calculus.cast(forward["output"], problem.accumulator)
+    ratio = _exponentials(forward["lse"], given["lse"], calculus)
+    grad_output = ratio[..., None] * given["grad_output"]
+    grad_lse = (grad_output * (output - given["output"])).sum(-1)
+    if given.get("grad_lse") is not None:
+        grad_lse = grad_lse + ratio * given["grad_lse"]
+    incoming = {
+        "grad_output": calculus.cast(grad_output, problem.dtype),
+        "grad_lse": grad_lse,
+    }
+    return calculus.apply(problem, {**arrays, **forward, **incoming})
+
+
+def _exponentials(logits: Any, lse: Any, calculus: Calculus) -> Any:
+    """Those of `logits` less `lse`; all 0 where that is -inf."""
+    return calculus.xp.exp(logits - calculus.xp.where(lse == -math.inf, math.inf, lse))
 
 
 def _jvp(problem: Problem, arrays: Named, calculus: Calculus) -> dict[str, Any]:
@@ -203,6 +286,57 @@ def _jvp(problem: Problem, arrays: Named, calculus: Calculus) -> dict[str, Any]:
     moved["weights"] = grown - weights * tangent_lse[..., None]
     given = {**unfused.wide, "weights": weights}
     tangent_output = _output(unfused.sums, given, moved, calculus)
+    return {**made, "tangent_output": tangent_output, "tangent_lse": tangent_lse}
+
+
+def _unfused_hvp(problem: Problem, arrays: Named, calculus: Calculus) -> dict[str, Any]:
+    """By the formulas of ``cuneigh.reference.hvp``."""
+    unfused = _Unfused(problem, arrays, calculus)
+    wide = unfused.wide
+    moved = {name: wide.get(f"tangent_{name}") for name in (*DIFFERENTIATED, *INCOMING)}
+    weights = unfused.weights(arrays["lse"])
+    grown = weights * _logits(unfused.logits, wide, moved, calculus)
+    tangent_lse = grown.sum(-1)
+    tangent_weights = grown - weights * tangent_lse[..., None]
+    tangent_output = _output(
+        unfused.sums,
+        {**wide, "weights": weights},
+        {**moved, "weights": tangent_weights},
+        calculus,
+    )
+
+    grad_output, grad_tangent = wide["grad_output"], moved["grad_output"]
+    delta = (grad_output * wide["output"]).sum(-1)
+    tangent_delta = (grad_output * tangent_output).sum(-1)
+    of_values = unfused.products(grad_output, moved)
+    if grad_tangent is not None:
+        tangent_delta = tangent_delta + (grad_tangent * wide["output"]).sum(-1)
+        of_values = of_values + unfused.products(grad_tangent, wide)
+    if wide.get("grad_lse") is not None:
+        delta = delta - wide["grad_lse"]
+    if moved["grad_lse"] is not None:
+        tangent_delta = tangent_delta - moved["grad_lse"]
+    grad_weights = unfused.products(grad_output, wide) - delta[..., None]
+    grad_logits = weights * grad_weights
+    tangent_logits = tangent_weights * grad_weights + weights * (
+        of_values - tangent_delta[..., None]
+    )
+
+    def products_of(problem: Problem, operands: Named, **factors: Any) -> dict[str, Any]:
+        made = calculus.apply(problem, {**operands, "key_mask": wide.get("key_mask"), **factors})
+        return {name: made[name] for name in made if name != "weights"}
+
+    of_logits = unfused.logits.but("qk_backward")
+    unbiased = unfused.logits.but("qk_backward", rpb_dtype=None)
+    of_sums = unfused.sums.but("av_backward")
+    made = _sums(
+        products_of(of_logits, wide, grad_logits=tangent_logits),
+        products_of(unbiased, {**moved, "rpb": None}, grad_logits=grad_logits),
+    )
+    made |= products_of(of_sums, wide, weights=tangent_weights, grad_output=grad_output)
+    if grad_tangent is not None:
+        more = products_of(of_sums, wide, weights=weights, grad_output=grad_tangent)
+        made = _sums(made, more)
     return {**made, "tangent_output": tangent_output, "tangent_lse": tangent_lse}
 
 
@@ -222,18 +356,16 @@ class _Unfused:
 
     def weights(self, lse: Any) -> Any:
         """The exponentials of the logits less `lse`; all 0 where that is -inf."""
-        xp = self.calculus.xp
         logits = self.calculus.apply(self.logits, self.wide)["logits"]
-        subtracted = xp.where(lse == -math.inf, math.inf, lse)
-        return xp.exp(logits - subtracted[..., None])
+        return _exponentials(logits, lse[..., None], self.calculus)
 
-    def products(self, grad_output: Any) -> Any:
-        """Those of `grad_output` and the values; 0 in hidden slots."""
+    def products(self, grad_output: Any, of: Named) -> Any:
+        """Those of `grad_output` and the values among `of`; 0 in hidden slots."""
         problem = self.logits.but("qk", head_dim=self.sums.value_dim, scale=1.0, rpb_dtype=None)
         given = {
             "query": grad_output,
-            "key": self.wide["value"],
-            "additional_keys": self.wide.get("additional_values"),
+            "key": of["value"],
+            "additional_keys": of.get("additional_values"),
             "key_mask": self.wide.get("key_mask"),
         }
         return self.calculus.change(problem, given)

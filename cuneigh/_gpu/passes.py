@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from cuneigh._problem import Problem
 from cuneigh._window import Axis, Index
@@ -22,7 +22,7 @@ from cuneigh._window import Axis, Index
 class Pass:
     """What one kernel of an operation computes."""
 
-    name: Literal["forward", "jvp", "backward", "dq", "dkv", "dk", "dv"]
+    name: str
     rows_are_keys: bool
     products: float
     """Its matrix products, in units of those of the forward pass."""
@@ -31,6 +31,9 @@ class Pass:
 
     All blocks have them in common. Otherwise they begin where a block's window union begins.
     """
+
+    moves: bool = False
+    """Whether every array comes with its tangent."""
 
     def __str__(self) -> str:
         return self.name
@@ -65,7 +68,7 @@ class Pass:
 
 
 FORWARD = Pass("forward", rows_are_keys=False, products=1.0)
-JVP = Pass("jvp", rows_are_keys=False, products=3.0)
+JVP = Pass("jvp", rows_are_keys=False, products=3.0, moves=True)
 """Output and lse, and their tangents."""
 BACKWARD = Pass("backward", rows_are_keys=True, products=2.5, on_grid=True)
 """All three gradients: blocks add to sums of dQ."""
@@ -73,3 +76,8 @@ DQ = Pass("dq", rows_are_keys=False, products=1.5)
 DKV = Pass("dkv", rows_are_keys=True, products=2.0)
 DK = Pass("dk", rows_are_keys=True, products=1.5)
 DV = Pass("dv", rows_are_keys=True, products=1.0)
+HVP_DQ = Pass("hvp_dq", rows_are_keys=False, products=4.0, moves=True)
+"""How dQ changes along tangents, and likewise the others."""
+HVP_DKV = Pass("hvp_dkv", rows_are_keys=True, products=5.0, moves=True)
+HVP_DK = Pass("hvp_dk", rows_are_keys=True, products=4.0, moves=True)
+HVP_DV = Pass("hvp_dv", rows_are_keys=True, products=2.5, moves=True)

@@ -115,16 +115,20 @@ def row_plan(
     value_dim: int,
     key_bytes: int = PACKET_BYTES,
     value_bytes: int = PACKET_BYTES,
+    with_tangents: bool = False,
 ) -> RowPlan:
     """The plan for head vectors of these dimensions; 0 stands for one that the kernel never loads.
 
     `key_bytes` and `value_bytes` are the widths of the loads that the alignment of the arrays
-    allows, a power of two.
+    allows, a power of two. A kernel that holds vectors `with_tangents` holds half as much of each.
     """
     size = DTYPES[element]
     longest = max(head_dim, value_dim)
-    lanes = min(32, next_power_of_two(math.ceil(longest / ELEMENTS_PER_LANE[element])))
-    most = MOST_ELEMENTS_PER_LANE[element]
+    held, most = (
+        table[element] // (2 if with_tangents else 1)
+        for table in (ELEMENTS_PER_LANE, MOST_ELEMENTS_PER_LANE)
+    )
+    lanes = min(32, next_power_of_two(math.ceil(longest / held)))
 
     def packets(dim: int, width: int) -> tuple[int, int]:
         if dim == 0:
@@ -158,6 +162,7 @@ def attention_plan(
     operands: Operands,
     keys: tuple[Array | None, ...] = (),
     values: tuple[Array | None, ...] = (),
+    with_tangents: bool = False,
 ) -> RowPlan:
     """The plan for the operands of attention; `keys` and `values` have vectors of their lengths."""
     return row_plan(
@@ -168,6 +173,7 @@ def attention_plan(
         problem.value_dim,
         load_width((operands.query, operands.key, operands.additional_keys, *keys)),
         load_width((operands.value, operands.additional_values, *values)),
+        with_tangents,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from cuneigh import _jit
 from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.hvp import HvpArrays
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.rows import (
     THREADS,
@@ -24,7 +25,7 @@ from cuneigh._gpu.rows import (
     value_plan,
 )
 from cuneigh._gpu.views import Views
-from cuneigh._problem import Operands, Problem
+from cuneigh._problem import OfResults, Operands, Problem
 
 
 def kernels(problem: Problem) -> list[_jit.Kernel]:
@@ -33,12 +34,15 @@ def kernels(problem: Problem) -> list[_jit.Kernel]:
     key, value = problem.head_dim, problem.value_dim
     plans = {
         "backward": row_plan(rank, dtype, problem.rpb_dtype, key, value),
+        "hvp": row_plan(rank, dtype, problem.rpb_dtype, key, value, with_tangents=True),
         "qk_backward": row_plan(rank, dtype, None, 0, key),
         "av_backward": row_plan(rank, dtype, None, 0, value),
     }
     plan = plans.get(problem.operation)
     if plan is None:
         return []
+    if problem.operation == "hvp":
+        return _hvp_kernels(problem, plan.of(problem))
     stored = problem.operation != "backward"
     found: list[_jit.Kernel] = []
     dtypes: list[str] = []  # of the gradients
@@ -52,9 +56,20 @@ def kernels(problem: Problem) -> list[_jit.Kernel]:
     return found + [_shares_kernel(problem.accumulator, each) for each in dict.fromkeys(dtypes)]
 
 
+def _hvp_kernels(problem: Problem, plan: RowPlan) -> list[_jit.Kernel]:
+    given = {
+        "sums/hvp_additional": problem.dtype if problem.additional else None,
+        "sums/hvp_rpb": problem.rpb_dtype,
+    }
+    found = [plan.kernel(name) for name, dtype in given.items() if dtype]
+    dtypes = dict.fromkeys(filter(None, given.values()))
+    return found + [_shares_kernel(problem.accumulator, dtype) for dtype in dtypes]
+
+
 def delta_kernel(problem: Problem) -> _jit.Kernel:
-    """The kernel of `delta` when its arrays are contiguous."""
-    return row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim).kernel("sums/delta")
+    """The kernel of `delta`, or of `hvp_delta`, when its arrays are contiguous."""
+    name = "sums/hvp_delta" if problem.operation == "hvp" else "sums/delta"
+    return row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim).kernel(name)
 
 
 def delta(
@@ -78,6 +93,31 @@ def delta(
     record = record_of(problem, plan, keys=False)
     grid = grid_of(problem, plan, keys=False)
     launch(program, plan.kernel("sums/delta"), record, views, grid)
+
+
+def hvp_delta(
+    problem: Problem,
+    incoming: OfResults,
+    tangents_incoming: OfResults,
+    results: OfResults,
+    tangents_of_results: OfResults,
+    statistics: tuple[Array, Array],
+    program: Program,
+) -> None:
+    """Fill the first of `statistics` as `delta` does, the second with the tangents of both."""
+    vectors = (
+        *(incoming.output, results.output, tangents_of_results.output),
+        tangents_incoming.output,
+    )
+    plan = value_plan(problem, problem.value_dim, *vectors)
+    views = Views(problem.rank)
+    views.vectors(*vectors)
+    views.scalars(results.lse, tangents_of_results.lse, incoming.lse, tangents_incoming.lse)
+    for pairs in statistics:
+        views.pairs(pairs)
+    record = record_of(problem, plan, keys=False)
+    grid = grid_of(problem, plan, keys=False)
+    launch(program, plan.kernel("sums/hvp_delta"), record, views, grid)
 
 
 # Gradients of the operands of attention, whose weights are recomputed
@@ -151,7 +191,40 @@ def attention_rpb(
     views.vectors(grad_output)
     views.scalars(lse, delta)
     views.vectors(None)
-    _rpb(problem, plan, views, gradient, stored=False, program=program)
+    kernel = plan.kernel("sums/rpb", kStored=False)
+    _sum_rpb(problem, plan, kernel, views, gradient, program)
+
+
+# How these gradients change along tangents
+
+
+def hvp_gradients(
+    problem: Problem, arrays: HvpArrays, gradients: Operands, program: Program
+) -> None:
+    """Fill the tangents of the gradients of the additional keys and values, and of rpb."""
+    plan = arrays.plan(problem)
+    if problem.additional:
+        results = _additional_results(problem)
+        count = _share_count(program, results, problem, plan)
+        key_shares, value_shares = (
+            program.allocate((count, *gradient.shape), problem.accumulator)
+            for gradient in (gradients.additional_keys, gradients.additional_values)
+        )
+        views = arrays.views(problem)
+        views.pointers(key_shares, value_shares)
+        slices = max(plan.key_slices(problem.head_dim), plan.value_slices(problem.value_dim))
+        launch(
+            program,
+            plan.kernel("sums/hvp_additional"),
+            record_of(problem, plan, keys=False),
+            views,
+            (results * count, slices),
+        )
+        _add_up(program, key_shares, gradients.additional_keys, problem)
+        _add_up(program, value_shares, gradients.additional_values, problem)
+    if gradients.rpb is not None:
+        kernel = plan.kernel("sums/hvp_rpb")
+        _sum_rpb(problem, plan, kernel, arrays.views(problem), gradients.rpb, program)
 
 
 # Gradients of the operands of the two products, whose weights are in memory
@@ -195,7 +268,8 @@ def stored_rpb(
     views = Views(problem.rank)
     views.mask(key_mask)
     views.vectors(*(None,) * 7, grad_logits)
-    _rpb(problem, _stored_plan(problem), views, gradient, stored=True, program=program)
+    plan = _stored_plan(problem)
+    _sum_rpb(problem, plan, plan.kernel("sums/rpb", kStored=True), views, gradient, program)
 
 
 def _stored_plan(problem: Problem) -> RowPlan:
@@ -203,16 +277,21 @@ def _stored_plan(problem: Problem) -> RowPlan:
     return row_plan(problem.rank, problem.dtype, None, 0, 0).of(problem)
 
 
-def _rpb(
-    problem: Problem, plan: RowPlan, views: Views, gradient: Any, stored: bool, program: Program
+def _sum_rpb(
+    problem: Problem,
+    plan: RowPlan,
+    kernel: _jit.Kernel,
+    views: Views,
+    gradient: Any,
+    program: Program,
 ) -> None:
-    """The gradient of rpb; `views` lacks the shares."""
+    """Fill the gradient of rpb, or its tangent, by `kernel`; `views` lacks the shares."""
     count = _share_count(program, gradient.size, problem, plan)
     shares = program.allocate((count, *gradient.shape), problem.accumulator)
     views.pointers(shares)
     launch(
         program,
-        plan.kernel("sums/rpb", kStored=stored),
+        kernel,
         record_of(problem, plan, keys=False),
         views,
         (gradient.size * count, 1),

@@ -25,7 +25,7 @@ import numpy as np
 from helpers.expected import expect, forward_results
 from helpers.strategies import Inputs, numpy_dtype
 
-from cuneigh._problem import JvpResults, Operands, Problem, Spec
+from cuneigh._problem import JvpResults, OfResults, Operands, Problem, Spec
 
 
 def assert_close(
@@ -153,6 +153,21 @@ def run_backend(
             made = JvpResults(*map(empty, problem.results))
             backend.jvp(problem, operands, tangents, made, allocate)
             results = made._asdict()
+        case "hvp":
+            made = OfResults(empty(problem.output), empty(problem.lse))
+            backend.hvp(
+                problem,
+                operands,
+                OfResults(*map(native, forward_results(problem, inputs.operands))),
+                OfResults(native(inputs.grad_output), native(inputs.grad_lse)),
+                Operands(*map(native, inputs.tangents)),
+                OfResults(*map(native, inputs.tangents_incoming)),
+                gradients,
+                made,
+                allocate,
+            )
+            results = named(gradients)
+            results |= {"tangent_output": made.output, "tangent_lse": made.lse}
         case "qk":
             results = {"logits": empty(problem.logits)}
             backend.qk(problem, operands, results["logits"], allocate)

@@ -40,11 +40,11 @@ from cuneigh._device import of_capability
 from cuneigh._gpu.arrays import Pointer
 from cuneigh._gpu.program import Launch, Program, Record, _Clear
 from cuneigh._gpu.records import start_words
-from cuneigh._problem import Operands, Problem, Spec
+from cuneigh._problem import JvpResults, OfResults, Operands, Problem, Spec
 
 EMULATOR = Path(__file__).parent / "emulator"
 H100 = of_capability((9, 0))
-OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
+OPERATIONS = ("forward", "backward", "jvp", "hvp", "qk", "qk_backward", "av", "av_backward")
 
 REPLACED = {
     "cuneigh/types.cuh": [
@@ -148,8 +148,8 @@ class Emulator:
             program, given = Program(H100), []
 
             def described(argument: Any) -> Any:
-                if isinstance(argument, Operands):
-                    return Operands(*map(described, argument))
+                if isinstance(argument, (Operands, JvpResults, OfResults)):
+                    return type(argument)(*map(described, argument))
                 if argument is None:
                     return None
                 given.append(argument)

@@ -7,15 +7,18 @@ precision under test (`obvious`), and the largest absolute sum of the terms of o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from helpers.obvious import (
+    added,
     gather,
     gradients_of,
     head_major,
     logits_of,
     obvious_backward,
     obvious_forward,
+    obvious_hvp,
     obvious_jvp,
     one_by_one,
     token_major,
@@ -24,7 +27,7 @@ from helpers.obvious import (
 from helpers.strategies import Inputs, numpy_dtype
 
 from cuneigh import reference
-from cuneigh._problem import Operands, Problem
+from cuneigh._problem import OfResults, Operands, Problem
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,54 @@ def expect_jvp(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected], f
     return results, max_logit
 
 
+def expect_hvp(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected], float]:
+    operands = inputs.operands
+    tangents = inputs.tangents._replace(key_mask=operands.key_mask)
+    inputs = inputs._replace(tangents=tangents)
+    incoming = OfResults(inputs.grad_output, inputs.grad_lse)
+    results, max_logit = expect_jvp(problem, inputs)
+    oracle, _ = reference.hvp(problem, operands, incoming, tangents, inputs.tangents_incoming)
+    output, lse = forward_results(problem, operands)
+    ways = obvious_hvp(problem, operands, inputs, output, lse)
+
+    exact = gather(problem, operands, "float64")
+    exact_lse = head_major(reference.forward(problem, operands)[1][..., None], "float64")
+    weights = np.where(exact_lse == -np.inf, 0, np.exp(logits_of(exact) - exact_lse))
+    sizes, moved = (gather(problem, magnitudes(of), "float64") for of in (operands, tangents))
+
+    def given(array: Any, shape: tuple[int, ...]) -> np.ndarray:
+        array = np.zeros(shape) if array is None else np.abs(array)
+        return head_major(array.reshape(*problem.lse.shape, -1), "float64")
+
+    def delta_of(d_weights: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return (weights * d_weights).sum(-1, keepdims=True)
+
+    shapes = problem.output.shape, problem.lse.shape
+    d_output, d_lse = map(given, incoming, shapes)
+    d_output_moved, d_lse_moved = map(given, inputs.tangents_incoming, shapes)
+    d_logits_moved = abs(problem.scale) * (
+        (moved.query[..., None, :] * sizes.keys).sum(-1)
+        + (sizes.query[..., None, :] * moved.keys).sum(-1)
+    )
+    if moved.bias is not None:
+        d_logits_moved = d_logits_moved + moved.bias
+    weights_moved = weights * (d_logits_moved + delta_of(d_logits_moved, weights))
+    d_weights = (d_output[..., None, :] * sizes.values).sum(-1)
+    d_weights_moved = (d_output_moved[..., None, :] * sizes.values).sum(-1)
+    d_weights_moved = d_weights_moved + (d_output[..., None, :] * moved.values).sum(-1)
+    delta = delta_of(d_weights, weights) + d_lse
+    delta_moved = delta_of(d_weights_moved, weights) + delta_of(d_weights, weights_moved)
+    of_logits = weights * (d_weights + delta)
+    of_logits_moved = weights_moved * (d_weights + delta)
+    of_logits_moved += weights * (d_weights_moved + delta_moved + d_lse_moved)
+    terms = added(
+        gradients_of(sizes, of_logits_moved, weights_moved, d_output),
+        gradients_of(moved, of_logits, weights, d_output_moved)._replace(rpb=None),
+    )
+    made = expect_gradients(problem, oracle, ways, terms)
+    return made | {name: results[name] for name in ("tangent_output", "tangent_lse")}, max_logit
+
+
 def expect_qk(problem: Problem, inputs: Inputs) -> tuple[dict[str, Expected], float]:
     held = gather(problem, inputs.operands, problem.accumulator)
     terms = logit_terms(problem, inputs.operands)
@@ -179,6 +230,7 @@ EXPECT = {
     "forward": expect_forward,
     "backward": expect_backward,
     "jvp": expect_jvp,
+    "hvp": expect_hvp,
     "qk": expect_qk,
     "qk_backward": expect_qk_backward,
     "av": expect_av,

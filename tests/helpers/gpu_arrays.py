@@ -12,9 +12,9 @@ from cuneigh import _device
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program, cupy_stream
 from cuneigh._gpu.records import start_words
-from cuneigh._problem import JvpResults, Operands, Spec
+from cuneigh._problem import JvpResults, OfResults, Operands, Spec
 
-OPERATIONS = ("forward", "backward", "jvp", "qk", "qk_backward", "av", "av_backward")
+OPERATIONS = ("forward", "backward", "jvp", "hvp", "qk", "qk_backward", "av", "av_backward")
 
 
 def to_cupy(array: np.ndarray) -> Any:
@@ -60,7 +60,7 @@ def _at_once(function: Any) -> Callable[..., None]:
         program, given = Program(_device.cuda(cupy.cuda.runtime.getDevice())), []
 
         def described(argument: Any) -> Any:
-            if isinstance(argument, (Operands, JvpResults)):
+            if isinstance(argument, (Operands, JvpResults, OfResults)):
                 return type(argument)(*map(described, argument))
             if argument is None:
                 return None

@@ -206,6 +206,69 @@ def obvious_jvp(
     return outputs, tangent_lses
 
 
+def obvious_hvp(
+    problem: Problem, operands: Operands, inputs: Inputs, output: np.ndarray, lse: np.ndarray
+) -> list[Operands]:
+    """Every way to compute the tangents of the gradients."""
+    accumulator = problem.accumulator
+    held, moved = (gather(problem, of, accumulator) for of in (operands, inputs.tangents))
+
+    def given(array: Any, shape: tuple[int, ...]) -> np.ndarray:
+        array = np.zeros(shape) if array is None else array
+        return head_major(array.reshape(*problem.lse.shape, -1), accumulator)
+
+    shapes = problem.output.shape, problem.lse.shape
+    d_output, d_lse = map(given, (inputs.grad_output, inputs.grad_lse), shapes)
+    d_output_moved, d_lse_moved = map(given, inputs.tangents_incoming, shapes)
+    output, lse = given(output, shapes[0]), given(lse, shapes[1])
+    outputs_moved, (lse_moved, *_) = obvious_jvp(problem, operands, inputs.tangents)
+    lse_moved = given(lse_moved, shapes[1])
+
+    alive = lse != -np.inf
+    weights = np.where(alive, np.exp(logits_of(held) - np.where(alive, lse, 0)), 0)
+    weights = weights.astype(accumulator)
+    scale = weights.dtype.type(problem.scale)
+    logits_moved = scale * (
+        one_by_one(moved.query[..., None, :] * held.keys, -1)
+        + one_by_one(held.query[..., None, :] * moved.keys, -1)
+    )
+    if moved.bias is not None:
+        logits_moved = logits_moved + moved.bias
+    logits_moved = np.where(weights == 0, 0, logits_moved).astype(accumulator)
+    weights_moved = weights * (logits_moved - lse_moved)
+    delta = one_by_one(d_output * output, -1)[..., None] - d_lse
+    d_weights = one_by_one(d_output[..., None, :] * held.values, -1) - delta
+    ways = []
+    for output_moved in outputs_moved:
+        delta_moved = one_by_one(d_output * given(output_moved, shapes[0]), -1)[..., None]
+        delta_moved = delta_moved + one_by_one(d_output_moved * output, -1)[..., None] - d_lse_moved
+        d_weights_moved = one_by_one(d_output_moved[..., None, :] * held.values, -1)
+        d_weights_moved = d_weights_moved + one_by_one(d_output[..., None, :] * moved.values, -1)
+        d_weights_moved = d_weights_moved - delta_moved
+        d_logits = weights * d_weights
+        d_logits_moved = weights_moved * d_weights + weights * d_weights_moved
+        factors = [
+            np.where(held.visible & alive, each, 0).astype(accumulator)
+            for each in (d_logits_moved, d_logits, weights_moved, weights)
+        ]
+        kept = [factors]
+        if problem.dtype in HALVES:
+            kept.append([rounded(each, problem.dtype) for each in factors])
+        for of_logits_moved, of_logits, of_moved, of_weights in kept:
+            ways.append(
+                added(
+                    gradients_of(held, of_logits_moved, of_moved, d_output),
+                    gradients_of(moved, of_logits, of_weights, d_output_moved)._replace(rpb=None),
+                )
+            )
+    return ways
+
+
+def added(a: Operands, b: Operands) -> Operands:
+    """The sums of what both have; what one has as it is."""
+    return Operands(*(x if y is None else x + y for x, y in zip(a, b, strict=True)))
+
+
 def gradients_of(
     held: Gathered,
     d_logits: np.ndarray | None = None,

@@ -96,7 +96,7 @@ def part_problem(
         slots = int(np.prod(window.kernel_size)) + (extra_keys.shape[1] if extra_keys else 0)
         weights = Spec((*queries, slots), family.dtype)
         return av_problem(call, operation, weights, value, window, extra_values, part, mask)
-    assert operation in ("forward", "backward")
+    assert operation in ("forward", "backward", "jvp", "hvp")
     extra = extra_keys, extra_values
     return attention_problem(
         call, operation, query, key, value, window, scale, *extra, rpb, part, mask

@@ -176,7 +176,7 @@ def main(names: list[str], ranks: list[int]) -> None:
         _compiler.OPTIONS += ("-DCUNEIGH_ALL_LANES_ARRIVE",)
     device = _device.cuda(0)
     count = 0
-    for operation, dtype, rank in itertools.product((*OPERATIONS, "jvp"), DTYPES, ranks):
+    for operation, dtype, rank in itertools.product((*OPERATIONS, "jvp", "hvp"), DTYPES, ranks):
         cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
         cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
         small: list[Problem] = []
@@ -185,10 +185,10 @@ def main(names: list[str], ranks: list[int]) -> None:
         if (operation, rank) == ("forward", 1) and DTYPES[dtype] == 2:
             few = few_queries_problems_of(dtype) if device.capability >= (8, 0) else []
             cases += [(problem, "contiguous") for problem in few]
-        if operation in ("forward", "backward", "jvp"):
+        if operation in ("forward", "backward", "jvp", "hvp"):
             for rpb in (False, True):
                 cases.append((problem_of(operation, dtype, rank, (130, 250), rpb), "packed"))
-            if DTYPES[dtype] == 2 and operation != "jvp":
+            if DTYPES[dtype] == 2 and operation in ("forward", "backward"):
                 small = small_window_problems_of(operation, dtype, rank)
                 cases += [(problem, "contiguous") for problem in small]
                 long = long_window_problems_of(operation, dtype, rank)

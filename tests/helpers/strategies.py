@@ -15,12 +15,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from cuneigh._parameters import Part, Window
-from cuneigh._problem import DTYPES, Operands, Problem, Spec
+from cuneigh._problem import DTYPES, OfResults, Operands, Problem, Spec
 from cuneigh._validate import attention_problem, av_problem, dense_problem, qk_problem
 from cuneigh.reference import window_slots
 
 OPERATIONS = ("forward", "backward", "qk", "qk_backward", "av", "av_backward")
-"""Those of public functions; backends have ``jvp``, too."""
+"""Those of public functions; backends have ``jvp`` and ``hvp``, too."""
 LAYOUTS = ("contiguous", "packed", "heads_first", "reversed", "broadcast", "padded", "mixed")
 SMALL_DIMS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 32)
 LARGE_DIMS = (33, 40, 64, 65, 80, 96, 128, 200, 256)
@@ -116,7 +116,7 @@ def problems(
     """
     operation, dtype = draw(st.sampled_from(operations)), draw(st.sampled_from(dtypes))
     if cross is None:
-        cross = operation in ("forward", "backward", "jvp") and draw(st.integers(0, 3)) == 3
+        cross = operation in ("forward", "backward", "jvp", "hvp") and draw(st.integers(0, 3)) == 3
     rank = 1 if cross else draw(st.sampled_from(ranks))
     most_tokens = min(most_tokens, math.isqrt(budget))
     tokens = draw(token_counts(rank, most_tokens))
@@ -213,6 +213,8 @@ class Inputs(NamedTuple):
     """Whether a forward is asked for its lse."""
     tangents: Operands | None = None
     """Of the operands, finite."""
+    tangents_incoming: OfResults = OfResults()
+    """Of the gradients of the results."""
 
 
 def layouts() -> st.SearchStrategy[str]:
@@ -304,6 +306,21 @@ def inputs(problem: Problem, rng: np.random.Generator, layout: str = "contiguous
                 None if spec is None else array(spec, rng, layout) for spec in problem.specs
             )
             return Inputs(arguments, tangents=Operands(*tangents))
+        case "hvp":
+            tangents = (
+                None if spec is None else array(spec, rng, layout) for spec in problem.specs
+            )
+            moved, grad_lse, moved_lse = (
+                array(spec, rng, layout) if rng.random() < 0.5 else None
+                for spec in (problem.output, problem.lse, problem.lse)
+            )
+            return Inputs(
+                arguments,
+                grad_output=array(problem.output, rng, layout),
+                grad_lse=grad_lse,
+                tangents=Operands(*tangents),
+                tangents_incoming=OfResults(moved, moved_lse),
+            )
         case "qk":
             return Inputs(arguments)
         case "qk_backward":

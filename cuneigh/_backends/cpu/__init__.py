@@ -7,16 +7,18 @@ is ever in memory: every thread works on about half a million logits at a time.
 
 `strips` cuts an axis into tiles and `tiles` a problem into boxes, `tokens` says where theirs are,
 `rows` reads and writes them whatever their strides, `halves` widens half precision, `boxes` holds
-what the operations do with a box, `attention`, `tangents` and `products` are the operations,
-`gradients` adds up what boxes share, and `threads` runs them in parallel. Half-precision arrays are
-computed in float32, float64 in float64. Results do not depend on the number of threads, and those
-of an entry of a batch do not depend on the others; gradients of rpb, which all entries share, are
-sums over them. What is not finite reaches only the queries that see it.
+what the operations do with a box, `attention`, `tangents`, `hvp` and `products` are the
+operations, `gradients` adds up what boxes share, and `threads` runs them in parallel.
+Half-precision arrays are computed in float32, float64 in float64. Results do not depend on the
+number of threads, and those of an entry of a batch do not depend on the others; gradients of rpb,
+which all entries share, are sums over them. What is not finite reaches only the queries that see
+it.
 """
 
 from __future__ import annotations
 
 from cuneigh._backends.cpu.attention import backward, forward
+from cuneigh._backends.cpu.hvp import hvp
 from cuneigh._backends.cpu.products import av, av_backward, qk, qk_backward
 from cuneigh._backends.cpu.tangents import jvp
 from cuneigh._device import Device
@@ -32,6 +34,7 @@ __all__ = [
     "av_backward",
     "backward",
     "forward",
+    "hvp",
     "jvp",
     "kernels",
     "predicted_ms",

@@ -310,16 +310,17 @@ def bounds_of(problem: Problem) -> Bounds:
     itemsize = DTYPES[problem.accumulator]
     dims = problem.head_dim + problem.value_dim
     is_forward = problem.operation in ("forward", "qk", "av")
-    is_backward = problem.operation.endswith("backward")
-    slots = 0 if problem.operation in ("forward", "backward", "jvp") else problem.slots
+    is_hvp = problem.operation == "hvp"
+    is_backward = is_hvp or problem.operation.endswith("backward")
+    slots = 0 if problem.operation in ("forward", "backward", "jvp", "hvp") else problem.slots
     return Bounds(
         MOST_LOGITS,
         workspace_limit() // PARALLEL_BOXES,
         max(MOST_IN_ROW // max(problem.head_dim, problem.value_dim), 1),
-        itemsize * (1 if is_forward else 3),
-        itemsize * dims * (2 if problem.operation == "jvp" else 1),
-        itemsize * dims if is_backward else 0,
-        itemsize * dims * (2 if is_forward else 4) + (16 + 2 * itemsize) * slots,
+        itemsize * (1 if is_forward else 5 if is_hvp else 3),
+        itemsize * dims * (2 if problem.operation in ("jvp", "hvp") else 1),
+        itemsize * dims * is_backward * (2 if is_hvp else 1),
+        itemsize * dims * (2 if is_forward else 8 if is_hvp else 4) + (16 + 2 * itemsize) * slots,
     )
 
 

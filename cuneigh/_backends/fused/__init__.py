@@ -21,9 +21,10 @@ Of hidden keys neither key nor value is read, and boxes that hold no others are 
 
 from __future__ import annotations
 
-from cuneigh._backends.fused import launch, plan
+from cuneigh._backends.fused import launch, passes, plan
 from cuneigh._backends.fused.choice import NAME, RATES, model, plans, predicted_ms
-from cuneigh._backends.fused.launch import backward, forward, jvp
+from cuneigh._backends.fused.launch import backward, forward
+from cuneigh._backends.fused.tangents import hvp, jvp
 from cuneigh._device import Device
 from cuneigh._gpu import kept
 from cuneigh._gpu.requirements import no_gpu
@@ -38,6 +39,7 @@ __all__ = [
     "SETTINGS",
     "backward",
     "forward",
+    "hvp",
     "jvp",
     "kernels",
     "model",
@@ -51,13 +53,15 @@ RELIES_ON = Promise.ONE_RANGE | Promise.INCREASING
 DTYPES = ("float16", "bfloat16", "float32")
 LONGEST = 256
 """Head dimensions that the kernels take."""
+LONGEST_OF_HVP = 128
+"""Those that the kernels of an hvp take, which hold twice as many vectors."""
 
 
 def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
     if reason := no_gpu(device):
         return reason
-    if problem.operation not in ("forward", "backward", "jvp"):
+    if problem.operation not in ("forward", "backward", "jvp", "hvp"):
         return f"computes attention and its derivatives, not {problem.operation} alone"
     if device.capability < (7, 5):
         return f"needs compute capability 7.5, but {device.name} has {device.arch}"
@@ -65,15 +69,16 @@ def unsupported(problem: Problem, device: Device, arrays: object = None) -> str 
         return f"computes in {', '.join(DTYPES)}, not in {problem.dtype}"
     if problem.dtype == "bfloat16" and device.capability < (8, 0):
         return f"needs compute capability 8.0 for bfloat16, but {device.name} has {device.arch}"
+    longest = LONGEST_OF_HVP if problem.operation == "hvp" else LONGEST
     for name in ("head_dim", "value_dim"):
-        if getattr(problem, name) > LONGEST:
-            return f"takes head dimensions up to {LONGEST}, not {name}={getattr(problem, name)}"
+        if getattr(problem, name) > longest:
+            return f"takes head dimensions up to {longest}, not {name}={getattr(problem, name)}"
     if problem.is_empty:
         return None
     if 0 in problem.key_tokens:
         return "needs at least one key beside additional ones"
-    parts = [part for _, part in plan.parts(problem)]
-    if not all(plan.areas(part, device, pass_) for part in parts for pass_ in plan.passes(part)):
+    parts = [part for _, part in passes.parts(problem)]
+    if not all(plan.areas(part, device, pass_) for part in parts for pass_ in passes.passes(part)):
         return f"needs more shared memory than the {device.shared_memory} bytes of {device.name}"
     return None
 

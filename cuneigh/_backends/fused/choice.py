@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from cuneigh._backends.fused import plan as fused_plan
+from cuneigh._backends.fused.passes import parts, passes
 from cuneigh._backends.fused.plan import FusedPlan
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._backends.fused.small.plan import SmallPlan
@@ -106,16 +107,16 @@ def _plans_to_try(problem: Problem, device: Device, pass_: Pass, rates: Rates) -
 
 def plans(problem: Problem, device: Device) -> dict[str, tuple[Plan, ...]]:
     """`plans_to_try` of every pass of an operation, by its name."""
-    return {
-        pass_.name: plans_to_try(problem, device, pass_) for pass_ in fused_plan.passes(problem)
-    }
+    return {pass_.name: plans_to_try(problem, device, pass_) for pass_ in passes(problem)}
 
 
 def predicted_ms(problem: Problem, device: Device) -> float:
     """How long a call with the plans for `device` is expected to take, in milliseconds."""
     rates, milliseconds = rates_of(device), 0.0
-    parts = [part for _, part in fused_plan.parts(problem)]
-    for part, pass_ in itertools.product(parts, fused_plan.passes(problem)):
+    if problem.operation == "hvp":
+        milliseconds += predicted_ms(problem.but("jvp"), device)
+    of = [part for _, part in parts(problem)]
+    for part, pass_ in itertools.product(of, passes(problem)):
         plan = _choose_plan(part, device, pass_, True, True, rates)
         milliseconds += _pass_ms(part, device, pass_, plan, rates)
     return milliseconds
@@ -125,7 +126,7 @@ def model(problem: Problem, device: Device, plans: Mapping[str, Any], rates: Rat
     """`predicted_ms` of attention or its gradients with these plans, by pass, and these rates."""
     return sum(
         _pass_ms(problem, device, pass_, plans[pass_.name], rates)
-        for pass_ in fused_plan.passes(problem)
+        for pass_ in passes(problem)
     )
 
 

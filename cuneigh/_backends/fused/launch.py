@@ -12,6 +12,7 @@ import numpy as np
 from cuneigh import _jit
 from cuneigh._backends.fused import plan as fused_plan
 from cuneigh._backends.fused.choice import NAME, Plan, choose_plan, plans_to_try
+from cuneigh._backends.fused.passes import parts, passes
 from cuneigh._backends.fused.plan import Area, FusedPlan
 from cuneigh._backends.fused.small import launch as small
 from cuneigh._backends.fused.small.plan import SmallPlan
@@ -20,19 +21,19 @@ from cuneigh._backends.fused.split.plan import SplitPlan
 from cuneigh._device import Device
 from cuneigh._gpu import sums, tuned
 from cuneigh._gpu.announce import announce
-from cuneigh._gpu.arrays import Array, contiguous
+from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.boxes import count_walk
-from cuneigh._gpu.passes import DKV, DV, FORWARD, JVP, Pass
+from cuneigh._gpu.passes import DKV, DV, FORWARD, HVP_DKV, HVP_DV, JVP, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.views import Views, load_width, readable
-from cuneigh._problem import DTYPES, JvpResults, Operands, Problem
+from cuneigh._problem import DTYPES, Operands, Problem
 
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
     operands = Operands(*(readable(array, program) for array in operands))
     vectors = (*operands[:3], output)
-    plan = _plan(program, problem, FORWARD, vectors)
+    plan = plan_of(program, problem, FORWARD, vectors)
     if isinstance(plan, SplitPlan):
         split.launch(program, problem, plan, vectors, lse)
         return
@@ -54,7 +55,7 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     views.bias(operands.rpb)
     views.vectors(output)
     views.scalars(lse)
-    _launch(program, problem, FORWARD, plan, key_bytes, value_bytes, views)
+    launch_pass(program, problem, FORWARD, plan, key_bytes, value_bytes, views)
 
 
 def backward(
@@ -79,12 +80,12 @@ def backward(
     # In the words of cuda/fused/backward.cu: both vectors of the rows and of the columns, and the
     # gradients of the rows
     of_queries, of_keys = (query, grad_output), (key, value)
-    for pass_ in fused_plan.passes(problem):
+    for pass_ in passes(problem):
         by_keys = pass_.rows_are_keys
         rows, columns = (of_keys, of_queries) if by_keys else (of_queries, of_keys)
         results = (gradients.key, gradients.value) if by_keys else (gradients.query, None)
         vectors = (*rows, *columns, *results, None if by_keys else output)
-        plan = _plan(program, problem, pass_, vectors)
+        plan = plan_of(program, problem, pass_, vectors)
         if isinstance(plan, SmallPlan):
             # `BackwardArguments` of cuda/fused/small/backward.cu
             arrays: list[tuple[Array | None, Literal["vectors", "scalars", "pairs"]]]
@@ -106,7 +107,7 @@ def backward(
         views.bias(operands.rpb)
         views.pairs(statistics)
         views.vectors(*results)
-        _launch(program, problem, pass_, plan, key_bytes, value_bytes, views)
+        launch_pass(program, problem, pass_, plan, key_bytes, value_bytes, views)
 
     if problem.additional or operands.rpb is not None:
         # Sums over all queries, which need no tensor cores
@@ -115,71 +116,32 @@ def backward(
         )
 
 
-def jvp(
-    problem: Problem, operands: Operands, tangents: Operands, results: JvpResults, program: Program
-) -> None:
-    operands = Operands(*(readable(array, program) for array in operands))
-    tangents = Operands(*(readable(array, program) for array in tangents))
-    operands, tangents = _alike(operands, tangents, program)
-    key_bytes = load_width(
-        [each for of in (operands, tangents) for each in (of.query, of.key, of.additional_keys)]
-    )
-    for begin, part in fused_plan.parts(problem):
-        end = begin + part.value_dim
-
-        def cut(array: Array | None, begin: int = begin, end: int = end) -> Array | None:
-            return None if array is None else array.part(begin, end)
-
-        output, tangent_output = cut(results.output), cut(results.tangent_output)
-        vectors: list[Array | None] = [output, tangent_output]
-        views = Views(problem.rank)  # `JvpArguments` of cuda/fused/jvp.cu
-        views.mask(operands.key_mask)
-        for of in (operands, tangents):
-            value, additional_values = cut(of.value), cut(of.additional_values)
-            vectors += value, additional_values
-            views.vectors(of.query, of.key, value)
-            views.additional(of.additional_keys, additional_values)
-            views.bias(of.rpb)
-        views.vectors(output, tangent_output)
-        views.scalars(*(results.lse, results.tangent_lse) if begin == 0 else (None, None))
-        plan = _plan(program, part, JVP, vectors)
-        assert isinstance(plan, FusedPlan), "there is no other kernel for it"
-        _launch(program, part, JVP, plan, key_bytes, load_width(vectors), views)
-
-
-def _alike(operands: Operands, tangents: Operands, program: Program) -> tuple[Operands, Operands]:
-    """The same, with the tangents of all but the query laid out in memory as what they are of."""
-    pairs = []
-    for name, array, tangent in zip(Operands._fields, operands, tangents, strict=True):
-        if tangent is not None and name != "query" and array.strides != tangent.strides:
-            wanted = contiguous(array.shape)
-            array = array if array.strides == wanted else program.copied(array)
-            tangent = tangent if tangent.strides == wanted else program.copied(tangent)
-        pairs.append((array, tangent))
-    made, moved = zip(*pairs, strict=True)
-    return Operands(*made), Operands(*moved)
-
-
 def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     """The kernels of a supported problem with contiguous arrays, whatever its windows."""
     size = DTYPES[problem.dtype]
     widths = [min(16, size * (dim & -dim)) for dim in (problem.head_dim, problem.value_dim)]
-    passes = fused_plan.passes(problem)
+    of = passes(problem)
     needed = [
-        kernel(part, device.capability, pass_, area, many, *widths)
-        for pass_ in passes
-        for _, part in fused_plan.parts(problem)
+        kernel(part, device.capability, pass_, area, many, *widths, grad_moves=moves)
+        for pass_ in of
+        for _, part in parts(problem)
         for area in fused_plan.areas(part, device, pass_)
         for many in {fused_plan.many_batch_heads(part, pass_, count) for count in (1, 2)}
+        for moves in ((False, True) if problem.operation == "hvp" else (False,))
     ]
-    for pass_ in passes:
+    for pass_ in of:
         needed += small.kernels(problem, device, pass_) + split.kernels(problem, device, pass_)
     if problem.operation == "backward":
+        needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
+    if problem.operation == "hvp":
+        needed += kernels(problem.but("jvp"), device)
         needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
     return needed
 
 
-def _plan(program: Program, problem: Problem, pass_: Pass, vectors: Sequence[Array | None]) -> Plan:
+def plan_of(
+    program: Program, problem: Problem, pass_: Pass, vectors: Sequence[Array | None]
+) -> Plan:
     """The plan of a pass over these arrays, which is announced."""
     arrays = [array for array in vectors if array is not None]
     readable_by = small.can_read(arrays), split.can_read(arrays)
@@ -199,7 +161,7 @@ def _plan(program: Program, problem: Problem, pass_: Pass, vectors: Sequence[Arr
     return plan
 
 
-def _launch(
+def launch_pass(
     program: Program,
     problem: Problem,
     pass_: Pass,
@@ -207,13 +169,15 @@ def _launch(
     key_bytes: int,
     value_bytes: int,
     views: Views,
+    grad_moves: bool = False,
 ) -> None:
+    """Launch the kernel of a pass, which takes `views`; `grad_moves` as in `kernel`."""
     many = fused_plan.many_batch_heads(problem, pass_, plan.batch_heads)
     capability = program.device.capability
     shares = math.ceil(problem.batch * pass_.heads(problem) / plan.batch_heads)
     blocks = fused_plan.count(problem, plan, pass_).blocks * shares
     program.launch(
-        kernel(problem, capability, pass_, plan.area, many, key_bytes, value_bytes),
+        kernel(problem, capability, pass_, plan.area, many, key_bytes, value_bytes, grad_moves),
         (blocks, 1),
         plan.area.warps * 32,
         with_starts(_record(problem, plan, pass_)),
@@ -231,8 +195,12 @@ def kernel(
     many_batch_heads: bool,
     key_bytes: int,
     value_bytes: int,
+    grad_moves: bool = False,
 ) -> _jit.Kernel:
-    """The kernel of a pass, with the plan that cuda/fused/forward.cu describes."""
+    """The kernel of a pass, with the plan that cuda/fused/forward.cu describes.
+
+    `grad_moves` says whether an hvp is given a tangent of the gradient of the output.
+    """
     head_dim = fused_plan.padded(problem.head_dim)
     value_dim = fused_plan.padded(problem.value_dim)
     constants = {
@@ -257,9 +225,13 @@ def kernel(
     if pass_ == FORWARD:
         flags["kManyBatchHeads"] = many_batch_heads
     elif pass_ != JVP:
-        flags |= {"kGradQk": pass_ != DV, "kGradV": pass_ in (DV, DKV)}
+        flags["kGradQk"] = pass_ not in (DV, HVP_DV)
+        flags["kGradV"] = pass_ in (DV, DKV, HVP_DV, HVP_DKV)
+        if pass_.moves:
+            flags["kGradMoves"] = grad_moves
     types = {"Element": problem.dtype, "Bias": problem.rpb_dtype}
-    name = {FORWARD: "fused/forward", JVP: "fused/jvp"}.get(pass_, "fused/backward")
+    gradient = "fused/hvp" if pass_.moves else "fused/backward"
+    name = {FORWARD: "fused/forward", JVP: "fused/jvp"}.get(pass_, gradient)
     macros = (PARTS,) if has_parts(problem) else ()
     return _jit.Kernel(name, _jit.plan_source(constants, flags, types), macros=macros)
 

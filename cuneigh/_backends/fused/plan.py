@@ -28,7 +28,7 @@ from cuneigh._gpu.boxes import (
     powers_of_two,
 )
 from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
-from cuneigh._gpu.passes import DK, DKV, DQ, DV, FORWARD, JVP, Pass
+from cuneigh._gpu.passes import DQ, FORWARD, HVP_DQ, JVP, Pass
 from cuneigh._problem import DTYPES, Problem
 
 Value = TypeVar("Value", bound=Hashable)
@@ -65,32 +65,6 @@ class FusedPlan:
         if self.batch_heads == 1:
             return shapes
         return f"{shapes}, {self.batch_heads} batch-heads a block"
-
-
-def passes(problem: Problem) -> tuple[Pass, ...]:
-    """The passes of an operation, in their order."""
-    if problem.operation == "forward":
-        return (FORWARD,)
-    if problem.operation == "jvp":
-        return (JVP,)
-    # The sums of longer vectors fill the registers of a kernel.
-    if max(problem.head_dim, problem.value_dim) > 128:
-        return (DQ, DK, DV)
-    return (DQ, DKV)
-
-
-MOST_SUMMED = {"float16": 128, "bfloat16": 128, "float32": 64}
-"""Elements of a value whose sums, and those of their tangents, fit into registers together."""
-
-
-def parts(problem: Problem) -> list[tuple[int, Problem]]:
-    """The problems that an operation is launched as, and where the values of each begin."""
-    if problem.operation != "jvp":
-        return [(0, problem)]
-    most, dim = MOST_SUMMED[problem.dtype], problem.value_dim
-    return [
-        (begin, replace(problem, value_dim=min(dim - begin, most))) for begin in range(0, dim, most)
-    ]
 
 
 def count(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD) -> WalkCounts:
@@ -330,6 +304,9 @@ def _fast_sizes(
         if longest > 64:
             return ((1, 16),) if problem.rpb_dtype else ((1, 32), (1, 16))
         return ((1, 32),) if problem.rpb_dtype else ((1, 64), (1, 32))
+    if pass_.moves:
+        roomy = longest <= 64 or pass_ == HVP_DQ
+        return ((1, 32), (1, 16)) if roomy and problem.dtype != "float32" else ((1, 16),)
     if problem.dtype == "float32":
         if longest > 128:
             return ((1, 16),)
@@ -366,7 +343,7 @@ def blocks_per_multiprocessor(
 def _blocks(problem: Problem, capability: tuple[int, int], area: Area, pass_: Pass) -> int:
     """Those of ordinary problems."""
     longest = max(problem.head_dim, problem.value_dim)
-    if longest > 64 or capability[0] > 9 or pass_ == JVP:
+    if longest > 64 or capability[0] > 9 or pass_.moves:
         return 1
     if problem.dtype == "float32":
         roomy = area.columns == 16 or (pass_ == FORWARD and problem.rank < 3)
@@ -388,7 +365,7 @@ def padded(dim: int) -> int:
 
 
 def shared_bytes(problem: Problem, area: Area, pass_: Pass = FORWARD) -> int:
-    """Bytes of `ForwardSmem`, `JvpSmem` or `BackwardSmem`, of the kernel in cuda/fused."""
+    """Bytes of the memory of the kernel in cuda/fused: of `ForwardSmem`, `BackwardSmem`, ..."""
 
     def pitch(dim: int) -> int:
         """Bytes from one vector to the next: `kVectorPitch` of cuda/fused/vectors.cuh."""
@@ -398,11 +375,11 @@ def shared_bytes(problem: Problem, area: Area, pass_: Pass = FORWARD) -> int:
 
     key, value, rank = pitch(problem.head_dim), pitch(problem.value_dim), problem.rank
     rows, columns = 16 * area.row_tiles * area.warps, area.columns
-    tangents = 2 if pass_ == JVP else 1  # as many arrays as there are operands
-    size = rows * (key * tangents if pass_ in (FORWARD, JVP) else key + value)
-    size += 2 * columns * (key + value) * tangents
+    size = rows * (key if pass_ in (FORWARD, JVP) else key + value)
+    size += 2 * columns * (key + value)
     if pass_ not in (FORWARD, JVP):
         size += 8 * (2 * columns if pass_.rows_are_keys else rows)  # statistics of the queries
+    size *= 2 if pass_.moves else 1  # as much for tangents
     # `Tables` of cuda/fused/tables.cuh:
     size += 2 * area.warps * math.ceil((48 + 4 * rank) / 16) * 16  # walk
     size += 16 * rank * area.warps  # warp_union

@@ -60,6 +60,8 @@ RELIES_ON = CONTRACT
 def unsupported(problem: Problem, device: Device, arrays: object = None) -> str | None:
     """Why this backend cannot run `problem` on `device`; None when it can."""
     reason = no_gpu(device) or extraordinary(problem)
+    if problem.operation == "hvp":
+        reason = reason or "computes no derivatives of second order"
     if reason is not None or problem.is_empty:
         return reason
     limit = workspace_limit()

@@ -357,6 +357,8 @@ def matrix_bytes(problem: Problem, rows: int, columns: int, direct: bool) -> int
             return weights + packed + addresses
         case "av_backward":
             return product + weights + packed + halos + addresses
+        case "hvp":
+            raise AssertionError("`unsupported` refuses it")
 
 
 USES = {

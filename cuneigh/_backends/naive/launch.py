@@ -7,6 +7,7 @@ from typing import Any
 from cuneigh import _jit
 from cuneigh._device import Device
 from cuneigh._gpu import sums
+from cuneigh._gpu.hvp import HvpArrays
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.rows import (
     RowPlan,
@@ -18,7 +19,7 @@ from cuneigh._gpu.rows import (
     value_plan,
 )
 from cuneigh._gpu.views import Views, load_width, readable
-from cuneigh._problem import JvpResults, Operands, Problem
+from cuneigh._problem import JvpResults, OfResults, Operands, Problem
 
 
 def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
@@ -26,14 +27,18 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     rank, dtype, bias = problem.rank, problem.dtype, problem.rpb_dtype
     key, value = problem.head_dim, problem.value_dim
     match problem.operation:
-        case "forward" | "backward" | "jvp":
+        case "forward" | "backward" | "jvp" | "hvp":
             plan = row_plan(rank, dtype, bias, key, value).of(problem)
             names = {
                 "forward": ["forward"],
                 "backward": ["backward_query", "backward_key"],
                 "jvp": ["jvp"],
+                "hvp": ["jvp"],
             }
             own = [plan.kernel(f"naive/{name}") for name in names[problem.operation]]
+            if problem.operation == "hvp":
+                plan = row_plan(rank, dtype, bias, key, value, with_tangents=True).of(problem)
+                own += [plan.kernel(f"naive/{name}") for name in ("hvp_query", "hvp_key")]
         case "qk":
             own = [_products_kernel(row_plan(rank, dtype, bias, key, 0).of(problem), False)]
         case "qk_backward":
@@ -158,6 +163,62 @@ def jvp(
         views,
         grid_of(problem, plan, keys=False, slices=plan.value_slices(problem.value_dim)),
     )
+
+
+def hvp(
+    problem: Problem,
+    operands: Operands,
+    results: OfResults,
+    incoming: OfResults,
+    tangents: Operands,
+    tangents_incoming: OfResults,
+    gradients: Operands,
+    tangents_of_results: OfResults,
+    program: Program,
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    tangents = Operands(*(readable(array, program) for array in tangents))
+    moved = JvpResults(None, None, *tangents_of_results)
+    jvp(problem, operands, tangents, moved, program)
+
+    delta, tangent_delta = (
+        program.allocate(results.lse.shape, problem.accumulator) for _ in range(2)
+    )
+    arrays = HvpArrays(
+        operands,
+        tangents,
+        readable(incoming.output, program),
+        readable(tangents_incoming.output, program),
+        results.lse,
+        tangents_of_results.lse,
+        delta,
+        tangent_delta,
+    )
+    outputs = readable(results.output, program), tangents_of_results.output
+    plan = arrays.plan(problem, gradients, *outputs)
+    key_slices = plan.key_slices(problem.head_dim)
+    views = arrays.views(problem)
+    views.vectors(*outputs)
+    views.scalars(incoming.lse, tangents_incoming.lse)
+    views.vectors(gradients.query)
+    launch(
+        program,
+        plan.kernel("naive/hvp_query"),
+        record_of(problem, plan, keys=False),
+        views,
+        grid_of(problem, plan, keys=False, slices=key_slices),
+    )
+    views = arrays.views(problem)
+    views.vectors(gradients.key, gradients.value)
+    slices = max(key_slices, plan.value_slices(problem.value_dim))
+    launch(
+        program,
+        plan.kernel("naive/hvp_key"),
+        record_of(problem, plan, keys=True),
+        views,
+        grid_of(problem, plan, keys=True, slices=slices),
+    )
+    sums.hvp_gradients(problem, arrays, gradients, program)
 
 
 # The two products on their own

@@ -18,12 +18,13 @@ FLOPS_PER_MS = {
     "forward": 11e9,
     "backward": 8e9,
     "jvp": 9e9,
+    "hvp": 9e9,
     "qk": 7.7e9,
     "qk_backward": 9e9,
     "av": 12e9,
     "av_backward": 7.5e9,
 }
-"""Useful operations in half precision (bench/NOTES.md); that of jvp is a guess from the others."""
+"""Useful operations in half precision (bench/NOTES.md); of jvp and hvp they are guesses."""
 
 DTYPE_SHARE = {"float32": 0.72, "float64": 0.25}
 """The share of that rate that other dtypes reach."""

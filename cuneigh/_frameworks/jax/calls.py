@@ -42,6 +42,8 @@ class CustomCall:
     """Those that are wanted, in the order of `ARRAYS`."""
     hidden_is_zero: bool = False
     """Whether hidden slots of the logits hold 0, so that a call is linear in its query."""
+    follows: bool = False
+    """As `Call.follows` of ``cuneigh._call``."""
 
     def encoded(self) -> str:
         """The call as text, which JAX keeps in an exported program.
@@ -51,7 +53,7 @@ class CustomCall:
         """
         assert not self.hidden_is_zero, "XLA does that itself"
         told = _fields(self)
-        del told["hidden_is_zero"]
+        del told["hidden_is_zero"], told["follows"]
         problem = _fields(self.problem)
         problem["axes"] = [_fields(axis) for axis in self.problem.axes]
         return json.dumps({**told, "problem": problem}, default=str)
@@ -123,7 +125,7 @@ primitive.multiple_results = True
 primitive.def_impl(lambda *arrays, call: eager(call, *arrays))
 
 
-def _types(*arrays: Any, call: CustomCall) -> list[Any]:
+def types(*arrays: Any, call: CustomCall) -> list[Any]:
     """The types of the results, which vary along the axes of a mesh as the arguments do."""
     axes = spread_over(arrays)
     types = []
@@ -138,7 +140,7 @@ def _types(*arrays: Any, call: CustomCall) -> list[Any]:
     return types
 
 
-primitive.def_abstract_eval(_types)
+primitive.def_abstract_eval(types)
 
 
 def _launched(*arrays: jax.Array, call: CustomCall) -> list[jax.Array]:

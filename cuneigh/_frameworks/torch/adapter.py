@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cuneigh._call import Call
-from cuneigh._frameworks.derivatives import COMPOSED, composed
+from cuneigh._frameworks.derivatives import composed, is_composed
 from cuneigh._frameworks.torch import operators
 from cuneigh._frameworks.torch.autograd import differentiable, run
 from cuneigh._frameworks.torch.derivatives import (
@@ -79,7 +79,7 @@ class TorchAdapter(TensorAdapter):
             primals, moved = split(named)
             operation = call.problem.operation
             calculus = calculus_of(call.name, call.backend, arrays[0].device)
-            if moved and operation in COMPOSED:
+            if moved and is_composed(operation, call.follows, forwards=True):
                 of = composed(call.problem, named, calculus)
                 return [of.get(name) for name in ARRAYS[operation].results]
             # Where gradients are asked for, too, they must see the tangents of what is kept.

@@ -45,7 +45,11 @@ def differentiable(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Ten
 
 def _computed(call: Call) -> Call:
     """`call` with all that its gradient needs among the results, so that PyTorch sees that."""
-    return call.with_lse if call.problem.operation == "forward" else call
+    return call.with_lse if call.problem.operation in KEEPING else call
+
+
+KEEPING = ("forward", "jvp")
+"""The operations whose gradients need their results."""
 
 
 class Cuneigh(torch.autograd.Function):  # type: ignore[misc]
@@ -54,7 +58,7 @@ class Cuneigh(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, call: Call, *arrays: torch.Tensor) -> Any:
         results = [array for array in run(_computed(call), arrays) if array is not None]
-        kept = results if call.problem.operation == "forward" else ()
+        kept = results if call.problem.operation in KEEPING else ()
         ctx.save_for_backward(*arrays, *kept)
         if is_forward_mode():
             ctx.save_for_forward(*arrays, *results)
@@ -73,6 +77,7 @@ class Cuneigh(torch.autograd.Function):  # type: ignore[misc]
             dict(zip(names, tensors[count:], strict=True)),
             dict(zip(call.arguments, moved, strict=True)),
             calculus_of(call.name, call.backend, tensors[0].device),
+            call.follows,
         )
         turned = tuple(map(made.get, names))
         return turned[0] if len(turned) == 1 else turned
@@ -110,14 +115,16 @@ def _second(
     needs: Sequence[bool],
 ) -> list[torch.Tensor | None]:
     """The gradients of the arguments of a call that is a derivative itself."""
-    results = compress(ARRAYS[call.problem.operation].results, call.results)
+    results = list(compress(ARRAYS[call.problem.operation].results, _computed(call).results))
+    count = len(call.arguments)
     made = gradients(
         call.problem,
-        dict(zip(call.arguments, arrays, strict=True)),
-        {},
+        dict(zip(call.arguments, arrays, strict=False)),
+        dict(zip(results, arrays[count:], strict=False)),
         dict(zip(results, incoming, strict=True)),
         list(compress(call.arguments, needs)),
         calculus_of(call.name, call.backend, arrays[0].device),
+        call.follows,
     )
     return [made.get(name) for name in call.arguments]
 

@@ -15,11 +15,11 @@ from cuneigh._backends import serving
 from cuneigh._call import Call
 from cuneigh._frameworks.contract import Adapter
 from cuneigh._frameworks.derivatives import (
-    COMPOSED,
     Calculus,
     Named,
     composed,
     gradients_of,
+    is_composed,
     tangents_of,
 )
 from cuneigh._frameworks.torch.tensors import TENSORS
@@ -32,8 +32,13 @@ RECORDING: list[Adapter] = []
 """The one adapter that records calls; it is put here by its module, which imports this one."""
 
 
-def calculus_of(name: str, backend: str | None, device: torch.device) -> Calculus:
-    """For derivatives of the call `name`, by the backend that it was given where that will do."""
+def calculus_of(
+    name: str, backend: str | None, device: torch.device, follows: bool = True
+) -> Calculus:
+    """For derivatives of the call `name`, by the backend that it was given where that will do.
+
+    `follows` says whether a backward does that from its forward.
+    """
 
     def apply(
         problem: Problem, arrays: Named, wanted: Sequence[str] | None = None
@@ -45,6 +50,7 @@ def calculus_of(name: str, backend: str | None, device: torch.device) -> Calculu
         pairs = zip(results, problem.results, strict=True)
         asked = [None if wanted and name not in wanted else spec for name, spec in pairs]
         call = Call(name, adapter, device, tuple(given), problem, of, asked)
+        call.follows = follows and problem.operation == "backward"
         made = call.compute(list(given.values()))
         return dict(zip(results, made, strict=True))
 
@@ -65,13 +71,14 @@ def gradients(
     incoming: Named,
     needed: Sequence[str],
     calculus: Calculus,
+    follows: bool,
 ) -> dict[str, Any]:
     """The gradients of the arguments of an operation, of those that are `needed` at least.
 
-    `incoming` has those of the results, as far as there are any.
+    `incoming` has those of the results, as far as there are any. `follows` as in `is_composed`.
     """
     incoming = {name: array for name, array in incoming.items() if array is not None}
-    if problem.operation not in COMPOSED:
+    if not is_composed(problem.operation, follows, forwards=False):
         return gradients_of(problem, arrays, results, incoming, calculus)
 
     def compute(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -83,7 +90,12 @@ def gradients(
 
 
 def tangents(
-    problem: Problem, arrays: Named, results: Named, moved: Named, calculus: Calculus
+    problem: Problem,
+    arrays: Named,
+    results: Named,
+    moved: Named,
+    calculus: Calculus,
+    follows: bool,
 ) -> dict[str, Any]:
     """The tangents of all results of an operation, `moved` being those of its arguments."""
     if torch._C._are_functorch_transforms_active():
@@ -92,9 +104,9 @@ def tangents(
         # the tangents at hand.
         with forward_ad._set_fwd_grad_enabled(True):
             primals, kept, directions = map(_primals, (arrays, results, moved))
-            made = _tangents(problem, primals, kept, directions, calculus)
+            made = _tangents(problem, primals, kept, directions, calculus, follows)
     else:
-        made = _tangents(problem, arrays, results, moved, calculus)
+        made = _tangents(problem, arrays, results, moved, calculus, follows)
     return {
         name: torch.zeros_like(result) if made.get(name) is None else made[name]
         for name, result in results.items()
@@ -109,10 +121,15 @@ def _primals(arrays: Named) -> Named:
 
 
 def _tangents(
-    problem: Problem, arrays: Named, results: Named, moved: Named, calculus: Calculus
+    problem: Problem,
+    arrays: Named,
+    results: Named,
+    moved: Named,
+    calculus: Calculus,
+    follows: bool,
 ) -> dict[str, Any]:
     moved = {name: array for name, array in moved.items() if array is not None}
-    if problem.operation not in COMPOSED:
+    if not is_composed(problem.operation, follows, forwards=True):
         return tangents_of(problem, arrays, results, moved, calculus)
     names: list[str] = []
 

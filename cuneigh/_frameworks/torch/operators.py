@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from cuneigh._call import Call
 from cuneigh._frameworks.arguments import examine
 from cuneigh._frameworks.derivatives import Calculus
+from cuneigh._frameworks.torch.autograd import KEEPING
 from cuneigh._frameworks.torch.derivatives import calculus_of, gradients, tangents
 from cuneigh._frameworks.torch.tensors import TENSORS
 from cuneigh._parameters import Part, Window
@@ -42,6 +43,8 @@ class Parameters(NamedTuple):
     scale: float | None
     """None for the default, which torch.compile would otherwise compile anew for each head_dim."""
     backend: str | None
+    follows: bool = False
+    """As `Call.follows`."""
 
 
 def call(public: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -56,6 +59,7 @@ def call(public: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | No
         *_part_parameters(public, axes),
         None if _is_default_scale(problem) else problem.scale,
         public.backend,
+        public.follows,
     )
     return apply(problem.operation, dict(zip(public.arguments, arrays, strict=True)), parameters)
 
@@ -77,7 +81,7 @@ def _part_parameters(
 
 def _is_default_scale(problem: Problem) -> bool:
     """Whether the scale follows from head_dim, with which it is to change."""
-    if problem.operation not in ("forward", "backward", "jvp"):
+    if problem.operation not in ("forward", "backward", "jvp", "hvp"):
         return False
     if isinstance(problem.scale, torch.SymFloat):  # any other has become a number in the checks
         return True
@@ -100,14 +104,14 @@ def apply(
 def _given_results(operation: Operation, arrays: dict[str, Any]) -> list[str]:
     """The names of the tensors that the operator of `operation` returns."""
     results = ARRAYS[operation].results
-    if not _is_backward(operation):
+    if not _has_gradients(operation):
         return list(results)
-    return [name for name in results if arrays.get(name) is not None]
+    return [name for name in results if arrays.get(of_what(name)) is not None]
 
 
-def _is_backward(operation: Operation) -> bool:
+def _has_gradients(operation: Operation) -> bool:
     """Whether the results are gradients of arguments, of which some may not be given."""
-    return operation.endswith("backward")
+    return operation == "hvp" or operation.endswith("backward")
 
 
 def _problem(operation: Operation, arrays: dict[str, Any], parameters: Parameters) -> Problem:
@@ -134,7 +138,7 @@ def _split(operation: Operation, args: Sequence[Any]) -> tuple[dict[str, Any], P
 
 def _joined(operation: Operation, results: list[Any]) -> Any:
     """What the operator of `operation` returns: one tensor, a tuple, or a list of gradients."""
-    if _is_backward(operation):
+    if _has_gradients(operation):
         return results
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -170,13 +174,16 @@ def _fake_kernel(operation: Operation) -> Callable[..., Any]:
 
 
 def _calculus(
-    operation: Operation, arrays: dict[str, torch.Tensor], parameters: Parameters
+    operation: Operation,
+    arrays: dict[str, torch.Tensor],
+    parameters: Parameters,
+    follows: bool = True,
 ) -> Calculus:
     """For derivatives of the operator, as those of the public function that has the operation."""
-    suffix = {"forward": "", "jvp": ""}.get(operation, f"_{operation}")
+    suffix = f"_{operation}" if operation.endswith(("backward", "qk", "av")) else ""
     rank = len(parameters.kernel_size)
     name = f"na{rank}d{suffix}" if rank else "attention"
-    return calculus_of(name, parameters.backend, next(iter(arrays.values())).device)
+    return calculus_of(name, parameters.backend, next(iter(arrays.values())).device, follows)
 
 
 Rule = Callable[..., Any]
@@ -184,7 +191,7 @@ Rule = Callable[..., Any]
 
 def _derivatives(operation: Operation) -> tuple[Rule, Rule, Rule]:
     """What the operator keeps for its derivatives, its gradient and its tangent."""
-    kept = ARRAYS[operation].results if operation == "forward" else ()
+    kept = ARRAYS[operation].results if operation in KEEPING else ()
     names = ARRAYS[operation].arguments
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -212,15 +219,17 @@ def _derivatives(operation: Operation) -> tuple[Rule, Rule, Rule]:
             return nothing
         pairs = zip(names, ctx.needs_input_grad, strict=False)
         needed = [name for name, needs in pairs if needs and name in arrays]
-        made = gradients(problem, arrays, results, given, needed, calculus)
-        return (*map(made.get, names), *nothing[len(names) :])
+        follows = ctx.parameters.follows
+        made = gradients(problem, arrays, results, given, needed, calculus, follows)
+        back = [made.get(name) if name in needed else None for name in names]
+        return (*back, *nothing[len(names) :])
 
     def tangent(ctx: Any, *moved: torch.Tensor | None) -> Any:
         arrays, results, problem, calculus = saved(ctx)
         given = dict(zip(names, moved, strict=False))
-        made = tangents(problem, arrays, results, given, calculus)
+        made = tangents(problem, arrays, results, given, calculus, ctx.parameters.follows)
         turned = tuple(made.get(name) for name in _given_results(operation, arrays))
-        return turned[0] if len(turned) == 1 and not _is_backward(operation) else turned
+        return turned[0] if len(turned) == 1 and not _has_gradients(operation) else turned
 
     return setup, backward, tangent
 
@@ -240,7 +249,7 @@ def _batched(operation: Operation) -> Callable[..., Any]:
         # whole batch, and its gradient is a sum over the batch: where each call has its own, the
         # heads take up the axis.
         moves = any(dims.get(name) is not None for name in ("rpb", "tangent_rpb"))
-        own_bias = "rpb" in arrays and (moves or _is_backward(operation))
+        own_bias = "rpb" in arrays and (moves or _has_gradients(operation))
         into: Fold = "heads" if own_bias else "batch"
         if own_bias and dims.get("key_mask") is not None:  # which heads share
             return one_by_one(info.batch_size, arrays, dims, parameters)
@@ -248,7 +257,7 @@ def _batched(operation: Operation) -> Callable[..., Any]:
             name: _fold(array, _axis(name, array, dims[name], into), dims[name], info.batch_size)
             for name, array in arrays.items()
         }
-        made = _calculus(operation, folded, parameters).apply(
+        made = _calculus(operation, folded, parameters, parameters.follows).apply(
             _problem(operation, folded, parameters), folded
         )
         results = [
@@ -339,7 +348,7 @@ def _define(operation: Operation) -> Any:
     parameters = [
         *("SymInt[] kernel_size", "SymInt[] stride", "SymInt[] dilation", "int[] is_causal"),
         *("int[] border", "SymInt[] layout", "SymInt[] query_start", "SymInt[] key_start"),
-        *("float? scale", "str? backend"),
+        *("float? scale", "str? backend", "bool follows=False"),
     ]
     operator = torch.library.custom_op(
         f"cuneigh::{operation}",

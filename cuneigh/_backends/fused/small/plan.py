@@ -29,7 +29,7 @@ from cuneigh._gpu.boxes import (
 )
 from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
 from cuneigh._gpu.linear import Speed
-from cuneigh._gpu.passes import DQ, FORWARD, JVP, Pass
+from cuneigh._gpu.passes import DQ, FORWARD, Pass
 from cuneigh._problem import Problem
 from cuneigh._window import Promise
 
@@ -226,7 +226,7 @@ def transfers(problem: Problem, pass_: Pass) -> int:
 def takes(problem: Problem, pass_: Pass) -> bool:
     """Whether there is a kernel for this kind of problem."""
     return (
-        pass_ != JVP
+        not pass_.moves
         and problem.dtype in ("float16", "bfloat16")
         and {problem.head_dim, problem.value_dim} <= {*dims(pass_)}
         and not problem.rpb_dtype

@@ -1,0 +1,155 @@
+"""The launches of a jvp and of an hvp, whose arrays come with their tangents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cuneigh._backends.fused.launch import launch_pass, plan_of
+from cuneigh._backends.fused.passes import parts, passes
+from cuneigh._backends.fused.plan import FusedPlan
+from cuneigh._gpu import sums
+from cuneigh._gpu.arrays import Array, contiguous
+from cuneigh._gpu.hvp import HvpArrays
+from cuneigh._gpu.passes import JVP
+from cuneigh._gpu.program import Program
+from cuneigh._gpu.views import Views, load_width, readable
+from cuneigh._problem import JvpResults, OfResults, Operands, Problem
+
+
+def jvp(
+    problem: Problem, operands: Operands, tangents: Operands, results: JvpResults, program: Program
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    tangents = Operands(*(readable(array, program) for array in tangents))
+    operands, tangents = _alike(operands, tangents, program)
+    key_bytes = load_width(
+        [each for of in (operands, tangents) for each in (of.query, of.key, of.additional_keys)]
+    )
+    for begin, part in parts(problem):
+        end = begin + part.value_dim
+
+        def cut(array: Array | None, begin: int = begin, end: int = end) -> Array | None:
+            return None if array is None else array.part(begin, end)
+
+        output, tangent_output = cut(results.output), cut(results.tangent_output)
+        vectors: list[Array | None] = [output, tangent_output]
+        views = Views(problem.rank)  # `JvpArguments` of cuda/fused/jvp.cu
+        views.mask(operands.key_mask)
+        for of in (operands, tangents):
+            value, additional_values = cut(of.value), cut(of.additional_values)
+            vectors += value, additional_values
+            views.vectors(of.query, of.key, value)
+            views.additional(of.additional_keys, additional_values)
+            views.bias(of.rpb)
+        views.vectors(output, tangent_output)
+        views.scalars(*(results.lse, results.tangent_lse) if begin == 0 else (None, None))
+        plan = plan_of(program, part, JVP, vectors)
+        assert isinstance(plan, FusedPlan), "there is no other kernel for it"
+        launch_pass(program, part, JVP, plan, key_bytes, load_width(vectors), views)
+
+
+def hvp(
+    problem: Problem,
+    operands: Operands,
+    results: OfResults,
+    incoming: OfResults,
+    tangents: Operands,
+    tangents_incoming: OfResults,
+    gradients: Operands,
+    tangents_of_results: OfResults,
+    program: Program,
+) -> None:
+    operands = Operands(*(readable(array, program) for array in operands))
+    tangents = Operands(*(readable(array, program) for array in tangents))
+    operands, tangents = _alike(operands, tangents, program)
+    query, tangent_query = _alike_in_memory(operands.query, tangents.query, program)
+    operands, tangents = (
+        operands._replace(query=query),
+        tangents._replace(query=tangent_query),
+    )
+    grad_output, tangent_grad_output = _alike_in_memory(
+        readable(incoming.output, program), readable(tangents_incoming.output, program), program
+    )
+    moved = JvpResults(None, None, *tangents_of_results)
+    jvp(problem.but("jvp"), operands, tangents, moved, program)
+    statistics, tangent_statistics = (
+        program.allocate((*results.lse.shape, 2), "float32") for _ in range(2)
+    )
+    outputs = readable(results.output, program), tangents_of_results.output
+    sums.hvp_delta(
+        problem,
+        OfResults(grad_output, incoming.lse),
+        OfResults(tangent_grad_output, tangents_incoming.lse),
+        OfResults(outputs[0], results.lse),
+        tangents_of_results,
+        (statistics, tangent_statistics),
+        program,
+    )
+
+    both = operands, tangents
+    key_bytes = load_width(
+        [each for of in (*both, gradients) for each in (of.query, of.key)]
+        + [of.additional_keys for of in both]
+    )
+    value_bytes = load_width(
+        [of.value for of in (*both, gradients)]
+        + [of.additional_values for of in both]
+        + [grad_output, tangent_grad_output]
+    )
+    for pass_ in passes(problem):
+        by_keys = pass_.rows_are_keys
+        views = Views(problem.rank)  # `HvpArguments` of cuda/fused/hvp.cu
+        views.mask(operands.key_mask)
+        for of, grad, numbers in (
+            (operands, grad_output, statistics),
+            (tangents, tangent_grad_output, tangent_statistics),
+        ):
+            of_queries, of_keys = (of.query, grad), (of.key, of.value)
+            rows, columns = (of_keys, of_queries) if by_keys else (of_queries, of_keys)
+            views.vectors(*rows, *columns)
+            if by_keys:
+                views.additional(None, None)
+            else:
+                views.additional(of.additional_keys, of.additional_values)
+            views.bias(of.rpb)
+            views.pairs(numbers)
+        views.vectors(*(gradients.key, gradients.value) if by_keys else (gradients.query, None))
+        plan = plan_of(program, problem, pass_, ())
+        assert isinstance(plan, FusedPlan), "there is no other kernel for it"
+        grad_moves = tangent_grad_output is not None
+        launch_pass(program, problem, pass_, plan, key_bytes, value_bytes, views, grad_moves)
+
+    arrays = HvpArrays(
+        operands,
+        tangents,
+        grad_output,
+        tangent_grad_output,
+        results.lse,
+        tangents_of_results.lse,
+        statistics.component(1),
+        tangent_statistics.component(1),
+    )
+    sums.hvp_gradients(problem, arrays, gradients, program)
+
+
+def _alike(operands: Operands, tangents: Operands, program: Program) -> tuple[Operands, Operands]:
+    """The same, with the tangents of all but the query laid out in memory as what they are of."""
+    pairs = [
+        (array, tangent) if name == "query" else _alike_in_memory(array, tangent, program)
+        for name, array, tangent in zip(Operands._fields, operands, tangents, strict=True)
+    ]
+    made, moved = zip(*pairs, strict=True)
+    return Operands(*made), Operands(*moved)
+
+
+def _alike_in_memory(
+    array: Array | None, tangent: Array | None, program: Program
+) -> tuple[Any, Any]:
+    """The same, laid out in memory alike: contiguous, unless they are so already."""
+    if array is None or tangent is None or array.strides == tangent.strides:
+        return array, tangent
+    wanted = contiguous(array.shape)
+    return (
+        array if array.strides == wanted else program.copied(array),
+        tangent if tangent.strides == wanted else program.copied(tangent),
+    )
