@@ -104,6 +104,12 @@ __device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
 #pragma unroll 1
       for (int i = 0; i < problem.additional; i += Plan::kColumns)
         load({tile.batch, tile.column_head, {i}, true});
+    // Consumers need the last values of a tile before a later one can be announced, while keys of
+    // the next box may be those of a later tile: rows of parts may see no column
+    if (Axis::kIsPart && tile.boxes == 0 && has_last) {
+      load_vo(last);
+      has_last = false;
+    }
   });
   if (has_last) load_vo(last);
 }
