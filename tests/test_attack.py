@@ -31,6 +31,9 @@ def test_values_in_the_wrong_place_are_found():
         arrays = with_forward(case.problem, case.given, "cpu", np)
         expected = Dense(case.problem, arrays, np).run()
         moved = arrays | {name: np.ascontiguousarray(np.roll(arrays[name], 1, 1))}
+        other = Dense(case.problem, moved, np).run()
+        if all(np.array_equal(other[n].expected, expected[n].expected) for n in expected):
+            continue  # nothing is seen
         got = call(case.problem, moved, "cpu")
         tried += 1
         found += any(wrong(got[name], result, np) for name, result in expected.items())

@@ -210,7 +210,7 @@ def test_records_have_the_size_that_the_struct_asserts(problem):
 # number of axes, with all flags or none in turn, so that each flag is there, and is not, for each
 # number of axes, each dimension and each dtype. Shorter vectors have shorter loops beside the same
 # producers, and are compiled once. Dimensions that differ come last.
-FLAGS = ("kDilated", "kAdditional", "kSigned")
+FLAGS = ("kDilated", "kAdditional", "kSigned", "kKeyMask")
 LONGEST = [("forward", 128), ("forward", 256), ("backward", 64), ("backward", 128)]
 FULL = [
     (operation, rank, "float16" if (rank + i) % 4 < 2 else "bfloat16", dim, dim, (rank + i) % 2)
@@ -235,7 +235,9 @@ def kernels_of(
     axes = (Axis(8, 8, 2, 1, 2 if flags else 1, False),) * rank
     scale, additional = (-1.0, 3) if flags else (1.0, None)
     dims = head_dim, value_dim
-    problem = Problem(operation, dtype, 1, 1, 1, *dims, axes, scale, additional)
+    problem = Problem(
+        operation, dtype, 1, 1, 1, *dims, axes, scale, additional, has_key_mask=bool(flags)
+    )
     kernels = [kernel for kernel in hopper.kernels(problem, H200) if "hopper/" in kernel.name]
     for kernel in kernels:
         expected = FLAGS if flags else ()
@@ -269,11 +271,10 @@ def test_kernels_do_not_spill(operation, rank, dtype, head_dim, value_dim, flags
 
 
 @needs_nvrtc
-def test_the_kernel_of_all_gradients_does_not_spill_with_a_negative_scale(tmp_path):
-    """Which comes with dilation and additional keys above; this kernel takes neither."""
-    kernel = launch.kernel(
-        long_windows(operation="backward", scale=-1.0), form_of(LONG, H200, BACKWARD), BACKWARD
-    )
+def test_the_kernel_of_all_gradients_does_not_spill_with_a_mask_and_a_negative_scale(tmp_path):
+    """Which come with dilation and additional keys above; this kernel takes neither."""
+    problem = long_windows(operation="backward", scale=-1.0, has_key_mask=True)
+    kernel = launch.kernel(problem, form_of(LONG, H200, BACKWARD), BACKWARD)
     ((_, compiled),) = _jit.precompile([kernel], ["sm_90a"], tmp_path).items()
     assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0
     assert compiled.resources.advice == ()
@@ -300,7 +301,7 @@ def test_one_kernel_computes_all_gradients_where_its_sums_have_room(problem, mem
 @given(problem=supported(dims=ALL_DIMS), data=st.data())
 def test_one_kernel_serves_all_windows_and_lengths(problem, data):
     other = data.draw(supported(dims=ALL_DIMS, ranks=(problem.rank,), cross=False))
-    names = ("dtype", "head_dim", "value_dim", "scale", "additional")
+    names = ("dtype", "head_dim", "value_dim", "scale", "additional", "has_key_mask")
     alike = replace(problem, batch=1, **{name: getattr(other, name) for name in names})
     if launch.is_dilated(alike) == launch.is_dilated(other):
         assert hopper.kernels(alike, H200) == hopper.kernels(replace(other, batch=1), H200)

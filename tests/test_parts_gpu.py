@@ -53,7 +53,8 @@ def test_parts_agree_with_the_oracle(backend, family, operation, has_mask, seeds
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if not f.additional and not f.rpb])
 @pytest.mark.parametrize("operation", ["forward", "backward"])
-def test_small_windows_of_parts_agree_with_the_oracle(family, operation, monkeypatch):
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_small_windows_of_parts_agree_with_the_oracle(family, operation, has_mask, monkeypatch):
     """The kernels for small windows, whatever the planner thinks of them."""
     from cuneigh._backends import fused
 
@@ -67,7 +68,7 @@ def test_small_windows_of_parts_agree_with_the_oracle(family, operation, monkeyp
     device = _device.cuda(0)
     for seed in range(10_000, 10_030):
         rng = np.random.default_rng(seed)
-        problem = part_problem(rng, family, operation, has_mask=False)
+        problem = part_problem(rng, family, operation, has_mask)
         if fused.unsupported(problem, device) is None:
             check_backend(fused, problem, inputs(problem, rng), **NATIVE)
 

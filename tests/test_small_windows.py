@@ -23,7 +23,7 @@ from cuneigh._backends.fused.plan import make_plan, passes
 from cuneigh._backends.fused.small import launch as small_launch
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._gpu.boxes import count_unions
-from cuneigh._gpu.passes import FORWARD
+from cuneigh._gpu.passes import DQ, FORWARD
 from cuneigh._parameters import window_arguments
 from cuneigh._problem import Problem, Spec
 from cuneigh._validate import attention_problem
@@ -47,6 +47,7 @@ def small(draw, operations=("forward", "backward"), **arguments):
         additional=None,
         rpb_dtype=None,
         scale=abs(problem.scale) or 1.0,
+        has_key_mask=draw(st.booleans()),
     )
 
 
@@ -130,7 +131,7 @@ def test_a_plan_fits_the_device(problem, device):
         plan = small_plan.make_plan(problem, device, pass_)
         if plan is not None:
             taken = small_plan.shared_bytes(problem, plan, pass_)
-            assert taken + small_plan.static_bytes(plan, pass_) <= device.shared_memory
+            assert taken + small_plan.static_bytes(problem, plan, pass_) <= device.shared_memory
             assert 1 <= plan.batch_heads <= small_plan.sizes(problem, pass_)[0]
             assert math.prod(plan.warp_box) <= small_plan.ROWS
 
@@ -146,10 +147,15 @@ def test_small_windows_are_planned_so(kernel_size):
 @pytest.mark.long
 @pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
 @pytest.mark.parametrize(
-    ("capability", "rank", "dim"),
-    [((8, 0), 1, 64), ((9, 0), 2, 64), ((10, 0), 2, 128), ((12, 0), 1, 64)],
+    ("capability", "rank", "dim", "has_mask"),
+    [
+        ((8, 0), 1, 64, True),
+        ((9, 0), 2, 64, False),
+        ((10, 0), 2, 128, False),
+        ((12, 0), 1, 64, True),
+    ],
 )
-def test_kernels_do_not_spill(capability, rank, dim, tmp_path):
+def test_kernels_do_not_spill(capability, rank, dim, has_mask, tmp_path):
     """Those with the largest tiles, which take the most registers.
 
     Without lse they do a part of what they do with it, which one device has to show.
@@ -157,7 +163,9 @@ def test_kernels_do_not_spill(capability, rank, dim, tmp_path):
     axes = (Axis(1, 1, 1, 1, 1, False),) * rank
     kernels = []
     for operation in ("forward", "backward"):
-        problem = Problem(operation, "bfloat16", 1, 1, 1, dim, dim, axes, 1.0)
+        problem = Problem(
+            operation, "bfloat16", 1, 1, 1, dim, dim, axes, 1.0, has_key_mask=has_mask
+        )
         with_lse = (True, False) if capability == (9, 0) else (True,)
         flags = [*itertools.product((True, False), with_lse)]
         for pass_ in passes(problem):
@@ -173,6 +181,17 @@ def test_kernels_do_not_spill(capability, rank, dim, tmp_path):
     for (kernel, _), compiled in _jit.precompile(kernels, [arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
         assert spilled == 0, f"{kernel.name} spills {spilled} on {arch}:\n{kernel.plan}"
+
+
+@pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
+def test_the_fullest_kernel_does_not_spill_with_a_mask(tmp_path):
+    """Of short vectors, four blocks of which a multiprocessor works on."""
+    axes = (Axis(1, 1, 1, 1, 1, False),) * 2
+    problem = Problem("backward", "bfloat16", 1, 1, 1, 32, 32, axes, 1.0, has_key_mask=True)
+    ((form, slots),) = small_plan.forms(problem, (9, 0), DQ, False).items()
+    kernel = small_launch.kernel(problem, DQ, form, max(slots))
+    ((_, compiled),) = _jit.precompile([kernel], ["sm_90"], tmp_path).items()
+    assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1e-46, 1e39])

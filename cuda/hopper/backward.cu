@@ -19,7 +19,7 @@
 namespace cuneigh::hopper {
 
 template <typename Plan>
-struct BackwardArguments {
+struct BackwardArguments : KeyMask<Plan> {
   View<const float2, Plan::kRank> statistics;  // of queries: {lse * log2(e), delta}
   View<typename Plan::Element, Plan::kRank> grad_key, grad_value;
   Sums sums;        // of dQ
@@ -153,7 +153,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     hold(grad_query);
     me.release_rows();
     dq.hand_over(grad_query);
-    store_key_gradients(problem, me, arguments.grad_key, arguments.grad_value, grad_key,
+    store_key_gradients(problem, me, arguments, arguments.grad_key, arguments.grad_value, grad_key,
                         grad_value);
     me.end_tile();
   }
@@ -165,13 +165,13 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
              const __grid_constant__ TensorMap key, const __grid_constant__ TensorMap value,
              const __grid_constant__ TensorMap query,
              const __grid_constant__ TensorMap grad_output) {
-  auto& smem = begin_block<Plan>(problem);
+  auto& smem = begin_block<Plan>(problem, arguments);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
     // No column is an additional key: the last two maps are never used
-    produce({key, value, query, grad_output, query, grad_output}, arguments.statistics,
+    produce({key, value, query, grad_output, query, grad_output}, arguments.statistics, arguments,
             arguments.sums, arguments.taken, smem);
   } else {
     set_registers<true, kConsumerRegisters<Plan>>();

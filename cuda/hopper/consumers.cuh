@@ -62,7 +62,11 @@ struct Consumer {
     }
     return false;
   }
-  __device__ void wait_for_vo() const { smem.vo_full[boxes.slot()].wait(boxes.parity()); }
+  __device__ void wait_for_vo() const {
+    smem.vo_full[boxes.slot()].wait(boxes.parity());
+    if constexpr (kMaskedColumns<Plan>)
+      if (smem.visibility[boxes.slot()][w] == kHoles) smem.clean(boxes.slot()).wait(boxes.parity());
+  }
   __device__ void release_qk() const { smem.qk_empty[boxes.slot()].arrive_as_warp(); }
   __device__ void release_vo() const { smem.vo_empty[boxes.slot()].arrive_as_warp(); }
   __device__ void end_box() {
@@ -73,7 +77,8 @@ struct Consumer {
   // Hides the logits S [64, kColumns] of pairs that are not visible.
   template <int kTiles>
   __device__ void hide_invisible(float (&logit)[kTiles][4]) const {
-    if (smem.visibility[boxes.slot()][w] != kPartial) return;
+    const int visibility = smem.visibility[boxes.slot()][w];
+    if (kMaskedColumns<Plan> ? visibility == kAll : visibility != kPartial) return;
     const QuadWords* words = smem.words[boxes.slot()] + w * smem.problem.coordinates;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

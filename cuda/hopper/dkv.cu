@@ -13,7 +13,7 @@
 namespace cuneigh::hopper {
 
 template <typename Plan>
-struct DkvArguments {
+struct DkvArguments : KeyMask<Plan> {
   View<const float2, Plan::kRank> statistics;  // of queries: {lse * log2(e), delta}
   View<typename Plan::Element, Plan::kRank> grad_key, grad_value;
   unsigned* taken;  // 0 before the launch; see `begin_tiles`
@@ -78,7 +78,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     }
 
     me.release_rows();
-    store_key_gradients(problem, me, arguments.grad_key, arguments.grad_value, grad_key,
+    store_key_gradients(problem, me, arguments, arguments.grad_key, arguments.grad_value, grad_key,
                         grad_value);
     me.end_tile();
   }
@@ -89,14 +89,14 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
     dkv(const HopperProblem<Plan::kRank> problem, const DkvArguments<Plan> arguments,
         const __grid_constant__ TensorMap key, const __grid_constant__ TensorMap value,
         const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap grad_output) {
-  auto& smem = begin_block<Plan>(problem);
+  auto& smem = begin_block<Plan>(problem, arguments);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
     // No column is an additional key: the last two maps are never used
-    produce({key, value, query, grad_output, query, grad_output}, arguments.statistics, {},
-            arguments.taken, smem);
+    produce({key, value, query, grad_output, query, grad_output}, arguments.statistics, arguments,
+            {}, arguments.taken, smem);
   } else {
     set_registers<true, kConsumerRegisters<Plan>>();
     differentiate(problem, arguments, smem, warpgroup - 1);

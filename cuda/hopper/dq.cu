@@ -11,7 +11,7 @@
 namespace cuneigh::hopper {
 
 template <typename Plan>
-struct DqArguments {
+struct DqArguments : KeyMask<Plan> {
   View<const float2, Plan::kRank> statistics;  // of queries: {lse * log2(e), delta}
   View<typename Plan::Element, Plan::kRank> grad_query;
   unsigned* taken;  // 0 before the launch; see `begin_tiles`
@@ -106,13 +106,13 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
        const __grid_constant__ TensorMap key, const __grid_constant__ TensorMap value,
        const __grid_constant__ TensorMap additional_keys,
        const __grid_constant__ TensorMap additional_values) {
-  auto& smem = begin_block<Plan>(problem);
+  auto& smem = begin_block<Plan>(problem, arguments);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
     // Statistics are those of the rows, which the consumers read
-    produce({query, grad_output, key, value, additional_keys, additional_values}, {}, {},
+    produce({query, grad_output, key, value, additional_keys, additional_values}, {}, arguments, {},
             arguments.taken, smem);
   } else {
     set_registers<true, kConsumerRegisters<Plan>>();

@@ -17,7 +17,7 @@
 namespace cuneigh::hopper {
 
 template <typename Plan>
-struct ForwardArguments {
+struct ForwardArguments : KeyMask<Plan> {
   View<typename Plan::Element, Plan::kRank> output;
   View<float, Plan::kRank> lse;  // may be null
   unsigned* taken;               // 0 before the launch; see `begin_tiles`
@@ -96,14 +96,14 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
             const __grid_constant__ TensorMap value,
             const __grid_constant__ TensorMap additional_keys,
             const __grid_constant__ TensorMap additional_values) {
-  auto& smem = begin_block<Plan>(problem);
+  auto& smem = begin_block<Plan>(problem, arguments);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
     // Rows have no vo, hence the query twice, and there are no statistics
-    produce({query, query, key, value, additional_keys, additional_values}, {}, {}, arguments.taken,
-            smem);
+    produce({query, query, key, value, additional_keys, additional_values}, {}, arguments, {},
+            arguments.taken, smem);
   } else {
     set_registers<true, kConsumerRegisters<Plan>>();
     attend(problem, arguments, smem, warpgroup - 1);

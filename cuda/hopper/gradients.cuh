@@ -43,11 +43,12 @@ __device__ void multiply_by_weights(float (&grad_weight)[kTiles][4],
   }
 }
 
-// Writes this thread's rows of dK [64, 8 kKeyTiles] and dV [64, 8 kValueTiles].
+// Writes this thread's rows of dK [64, 8 kKeyTiles] and dV [64, 8 kValueTiles]: zeros for keys that
+// `mask` hides, whatever their sums are.
 template <typename Plan, typename View, int kKeyTiles, int kValueTiles>
 __device__ void store_key_gradients(const HopperProblem<Plan::kRank>& problem,
-                                    const Consumer<Plan>& me, const View& grad_key_view,
-                                    const View& grad_value_view,
+                                    const Consumer<Plan>& me, const KeyMask<Plan>& mask,
+                                    const View& grad_key_view, const View& grad_value_view,
                                     const float (&grad_key)[kKeyTiles][4],
                                     const float (&grad_value)[kValueTiles][4]) {
   const Tile<Plan::kRank>& tile = me.tile();
@@ -56,10 +57,11 @@ __device__ void store_key_gradients(const HopperProblem<Plan::kRank>& problem,
   for (int half = 0; half < 2; ++half) {
     int token[Plan::kRank];
     const bool exists = token_of_row<Plan>(problem, tile, me.w, me.row + 8 * half, token);
+    const bool is_hidden = exists && mask.hides(tile.batch, token);
     store_row(grad_key, half, problem.gradient_scale, me.quad,
-              grad_key_view.at(tile.batch, token, head), problem.head_dim, exists);
+              grad_key_view.at(tile.batch, token, head), problem.head_dim, exists, is_hidden);
     store_row(grad_value, half, 1.0f, me.quad, grad_value_view.at(tile.batch, token, head),
-              problem.value_dim, exists);
+              problem.value_dim, exists, is_hidden);
   }
 }
 

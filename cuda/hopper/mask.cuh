@@ -7,6 +7,7 @@
 // warpgroup whether it needs them: consumers know nothing of the geometry.
 #pragma once
 
+#include "cuneigh/key_mask.cuh"
 #include "hopper/tile.cuh"
 
 namespace cuneigh::hopper {
@@ -16,12 +17,17 @@ enum Visibility : int {
   kNone,     // no row sees any column: pass it over
   kPartial,  // the words say who sees what
   kAll,      // every row sees every column
+  kHoles,    // kPartial, and a key mask hides some columns (hidden.cuh)
 };
 
 // The words of a row or of a coordinate, one for each of the four lanes that share a row.
 struct alignas(16) QuadWords {
   unsigned word[4];
 };
+
+// Whether rows that a key mask hides count for others: in the sums of columns.
+template <typename Plan>
+constexpr bool kMaskedRows = Plan::kKeyMask && Plan::kSums;
 
 // A coordinate is a position along one axis of a warpgroup's box of rows, which has, for 8 x 8
 // rows, 16 of them. Those of all warpgroups are numbered one after another.
@@ -98,10 +104,13 @@ __device__ void fill_mask_tables(const HopperProblem<kRank>& problem,
 
 // Writes to the tables which columns each coordinate of a tile's rows sees, and which the warpgroup
 // `w` as a whole. `kLanes` lanes share the work. Rows past the end of an axis see nothing; if
-// kSums, their logits must be hidden, since they count in sums of columns.
+// kSums, their logits must be hidden, since they count in sums of columns. So it is with keys that
+// `mask` hides; returns whether there are any.
 template <typename Plan, int kLanes>
-__device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Plan::kRank>& tile,
-                        int lane, int w, MaskTables<Plan::kRank, Plan::kWarpgroups>& tables) {
+__device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const KeyMask<Plan>& mask,
+                        const Tile<Plan::kRank>& tile, int lane, int w,
+                        MaskTables<Plan::kRank, Plan::kWarpgroups>& tables) {
+  bool hides = false;
 #pragma unroll 1
   for (int i = lane; i < Plan::kWarpgroups * problem.coordinates; i += kLanes) {
     Coordinate& coordinate = tables.coordinate[i];
@@ -109,9 +118,16 @@ __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Pl
     const Axis axis = axis_of<Plan>(problem, r);
     const int group = tile.first[r].group, index = tile.first[r].index + coordinate.offset;
     Range window = {base, base};
-    if (index < rows_of_group<Plan>(axis, group)) window = window_of<Plan>(axis, index, group);
+    bool exists = index < rows_of_group<Plan>(axis, group);
+    if constexpr (kMaskedRows<Plan>) {
+      const bool is_hidden = exists && mask.hides(tile.batch, {index});
+      hides |= is_hidden;
+      exists &= !is_hidden;
+    }
+    if (exists) window = window_of<Plan>(axis, index, group);
     coordinate.window = {window.begin - base, window.end - base};
   }
+  if constexpr (kMaskedRows<Plan>) hides = __any_sync(0xffffffffu, hides);
 #pragma unroll 1
   for (int r = 0; r < Plan::kRank; ++r) {
     const Axis axis = axis_of<Plan>(problem, r);
@@ -124,10 +140,11 @@ __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Pl
       const Range low = window_of<Plan>(axis, first, group);
       const Range high = window_of<Plan>(axis, smaller(first + problem.row_box[r], end) - 1, group);
       windows = {{low.begin - base, high.end - base}, {high.begin - base, low.end - base}};
-      if (Plan::kSums && first + problem.row_box[r] > end) windows.all = {0, 0};
+      if (Plan::kSums && (hides || first + problem.row_box[r] > end)) windows.all = {0, 0};
     }
     tables.windows[r][lane] = windows;
   }
+  return hides;
 }
 
 // What the warpgroup that the lane looks after does with the box of columns that begins at `first`.
@@ -167,6 +184,15 @@ __device__ void make_words(const HopperProblem<kRank>& problem,
     for (int quad = 0; quad < 4; ++quad)
       words[i].word[quad] = tables.prefix[until].word[quad] & ~tables.prefix[before].word[quad];
   }
+}
+
+// Hides from the lane's coordinates the columns whose bits in `shown` are 0.
+template <int kLanes>
+__device__ void hide_columns(int coordinates, const QuadWords& shown, int lane, QuadWords* words) {
+#pragma unroll 1
+  for (int i = lane; i < coordinates; i += kLanes)
+#pragma unroll
+    for (int quad = 0; quad < 4; ++quad) words[i].word[quad] &= shown.word[quad];
 }
 
 // The word of the columns of a box before the column `end`, in the order of the box.

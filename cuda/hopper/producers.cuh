@@ -46,12 +46,24 @@ __device__ void load_tokens(const TensorMap& map, Coordinates<kRank> at, const P
   }
 }
 
+// Asked for anew each time: registers are few.
+__device__ inline int lane_of_warp() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// The batch entry of a box of which a mask hides all keys, so that it is not loaded.
+constexpr int kNotLoaded = -1;
+
 // Loads the qk or the vo of a box of columns, `lines` [kLines][kColumns] of 64 elements.
-template <int kRank, int kLines, int kColumns, typename Line>
+template <bool kMasked, int kRank, int kLines, int kColumns, typename Line>
 __device__ void load_columns(const HopperProblem<kRank>& problem, const TensorMap& window,
                              const TensorMap& additional, const Folding& folding,
                              const ColumnBox<kRank>& box, Line (&lines)[kLines][kColumns],
                              Barrier& full) {
+  if constexpr (kMasked)
+    if (box.batch == kNotLoaded) return full.arrive();
   full.arrive_and_expect(sizeof(lines));
   if (box.is_additional)
     load_tokens<kLines, 1>(additional, {{}, box.batch, box.head, {box.token[0]}}, {1, 0, 0}, lines,
@@ -62,9 +74,10 @@ __device__ void load_columns(const HopperProblem<kRank>& problem, const TensorMa
 }
 
 // Warp 0, of which one lane does it all: boxes of columns. In the forward pass a consumer needs the
-// values of a box long after its keys; they are loaded after the keys of the next box.
+// values of a box long after its keys; they are loaded after the keys of the next box. (If columns
+// are masked, the other lanes help to look at the mask.)
 template <typename Plan>
-__device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
+__device__ void load_boxes(const Maps& maps, const KeyMask<Plan>& mask, SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank;
   const auto& problem = smem.problem;
   Ring<Plan::kStages> qk, vo;
@@ -72,14 +85,16 @@ __device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
   bool has_last = false;
   auto load_vo = [&](const ColumnBox<kRank>& box) {
     smem.vo_empty[vo.slot()].wait(vo.parity() ^ 1);
-    load_columns(problem, maps.column_vo, maps.additional_values, problem.column_vo, box,
-                 smem.column_vo[vo.slot()], smem.vo_full[vo.slot()]);
+    load_columns<kMaskedColumns<Plan>>(problem, maps.column_vo, maps.additional_values,
+                                       problem.column_vo, box, smem.column_vo[vo.slot()],
+                                       smem.vo_full[vo.slot()]);
     vo.advance();
   };
   auto load = [&](const ColumnBox<kRank>& box) {
     smem.qk_empty[qk.slot()].wait(qk.parity() ^ 1);
-    load_columns(problem, maps.column_qk, maps.additional_keys, problem.column_qk, box,
-                 smem.column_qk[qk.slot()], smem.qk_full[qk.slot()]);
+    load_columns<kMaskedColumns<Plan>>(problem, maps.column_qk, maps.additional_keys,
+                                       problem.column_qk, box, smem.column_qk[qk.slot()],
+                                       smem.qk_full[qk.slot()]);
     qk.advance();
     if (Plan::kBackward) {
       load_vo(box);
@@ -89,9 +104,14 @@ __device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
       has_last = true;
     }
   };
-  for_each_tile<false>(smem, [&](const Tile<kRank>& tile) {
+  for_each_tile<kWarpLoads<Plan>>(smem, [&](const Tile<kRank>& tile) {
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
-      ColumnBox<kRank> box = {tile.batch, head, {}, false};
+      bool seen = true;
+      if constexpr (kMaskedColumns<Plan>) {
+        seen = keys_of_box(mask, smem, tile, lane_of_warp(), first).any_is_seen();
+        if (lane_of_warp() != 0) return;
+      }
+      ColumnBox<kRank> box = {seen ? tile.batch : kNotLoaded, head, {}, false};
 #pragma unroll
       for (int r = 0; r < kRank; ++r) {
         box.token[r] =
@@ -100,10 +120,16 @@ __device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
       }
       load(box);
     });
-    if (Plan::kAdditional)
+    if (Plan::kAdditional && (!kWarpLoads<Plan> || lane_of_warp() == 0))
 #pragma unroll 1
       for (int i = 0; i < problem.additional; i += Plan::kColumns)
         load({tile.batch, tile.column_head, {i}, true});
+    // Consumers need the last values of a tile before a later one can be announced, while keys of
+    // the next box may be those of a later tile: rows of parts may see no column
+    if (Axis::kIsPart && tile.boxes == 0 && has_last) {
+      load_vo(last);
+      has_last = false;
+    }
   });
   if (has_last) load_vo(last);
 }
@@ -112,7 +138,8 @@ __device__ void load_boxes(const Maps& maps, SharedMemory<Plan>& smem) {
 // `taken` counts tiles beyond the first of each block; null if there are none. If kSums it counts
 // all of them, since tiles must be begun in the order of their numbers.
 template <typename Plan>
-__device__ void begin_tiles(const Maps& maps, unsigned* taken, SharedMemory<Plan>& smem) {
+__device__ void begin_tiles(const Maps& maps, const KeyMask<Plan>& mask, unsigned* taken,
+                            SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank;
   using Smem = SharedMemory<Plan>;
   const auto& problem = smem.problem;
@@ -129,6 +156,17 @@ __device__ void begin_tiles(const Maps& maps, unsigned* taken, SharedMemory<Plan
     } else {
       next = taken ? untaken + atomicAdd(taken, 1u) : number + gridDim.x;
       find_tile<Plan>(problem, number, tile);
+      if constexpr (Plan::kKeyMask && Plan::kRowsAreKeys && !Plan::kSums) {
+        bool seen = false;
+#pragma unroll 1
+        for (int w = 0; w < Plan::kWarpgroups && !seen; ++w)
+          seen = tile.active >> w & 1 &&
+                 any_row_is_seen<Plan>(problem, mask, tile, w, mask.key_mask.at(tile.batch, 0));
+        if (!seen) {
+          tile.columns[0].end = tile.columns[0].begin;
+          tile.boxes = 0;
+        }
+      }
     }
     smem.tile_full[tiles.slot()].arrive();
     if (end) break;
@@ -180,7 +218,7 @@ __device__ float2 statistics_of(const HopperProblem<Plan::kRank>& problem,
 // of columns, and the statistics of columns that are queries.
 template <typename Plan>
 __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
-                           SharedMemory<Plan>& smem) {
+                           const KeyMask<Plan>& mask, SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups, kLanes = kMaskLanes<Plan>;
   const auto& problem = smem.problem;
   Ring<Plan::kStages> ring;
@@ -192,15 +230,29 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   };
   // Lane w of each warp says what warpgroup w does; the other lanes repeat it
   auto looked_after = [&] { return smaller(lane() % 32, kWarpgroups - 1); };
-  auto publish = [&](Visibility visibility, auto make) {
+  Ring<Plan::kRowSlots> rows;
+  Cleaner<Plan> cleaner;
+  auto wait = [&] {
+    cleaner.clean(smem, ring, lane());
     smem.qk_empty[ring.slot()].wait(ring.parity() ^ 1);
+  };
+  auto publish = [&](Visibility visibility, auto make) {
+    wait();
     if (lane() < kWarpgroups) smem.visibility[ring.slot()][lane()] = visibility;
-    if (__any_sync(0xffffffffu, visibility == kPartial)) make(smem.words[ring.slot()]);
+    const bool has_holes = kMaskedColumns<Plan> && visibility == kHoles;
+    if (__any_sync(0xffffffffu, visibility == kPartial || has_holes)) make(smem.words[ring.slot()]);
     smem.qk_full[ring.slot()].arrive_as_warp();
     ring.advance();
+    cleaner.expect(0);
   };
   for_each_tile<true>(smem, [&](const Tile<kRank>& tile) {
-    look_up<Plan, kLanes>(problem, tile, lane(), looked_after(), smem.mask);
+    const bool hides =
+        look_up<Plan, kLanes>(problem, mask, tile, lane(), looked_after(), smem.mask);
+    if constexpr (kMaskedRows<Plan>) {
+      if (hides) clear_rows<Plan>(smem, rows, lane());
+      rows.advance(kWarpgroups);
+    }
+    if (Axis::kIsPart && tile.boxes == 0) cleaner.clean(smem, ring, lane());
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
       if constexpr (Plan::kRowsAreKeys) {
         // One is read from memory while the box before is worked on; registers are few
@@ -217,9 +269,25 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
       Visibility visibility = visibility_of(problem, smem.mask, lane(), first);
       // All warpgroups multiply by the dS of all, and no box is passed over
       if (Plan::kSums && visibility == kNone) visibility = kPartial;
-      publish(visibility, [&](QuadWords* words) {
+      const auto make = [&](QuadWords* words) {
         make_words<kLanes>(problem, smem.mask, lane(), first, words);
-      });
+      };
+      if constexpr (kMaskedColumns<Plan>) {
+        LaneKeys keys = keys_of_box(mask, smem, tile, lane() % 32, first);
+        wait();  // while they arrive
+        if (!keys.any_is_seen()) visibility = kNone;
+        // Of a box that is passed over by all nothing is awaited
+        if (!__any_sync(0xffffffffu, visibility != kNone)) keys = {};
+        if (keys.any_is_hidden() && visibility != kNone) visibility = kHoles;
+        publish(visibility, [&](QuadWords* words) {
+          make(words);
+          if (keys.any_is_hidden())
+            hide_columns<kLanes>(kWarpgroups * problem.coordinates, keys.words(), lane(), words);
+        });
+        cleaner.expect(keys.given ^ keys.seen);
+      } else {
+        publish(visibility, make);
+      }
     });
     if (Plan::kAdditional) {
       bool none = false;
@@ -237,22 +305,24 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
       }
     }
   });
+  cleaner.clean(smem, ring, lane());
 }
 
 // A producer: one of the four warps of the first warpgroup. `statistics` are read if rows are keys,
 // `sums` if kSums.
 template <typename Plan>
 __device__ void produce(const Maps& maps, const View<const float2, Plan::kRank>& statistics,
-                        const Sums& sums, unsigned* taken, SharedMemory<Plan>& smem) {
+                        const KeyMask<Plan>& mask, const Sums& sums, unsigned* taken,
+                        SharedMemory<Plan>& smem) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == 2 || (warp == 3 && !Plan::kSums)) {
-    make_masks(statistics, smem);
-  } else if (lane != 0) {
+    make_masks(statistics, mask, smem);
+  } else if (lane != 0 && !(kWarpLoads<Plan> && warp == 0)) {
     return;
   } else if (warp == 0) {
-    load_boxes(maps, smem);
+    load_boxes(maps, mask, smem);
   } else if (warp == 1) {
-    begin_tiles(maps, taken, smem);
+    begin_tiles(maps, mask, taken, smem);
   } else {
     if constexpr (Plan::kSums) add_sums(sums, smem);
   }

@@ -27,10 +27,10 @@ __device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
 }
 
 // Writes one of the two rows that the lanes of a quad share, of a result [64, 8 kTiles] times
-// `factor`, 16 bytes a lane: the first `dim` columns, if the row exists.
+// `factor`, 16 bytes a lane: the first `dim` columns, if the row exists. Zeros if it is hidden.
 template <typename Element, int kTiles>
 __device__ void store_row(const float (&result)[kTiles][4], int half, float factor, int quad,
-                          Element* row, int dim, bool exists) {
+                          Element* row, int dim, bool exists, bool is_hidden = false) {
 #pragma unroll
   for (int chunk = 0; chunk < kTiles; chunk += 4) {  // of 8 columns
     // Word i of this lane is columns 8 (chunk + i) + 2 quad and the next: 4 x 4 words are
@@ -53,6 +53,8 @@ __device__ void store_row(const float (&result)[kTiles][4], int half, float fact
       word[0] = a, word[1] = b;
     else
       word[2] = a, word[3] = b;
+#pragma unroll
+    for (unsigned& each : word) each = is_hidden ? 0 : each;
     const int column = 8 * (chunk + quad);
     if (exists && column < dim)
       *reinterpret_cast<uint4*>(row + column) = make_uint4(word[0], word[1], word[2], word[3]);

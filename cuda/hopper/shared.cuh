@@ -18,11 +18,13 @@
 //   static constexpr bool kAdditional;   there are additional keys among the columns
 //   static constexpr bool kSigned;       scale is not positive
 //   static constexpr bool kSums;         tiles add to sums of the columns, too (sums.cuh)
+//   static constexpr bool kKeyMask;      there is a key mask
 //   using Element;                       float16 or bfloat16
 // };
 #pragma once
 
 #include "hopper/barrier.cuh"
+#include "hopper/hidden.cuh"
 #include "hopper/mask.cuh"
 #include "hopper/tile.cuh"
 #include "hopper/tma.cuh"
@@ -69,7 +71,7 @@ struct SumMemory<Plan, true> {
 };
 
 template <typename Plan>
-struct SharedMemory : SumMemory<Plan> {
+struct SharedMemory : SumMemory<Plan>, MaskMemory<Plan> {
   static constexpr int kQkLines = lines_of(Plan::kHeadDim);
   static constexpr int kVoLines = lines_of(Plan::kValueDim);
   static constexpr int kRowLines = kQkLines + (Plan::kBackward ? kVoLines : 0);
@@ -77,6 +79,7 @@ struct SharedMemory : SumMemory<Plan> {
 
   // [slots][lines of a row][rows][64]; every [rows][64] begins at a multiple of 1024 bytes
   static_assert(!Plan::kSums || sizeof(SumMemory<Plan>) % 1024 == 0, "so does what follows it");
+  static_assert(!kMaskedColumns<Plan> || sizeof(MaskMemory<Plan>) == 1024, "likewise");
   Line row[Plan::kRowSlots][kRowLines][kRows];  // the lines of vo after those of qk
   Line column_qk[Plan::kStages][kQkLines][Plan::kColumns];
   Line column_vo[Plan::kStages][kVoLines][Plan::kColumns];
@@ -91,14 +94,21 @@ struct SharedMemory : SumMemory<Plan> {
   Barrier tile_full[2], tile_empty[2];
   Barrier row_full[Plan::kRowSlots], row_empty[Plan::kRowSlots];
   Barrier qk_full[Plan::kStages], qk_empty[Plan::kStages];
-  Barrier vo_full[Plan::kStages], vo_empty[Plan::kStages];
+  // Those of `vo_full` from kStages on, if columns are masked: hidden ones have been set to zero
+  Barrier vo_full[Plan::kStages * (1 + kMaskedColumns<Plan>)], vo_empty[Plan::kStages];
   Barrier sum_full, sum_empty;                      // of `SumMemory::sum`
   Barrier grad_logit_full[2], grad_logit_empty[2];  // of `SumMemory::grad_logit`
+
+  __device__ Barrier& clean(unsigned stage) { return vo_full[Plan::kStages + stage]; }
 };
 
 // Lanes of the warps that make masks.
 template <typename Plan>
 constexpr int kMaskLanes = Plan::kSums ? 32 : 64;
+
+// Whether all lanes of the warp that loads columns work: they look which keys are hidden.
+template <typename Plan>
+constexpr bool kWarpLoads = kMaskedColumns<Plan>;
 
 // Calls visit(tile) for every tile of this block, as warp 1 announces them: by all lanes of a warp
 // if kWarp, else by one.
@@ -117,7 +127,8 @@ __device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
 
 // Prepares the memory of the block. Every thread must call it.
 template <typename Plan>
-__device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& problem) {
+__device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& problem,
+                                           const KeyMask<Plan>& mask) {
   static_assert(
       sizeof(SharedMemory<Plan>) == Plan::kSharedBytes,
       "'shared_bytes' in cuneigh/_backends/hopper/plan.py counts what SharedMemory holds");
@@ -128,7 +139,8 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     for (int i = 0; i < 2; ++i) {
       smem.tile_full[i].init(1);
       // Of the producers, those that load columns or add sums, and those that make masks
-      smem.tile_empty[i].init(Plan::kSums ? 2 : 1, kMaskWarps + kConsumerWarps);
+      smem.tile_empty[i].init((Plan::kSums ? 2 : 1) - kWarpLoads<Plan>,
+                              kMaskWarps + kConsumerWarps + kWarpLoads<Plan>);
     }
     for (int i = 0; i < Plan::kRowSlots; ++i) {
       smem.row_full[i].init(1);
@@ -137,6 +149,7 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     for (int i = 0; i < Plan::kStages; ++i) {
       smem.qk_full[i].init(1, kMaskWarps);  // the loader, and the makers of masks
       smem.vo_full[i].init(1);
+      if (kMaskedColumns<Plan>) smem.clean(i).init(0, kMaskWarps);
       smem.qk_empty[i].init(0, kConsumerWarps);
       smem.vo_empty[i].init(0, kConsumerWarps);
     }
@@ -150,6 +163,7 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
   }
   if (threadIdx.x == 32) smem.problem = problem;
   fill_mask_tables(problem, smem.mask, Plan::kColumns);
+  smem.MaskMemory<Plan>::fill(problem, mask);
   __syncthreads();
   return smem;
 }

@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import attack_hard
+from helpers import attack_hard, part_problems
 from helpers.attack_calls import architecture, backends, call, native, with_forward, xp_of
 from helpers.dense import Dense, wrong
 from helpers.illegal import call_of
@@ -41,7 +41,7 @@ from cuneigh._parameters import Window
 from cuneigh._problem import Problem, Spec
 from cuneigh._validate import attention_problem, av_problem, qk_problem
 
-MOST_KERNELS = 350
+MOST_KERNELS = 500
 CHUNK = 50
 """Problems that a process takes at a time."""
 LIMIT = 60.0
@@ -72,14 +72,19 @@ FAMILIES = (
     Family("float32", 3, 7, 5, False, "float32", False),
     Family("float64", 2, 16, 8, True, "float64", True),
 )
+"""Of problems with whole layouts; those of parts, borders and masks have families of their own."""
 
 
 # Random problems: the same ones in every process, by their seeds
 
 
 def problem_of(rng: np.random.Generator) -> Problem:
-    family = FAMILIES[rng.integers(len(FAMILIES))]
+    families = (*FAMILIES, *part_problems.FAMILIES)
+    family = families[rng.integers(len(families))]
     operation = OPERATIONS[rng.integers(len(OPERATIONS))]
+    if isinstance(family, part_problems.Family):
+        has_mask = bool(rng.random() < 0.5)
+        return part_problems.part_problem(rng, family, operation, has_mask)
     has_rpb = family.rpb is not None and operation[:2] != "av"
     longest = {1: 160, 2: 14, 3: 6}[family.rank]
     tokens = tuple(int(n) for n in rng.integers(1, longest + 1, family.rank))

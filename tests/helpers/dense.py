@@ -85,8 +85,12 @@ class Dense:
     def __init__(self, problem: Problem, arrays: dict[str, Any], xp: Any) -> None:
         self.problem, self.xp = problem, xp
         self.group = problem.group_size
-        self.seen = xp.asarray(mask(problem))
         self._arrays = arrays
+        self.seen = xp.asarray(mask(problem))
+        if (shown := arrays.get("key_mask")) is not None:  # [batch, 1, queries, keys]
+            extra = xp.ones((len(shown), problem.additional or 0), bool)
+            shown = xp.concatenate([shown.reshape(len(shown), -1), extra], 1)
+            self.seen = self.seen & shown[:, None, None]
         self.eps = float(ml_dtypes.finfo(numpy_dtype(problem.dtype)).eps)
         self.sum_eps = float(np.finfo(problem.accumulator).eps)
 
@@ -96,6 +100,8 @@ class Dense:
         if name == "grad_lse":
             array = array[..., None]
         array = array.astype(xp.float64).reshape(len(array), -1, *array.shape[-2:])
+        if name in ("key", "value") and (shown := self._arrays.get("key_mask")) is not None:
+            array = xp.where(shown.reshape(*array.shape[:2], 1, 1), array, 0)
         if extra is not None and self._arrays.get(extra) is not None:
             array = xp.concatenate([array, self._arrays[extra].astype(xp.float64)], 1)
         array = xp.moveaxis(array, 1, 2)
@@ -235,17 +241,17 @@ class Dense:
         slots = xp.asarray(slots_of(self.problem))
         given = self.tokens(name)
         batch, heads, queries, _ = given.shape
-        keys = self.seen.shape[1]
+        keys = self.seen.shape[-1]
         matrix = xp.zeros((batch, heads, queries, keys + 1))
         matrix[:, :, xp.arange(queries)[:, None], slots] = given
-        return matrix[..., :keys]
+        return xp.where(self.seen, matrix[..., :keys], 0)
 
     def rpb(self, matrix: Any) -> Any:
         xp, problem = self.xp, self.problem
         index = xp.asarray(bias_index(problem))
         keys = index.shape[1]
         summed = (
-            xp.where(self.seen[:, :keys], matrix[..., :keys], 0).sum(0).reshape(problem.heads, -1)
+            xp.where(self.seen[..., :keys], matrix[..., :keys], 0).sum(0).reshape(problem.heads, -1)
         )
         shape = tuple(2 * axis.kernel_size - 1 for axis in problem.axes)
         rows = [xp.bincount(index.ravel(), row, math.prod(shape)) for row in summed]

@@ -19,6 +19,7 @@ from cuneigh._backends.hopper.plan import HopperPlan, form_of
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer
 from cuneigh._gpu.passes import FORWARD, Pass
+from cuneigh._gpu.records import has_parts
 from cuneigh._problem import Problem
 
 H200 = Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024, 139 << 30)
@@ -61,8 +62,8 @@ def supported(
     head_dim, value_dim = draw(st.sampled_from(cheap or [min(dims, key=max)]))
     if problem.rank == 3 and (head_dim % 16 or value_dim % 16):
         problem = replace(problem, batch=1)  # their heads are not neighbors of 16 elements
-    axes = problem.axes
-    if problem.is_ordinary:
+    axes, whole = problem.axes, not has_parts(problem)
+    if whole:
         axes = tuple(
             replace(axis, dilation=min(axis.dilation, hopper.MOST_DILATION)) for axis in axes
         )
@@ -74,10 +75,9 @@ def supported(
         axes=axes,
         rpb_dtype=None,
         scale=0.0 if is_tiny else problem.scale,
-        has_key_mask=False,
     )
     refused = hopper.unsupported(problem, H200)
-    assume(refused is None or problem.is_ordinary)
+    assume(refused is None or whole)
     assert refused is None
     return problem
 
@@ -113,6 +113,8 @@ def assert_agree(
 ) -> None:
     """Raise AssertionError where two backends differ by more than their roundings explain.
 
+    Numbers of masked tokens, which are NaN, count for nothing.
+
     Those of a logit, which lse inherits and which change weights, are in proportion to the norms of
     its vectors. Those of a result are in proportion to the largest sum of terms that it can be:
     that is near for an output, and coarse for gradients, whose terms are far smaller as a rule.
@@ -130,7 +132,9 @@ def assert_agree(
     logit_error = 2.0**-18 * (1 + abs(problem.scale) * query * key)
     error = 2 * float(ml_dtypes.finfo(numpy_dtype(problem.dtype)).eps) + 2 * logit_error
     values = (given["value"], given["additional_values"])
-    largest_value = max(float(np.abs(each).max(initial=0)) for each in values if each is not None)
+    largest_value = max(
+        float(np.abs(np.nan_to_num(each)).max(initial=0)) for each in values if each is not None
+    )
     grad_lse = 0.0 if inputs.grad_lse is None else float(np.abs(inputs.grad_lse).max(initial=0))
     grad_logit = abs(problem.scale) * (2 * grad_output * value + grad_lse)
     queries = math.prod(problem.tokens) * problem.group_size
@@ -153,4 +157,4 @@ def norms(array: np.ndarray | None) -> float:
     """That of the longest head vector; 0 without one."""
     if array is None:
         return 0.0
-    return float(np.sqrt((array.astype(np.float64) ** 2).sum(-1)).max(initial=0))
+    return float(np.sqrt((np.nan_to_num(array).astype(np.float64) ** 2).sum(-1)).max(initial=0))

@@ -31,9 +31,10 @@ DEVICE = of_capability((9, 0))
 def kernels(operation: str, rank: int, dim: int, dilation: int) -> list[_jit.Kernel]:
     spec = Spec((1, *(16,) * rank, 2, dim), "bfloat16")
     additional = Spec((1, 5, 2, dim), "bfloat16") if dilation > 1 else None
+    mask = Spec(spec.shape[:-2], "bool")
     window = window_arguments("test", rank, 4, 1, dilation, False)
     problem = attention_problem(
-        "test", operation, spec, spec, spec, window, None, additional, additional
+        "test", operation, spec, spec, spec, window, None, *(additional,) * 2, None, None, mask
     )
     found = hopper.kernels(problem, DEVICE)
     return [kernel for kernel in found if kernel.name.startswith("hopper/")]
@@ -41,8 +42,8 @@ def kernels(operation: str, rank: int, dim: int, dilation: int) -> list[_jit.Ker
 
 def main() -> None:
     print(_compiler.version())
-    # Of each pass the kernel that needs the most registers: three axes, dilated, long vectors; and
-    # that of all gradients, for one axis without dilation
+    # Of each pass the kernel that needs the most registers: three axes, dilated, long vectors, a
+    # mask; and that of all gradients, for one axis without dilation
     heaviest = ("forward", 3, 128, 2), ("backward", 3, 128, 2), ("backward", 1, 128, 1)
     for kernel in {kernel: None for each in heaviest for kernel in kernels(*each)}:
         resources = _compiler.build(kernel, kernel.target("sm_90"), _jit.packaged()).resources

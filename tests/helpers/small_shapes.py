@@ -85,7 +85,10 @@ def plain_problem_of(operation: str, dtype: str, rank: int) -> Problem:
 
 
 def small_window_problems_of(operation: str, dtype: str, rank: int) -> list[Problem]:
-    """Some that `fused` has kernels of their own for, with borders, dilation and a causal axis."""
+    """Some that `fused` has kernels of their own for, with borders, dilation and a causal axis.
+
+    The last has a key mask.
+    """
     tokens = {1: (37,), 2: (11, 14), 3: (6, 5, 9)}[rank]
     causal = (False,) * (rank - 1) + (True,)
     window = Window((3,) * rank, (1,) * rank, (2, 1, 1)[:rank], causal)
@@ -99,13 +102,13 @@ def small_window_problems_of(operation: str, dtype: str, rank: int) -> list[Prob
         query, key = (Spec((3, *tokens, heads, head_dim), dtype) for heads in (4, 2))
         value = Spec((3, *tokens, 2, value_dim), dtype)
         problems.append(attention_problem("small", operation, query, key, value, window, 0.5))
-    return problems
+    return [*problems, replace(problems[0], has_key_mask=True)]
 
 
 def long_window_problems_of(operation: str, dtype: str, rank: int) -> list[Problem]:
     """Some for `hopper`: several tiles, masked boxes and additional keys; the second is dilated.
 
-    The last gradients have sums of dQ in memory.
+    Those after it have key masks. Some gradients along one axis have sums of dQ in memory.
     """
     tokens = {1: (300,), 2: (21, 22), 3: (7, 8, 9)}[rank]
     kernel_size = {1: (110,), 2: (9, 8), 3: (3, 4, 2)}[rank]
@@ -129,7 +132,7 @@ def long_window_problems_of(operation: str, dtype: str, rank: int) -> list[Probl
         problems.append(
             attention_problem("small", operation, query, key, value, window, scale, *extra, None)
         )
-    return problems
+    return problems + [replace(problem, has_key_mask=True) for problem in problems[1:]]
 
 
 def few_queries_problems_of(dtype: str) -> list[Problem]:

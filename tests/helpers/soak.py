@@ -77,12 +77,16 @@ def compile_all() -> int:
     for operation, rank, dtype, dims, dilation, additional, scale in itertools.product(
         hopper.LONGEST, (1, 2, 3), hopper.DTYPES, COMPILED_DIMS, (1, 2), (None, 1), (1.0, -1.0)
     ):
-        for axis in (
-            Axis(8, 8, 2, 1, dilation, False),
-            Axis(8, 8, 2, 1, dilation, False, "cut", layout=10),
+        part = Axis(8, 8, 2, 1, dilation, False, "cut", layout=10)
+        for axis, has_mask in (
+            (Axis(8, 8, 2, 1, dilation, False), False),
+            (part, False),
+            (part, True),
         ):
             axes = (axis,) * rank
-            problem = Problem(operation, dtype, 1, 1, 1, *dims, axes, scale, additional)
+            problem = Problem(
+                operation, dtype, 1, 1, 1, *dims, axes, scale, additional, has_key_mask=has_mask
+            )
             if hopper.unsupported(problem, device) is None:
                 for backend in (naive, hopper):
                     kernels.update(backend.kernels(problem, device))

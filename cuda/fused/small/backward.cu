@@ -14,13 +14,14 @@
 // fused/small/forward.cu, with one buffer; kOneStage and kLse are false.
 
 #include "cuneigh/softmax.cuh"
+#include "fused/small/hidden.cuh"
 #include "fused/small/tiles.cuh"
 #include "fused/small/warp_rows.cuh"
 
 namespace cuneigh::fused::small {
 
 template <typename Plan>
-struct BackwardArguments {
+struct BackwardArguments : KeyMask<Plan> {
   using Vectors = View<const typename Plan::Element, Plan::kRank>;
   Vectors row_qk, row_vo;                // query and grad_output, or key and value
   Vectors column_qk, column_vo;          // key and value, or query and grad_output
@@ -33,7 +34,7 @@ struct BackwardArguments {
 // Where the rows of a block lie in global memory: the origin of each array, and the offset of each
 // row from there.
 template <typename Plan>
-struct Rows {
+struct Rows : RowMask<Plan> {
   struct Offsets {
     unsigned qk, vo, grad_qk, grad_v, output, statistics, lse, grad_lse;
   };
@@ -109,8 +110,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
              const BackwardArguments<Plan> arguments) {
   using Element = typename Plan::Element;
   constexpr int kHeadDim = Plan::kHeadDim, kValueDim = Plan::kValueDim;
-  static_assert(sizeof(BackwardArguments<Plan>) == 10 * sizeof(View<float, Plan::kRank>),
-                "`backward` in cuneigh/_backends/fused/launch.py packs ten views");
+  static_assert(
+      sizeof(BackwardArguments<Plan>) == (10 + Plan::kKeyMask) * sizeof(View<float, Plan::kRank>),
+      "`backward` in cuneigh/_backends/fused/launch.py packs these views");
   extern __shared__ __align__(128) char memory_smem[];
   // Of the rows: Q, dO and O, or K and V
   constexpr int kRowDim = kHeadDim + kValueDim + (Plan::kRowsAreKeys ? 0 : kValueDim);
@@ -126,6 +128,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         offset_of(arguments.grad_qk, token), offset_of(arguments.grad_v, token),
         offset_of(arguments.output, token),  offset_of(arguments.statistics, token),
         offset_of(arguments.lse, token),     offset_of(arguments.grad_lse, token)};
+    rows.fill(arguments, row, token);
   });
   __syncthreads();
   if (threadIdx.x == 96) {
@@ -138,19 +141,27 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     rows.statistics = origin_of_rows(arguments.statistics, head);
     rows.lse = origin_of_rows(arguments.lse, head);
     rows.grad_lse = origin_of_rows(arguments.grad_lse, head);
+    rows.begin(arguments, head);
   }
-  fill_column_tables<Plan>(problem, arguments.column_qk, arguments.column_vo, arguments.statistics,
-                           smem);
+  if constexpr (kMaskedColumns<Plan>)
+    fill_column_tables<Plan>(problem, arguments.column_qk, arguments.column_vo, arguments.key_mask,
+                             smem);
+  else
+    fill_column_tables<Plan>(problem, arguments.column_qk, arguments.column_vo,
+                             arguments.statistics, smem);
   fill_tiles<Plan>(problem, warp, lane, smem);
   __syncthreads();
 
   auto* rows_smem = &smem.row[0][warp * 16];  // [16, kRowDim]
+  SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage) {
     load_stage(problem, stage, smem, 0);
+    if constexpr (kMaskedColumns<Plan>)
+      seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
     if constexpr (Plan::kRowsAreKeys) {
-      const float2* source = first_column_of(problem, tables.statistics, stage, tables);
+      const float2* source = first_column_of(problem, tables.extra, stage, tables);
       for (int i = threadIdx.x; i < tables.stage_columns; i += Plan::kWarps * 32) {
-        copy_8_bytes(&smem.statistics()[i], offset_by(source, smem.column_offsets()[i].statistics),
+        copy_8_bytes(&smem.statistics()[i], offset_by(source, smem.column_offsets()[i].extra),
                      true);
       }
     }
@@ -192,7 +203,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       }
     }
     cp_async_wait<0>();
-    __syncthreads();
+    const bool hides = seen.wait(smem, 0);
     if (!Plan::kRowsAreKeys && is_first) {
       // delta = sum(dO * O) - grad_lse
       const float2 delta = delta_of_rows<Plan>(rows_smem, lane);
@@ -209,7 +220,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
     const unsigned first = smem.tile(stage.index, warp);
     if (first != kNoTile) {
-      const auto [visible] = smem.visible(stage.index, warp, lane);
+      LaneMasks<Plan> masks = smem.visible(stage.index, warp, lane);
+      if (hides) masks &= seen.of_tile(tables, first, lane);
+      const auto& visible = masks.row;
       unsigned qk_rmem[kHeadDim / 16][4],
           vo_rmem[kValueDim / 16][4];  // [16, kHeadDim], [.., kValueDim]
 #pragma unroll
@@ -276,11 +289,12 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + half * 8;
       const auto offsets = rows.offsets[row];
+      const bool is_hidden = rows.hides(row, batch);
       store_row<kHeadDim>(grad_qk, half, problem.gradient_scale, tables.exists[row], lane,
-                          offset_by(in_batch(rows.grad_qk, batch), offsets.grad_qk));
+                          offset_by(in_batch(rows.grad_qk, batch), offsets.grad_qk), is_hidden);
       if constexpr (Plan::kRowsAreKeys)
         store_row<kValueDim>(grad_v, half, 1.0f, tables.exists[row], lane,
-                             offset_by(in_batch(rows.grad_v, batch), offsets.grad_v));
+                             offset_by(in_batch(rows.grad_v, batch), offsets.grad_v), is_hidden);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

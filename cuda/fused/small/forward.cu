@@ -21,9 +21,11 @@
 //   static constexpr int kTileExtents;        length of SmallTables::prefix_mask
 //   static constexpr int kTableBytes;         of SmallTables, as the launcher counts them
 //   static constexpr bool kRowsAreKeys;       false
+//   static constexpr bool kKeyMask;           there is a key mask
 //   using Element;                            float16 or bfloat16
 // };
 
+#include "fused/small/hidden.cuh"
 #include "fused/small/softmax.cuh"
 #include "fused/small/tiles.cuh"
 #include "fused/small/warp_rows.cuh"
@@ -31,7 +33,7 @@
 namespace cuneigh::fused::small {
 
 template <typename Plan>
-struct ForwardArguments {
+struct ForwardArguments : KeyMask<Plan> {
   View<const typename Plan::Element, Plan::kRank> query, key, value;
   View<typename Plan::Element, Plan::kRank> output;
   View<float, Plan::kRank> lse;
@@ -56,8 +58,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     forward(const SmallWindowProblem<Plan::kRank> problem, const ForwardArguments<Plan> arguments) {
   using Element = typename Plan::Element;
   constexpr int kColumnTiles = Plan::kColumns / 8;
-  static_assert(sizeof(ForwardArguments<Plan>) == 5 * sizeof(View<float, Plan::kRank>),
-                "`forward` in cuneigh/_backends/fused/launch.py packs five views");
+  static_assert(
+      sizeof(ForwardArguments<Plan>) == (5 + Plan::kKeyMask) * sizeof(View<float, Plan::kRank>),
+      "`forward` in cuneigh/_backends/fused/launch.py packs these views");
   // Dimensions of the output at a time: what registers hold beside the logits. Where there is only
   // one stage, its weights can be multiplied with one part of the values after another.
   constexpr int kMost = Plan::kLse && Plan::kColumns + Plan::kValueDim > 200 ? 32 : 64;
@@ -80,14 +83,20 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     rows.output = origin_of_rows(arguments.output, head);
     rows.lse = origin_of_rows(arguments.lse, head);
   }
-  fill_column_tables<Plan>(problem, arguments.key, arguments.value, arguments.lse, smem);
+  if constexpr (kMaskedColumns<Plan>)
+    fill_column_tables<Plan>(problem, arguments.key, arguments.value, arguments.key_mask, smem);
+  else
+    fill_column_tables<Plan>(problem, arguments.key, arguments.value, arguments.lse, smem);
   fill_tiles<Plan>(problem, warp, lane, smem);
   __syncthreads();
 
   // The rows of a batch-head come with its first stage, in the buffers for rows by turns
   int row_buffer = 0;
+  SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage, int buffer, int row_buffer) {
     load_stage(problem, stage, smem, buffer);
+    if constexpr (kMaskedColumns<Plan>)
+      seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
     if (stage.is_first())
       load_warp_rows<Plan::kHeadDim, &Offsets::query>(in_batch(rows.query, stage.batch),
                                                       &rows.offsets[warp * 16], lane,
@@ -125,7 +134,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
   for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
     cp_async_wait<0>();
-    __syncthreads();
+    const bool hides = seen.wait(smem, buffer);
     StageOf next = stage;
     bool more;
     if (Plan::kBuffers == 2) {
@@ -159,8 +168,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         }
       }
 
-      softmax.rescale(logit_rmem, smem.visible(stage.index, warp, lane), problem.scale,
-                      output_rmem);
+      LaneMasks<Plan> visible = smem.visible(stage.index, warp, lane);
+      if (hides) visible &= seen.of_tile(tables, first, lane);
+      softmax.rescale(logit_rmem, visible, problem.scale, output_rmem);
 
       // P = exp(scale * S - row_max), and O += P V, kPart dimensions of it at a time
       unsigned weight_rmem[kColumnTiles / 2][4];  // P [16, kColumns]

@@ -21,10 +21,29 @@ __device__ inline unsigned chunk_address(unsigned column, int chunk) {
 }
 
 // A column of the stage: where it lies in the stage, as `chunk_address` takes it, and units from
-// the first column of the stage to its vectors; where columns are queries, to its statistics, too.
+// the first column of the stage to its vectors; where columns are queries, to its statistics, too,
+// where they are masked keys, to what the mask says of it.
 struct alignas(16) ColumnOffsets {
-  unsigned in_stage, qk, vo, statistics;
+  unsigned in_stage, qk, vo, extra;
 };
+
+template <typename Plan>
+constexpr bool kMaskedColumns = Plan::kKeyMask && !Plan::kRowsAreKeys;
+
+// Columns that a thread looks after: the most that a stage of masked columns has for each.
+constexpr int kColumnsOfThread = 4;
+
+// What there is of every column beside its vectors.
+template <bool kMasked>
+struct ExtraOf {
+  using Type = float2;  // statistics, where columns are queries
+};
+template <>
+struct ExtraOf<true> {
+  using Type = const bool;  // whether it may be seen
+};
+template <typename Plan>
+using Extra = typename ExtraOf<kMaskedColumns<Plan>>::Type;
 
 // Bits of those columns of a tile that a lane has: 2 * (lane % 4) and the one after of every 8.
 template <bool kLong>
@@ -42,6 +61,8 @@ using LaneBits = typename LaneBitsOf<(Plan::kColumns > 128)>::Type;
 template <typename Plan>
 struct alignas(2 * sizeof(LaneBits<Plan>)) LaneMasks {
   LaneBits<Plan> row[2];
+
+  __device__ void operator&=(LaneBits<Plan> bits) { row[0] &= bits, row[1] &= bits; }
 };
 
 template <typename Plan>
@@ -63,7 +84,7 @@ struct SmallTables {
   int stage_bytes;
   int stages;                    // that the block's window union is cut into
   Origin<const Element> qk, vo;  // of the first column of the block
-  Origin<float2> statistics;     // likewise, where columns are queries
+  Origin<Extra<Plan>> extra;     // likewise, if columns have any
 };
 
 // Instead of a tile: none of the warp's rows has a column of this stage in its window.

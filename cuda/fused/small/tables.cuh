@@ -146,18 +146,19 @@ __device__ Origin<Element> origin_of_columns(const SmallWindowProblem<Plan::kRan
           unsigned(problem.axes[0].dilation * view.token[0] / kUnit<Element>)};
 }
 
-// Fills `qk`, `vo`, `statistics` and the offsets of a stage's columns. Columns of a stage that lie
+// Fills `qk`, `vo`, `extra` and the offsets of a stage's columns. Columns of a stage that lie
 // past the block's window union repeat its last ones.
-template <typename Plan, int kRowDim, typename Vectors, typename Statistics>
+template <typename Plan, int kRowDim, typename Vectors, typename Extras>
 __device__ void fill_column_tables(const SmallWindowProblem<Plan::kRank>& problem,
-                                   const Vectors& qk, const Vectors& vo,
-                                   const Statistics& statistics, SmallSmem<Plan, kRowDim>& smem) {
+                                   const Vectors& qk, const Vectors& vo, const Extras& extra,
+                                   SmallSmem<Plan, kRowDim>& smem) {
   constexpr int kRank = Plan::kRank;
+  constexpr bool kExtra = Plan::kRowsAreKeys || kMaskedColumns<Plan>;
   auto& tables = smem.tables;
   if (threadIdx.x == 0) tables.qk = origin_of_columns<Plan>(problem, qk, tables);
   if (threadIdx.x == 32) tables.vo = origin_of_columns<Plan>(problem, vo, tables);
-  if constexpr (Plan::kRowsAreKeys)
-    if (threadIdx.x == 64) tables.statistics = origin_of_columns<Plan>(problem, statistics, tables);
+  if constexpr (kExtra)
+    if (threadIdx.x == 64) tables.extra = origin_of_columns<Plan>(problem, extra, tables);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tables.stage_columns; i += Plan::kWarps * 32) {
     int rest = i, tokens[kRank], phase = 0, pitch = 1;
@@ -175,7 +176,7 @@ __device__ void fill_column_tables(const SmallWindowProblem<Plan::kRank>& proble
     }
     smem.column_offsets()[i] = {unsigned(i * kColumnBytes<Plan> + phase % 8 * 16),
                                 offset_of(qk, tokens), offset_of(vo, tokens),
-                                Plan::kRowsAreKeys ? offset_of(statistics, tokens) : 0};
+                                kExtra ? offset_of(extra, tokens) : 0};
   }
 }
 

@@ -30,11 +30,12 @@ __device__ void load_row_operand(const Element (*rows_smem)[kPitch], int d, int 
   ldmatrix_x4(operand, address_of(rows_smem, 0, lane % 16, d, lane / 16 * 8));
 }
 
-// Writes sum * factor of one of a lane's two rows, `half` saying which, if that row exists. Lanes
-// swap words in pairs so that four of them fill 32 bytes, which is what memory is written in.
+// Writes sum * factor of one of a lane's two rows, `half` saying which, if that row exists, or
+// zeros if it is hidden. Lanes swap words in pairs so that four of them fill 32 bytes, which is
+// what memory is written in.
 template <int kDim, typename Element>
 __device__ void store_row(const float (&sum)[kDim / 8][4], int half, float factor, bool exists,
-                          int lane, Element* row) {
+                          int lane, Element* row, bool is_hidden = false) {
   const bool odd = lane % 2;
   row += lane % 2 * 8 + lane / 2 % 2 * 4;
 #pragma unroll
@@ -44,6 +45,8 @@ __device__ void store_row(const float (&sum)[kDim / 8][4], int half, float facto
     for (int i = 0; i < 2; ++i)
       word[i] =
           pack(sum[d / 8 + i][2 * half] * factor, sum[d / 8 + i][2 * half + 1] * factor, Element());
+#pragma unroll
+    for (unsigned& each : word) each = is_hidden ? 0 : each;
     const unsigned received = __shfl_xor_sync(0xffffffffu, odd ? word[0] : word[1], 1);
     if (exists)
       __stcs(reinterpret_cast<uint2*>(row + d),

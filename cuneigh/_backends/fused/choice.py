@@ -125,8 +125,7 @@ def predicted_ms(problem: Problem, device: Device) -> float:
 def model(problem: Problem, device: Device, plans: Mapping[str, Any], rates: Rates) -> Any:
     """`predicted_ms` of attention or its gradients with these plans, by pass, and these rates."""
     return sum(
-        _pass_ms(problem, device, pass_, plans[pass_.name], rates)
-        for pass_ in passes(problem)
+        _pass_ms(problem, device, pass_, plans[pass_.name], rates) for pass_ in passes(problem)
     )
 
 

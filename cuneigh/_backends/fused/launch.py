@@ -33,18 +33,13 @@ from cuneigh._problem import DTYPES, Operands, Problem
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
     operands = Operands(*(readable(array, program) for array in operands))
     vectors = (*operands[:3], output)
-    plan = plan_of(program, problem, FORWARD, vectors)
+    plan = plan_of(program, problem, FORWARD, vectors, operands.key_mask)
     if isinstance(plan, SplitPlan):
         split.launch(program, problem, plan, vectors, lse)
         return
     if isinstance(plan, SmallPlan):
-        small.launch(
-            program,
-            problem,
-            FORWARD,
-            plan,
-            (*((array, "vectors") for array in vectors), (lse, "scalars")),
-        )
+        arrays = [*_mask(problem, operands), *((array, "vectors") for array in vectors)]
+        small.launch(program, problem, FORWARD, plan, [*arrays, (lse, "scalars")])
         return
     key_bytes = load_width((operands.query, operands.key, operands.additional_keys))
     value_bytes = load_width((operands.value, operands.additional_values, output))
@@ -85,14 +80,13 @@ def backward(
         rows, columns = (of_keys, of_queries) if by_keys else (of_queries, of_keys)
         results = (gradients.key, gradients.value) if by_keys else (gradients.query, None)
         vectors = (*rows, *columns, *results, None if by_keys else output)
-        plan = plan_of(program, problem, pass_, vectors)
+        plan = plan_of(program, problem, pass_, vectors, operands.key_mask)
         if isinstance(plan, SmallPlan):
             # `BackwardArguments` of cuda/fused/small/backward.cu
-            arrays: list[tuple[Array | None, Literal["vectors", "scalars", "pairs"]]]
-            arrays = [(array, "vectors") for array in vectors]
+            arrays: list[Viewed] = [(array, "vectors") for array in vectors]
             arrays.insert(4, (statistics, "pairs"))
             arrays += [(None if by_keys else array, "scalars") for array in (lse, grad_lse)]
-            small.launch(program, problem, pass_, plan, arrays)
+            small.launch(program, problem, pass_, plan, [*_mask(problem, operands), *arrays])
             continue
         assert isinstance(plan, FusedPlan), "there is no other kernel for it"
         if not by_keys:  # the kernels for small windows compute the statistics themselves
@@ -139,12 +133,26 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     return needed
 
 
+Viewed = tuple[Array | None, Literal["vectors", "scalars", "pairs"]]
+"""An array that `small.launch` takes."""
+
+
+def _mask(problem: Problem, operands: Operands) -> list[Viewed]:
+    """The key mask as `small.launch` takes it; nothing without one."""
+    mask = operands.key_mask
+    return [] if mask is None else [(small.of_heads(mask, problem.kv_heads), "scalars")]
+
+
 def plan_of(
-    program: Program, problem: Problem, pass_: Pass, vectors: Sequence[Array | None]
+    program: Program,
+    problem: Problem,
+    pass_: Pass,
+    vectors: Sequence[Array | None],
+    key_mask: Array | None = None,
 ) -> Plan:
     """The plan of a pass over these arrays, which is announced."""
     arrays = [array for array in vectors if array is not None]
-    readable_by = small.can_read(arrays), split.can_read(arrays)
+    readable_by = small.can_read(arrays, key_mask), split.can_read(arrays)
     device = program.device
 
     def by_planner() -> Plan:

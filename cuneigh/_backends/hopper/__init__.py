@@ -13,6 +13,9 @@ The sums take 4 bytes for each element of the query, as long as that is a small 
 memory. Neither way does a result depend on the order in which blocks run.
 
 Parts of a layout and cut windows are computed like whole ones, if none crosses the seam of a ring.
+
+Boxes of which a key mask hides all keys are passed over. Hidden keys and values in other boxes are
+set to zero once they were loaded, so that no number that they hold counts (cuda/hopper/hidden.cuh).
 """
 
 from __future__ import annotations
@@ -83,8 +86,6 @@ def unsupported(
             return f"takes head dimensions up to {longest} in steps of 8, not {name}={dim}"
     if problem.rpb_dtype:
         return "does not take rpb"
-    if problem.has_key_mask:
-        return "does not take key_mask"
     if RELIES_ON not in problem.promises:
         return "does not go across the seam of a ring"
     if problem.operation == "backward" and problem.rank > 1 and has_parts(problem):

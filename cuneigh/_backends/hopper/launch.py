@@ -45,6 +45,7 @@ from cuneigh._problem import Operands, Problem
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
     views = Views(problem.rank)  # `ForwardArguments` of cuda/hopper/forward.cu
+    views.mask(operands.key_mask)
     views.vectors(output)
     views.scalars(lse)
     rows, columns = (operands.query,), (operands.key, operands.value)
@@ -65,6 +66,7 @@ def backward(
     statistics = program.allocate((*lse.shape, 2), "float32")
     sums.delta(problem, grad_output, readable(output, program), lse, grad_lse, statistics, program)
     of_rows_that_are_keys = Views(problem.rank)
+    of_rows_that_are_keys.mask(operands.key_mask)
     of_rows_that_are_keys.pairs(statistics)
     of_rows_that_are_keys.vectors(gradients.key, gradients.value)
     if BACKWARD in passes(problem, program.device):
@@ -73,6 +75,7 @@ def backward(
         )
         return
     views = Views(problem.rank)  # `DqArguments` of cuda/hopper/dq.cu
+    views.mask(operands.key_mask)
     views.pairs(statistics)
     views.vectors(gradients.query)
     _launch(program, problem, DQ, of_queries, of_keys, _additional(problem, operands), views)
@@ -211,6 +214,7 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kAdditional": bool(problem.additional) and not pass_.rows_are_keys,
         "kSigned": problem.scale <= 0,
         "kSums": pass_ == BACKWARD,
+        "kKeyMask": problem.has_key_mask,
     }
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
     macros = (PARTS,) if has_parts(problem) else ()

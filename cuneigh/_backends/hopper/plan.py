@@ -107,6 +107,9 @@ def form_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Form:
     warpgroups = 3 if longest <= (64 if pass_ == DKV else 128) and pass_ != BACKWARD else 2
     if has_parts(problem) and not _producers_have_registers(problem, pass_):
         warpgroups = 2
+    # So does the search for tiles of hidden keys
+    if problem.has_key_mask and pass_ == DKV and problem.rank == 3 and is_dilated(problem):
+        warpgroups = 2
     columns = 128 if longest <= 128 and pass_ == FORWARD else 64
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
     # Where warpgroups read each other's rows, those of a tile come together
@@ -119,8 +122,11 @@ def form_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Form:
 
 
 def _producers_have_registers(problem: Problem, pass_: Pass) -> bool:
-    """Whether three warpgroups leave the producers enough registers for the windows of parts."""
-    if is_dilated(problem):
+    """Whether three warpgroups leave the producers enough registers for the windows of parts.
+
+    A key mask takes some, too.
+    """
+    if is_dilated(problem) or (problem.has_key_mask and pass_ != FORWARD):
         return False
     if pass_ == DKV:
         return problem.rank == 1
@@ -135,6 +141,8 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     lines = form.row_slots * ROWS * (qk_lines if pass_ == FORWARD else qk_lines + vo_lines)
     lines += form.stages * form.columns * (qk_lines + vo_lines)
     size = 128 * lines + 16 * form.stages * coordinates
+    if problem.has_key_mask and not pass_.rows_are_keys:
+        size += 1024  # MaskMemory
     if pass_ == BACKWARD:  # SumMemory: dS of all warpgroups, twice, and a contribution to dQ
         size += 2 * form.warpgroups * ROWS * 128 + SUM_FLOATS * 4
     size += 8 * form.stages * (form.columns if pass_.rows_are_keys else 2)  # statistics
@@ -146,6 +154,8 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
     size += axes + 196 + 4 * rank + 12  # the problem, and the last box of columns
     barriers = 4 + 2 * form.row_slots + 4 * form.stages + 6
+    if problem.has_key_mask and not pass_.rows_are_keys:
+        barriers += form.stages
     return math.ceil((math.ceil(size / 8) * 8 + 8 * barriers) / 16) * 16
 
 

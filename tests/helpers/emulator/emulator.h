@@ -260,6 +260,15 @@ void mma_m16n8k16_zero(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsig
 #define blockIdx emulator::state.block
 #define gridDim emulator::state.grid
 inline void __syncthreads() { emulator::sync_threads(); }
+inline bool __syncthreads_or(bool v) {
+  static bool votes[1024];
+  votes[emulator::state.current] = v;
+  emulator::sync_threads();
+  bool any = false;
+  for (int t = 0; t < emulator::state.threads; ++t) any |= votes[t] && !emulator::state.done[t];
+  emulator::sync_threads();
+  return any;
+}
 inline void __syncwarp(unsigned mask = ~0u) {
   emulator::collective(mask, 0, [](auto) { return 0; });
 }

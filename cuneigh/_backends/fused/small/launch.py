@@ -28,9 +28,17 @@ FAST_DIVMOD = np.dtype([("divisor", "i4"), ("inverse", "u4")])
 """`FastDivmod` of cuda/fused/small/problem.cuh."""
 
 
-def can_read(arrays: Sequence[Array]) -> bool:
-    """Whether the kernels can read and write arrays of vectors with these strides."""
-    return load_width(arrays) == UNIT and all(_offsets_fit(array) for array in arrays)
+def can_read(arrays: Sequence[Array], key_mask: Array | None) -> bool:
+    """Whether the kernels can read and write arrays of vectors, and a mask, with these strides."""
+    if key_mask is not None and not _offsets_fit(of_heads(key_mask, 1), 1):
+        return False
+    return load_width(arrays) == UNIT and all(_offsets_fit(array, UNIT) for array in arrays)
+
+
+def of_heads(key_mask: Array, heads: int) -> Array:
+    """A key mask as an array [batch, x1..xr, heads]."""
+    shape, strides = (*key_mask.shape, heads), (*key_mask.strides, 0)
+    return replace(key_mask, shape=shape, strides=strides)
 
 
 def launch(
@@ -83,6 +91,7 @@ def kernel(
         "kTableBytes": small_plan.table_bytes(problem, columns, form.warps),
     }
     flags = {"kRowsAreKeys": pass_.rows_are_keys, "kOneStage": one_stage, "kLse": lse}
+    flags["kKeyMask"] = problem.has_key_mask
     name = "fused/small/forward" if pass_ == FORWARD else "fused/small/backward"
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
     return _jit.Kernel(name, source, macros=(PARTS,) if has_parts(problem) else ())
@@ -101,11 +110,11 @@ def kernels(problem: Problem, device: Device, pass_: Pass) -> list[_jit.Kernel]:
     ]
 
 
-def _offsets_fit(array: Array) -> bool:
-    """Whether the offsets of all vectors are positive and fit into 32 bits."""
+def _offsets_fit(array: Array, unit: int) -> bool:
+    """Whether the offsets of all vectors, in `unit` bytes, are positive and fit into 32 bits."""
     axes = list(zip(array.shape, array.strides, strict=True))[:-1]
     span = sum((length - 1) * stride for length, stride in axes)
-    return all(stride >= 0 for _, stride in axes) and span * array.itemsize < UNIT << 32
+    return all(stride >= 0 for _, stride in axes) and span * array.itemsize < unit << 32
 
 
 def _heads_first(array: Array, heads: int) -> Array:

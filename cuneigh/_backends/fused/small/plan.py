@@ -44,6 +44,8 @@ SHORTEST_TILE = 8
 MOST_STAGES = 8
 LARGEST_QUOTIENT = 1 << 20
 """`FastDivmod` of cuda/fused/small/problem.cuh takes a dividend times its divisor below this."""
+COLUMNS_OF_THREAD = 4
+"""`kColumnsOfThread` of cuda/fused/small/smem.cuh."""
 TILE_EXTENTS = 48
 """Length of the table that has one element more along each axis than a tile has columns."""
 
@@ -164,7 +166,7 @@ def batch_head_cost(problem: Problem, plan: SmallPlan, pass_: Pass, cycles: Cycl
 
 def resident(problem: Problem, plan: SmallPlan, device: Device, pass_: Pass) -> int:
     """Blocks that a multiprocessor works on at a time."""
-    taken = shared_bytes(problem, plan, pass_) + static_bytes(plan, pass_)
+    taken = shared_bytes(problem, plan, pass_) + static_bytes(problem, plan, pass_)
     return min(plan.form.blocks, blocks_in_shared_memory(device, taken))
 
 
@@ -231,7 +233,6 @@ def takes(problem: Problem, pass_: Pass) -> bool:
         and {problem.head_dim, problem.value_dim} <= {*dims(pass_)}
         and not problem.rpb_dtype
         and not problem.additional
-        and not problem.has_key_mask
         and Promise.INSIDE in problem.promises
         and SMALLEST_SCALE < problem.scale < 1 / SMALLEST_SCALE
     )
@@ -294,6 +295,8 @@ def _with_tiles(
 ) -> Iterator[SmallPlan]:
     """The plan, which has no tile and no stage, with all that it can have.
 
+    Where keys are masked, every thread looks after some columns of a stage.
+
     `slots` are the numbers of slots of a tile that there are kernels for.
     """
     first, *others = count(problem, plan, pass_)
@@ -308,6 +311,10 @@ def _with_tiles(
         if math.prod(stage) * max(*stage, 1) >= LARGEST_QUOTIENT:
             continue
         if math.prod(tile) < SHORTEST_TILE:
+            continue
+        if has_masked_columns(problem, pass_) and (
+            math.prod(stage) > COLUMNS_OF_THREAD * 32 * plan.form.warps
+        ):
             continue
         for columns in slots:
             if math.prod(tile) <= columns:
@@ -341,7 +348,9 @@ def forms(
     newer = capability[0] > 9
     if pass_ != FORWARD:
         blocks = 4 if longest <= 32 else 3 if pass_ == DQ else 2
-        return {Form(4, 1, blocks): (64, 80, 112, 128)}
+        # A mask takes registers, of which the compiler finds some for 128 slots
+        is_full = longest <= 32 and has_masked_columns(problem, pass_)
+        return {Form(4, 1, blocks): (64, 80, 128) if is_full else (64, 80, 112, 128)}
     if longest <= 32:
         if not one_stage:
             return {Form(4, 2, 3): (64,)}
@@ -349,12 +358,16 @@ def forms(
     if longest <= 64:
         if not one_stage:
             return {Form(4, 1, 3 if newer else 4): (64,)}
-        fits = problem.head_dim == problem.value_dim and not newer
+        fits = problem.head_dim == problem.value_dim and not newer and not problem.has_key_mask
         of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
         return {Form(8, 1, 2): of_eight, Form(4, 1, 3): (48, 64, 80, 112, 144)}
     if one_stage:
         return {Form(4, 1, 3): (48, 64, 80, 112)}
     return {Form(4, 1, 2): (64, 80)} if newer else {Form(4, 1, 3): (64,), Form(4, 1, 2): (80,)}
+
+
+def has_masked_columns(problem: Problem, pass_: Pass) -> bool:
+    return problem.has_key_mask and not pass_.rows_are_keys
 
 
 def tile_extents(rank: int) -> int:
@@ -395,7 +408,13 @@ def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> in
     return math.ceil(arrays / LINE) * LINE + columns * column + tiles
 
 
-def static_bytes(plan: SmallPlan, pass_: Pass) -> int:
-    """Bytes of the static shared memory: `QueryRows` of forward.cu or `Rows` of backward.cu."""
+def static_bytes(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
+    """Bytes of the static shared memory: `QueryRows` of forward.cu or `Rows` of backward.cu.
+
+    And what they have for a mask: `RowMask` of hidden.cuh, or a bit for each column of a stage.
+    """
     rows = ROWS * plan.form.warps
-    return 3 * 24 + 12 * rows if pass_ == FORWARD else 8 * 24 + 32 * rows
+    mask = 0
+    if problem.has_key_mask:
+        mask = 24 + 4 * rows if pass_.rows_are_keys else 4 * COLUMNS_OF_THREAD * plan.form.warps
+    return mask + (3 * 24 + 12 * rows if pass_ == FORWARD else 8 * 24 + 32 * rows)
