@@ -47,9 +47,8 @@ TILE_EXTENTS = 48
 """Length of the table that has one element more along each axis than a tile has columns."""
 
 
-def dims(pass_: Pass) -> tuple[int, ...]:
-    """Head dimensions that the kernels are made for."""
-    return (32, 64, 128) if pass_ == FORWARD else (32, 64)
+DIMS = (32, 64, 128)
+"""Head dimensions that the kernels are made for."""
 
 
 class Form(NamedTuple):
@@ -211,7 +210,7 @@ def takes(problem: Problem, pass_: Pass) -> bool:
     return (
         pass_ != JVP
         and problem.dtype in ("float16", "bfloat16")
-        and {problem.head_dim, problem.value_dim} <= {*dims(pass_)}
+        and {problem.head_dim, problem.value_dim} <= {*DIMS}
         and not problem.rpb_dtype
         and not problem.additional
         and not problem.has_key_mask
@@ -319,15 +318,16 @@ def forms(
     longest = max(problem.head_dim, problem.value_dim)
     newer = capability[0] > 9
     if pass_ != FORWARD:
-        blocks = 4 if longest <= 32 else 3 if pass_ == DQ else 2
-        return {Form(4, 1, blocks): (64, 80, 112, 128)}
+        beside = {32: (4,), 64: (3,) if pass_ == DQ else (2, 3), 128: (2,)}[longest]
+        return {Form(4, 1, blocks): (64, 80, 112, 128) for blocks in beside}
     if longest <= 32:
         if not one_stage:
             return {Form(4, 2, 3): (64,)}
         return {Form(4, 2, 4): (48, 64, 80, 112), Form(4, 1, 3): (144,)}
     if longest <= 64:
         if not one_stage:
-            return {Form(4, 1, 3 if newer else 4): (64,)}
+            larger: dict[Form, tuple[int, ...]] = {Form(4, 1, 3): (64, 80)}
+            return larger if newer else {Form(4, 1, 4): (64,), **larger}
         fits = problem.head_dim == problem.value_dim and not newer
         of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
         return {Form(8, 1, 2): of_eight, Form(4, 1, 3): (48, 64, 80, 112, 144)}
@@ -376,5 +376,6 @@ def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> in
 
 def static_bytes(plan: SmallPlan, pass_: Pass) -> int:
     """Bytes of the static shared memory: `QueryRows` of forward.cu or `Rows` of backward.cu."""
-    rows = ROWS * plan.form.warps
-    return 3 * 24 + 12 * rows if pass_ == FORWARD else 8 * 24 + 32 * rows
+    origins = 3 if pass_ == FORWARD else 8
+    offsets = {FORWARD: 3, DQ: 7}.get(pass_, 4)
+    return 24 * origins + 4 * offsets * ROWS * plan.form.warps
