@@ -186,7 +186,7 @@ def test_long_windows_are_its_and_small_ones_are_not(case):
     sizes = (tuple(case[name]) for name in ("kernel", "stride", "dilation", "causal"))
     window = window_arguments("test", len(case["tokens"]), *sizes)
     problem = attention_problem("test", "forward", spec, spec, spec, window, None)
-    small = ("seq4k-w65", "nat-", "dinat-", "hdit-", "vit-")
+    small = ("seq4k-w65", "nat-", "dinat-", "hdit-", "vit-", "ltx-377")
     wanted = fused if case["name"].startswith(small) else hopper
     assert choose(problem, H200, None) is wanted
 

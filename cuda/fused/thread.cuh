@@ -15,6 +15,12 @@ __device__ inline int forgotten(int thread) {
   return thread;
 }
 
+// A parameter, in a register. The compiler would read it again before each use, which takes dozens
+// of cycles where the use is behind a predicate.
+__device__ inline float in_register(float parameter) {
+  return __shfl_sync(0xffffffffu, threadIdx.x % 32 == 0 ? parameter : 0.0f, 0);
+}
+
 // A block's dynamic shared memory, whose address is kept in a register for the same reason. It
 // begins at a multiple of 128 bytes (vectors.cuh).
 template <typename Smem>

@@ -17,6 +17,7 @@
 #include "fused/small/hidden.cuh"
 #include "fused/small/tiles.cuh"
 #include "fused/small/warp_rows.cuh"
+#include "fused/thread.cuh"
 
 namespace cuneigh::fused::small {
 
@@ -31,13 +32,20 @@ struct BackwardArguments : KeyMask<Plan> {
   View<const float, Plan::kRank> lse, grad_lse;               // likewise; grad_lse may be null
 };
 
-// Where the rows of a block lie in global memory: the origin of each array, and the offset of each
-// row from there.
+// Where a row lies in global memory: its offset from the origin of each array.
+template <bool kRowsAreKeys>
+struct RowOffsets {
+  unsigned qk, vo, grad_qk, grad_v;
+};
+template <>
+struct RowOffsets<false> {
+  unsigned qk, vo, grad_qk, output, statistics, lse, grad_lse;
+};
+
+// Where the rows of a block lie: the origin of each array, and the offsets of each row.
 template <typename Plan>
 struct Rows : RowMask<Plan> {
-  struct Offsets {
-    unsigned qk, vo, grad_qk, grad_v, output, statistics, lse, grad_lse;
-  };
+  using Offsets = RowOffsets<Plan::kRowsAreKeys>;
 
   Origin<const typename Plan::Element> qk, vo, output;
   Origin<typename Plan::Element> grad_qk, grad_v;
@@ -46,21 +54,23 @@ struct Rows : RowMask<Plan> {
   Offsets offsets[SmallTables<Plan>::kRows];
 };
 
-// product = rows columns^T, with rows [16, kDim] as operands and sixteen columns [16, kDim].
-// address(d) is that of dimension d + lane / 8 % 2 * 8 of column lane / 16 * 8 + lane % 8.
-template <int kDim, typename Address, typename Element>
-__device__ void gemm_nt_16(const unsigned (&rows)[kDim / 16][4], Address address,
-                           float (&product)[2][4], Element) {
+// product = rows columns^T, with rows [16, kDim] and sixteen columns [16, kDim].
+// row_operand(d, operand) makes the left operand of dimensions d to d + 15. address(d) is that of
+// dimension d + lane / 8 % 2 * 8 of column lane / 16 * 8 + lane % 8.
+template <int kDim, typename RowOperand, typename Address, typename Element>
+__device__ void gemm_nt_16(RowOperand row_operand, Address address, float (&product)[2][4],
+                           Element) {
 #pragma unroll
   for (int d = 0; d < kDim; d += 16) {
-    unsigned columns[4];
+    unsigned row[4], columns[4];
+    row_operand(d, row);
     ldmatrix_x4(columns, address(d));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (d == 0)
-        mma_m16n8k16_zero(product[i], rows[0], columns[2 * i], columns[2 * i + 1], Element());
+        mma_m16n8k16_zero(product[i], row, columns[2 * i], columns[2 * i + 1], Element());
       else
-        mma_m16n8k16(product[i], rows[d / 16], columns[2 * i], columns[2 * i + 1], Element());
+        mma_m16n8k16(product[i], row, columns[2 * i], columns[2 * i + 1], Element());
     }
   }
 }
@@ -88,21 +98,27 @@ __device__ void gemm_nn_16(const float (&weight)[2][4], Address address, float (
 template <typename Plan, typename Element, int kPitch>
 __device__ float2 delta_of_rows(const Element (*rows_smem)[kPitch], int lane) {
   constexpr int kHeadDim = Plan::kHeadDim, kValueDim = Plan::kValueDim;
-  unsigned grad_outputs[kValueDim / 16][4];
-#pragma unroll
-  for (int d = 0; d < kValueDim; d += 16)
-    load_row_operand(rows_smem, kHeadDim + d, lane, grad_outputs[d / 16]);
+  const auto grad_output = [&](int d, unsigned (&operand)[4]) {
+    load_row_operand(rows_smem, kHeadDim + d, lane, operand);
+  };
   const auto output_address = [&](int d) {
     return address_of(rows_smem, 0, lane / 16 * 8 + lane % 8, kHeadDim + kValueDim + d,
                       lane / 8 % 2 * 8);
   };
   float product[2][4];
-  gemm_nt_16<kValueDim>(grad_outputs, output_address, product, Element());
+  gemm_nt_16<kValueDim>(grad_output, output_address, product, Element());
   const int row = lane / 4, holder = row * 4 + row / 2;
   const bool odd = row % 2;
   return {__shfl_sync(0xffffffffu, odd ? product[0][1] : product[0][0], holder),
           __shfl_sync(0xffffffffu, odd ? product[1][3] : product[1][2], holder)};
 }
+
+// Dimensions of K and V that a thread has room for beside the gradients of both.
+#if __CUDA_ARCH__ >= 1000
+constexpr int kRoomForKeys = 128;
+#else
+constexpr int kRoomForKeys = 176;
+#endif
 
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
@@ -113,6 +129,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   static_assert(
       sizeof(BackwardArguments<Plan>) == (10 + Plan::kKeyMask) * sizeof(View<float, Plan::kRank>),
       "`backward` in cuneigh/_backends/fused/launch.py packs these views");
+  // Dimensions of the rows that are kept in registers; the others are read again for every sixteen
+  // columns. Where vectors are long, the loop stays one: unrolled, it would need more registers
+  constexpr bool kLong = kHeadDim + kValueDim > 128;
+  constexpr int kRoom = !Plan::kRowsAreKeys ? 256 : Plan::kBlocks > 2 ? 96 : kRoomForKeys;
+  constexpr int kKept = kHeadDim + kValueDim < kRoom ? kHeadDim + kValueDim : kRoom;
   extern __shared__ __align__(128) char memory_smem[];
   // Of the rows: Q, dO and O, or K and V
   constexpr int kRowDim = kHeadDim + kValueDim + (Plan::kRowsAreKeys ? 0 : kValueDim);
@@ -123,11 +144,18 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   fill_row_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
-    rows.offsets[row] = {
-        offset_of(arguments.row_qk, token),  offset_of(arguments.row_vo, token),
-        offset_of(arguments.grad_qk, token), offset_of(arguments.grad_v, token),
-        offset_of(arguments.output, token),  offset_of(arguments.statistics, token),
-        offset_of(arguments.lse, token),     offset_of(arguments.grad_lse, token)};
+    Offsets& offsets = rows.offsets[row];
+    offsets.qk = offset_of(arguments.row_qk, token);
+    offsets.vo = offset_of(arguments.row_vo, token);
+    offsets.grad_qk = offset_of(arguments.grad_qk, token);
+    if constexpr (Plan::kRowsAreKeys) {
+      offsets.grad_v = offset_of(arguments.grad_v, token);
+    } else {
+      offsets.output = offset_of(arguments.output, token);
+      offsets.statistics = offset_of(arguments.statistics, token);
+      offsets.lse = offset_of(arguments.lse, token);
+      offsets.grad_lse = offset_of(arguments.grad_lse, token);
+    }
     rows.fill(arguments, row, token);
   });
   __syncthreads();
@@ -177,6 +205,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     }
     cp_async_commit();
   };
+  const float scale = in_register(problem.scale);
   StageOf stage = {tables.rows.batch * problem.batch_heads, 0, 0};
   load(stage);
 
@@ -190,31 +219,35 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       statistics[2];  // {lse * log2(e), delta} of the rows if they are queries, else of 2 columns
   while (true) {
     const bool is_first = stage.is_first();
-    if (!Plan::kRowsAreKeys && is_first) {
+    if constexpr (!Plan::kRowsAreKeys) {
+      if (is_first) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Offsets& offsets = rows.offsets[first_row + half * 8];
-        const float lse = *offset_by(in_batch(rows.lse, stage.batch), offsets.lse);
-        const float grad_lse =
-            rows.grad_lse.data == nullptr
-                ? 0.0f
-                : *offset_by(in_batch(rows.grad_lse, stage.batch), offsets.grad_lse);
-        statistics[half] = {kLog2E * finite_lse(lse), -grad_lse};
+        for (int half = 0; half < 2; ++half) {
+          const Offsets& offsets = rows.offsets[first_row + half * 8];
+          const float lse = *offset_by(in_batch(rows.lse, stage.batch), offsets.lse);
+          const float grad_lse =
+              rows.grad_lse.data == nullptr
+                  ? 0.0f
+                  : *offset_by(in_batch(rows.grad_lse, stage.batch), offsets.grad_lse);
+          statistics[half] = {kLog2E * finite_lse(lse), -grad_lse};
+        }
       }
     }
     cp_async_wait<0>();
     const bool hides = seen.wait(smem, 0);
-    if (!Plan::kRowsAreKeys && is_first) {
-      // delta = sum(dO * O) - grad_lse
-      const float2 delta = delta_of_rows<Plan>(rows_smem, lane);
-      statistics[0].y += delta.x;
-      statistics[1].y += delta.y;
+    if constexpr (!Plan::kRowsAreKeys) {
+      if (is_first) {
+        // delta = sum(dO * O) - grad_lse
+        const float2 delta = delta_of_rows<Plan>(rows_smem, lane);
+        statistics[0].y += delta.x;
+        statistics[1].y += delta.y;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + half * 8;
-        if (lane % 4 == 0 && tables.exists[row])
-          *offset_by(in_batch(rows.statistics, stage.batch), rows.offsets[row].statistics) =
-              statistics[half];
+        for (int half = 0; half < 2; ++half) {
+          const int row = first_row + half * 8;
+          if (lane % 4 == 0 && tables.exists[row])
+            *offset_by(in_batch(rows.statistics, stage.batch), rows.offsets[row].statistics) =
+                statistics[half];
+        }
       }
     }
 
@@ -223,15 +256,19 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       LaneMasks<Plan> masks = smem.visible(stage.index, warp, lane);
       if (hides) masks &= seen.of_tile(tables, first, lane);
       const auto& visible = masks.row;
-      unsigned qk_rmem[kHeadDim / 16][4],
-          vo_rmem[kValueDim / 16][4];  // [16, kHeadDim], [.., kValueDim]
+      unsigned row_rmem[kKept / 16][4];  // [16, kKept]
 #pragma unroll
-      for (int d = 0; d < kHeadDim; d += 16) load_row_operand(rows_smem, d, lane, qk_rmem[d / 16]);
+      for (int d = 0; d < kKept; d += 16) load_row_operand(rows_smem, d, lane, row_rmem[d / 16]);
+      const auto row_qk = [&](int d, unsigned (&operand)[4]) {
+        if (d >= kKept) return load_row_operand(rows_smem, d, lane, operand);
 #pragma unroll
-      for (int d = 0; d < kValueDim; d += 16)
-        load_row_operand(rows_smem, kHeadDim + d, lane, vo_rmem[d / 16]);
+        for (int i = 0; i < 4; ++i) operand[i] = row_rmem[d / 16][i];
+      };
+      const auto row_vo = [&](int d, unsigned (&operand)[4]) { row_qk(kHeadDim + d, operand); };
+      const float2* of_first =  // statistics of the tile's first column
+          smem.statistics() + first / kColumnBytes<Plan>;
       const TileAddresses<Plan> tile(smem.stage_address(0), first, tables, lane);
-#pragma unroll
+#pragma unroll(kLong ? 1 : Plan::kColumns / 16)
       for (int n = 0; n < Plan::kColumns; n += 16) {
         // Near a border keys are seen by more queries than elsewhere, where tiles are not full
         const unsigned any = (visible[0] | visible[1]) >> (n / 4) & 0xf;
@@ -242,25 +279,24 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         const auto qk_nt = [&](int d) { return chunk_address(nt, d / 8); };
         const auto vo_nt = [&](int d) { return chunk_address(nt, (kHeadDim + d) / 8); };
         float weight[2][4], grad_weight[2][4];
-        gemm_nt_16<kHeadDim>(qk_rmem, qk_nt, weight, Element());
-        gemm_nt_16<kValueDim>(vo_rmem, vo_nt, grad_weight, Element());
+        gemm_nt_16<kHeadDim>(row_qk, qk_nt, weight, Element());
+        gemm_nt_16<kValueDim>(row_vo, vo_nt, grad_weight, Element());
 
         // P = exp(scale * S - lse) and dS = P * (dP - delta). What is hidden stays 0 whatever it is
         // multiplied with
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           if constexpr (Plan::kRowsAreKeys) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const unsigned in_stage = first + tables.tile_offset[n + t * 8 + lane % 4 * 2 + i];
-              statistics[i] = smem.statistics()[in_stage / kColumnBytes<Plan>];
-            }
+            const auto offset =
+                *reinterpret_cast<const uint2*>(&tables.tile_offset[n + t * 8 + lane % 4 * 2]);
+            statistics[0] = of_first[offset.x / kColumnBytes<Plan>];
+            statistics[1] = of_first[offset.y / kColumnBytes<Plan>];
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const auto [lse, delta] = statistics[Plan::kRowsAreKeys ? i % 2 : i / 2];
             const bool sees = visible[i / 2] >> (n / 4 + t * 2 + i % 2) & 1;
-            const float p = sees ? ex2_approx(fmaf(weight[t][i], problem.scale, -lse)) : 0.0f;
+            const float p = sees ? ex2_approx(fmaf(weight[t][i], scale, -lse)) : 0.0f;
             const float ds = sees ? p * (grad_weight[t][i] - delta) : 0.0f;
             weight[t][i] = p;
             grad_weight[t][i] = ds;

@@ -73,7 +73,7 @@ struct SmallTables {
   // For every axis from the second on and every i up to the tile's extent along it, one after
   // another: the columns of a tile whose coordinate is below i, as bits for each of four lanes
   LaneBits<Plan> prefix_mask[Plan::kTileExtents][4];
-  int tile_offset[Plan::kColumns];              // bytes in the stage from a warp's first column to
+  alignas(8) int tile_offset[Plan::kColumns];   // bytes in the stage from a warp's first column to
                                                 // the column in each slot
   Range block_union[Plan::kRank];               // of the block's rows
   Range warp_union[Plan::kWarps][Plan::kRank];  // of each warp's rows

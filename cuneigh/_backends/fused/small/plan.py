@@ -50,9 +50,8 @@ TILE_EXTENTS = 48
 """Length of the table that has one element more along each axis than a tile has columns."""
 
 
-def dims(pass_: Pass) -> tuple[int, ...]:
-    """Head dimensions that the kernels are made for."""
-    return (32, 64, 128) if pass_ == FORWARD else (32, 64)
+DIMS = (32, 64, 128)
+"""Head dimensions that the kernels are made for."""
 
 
 class Form(NamedTuple):
@@ -230,7 +229,7 @@ def takes(problem: Problem, pass_: Pass) -> bool:
     return (
         not pass_.moves
         and problem.dtype in ("float16", "bfloat16")
-        and {problem.head_dim, problem.value_dim} <= {*dims(pass_)}
+        and {problem.head_dim, problem.value_dim} <= {*DIMS}
         and not problem.rpb_dtype
         and not problem.additional
         and Promise.INSIDE in problem.promises
@@ -347,17 +346,19 @@ def forms(
     longest = max(problem.head_dim, problem.value_dim)
     newer = capability[0] > 9
     if pass_ != FORWARD:
-        blocks = 4 if longest <= 32 else 3 if pass_ == DQ else 2
+        beside = {32: (4,), 64: (3,) if pass_ == DQ else (2, 3), 128: (2,)}[longest]
         # A mask takes registers, of which the compiler finds some for 128 slots
         is_full = longest <= 32 and has_masked_columns(problem, pass_)
-        return {Form(4, 1, blocks): (64, 80, 128) if is_full else (64, 80, 112, 128)}
+        columns = (64, 80, 128) if is_full else (64, 80, 112, 128)
+        return {Form(4, 1, blocks): columns for blocks in beside}
     if longest <= 32:
         if not one_stage:
             return {Form(4, 2, 3): (64,)}
         return {Form(4, 2, 4): (48, 64, 80, 112), Form(4, 1, 3): (144,)}
     if longest <= 64:
         if not one_stage:
-            return {Form(4, 1, 3 if newer else 4): (64,)}
+            larger: dict[Form, tuple[int, ...]] = {Form(4, 1, 3): (64, 80)}
+            return larger if newer else {Form(4, 1, 4): (64,), **larger}
         fits = problem.head_dim == problem.value_dim and not newer and not problem.has_key_mask
         of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
         return {Form(8, 1, 2): of_eight, Form(4, 1, 3): (48, 64, 80, 112, 144)}
@@ -414,7 +415,9 @@ def static_bytes(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
     And what they have for a mask: `RowMask` of hidden.cuh, or a bit for each column of a stage.
     """
     rows = ROWS * plan.form.warps
+    origins = 3 if pass_ == FORWARD else 8
+    offsets = {FORWARD: 3, DQ: 7}.get(pass_, 4)
     mask = 0
     if problem.has_key_mask:
         mask = 24 + 4 * rows if pass_.rows_are_keys else 4 * COLUMNS_OF_THREAD * plan.form.warps
-    return mask + (3 * 24 + 12 * rows if pass_ == FORWARD else 8 * 24 + 32 * rows)
+    return mask + 24 * origins + 4 * offsets * rows
