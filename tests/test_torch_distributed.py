@@ -15,13 +15,16 @@ SUITES = {
     "rank_suites.dtensor": (2, 4),
     "rank_suites.compiled": (2,),
     "rank_suites.modules": (2,),
-    "rank_suites.errors": (2, 4),
+    "rank_errors.errors": (2, 4),
     "uneven.uneven": (2,),
 }
 """Of `helpers`, with how many ranks each runs."""
 
 
-ON_GPUS = "plain", "halves", "dtensor", "compiled", "modules", "errors"
+ON_GPUS = (
+    *("rank_suites.plain", "rank_suites.halves", "rank_suites.dtensor", "rank_suites.compiled"),
+    *("rank_suites.modules", "rank_errors.errors"),
+)
 """Those that two GPUs run."""
 
 
@@ -40,7 +43,7 @@ def test_two_gpus_compute_what_one_does(suite, tmp_path):
     torch = pytest.importorskip("torch")
     if torch.cuda.device_count() < 2:
         pytest.skip("there is only one GPU")
-    run("nccl", tmp_path, (f"rank_suites.{suite}", "2"))
+    run("nccl", tmp_path, (suite, "2"))
 
 
 @pytest.mark.skipif(
