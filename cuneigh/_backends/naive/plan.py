@@ -42,6 +42,7 @@ class Flops(NamedTuple):
     forward: Speed
     backward: Speed
     jvp: Speed
+    hvp: Speed
     qk: Speed
     qk_backward: Speed
     av: Speed
