@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from dataclasses import replace
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 
 from cuneigh import _call, _jit
-from cuneigh._backends import BACKENDS, choose, fused, gemm, hopper, naive
+from cuneigh._backends import choose, fused, gemm, hopper, naive
 from cuneigh._device import CPU, Device
 from cuneigh._gpu import kept, rates
 from cuneigh._gpu.linear import Linear, Speed, leaves, linear, replaced
 from cuneigh._measure import arrays
-from cuneigh._measure.cases import problem_of, read
+from cuneigh._measure.cases import problem_of
 from cuneigh._measure.fit import Measured, fit, times_of
 from cuneigh._problem import Problem
 from cuneigh.cli import main
@@ -34,43 +33,6 @@ FITTED = (hopper, fused, naive, gemm)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CUNEIGH_CACHE_DIR", str(tmp_path))
     return tmp_path / "rates.json"
-
-
-# The rates of an H200
-
-
-def problems_of_benchmarks() -> list[Problem]:
-    """The case set, and some of the paper's grid."""
-    cases = [case.problem for case in read(BENCH / "cases.json", "bfloat16")]
-    grid = json.loads((BENCH / "paper-kernels-h200.json").read_text())["problems"]
-    names = ("tokens", "batch", "heads", "dim", "kernel", "dilation")
-    for case in grid[::31]:
-        cases.append(problem_of({name: case[name] for name in names}, case["dtype"]))
-    return [*cases, *(problem.gradient for problem in cases[::4])]
-
-
-PLANS = {
-    "fused": "b868dc55d7479212",
-    "naive": "f3681fee33c50365",
-    "gemm": "0d62c2ccaccf326b",
-    "hopper": "5283e925e2d4fc1b",
-}
-"""Digests of all plans and predictions, as they were before rates could be others than an H200's.
-Whoever changes a cost model on purpose changes them, too."""
-
-
-def test_plans_for_an_h200_are_those_that_they_were() -> None:
-    digests = {name: hashlib.sha256() for name in PLANS}
-    for problem in problems_of_benchmarks():
-        for backend in BACKENDS:
-            if backend.NAME not in PLANS or backend.unsupported(problem, H200) is not None:
-                continue
-            if backend is hopper and problem.operation == "backward":
-                continue
-            plans = [each[1:] for each in _call.rehearse(problem, H200, backend.NAME)[1]]
-            told = f"{plans} {backend.predicted_ms(problem, H200).hex()}\n"
-            digests[backend.NAME].update(told.encode())
-    assert {name: digest.hexdigest()[:16] for name, digest in digests.items()} == PLANS
 
 
 # Models and their linear form

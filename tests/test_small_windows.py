@@ -19,7 +19,8 @@ from cuneigh import _device, _jit
 from cuneigh._backends import fused
 from cuneigh._backends.fused import launch
 from cuneigh._backends.fused.choice import choose_plan
-from cuneigh._backends.fused.plan import make_plan, passes
+from cuneigh._backends.fused.passes import passes
+from cuneigh._backends.fused.plan import make_plan
 from cuneigh._backends.fused.small import launch as small_launch
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._gpu.boxes import count_unions
