@@ -340,11 +340,12 @@ def forms(
 ) -> dict[Form, tuple[int, ...]]:
     """The forms that were fast, and the slots that a tile can have in each.
 
-    The compiler reports what registers allow, of which its code needs more from sm_100 on. Where
-    there is more than `one_stage`, running sums need registers.
+    The compiler reports what registers allow, of which its code needs more from sm_100 on, and with
+    a key mask. Where there is more than `one_stage`, running sums need registers.
     """
     longest = max(problem.head_dim, problem.value_dim)
     newer = capability[0] > 9
+    largest_fits = not (newer and problem.has_key_mask)
     if pass_ != FORWARD:
         beside = {32: (4,), 64: (3,) if pass_ == DQ else (2, 3), 128: (2,)}[longest]
         # A mask takes registers, of which the compiler finds some for 128 slots
@@ -361,9 +362,10 @@ def forms(
             return larger if newer else {Form(4, 1, 4): (64,), **larger}
         fits = problem.head_dim == problem.value_dim and not newer and not problem.has_key_mask
         of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
-        return {Form(8, 1, 2): of_eight, Form(4, 1, 3): (48, 64, 80, 112, 144)}
+        of_four = (48, 64, 80, 112, 144) if largest_fits else (48, 64, 80, 112)
+        return {Form(8, 1, 2): of_eight, Form(4, 1, 3): of_four}
     if one_stage:
-        return {Form(4, 1, 3): (48, 64, 80, 112)}
+        return {Form(4, 1, 3): (48, 64, 80, 112) if largest_fits else (48, 64, 80)}
     return {Form(4, 1, 2): (64, 80)} if newer else {Form(4, 1, 3): (64,), Form(4, 1, 2): (80,)}
 
 
