@@ -361,7 +361,8 @@ def forms(
             return larger if newer else {Form(4, 1, 4): (64,), **larger}
         fits = problem.head_dim == problem.value_dim and not newer and not problem.has_key_mask
         of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
-        return {Form(8, 1, 2): of_eight, Form(4, 1, 3): (48, 64, 80, 112, 144)}
+        largest = () if newer and problem.has_key_mask else (144,)
+        return {Form(8, 1, 2): of_eight, Form(4, 1, 3): (48, 64, 80, 112, *largest)}
     if one_stage:
         return {Form(4, 1, 3): (48, 64, 80, 112)}
     return {Form(4, 1, 2): (64, 80)} if newer else {Form(4, 1, 3): (64,), Form(4, 1, 2): (80,)}
