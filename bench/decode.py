@@ -35,9 +35,9 @@ from cuneigh._gpu.records import start_words
 from cuneigh._measure.arrays import normal
 from cuneigh._measure.clock import FLUSH_BYTES, GpuClock, copy_gbps
 from cuneigh._measure.provenance import provenance
+from cuneigh._measure.trials import empty
 from cuneigh._problem import Problem
 from cuneigh._window import Axis
-from cuneigh.cli.profile.tune import empty
 
 WINDOW, HEADS, KV_HEADS, DIM = 4096, 32, 8, 128
 LAYOUT, POSITION = 65536, 40_000

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import inspect
 import os
 import pickle
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from helpers.imports import Package, is_within, strings_of
@@ -265,3 +268,18 @@ for backend in BACKENDS:
 assert "ml_dtypes" not in sys.modules
 """
     )
+
+
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem
+)
+def test_benchmarks_import_what_is_there(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cuneigh":
+            module = importlib.import_module(node.module or "")
+            missing = [each.name for each in node.names if not found_in(module, each.name)]
+            assert not missing, f"{node.module} has no {missing}"
+
+
+def found_in(module: ModuleType, name: str) -> bool:
+    return hasattr(module, name) or bool(importlib.util.find_spec(f"{module.__name__}.{name}"))
