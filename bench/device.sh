@@ -25,9 +25,10 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 failed=0
 
+# With a line for each test, so that a run that is cut short says which have failed.
 tests() {
-  python3 -m pytest -m "gpu and not multi_gpu" -n "${JOBS:-8}" -p no:cacheprovider -p no:benchmark -q --tb=short -rs 2>&1 |
-    tee "$OUT/gpu-tests.txt" | tail -n 60
+  python3 -m pytest -m "gpu and not multi_gpu" -n "${JOBS:-8}" -p no:cacheprovider -p no:benchmark -v --tb=short -rs 2>&1 |
+    tee "$OUT/gpu-tests.txt" | grep -v PASSED | tail -n 60
   return "${PIPESTATUS[0]}"
 }
 
