@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.cubin import code_of
+from helpers.cubin import code_of, length
 from helpers.toy_kernel import KERNEL, TOY, needs_nvrtc
 
 from cuneigh import _device, _jit
@@ -38,6 +38,13 @@ def test_compile_without_gpu(tree: Path, cache: Cache, arch: str) -> None:
     assert (compiled.cubin.parent / "kernel.cu").read_text() == KERNEL.unit
     assert compiled.resources.registers > 0
     assert compiled.resources.spill_stores == compiled.resources.spill_loads == 0
+
+
+@needs_nvrtc
+def test_a_cubin_is_whole(tree: Path, cache: Cache) -> None:
+    compiled = _jit.compile(KERNEL, "sm_90", cache=cache, sources=Sources(tree))
+    cubin = compiled.cubin.read_bytes()
+    assert len(cubin) >= length(cubin)
 
 
 @needs_nvrtc

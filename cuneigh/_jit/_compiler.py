@@ -148,7 +148,9 @@ def build(kernel: Kernel, arch: str, sources: Sources) -> Built:
     try:
         _compile(nvrtc, program, given)
         return Built(
-            cubin=nvrtc.getCUBIN(program),
+            # CuPy takes the last byte for the end of a string. The driver does not miss it, but
+            # tools that read kept kernels do (findings/cupy-getcubin-drops-last-byte.sh).
+            cubin=nvrtc.getCUBIN(program) + b"\0",
             symbol=nvrtc.getLoweredName(program, kernel.instance),
             resources=_resources(_log(nvrtc, program)),
         )

@@ -23,6 +23,13 @@ def code_of(cubin: bytes) -> dict[bytes, bytes]:
     return {name: content for name, content in _sections(cubin) if name.startswith(b".text.")}
 
 
+def length(cubin: bytes) -> int:
+    """How many bytes its tables of sections and of segments say that it has at least."""
+    tables = struct.unpack_from("<QQ", cubin, 32)  # of segments, and of sections
+    sizes = struct.unpack_from("<HHHH", cubin, 54)
+    return max(tables[0] + sizes[0] * sizes[1], tables[1] + sizes[2] * sizes[3])
+
+
 def _sections(cubin: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Name and content of every section."""
     (sections_start,) = struct.unpack_from("<Q", cubin, 40)
