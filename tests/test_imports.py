@@ -208,15 +208,17 @@ assert "scipy" not in sys.modules
 def test_the_import_is_quick(tmp_path):
     code = """
 import time
+begin = time.process_time()
 import numpy
 start = time.process_time()
 import cuneigh
-print(time.process_time() - start)
+print((time.process_time() - start) / max(0.1, start - begin))
 """
     # Bytecode, as every installed package has, also where none is to be written beside the sources
     bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    # Processor time, and the least of a few: the machine may be busy with something else.
-    assert min(float(run(code, **bytecode)) for _ in range(5)) < 0.150
+    # Processor time, and the least of a few: the machine may be busy with something else, and slow,
+    # as NumPy's import tells, which takes 0.1 s or more.
+    assert min(float(run(code, **bytecode)) for _ in range(5)) < 1.5
 
 
 # What is public

@@ -111,8 +111,15 @@ def test_a_terminal_gets_a_bar_after_a_while(
     monkeypatch.setattr(_compiler, "build", build)
     monkeypatch.setattr(_progress.sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
+    bar = _progress._bar
+
+    def begun() -> Any:
+        made = bar()  # which imports rich
+        threading.Timer(0.5, waiting.set).start()
+        return made
+
+    monkeypatch.setattr(_progress, "_bar", begun)
     _jit.start(kernels(1), H100)
-    threading.Timer(0.5, waiting.set).start()
     finish()
     printed = capsys.readouterr().err
     assert printed.count("cuneigh: compiling") > 1

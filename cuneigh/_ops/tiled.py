@@ -171,10 +171,10 @@ def tiled(
 
     >>> import cuneigh, numpy, tempfile
     >>> volume = numpy.random.default_rng(0).standard_normal((3, 1, 24, 24, 24, 1, 8), "float32")
-    >>> files = [tempfile.TemporaryFile() for _ in range(2)]
+    >>> folder = tempfile.TemporaryDirectory()
     >>> source, target = (
-    ...     numpy.memmap(file, "float32", "w+", shape=shape)
-    ...     for file, shape in zip(files, (volume.shape, volume.shape[1:]))
+    ...     numpy.memmap(f"{folder.name}/{name}", "float32", "w+", shape=shape)
+    ...     for name, shape in (("volume", volume.shape), ("output", volume.shape[1:]))
     ... )
     >>> source[...] = volume
     >>> output = cuneigh.tiled(
@@ -182,6 +182,7 @@ def tiled(
     ... )
     >>> bool(numpy.allclose(output, cuneigh.na3d(*volume, 5, border="wrap"), atol=1e-5))
     True
+    >>> folder.cleanup()
     """
     rank = next((rank for one, rank in FUNCTIONS.items() if one is function), None)
     if rank is None:

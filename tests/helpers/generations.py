@@ -28,6 +28,9 @@ def choosing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]
 def installing(generation: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """`install`, for one test; it returns the module ``natten``."""
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    for name in list(sys.modules):  # of whoever installed it for the rest of the process
+        if name.partition(".")[0] == "natten":
+            monkeypatch.delitem(sys.modules, name)
 
     def perform(*args: str, **kwargs: str) -> ModuleType:
         natten.install(*args, **kwargs)
