@@ -32,6 +32,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import cuneigh
+from cuneigh._device import cuda
+from cuneigh._measure.provenance import provenance
 from cuneigh._window import Axis
 from cuneigh.torch import distributed
 from cuneigh.torch.distributed import _exchange, _task
@@ -75,7 +77,7 @@ def run(rank: int, options: Any, port: int) -> None:
     mesh = init_device_mesh("cuda", (RANKS,), mesh_dim_names=("x",))
     known = json.loads((Path(__file__).parent / "cases.json").read_text())
     cases = {case["name"]: case for case in [*known, VOLUME]}
-    document: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    document: dict[str, Any] = {**provenance(cuda(rank)), "torch": torch.__version__}
     document["cases"] = {}
     for name in options.case:
         document["cases"][name] = entry = measured(cases[name], mesh, rank, options)
