@@ -367,7 +367,7 @@ def test_blocks_that_go_through_several_batch_heads(data, rng, layout):
     assume(fused.unsupported(problem, H200) is None and not problem.is_empty)
     batch_heads = data.draw(st.integers(1, problem.batch * problem.heads + 1))
 
-    def choose_plan(problem, device, pass_, small_windows):
+    def choose_plan(problem, device, pass_, *readable_by):
         return replace(fused_plan.make_plan(problem, device, pass_), batch_heads=batch_heads)
 
     with mock.patch.object(launch, "choose_plan", choose_plan):
@@ -445,7 +445,7 @@ def test_more_elements_than_32_bits_count(small_windows, monkeypatch):
         for operation in ("forward", "backward")
     }
 
-    def choose_plan(problem, device, pass_, small_can_read):
+    def choose_plan(problem, device, pass_, small_can_read, few_queries):
         if small_windows and small_can_read:
             return small_plan.make_plan(long[problem.operation], device, pass_)
         return fused_plan.make_plan(long[problem.operation], device, pass_)
