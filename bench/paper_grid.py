@@ -222,3 +222,7 @@ def draw(figure: Any, problems: list[dict[str, Any]]) -> None:
         panel.axhline(1, color="gray", linewidth=0.5)
         panel.legend()
     panels[0].set_ylabel("times as fast as the paper's naive kernel")
+
+
+if __name__ == "__main__":
+    main()

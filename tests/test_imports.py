@@ -283,5 +283,14 @@ def test_benchmarks_import_what_is_there(script: Path) -> None:
             assert not missing, f"{node.module} has no {missing}"
 
 
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem
+)
+def test_benchmarks_run_their_main(script: Path) -> None:
+    body = ast.parse(script.read_text(encoding="utf-8")).body
+    has_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in body)
+    assert has_main == ast.unparse(body[-1]).startswith("if __name__ == '__main__':")
+
+
 def found_in(module: ModuleType, name: str) -> bool:
     return hasattr(module, name) or bool(importlib.util.find_spec(f"{module.__name__}.{name}"))

@@ -249,6 +249,19 @@ def test_a_long_window_is_checked_as_strictly() -> None:
         checks.check_forward(problem, operands, np.zeros_like(output))
 
 
+def test_sums_of_many_terms_one_after_another_are_right() -> None:
+    """As kernels may take them; a key that is missing is not."""
+    rng = np.random.default_rng(0)
+    for n in (100, 2047, 20_000):
+        terms = rng.standard_normal((n, 64)) / n
+        tolerance = checks.tolerance_of(
+            problem_of({"tokens": [4], "heads": 1, "dim": 8, "kernel": 3}, "float32")
+        )
+        tolerance.require("sum", np.cumsum(terms, 0, dtype=np.float32)[-1], terms)
+        with pytest.raises(checks.WrongResultError):
+            tolerance.require("sum", np.cumsum(terms[1:], 0, dtype=np.float32)[-1], terms)
+
+
 def test_gradients_that_cancel_are_right_within_what_they_are_made_of() -> None:
     """A query that sees one key has no gradient, but for sums that are taken in another order."""
     problem = problem_of(

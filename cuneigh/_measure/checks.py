@@ -2,8 +2,10 @@
 
 Every result is a sum of products. What may differ is what rounding each term to the dtype makes of
 it: `ROUNDINGS` times eps times the root of the sum of the terms' squares, since roundings do not
-all go the same way, and the rounding of the result itself. A wrong key, a missing one or a wrong
-weight of one is far beyond that, in windows of any size.
+all go the same way, and the rounding of the result itself. So may what rounding the partial sums
+makes, which walk at random: of n terms, one after another, each partial sum is about as large as
+the root of the sum of the squares so far. A wrong key, a missing one or a wrong weight of one is
+far beyond that, in windows of any size.
 
 Output and lse are computed anew from the window of a query. A gradient is computed from the output
 and the lse of the call that is checked, which have been checked themselves: so a key needs nothing
@@ -28,6 +30,9 @@ EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-20, "float64":
 """Of float32 and float64 eight and sixteen times theirs, for sums in another order."""
 TF32 = 2.0**-9
 """Of float32 where factors may be rounded to TF32."""
+FLOAT32 = 2.0**-24
+EPS_OF_SUMS = {"float64": 2.0**-53}
+"""Of the sums of a dtype, where it is not float32's."""
 ROUNDINGS = 8.0
 SAMPLES = 24
 """Tokens that are looked at besides the corners of the layout."""
@@ -41,6 +46,7 @@ class Tolerance(NamedTuple):
     """Compares numbers with what they should be."""
 
     eps: float
+    eps_of_sums: float = FLOAT32
 
     def require(self, what: str, got: Any, terms: Numbers, sizes: Numbers | None = None) -> None:
         """Raise unless `got` is the sum of `terms` over their first axis.
@@ -49,7 +55,8 @@ class Tolerance(NamedTuple):
         """
         right = terms.sum(0)
         sizes = terms if sizes is None else sizes
-        allowed = self.eps * (ROUNDINGS * np.sqrt((sizes**2).sum(0)) + np.abs(right))
+        eps = self.eps + self.eps_of_sums * np.sqrt(len(terms) / 2)
+        allowed = eps * ROUNDINGS * np.sqrt((sizes**2).sum(0)) + self.eps * np.abs(right)
         # An element may be 0 by cancellation: its neighbors say how large the numbers are.
         allowed = np.maximum(allowed, self.eps * np.abs(right).max(initial=0.0))
         error = np.abs(float64(got) - right)
@@ -60,7 +67,8 @@ class Tolerance(NamedTuple):
 
 def tolerance_of(problem: Problem, tf32: bool = False) -> Tolerance:
     """What rounding explains in results of a problem's dtype."""
-    return Tolerance(TF32 if tf32 and problem.dtype == "float32" else EPS[problem.dtype])
+    eps = TF32 if tf32 and problem.dtype == "float32" else EPS[problem.dtype]
+    return Tolerance(eps, EPS_OF_SUMS.get(problem.dtype, FLOAT32))
 
 
 def sample(tokens: tuple[int, ...], inner: bool = False) -> list[tuple[int, ...]]:

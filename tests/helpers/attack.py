@@ -241,11 +241,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--random-only", action="store_true", help="no attack but random problems")
     options = parser.parse_args()
     start = time.time()
     found = 0
-    attacks = [(attack.__name__, attack(options.device)) for attack in attack_hard.ATTACKS]
-    end = start + options.seconds - FOR_OTHERS * (options.device != "cpu")
+    others = () if options.random_only else attack_hard.ATTACKS
+    attacks = [(attack.__name__, attack(options.device)) for attack in others]
+    end = start + options.seconds - FOR_OTHERS * (options.device != "cpu" and bool(others))
     for name, lines in [("random_problems", random_problems(options, end)), *attacks]:
         begun, shown = time.time(), []
         try:
