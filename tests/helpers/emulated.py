@@ -72,6 +72,7 @@ REPLACED = {
             "using namespace emulator;\n",
         ),
     ],
+    "fused/split/forward.cu": [(r'asm volatile\("bar.sync[^;]*;[^;]*;', "__syncthreads();")],
     "fused/mma.cuh": [
         (r"// Four 8x8 matrices.*(?=// Two numbers rounded)", "using namespace emulator;\n\n"),
     ],

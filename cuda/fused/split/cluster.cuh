@@ -1,4 +1,4 @@
-// The blocks of a cluster, which read each other's shared memory; from sm_90 on.
+// The blocks of a cluster, which write to each other's shared memory; from sm_90 on.
 #pragma once
 
 #include "fused/mma.cuh"
@@ -12,6 +12,19 @@
 
 namespace cuneigh::fused::split {
 
+// Says that this thread runs, and waits until all threads of the cluster have said so: the memory
+// of their blocks is there then.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // What all threads of the cluster have written to shared memory before it, all can read after it.
 __device__ inline void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
@@ -20,28 +33,24 @@ __device__ inline void cluster_sync() {
 #endif
 }
 
-// What lies in another block where `here` lies in this one.
-__device__ inline float4 in_block(int block, const float4* here) {
-  float4 there = {};
+// Writes to another block where `here` lies in this one.
+__device__ inline void put(int block, const float4* here, float4 value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n\t.reg .u32 address;\n\tmapa.shared::cluster.u32 address, %4, %5;\n\t"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [address];\n\t}"
-      : "=f"(there.x), "=f"(there.y), "=f"(there.z), "=f"(there.w)
-      : "r"(shared_address(here)), "r"(block));
+      "{\n\t.reg .u32 address;\n\tmapa.shared::cluster.u32 address, %0, %1;\n\t"
+      "st.shared::cluster.v4.f32 [address], {%2, %3, %4, %5};\n\t}" ::"r"(shared_address(here)),
+      "r"(block), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      : "memory");
 #endif
-  return there;
 }
-__device__ inline float2 in_block(int block, const float2* here) {
-  float2 there = {};
+__device__ inline void put(int block, const float2* here, float2 value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n\t.reg .u32 address;\n\tmapa.shared::cluster.u32 address, %2, %3;\n\t"
-      "ld.shared::cluster.v2.f32 {%0, %1}, [address];\n\t}"
-      : "=f"(there.x), "=f"(there.y)
-      : "r"(shared_address(here)), "r"(block));
+      "{\n\t.reg .u32 address;\n\tmapa.shared::cluster.u32 address, %0, %1;\n\t"
+      "st.shared::cluster.v2.f32 [address], {%2, %3};\n\t}" ::"r"(shared_address(here)),
+      "r"(block), "f"(value.x), "f"(value.y)
+      : "memory");
 #endif
-  return there;
 }
 
 }  // namespace cuneigh::fused::split

@@ -65,10 +65,16 @@ struct Smem {
     float2 statistics[kRows];  // m and sum(P)
   };
   static constexpr int kBoxBytes = Plan::kStages * sizeof(KeyBox);
-  static constexpr int kWarpSums = Plan::kKeyWarps * sizeof(WarpSums);
-  static constexpr int kSumBytes = kWarpSums + kRows * sizeof(float2);
+  static constexpr int kSumBytes = Plan::kKeyWarps * sizeof(WarpSums);
+  static constexpr int kBytes = kBoxBytes > kSumBytes ? kBoxBytes : kSumBytes;
+  struct BlockSums {  // of a row over the keys of each block of the cluster
+    float4 output[Plan::kCluster][Plan::kValueDim / 4];
+    float2 statistics[Plan::kCluster];
+  };
+  static constexpr int kOwned = kRows / Plan::kCluster;  // rows whose sums this block joins
+  static constexpr int kOwnedBytes = Plan::kCluster > 1 ? kOwned * sizeof(BlockSums) : 0;
 
-  alignas(16) char memory[kBoxBytes > kSumBytes ? kBoxBytes : kSumBytes];
+  alignas(16) char memory[kBytes + kOwnedBytes];
   Element query[kRows][kVectorPitch<Element, Plan::kHeadDim>];
   Row row[kRows];
 
@@ -77,23 +83,43 @@ struct Smem {
   __device__ float4* four(int warp, int row, int d) {
     return reinterpret_cast<float4*>(&sums(warp).output[row][d]);
   }
-  // Of the rows over the keys of all warps
-  __device__ float2* statistics() { return reinterpret_cast<float2*>(memory + kWarpSums); }
+  __device__ BlockSums& owned(int i) { return reinterpret_cast<BlockSums*>(memory + kBytes)[i]; }
 };
 
-// Copies vectors [kDim] to shared memory: source(i) is where vector i lies, or null where zeros
-// stand for it, as they do for what lies past `dim`.
-template <int kDim, int kThreads, int kVectors, int kPitch, typename Element, typename Source>
-__device__ void load_vectors(Element (&vectors_smem)[kVectors][kPitch], int dim, int thread,
-                             Source source) {
-  constexpr int kChunks = kDim / kChunk<Element>;
+// Copies kVectors vectors [kDim] to shared memory: `first` and those that follow it every `step`
+// elements. Zeros stand for all but the first `count`, and for what lies past `dim`.
+template <int kDim, int kVectors, int kThreads, int kPitch, typename Element>
+__device__ void load_vectors(Element (*vectors_smem)[kPitch], int dim, int thread,
+                             const Element* first, long long step, int count) {
+  constexpr int kChunks = kDim / kChunk<Element>, kAtOnce = kThreads / kChunks;
+  const int start = thread / kChunks, d = thread % kChunks * kChunk<Element>;
+  if (kThreads % kChunks && start >= kAtOnce) return;
+  const Element* from = first + start * step + d;
 #pragma unroll
-  for (int i = 0; i < kVectors * kChunks; i += kThreads) {
-    const int vector = (i + thread) / kChunks, d = (i + thread) % kChunks * kChunk<Element>;
-    if (kVectors * kChunks % kThreads && vector >= kVectors) break;
-    const Element* from = source(vector);
-    copy_16_bytes<16>(element_of(vectors_smem, vector, d), from + d, from && d < dim ? 16 : 0);
+  for (int i = 0; i < kVectors; i += kAtOnce, from += kAtOnce * step) {
+    const int vector = start + i;
+    if (kVectors % kAtOnce && vector >= kVectors) break;
+    copy_16_bytes<16>(element_of(vectors_smem, vector, d), from,
+                      vector < count && d < dim ? 16 : 0);
   }
+}
+
+// Waits for the warps that have the same keys as this one.
+template <typename Plan>
+__device__ void sync_team(int team) {
+  if constexpr (Plan::kRowWarps == 1)
+    __syncwarp();
+  else
+    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(Plan::kRowWarps * 32) : "memory");
+}
+
+// Takes the last digit off a number, and returns it. (A division takes a GPU longer than the
+// questions whether it is needed.)
+__device__ inline int last_digit(unsigned& number, unsigned radix) {
+  if (radix == 1) return 0;
+  const unsigned rest = number < radix ? 0 : number / radix, digit = number - rest * radix;
+  number = rest;
+  return digit;
 }
 
 template <typename Plan>
@@ -109,67 +135,78 @@ __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
   static_assert(sizeof(Smem<Plan>) == Plan::kSharedBytes,
                 "`shared_bytes` in cuneigh/_backends/fused/split/plan.py counts what Smem holds");
   auto& smem = dynamic_smem<Smem<Plan>>();
+  if constexpr (Plan::kCluster > 1) cluster_arrive();
   const int given_thread = thread_in_block(), thread = given_thread;
   const Axis& axis = problem.axis;
 
-  // Which rows, and which part of the keys that they see
+  // Which rows, and what they see
   unsigned block = blockIdx.x;
-  const int split = block % problem.splits;
-  block /= problem.splits;
-  const int first_head = block % problem.head_boxes * problem.heads;
-  block /= problem.head_boxes;
+  const int splits = Plan::kCluster > 1 ? Plan::kCluster : problem.splits;
+  const int split = last_digit(block, splits);
+  const int first_head = last_digit(block, problem.head_boxes) * problem.heads;
   const GroupIndex first =
-      box_begin(axis.dilation, axis.length, block % problem.boxes, problem.queries);
-  block /= problem.boxes;
-  const int kv_head = block % problem.kv_heads, batch = block / problem.kv_heads;
-  const int last = smaller(first.index + problem.queries, axis.group_length(first.group)) - 1;
-  // Windows are INCREASING (the contract in cuneigh/_window.py), so that two rows tell all
-  const Range of_first = axis.window(first.index, first.group);
-  const Range of_last = axis.window(last, first.group);
-  const int begin = of_first.begin, end = of_last.end;
-  const int boxes = ceil_div(larger(end - begin, 0), kColumns);
-  const int first_box = int(static_cast<long long>(boxes) * split / problem.splits);
-  const int count = int(static_cast<long long>(boxes) * (split + 1) / problem.splits) - first_box;
-
-  const int head_of_row_0 = kv_head * problem.group_size + first_head;
-  for (int r = thread; r < kRows; r += kThreads) {
-    const int index = first.index + r / problem.heads;
-    const bool exists = index <= last && r / problem.heads < problem.queries &&
-                        first_head + r % problem.heads < problem.group_size;
-    smem.row[r] = {exists ? axis.token({first.group, index}) : -1,
-                   exists ? axis.window(index, first.group) : Range{0, 0}};
+      box_begin(axis.dilation, axis.length, last_digit(block, problem.boxes), problem.queries);
+  const int kv_head = last_digit(block, problem.kv_heads), batch = block;
+  const int queries = smaller(problem.queries, axis.group_length(first.group) - first.index);
+  static_assert(kRows <= kThreads, "a thread takes a row");
+  if (thread < kRows) {
+    const int query = thread / problem.heads, head = first_head + thread - query * problem.heads;
+    const bool exists = query < queries && head < problem.group_size;
+    const int index = first.index + query;
+    smem.row[thread] = {exists ? axis.token({first.group, index}) : -1,
+                        kv_head * problem.group_size + head,
+                        exists ? axis.window(index, first.group) : Range{0, 0}};
   }
   __syncthreads();
-  load_vectors<Plan::kHeadDim, kThreads>(
-      smem.query, problem.head_dim, thread, [&](int i) -> const Element* {
-        const int token = smem.row[i].token;
-        return token < 0 ? nullptr
-                         : arguments.query.at(batch, {token}, head_of_row_0 + i % problem.heads);
-      });
 
-  // Boxes of keys arrive in turn in the stages
-  const int key_token = axis.token({axis.key_group(first.group), begin});
+  // Which part of the keys that they see. Windows are INCREASING (the contract in
+  // cuneigh/_window.py), so that two rows tell all.
+  const Range of_first = smem.row[0].window;
+  const Range of_last = smem.row[(queries - 1) * problem.heads].window;
+  const int begin = of_first.begin, end = of_last.end;
+  const int boxes = ceil_div(larger(end - begin, 0), kColumns);
+  const int least = boxes / splits, more = boxes - least * splits;  // the first have one more
+  const int first_box = split * least + smaller(split, more);
+  const int count = least + (split < more);
+
+  // Boxes of keys arrive in turn in the stages. The warps that have the same keys of each bring
+  // them, and wait for no others.
+  constexpr int kTeam = Plan::kRowWarps * 32;
+  const int team = thread / kTeam;
+  const int first_key = first_box * kColumns + team * kWarpColumns,
+            given_keys = end - begin - first_key;
+  const int key_token = axis.token({axis.key_group(first.group), begin + first_key});
   const Element* keys = arguments.key.at(batch, {key_token}, kv_head);
   const Element* values = arguments.value.at(batch, {key_token}, kv_head);
   const long long key_step = arguments.key.token[0] * axis.dilation;
   const long long value_step = arguments.value.token[0] * axis.dilation;
   auto load = [&](int number, int thread) {
-    if (number < count) {
-      auto& box = smem.box(number % kStages);
-      const int start = (first_box + number) * kColumns, left = end - begin - start;
-      load_vectors<Plan::kHeadDim, kThreads>(
-          box.key, problem.head_dim, thread, [&](int i) -> const Element* {
-            return i < left ? keys + (start + i) * key_step : nullptr;
-          });
-      load_vectors<Plan::kValueDim, kThreads>(
-          box.value, problem.value_dim, thread, [&](int i) -> const Element* {
-            return i < left ? values + (start + i) * value_step : nullptr;
-          });
+    if (number >= count) return;
+    auto& box = smem.box(number % kStages);
+    const int start = number * kColumns, left = given_keys - start;
+    const int first_column = thread / kTeam * kWarpColumns, of_team = thread % kTeam;
+    load_vectors<Plan::kHeadDim, kWarpColumns, kTeam>(
+        &box.key[first_column], problem.head_dim, of_team, keys + start * key_step, key_step, left);
+    load_vectors<Plan::kValueDim, kWarpColumns, kTeam>(&box.value[first_column], problem.value_dim,
+                                                       of_team, values + start * value_step,
+                                                       value_step, left);
+  };
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) {
+    load(i, thread);
+    if (i == 0) {
+      constexpr int kChunks = Plan::kHeadDim / kChunk<Element>;
+#pragma unroll 1
+      for (int j = thread; j < kRows * kChunks; j += kThreads) {
+        const int r = j / kChunks, d = j % kChunks * kChunk<Element>;
+        const auto [token, head, window] = smem.row[r];
+        copy_16_bytes<16>(element_of(smem.query, r, d),
+                          arguments.query.at(batch, {token}, head) + d,
+                          token >= 0 && d < problem.head_dim ? 16 : 0);
+      }
     }
     cp_async_commit();
-  };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load(i, thread);
+  }
 
   // Rows lane / 4 and lane / 4 + 8 of every 16 are a thread's, in columns 2 * (lane % 4) and the
   // one after of every 8 keys or dimensions
@@ -180,10 +217,12 @@ __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
   const float scale = problem.scale;
   float output_rmem[kRowTiles][Plan::kValueDim / 8][4] = {};
   WarpSoftmax<kRowTiles> softmax;
+  cp_async_wait<kStages - 2>();  // queries have arrived
+  __syncthreads();
   for (int number = 0; number < count; ++number) {
     // This box has arrived, and everyone is done with the one before, whose memory the next takes
     cp_async_wait<kStages - 2>();
-    __syncthreads();
+    sync_team<Plan>(team);
     const auto& box = smem.box(number % kStages);
     const auto [lane, warp_row, key_warp] = place_of(forgotten(given_thread));
     const int first_column = key_warp * kWarpColumns;
@@ -193,6 +232,7 @@ __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
     gemm_nt<Plan::kHeadDim>(&smem.query[warp_row], &box.key[first_column], lane, logit_rmem);
 
     load(number + kStages - 1, forgotten(given_thread));
+    cp_async_commit();
 
     // S = -inf outside of windows
     const int start = begin + (first_box + number) * kColumns;
@@ -229,7 +269,8 @@ __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + m * 16 + half * 8 + lane / 4;
-      const float sum = softmax.sum(m, half);
+      const float sum = softmax.sum(m, half);  // of all lanes
+      if (smem.row[row].token < 0) continue;
       if (lane % 4 == 0) smem.sums(key_warp).statistics[row] = {softmax.row_max[m][half], sum};
       float* target = &smem.sums(key_warp).output[row][lane % 4 * 2];
 #pragma unroll
@@ -246,10 +287,11 @@ __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
     joined.store(arguments.output.at(batch, {token}, head) + d);
     if (d == 0 && arguments.lse.data) *arguments.lse.at(batch, {token}, head) = joined.lse();
   };
+  if constexpr (Plan::kCluster > 1) cluster_wait();
 #pragma unroll 2
   for (int i = thread; i < kRows * kFours; i += kThreads) {
     const int r = i / kFours, d = i % kFours * 4;
-    const int token = smem.row[r].token, head = head_of_row_0 + r % problem.heads;
+    const auto [token, head, window] = smem.row[r];
     if (token < 0 || d >= problem.value_dim) continue;
     Joined joined;
 #pragma unroll
@@ -259,8 +301,10 @@ __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
       joined.add(smem.sums(w).statistics[r], *smem.four(w, r, d));
     const float2 statistics = {joined.row_max, joined.row_sum};
     if constexpr (Plan::kCluster > 1) {
-      *smem.four(0, r, d) = joined.output;
-      if (d == 0) smem.statistics()[r] = statistics;
+      const int owner = r % Plan::kCluster;
+      auto& sums = smem.owned(r / Plan::kCluster);
+      put(owner, &sums.output[split][d / 4], joined.output);
+      if (d == 0) put(owner, &sums.statistics[split], statistics);
     } else if (problem.splits == 1) {
       store(joined, token, head, d);
     } else {
@@ -274,27 +318,21 @@ __global__ void __launch_bounds__(Smem<Plan>::kWarps * 32, Plan::kBlocks)
     }
   }
   if constexpr (Plan::kCluster > 1) {
-    // O of each row over the keys of all blocks of the cluster, which take their shares of it
+    // O of each row over the keys of all blocks of the cluster, which take turns at rows
     cluster_sync();
-    for (int i = split * kThreads + thread; i < kRows * kFours; i += Plan::kCluster * kThreads) {
-      const int r = i / kFours, d = i % kFours * 4;
-      const int token = smem.row[r].token, head = head_of_row_0 + r % problem.heads;
+    for (int i = thread; i < Smem<Plan>::kOwned * kFours; i += kThreads) {
+      const int d = i % kFours * 4;
+      const auto [token, head, window] = smem.row[i / kFours * Plan::kCluster + split];
       if (token < 0 || d >= problem.value_dim) continue;
-      float2 statistics[Plan::kCluster];
-      float4 output[Plan::kCluster];
-#pragma unroll
-      for (int b = 0; b < Plan::kCluster; ++b) {
-        statistics[b] = in_block(b, &smem.statistics()[r]);
-        output[b] = in_block(b, smem.four(0, r, d));
-      }
+      const auto& sums = smem.owned(i / kFours);
       Joined joined;
 #pragma unroll
-      for (int b = 0; b < Plan::kCluster; ++b) joined.see(statistics[b]);
+      for (int b = 0; b < Plan::kCluster; ++b) joined.see(sums.statistics[b]);
 #pragma unroll
-      for (int b = 0; b < Plan::kCluster; ++b) joined.add(statistics[b], output[b]);
+      for (int b = 0; b < Plan::kCluster; ++b)
+        joined.add(sums.statistics[b], sums.output[b][d / 4]);
       store(joined, token, head, d);
     }
-    cluster_sync();  // no block goes while others read its memory
   }
 }
 

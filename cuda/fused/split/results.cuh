@@ -8,7 +8,8 @@
 namespace cuneigh::fused::split {
 
 struct Row {
-  int token;     // -1 where there is no row
+  int token;  // -1 where there is no row
+  int head;
   Range window;  // empty where there is no row
 };
 

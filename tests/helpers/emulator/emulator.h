@@ -155,27 +155,34 @@ template <typename... A, size_t... I>
 void call(void (*kernel)(A...), void** parameters, std::index_sequence<I...>) {
   kernel(*reinterpret_cast<std::remove_const_t<A>*>(parameters[I])...);
 }
-// The blocks of a cluster run twice, one after another: the first time up to where they wait for each
-// other, the second time with what each had in its shared memory there.
+// The blocks of a cluster run twice, one after another: the first time up to where they wait for
+// what others write to their shared memory, the second time with that.
 struct Cluster {
+  struct Write {
+    size_t offset;
+    std::vector<char> bytes;
+  };
   unsigned size = 1;
   bool is_first = false;
-  std::vector<char> smem[16];
+  std::vector<Write> writes[16];
 };
 inline Cluster cluster;
+inline void cluster_arrive() {}
+inline void cluster_wait() { sync_threads(); }
 inline void cluster_sync() {
   sync_threads();
-  if (!cluster.is_first) return;
+  if (cluster.is_first) leave();
   if (state.current == 0)
-    cluster.smem[state.block.x % cluster.size].assign(state.smem, state.smem + (1 << 18));
+    for (const auto& write : cluster.writes[state.block.x % cluster.size])
+      memcpy(state.smem + write.offset, write.bytes.data(), write.bytes.size());
   sync_threads();
-  leave();
 }
 template <typename T>
-T in_block(int block, const T* here) {
-  T there;
-  memcpy(&there, &cluster.smem[block][(const char*)here - state.smem], sizeof(T));
-  return there;
+void put(int block, const T* here, T value) {
+  const char* bytes = (const char*)&value;
+  if (cluster.is_first)
+    cluster.writes[block].push_back(
+        {size_t((const char*)here - state.smem), {bytes, bytes + sizeof(T)}});
 }
 template <typename... A>
 void launch(void (*kernel)(A...), unsigned gx, unsigned gy, int threads, void** parameters,
@@ -198,6 +205,8 @@ void launch(void (*kernel)(A...), unsigned gx, unsigned gy, int threads, void** 
     for (unsigned first = 0; first < gx; first += cluster_size)
       for (int turn = cluster_size > 1 ? 0 : 1; turn < 2; ++turn) {
         cluster.is_first = turn == 0;
+        if (cluster.is_first)
+          for (auto& writes : cluster.writes) writes.clear();
         for (unsigned x = first; x < first + cluster_size; ++x) run(x, y);
       }
 }

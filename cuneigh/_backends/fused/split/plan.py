@@ -2,8 +2,8 @@
 
 A block takes a box of rows: a few queries, each in the query heads that share a key head, so that
 their keys are read once. It goes over boxes of keys, which all lie in the window union of its rows.
-Where there are fewer such blocks than a GPU works on at a time, the keys are split among several,
-and a second kernel joins what these have summed up.
+Where there are fewer such blocks than a GPU works on at a time, the keys are split among several.
+What these have summed up is joined by themselves, if they are a cluster, or by a second kernel.
 """
 
 from __future__ import annotations
@@ -103,20 +103,21 @@ def blocks(problem: Problem, plan: SplitPlan) -> int:
     return boxes * plan.splits
 
 
-# Costs: what is known of the hardware, not fitted (bench/NOTES.md, "Decoding")
+# Costs: cycles and rates of an H200, fitted to the times of bench/decode.py (bench/NOTES.md)
 
-LATENCY = 700.0
+LATENCY = 320.0
 """Cycles of a block's box of keys apart from its products: a barrier, and a chain through them."""
-START = 4000.0
+START = 5070.0
 """Cycles until a block's first keys have come, and those at its end."""
-CLUSTER = 1500.0
-"""Cycles in which the blocks of a cluster join their sums."""
-BYTES = Speed(34)
+BYTES = Speed(32.7)
 """Bytes that one multiprocessor receives in a cycle when others don't compete."""
-PRODUCT = 1 / 261
+PRODUCT = 1 / 171
 """Cycles of a multiply-add of the tensor cores, on one of four schedulers."""
 CYCLES = 1.755e6
 """In a millisecond."""
+CLUSTERED = 0.91
+"""Of the blocks that there is room for, how many there are at a time in clusters, which do not fill
+the groups of multiprocessors that they are bound to: 30 clusters, or 15, on an H200."""
 
 
 class Rates(NamedTuple):
@@ -124,7 +125,6 @@ class Rates(NamedTuple):
 
     latency: float = LATENCY
     start: float = START
-    cluster: float = CLUSTER
     bytes: Speed = BYTES
     product: float = PRODUCT
     memory_bytes: Speed = MEMORY_BYTES
@@ -140,6 +140,8 @@ def predicted_ms(problem: Problem, plan: SplitPlan, device: Device, rates: Rates
     form, keys = plan.form, count(problem, plan).widest_block
     beside = resident(problem, form, device)
     at_once = beside * max(device.sm_count, 1)
+    if form.cluster > 1:
+        at_once = max(int(at_once * CLUSTERED) // form.cluster, 1) * form.cluster
     total = blocks(problem, plan)
     busy = min(beside, math.ceil(total / max(device.sm_count, 1)))  # blocks of a multiprocessor
     dims = problem.head_dim + problem.value_dim
@@ -155,10 +157,9 @@ def predicted_ms(problem: Problem, plan: SplitPlan, device: Device, rates: Rates
         * problem.kv_heads
         * min(problem.key_tokens[0], count(problem, plan).warp_columns)
     )
-    of_keys = max(key_bytes / rates.memory_bytes, rounds * walk / CYCLES)
+    of_blocks = (rounds * walk + (rounds - 1) * rates.start) / CYCLES
+    of_keys = max(key_bytes / rates.memory_bytes, of_blocks)
     milliseconds = rates.launch_ms + rates.start / CYCLES + of_keys
-    if form.cluster > 1:
-        milliseconds += rates.cluster / CYCLES
     if plan.is_joined_later:
         rows = problem.batch * problem.heads * problem.tokens[0]
         sums = 2 * 4 * (problem.value_dim + 2) * rows * plan.splits
@@ -238,17 +239,18 @@ def forms(problem: Problem, device: Device) -> tuple[Form, ...]:
     if device.capability < (8, 0):
         return ()
     short = max(problem.head_dim, problem.value_dim) <= 128
-    shapes = [(1, 1, 4, 64), (1, 4, 1, 64 if short else 32)]
+    shapes = [(1, 1, 4, 64, 1), (1, 4, 1, 64 if short else 32, 1)]
     if short:
-        shapes += [(1, 2, 2, 64), (2, 4, 1, 32)]
-    clusters = (1, CLUSTER_SIZE) if device.capability >= (9, 0) else (1,)
+        shapes += [(1, 2, 2, 64, 1), (2, 4, 1, 32, 1)]
+    if device.capability >= (9, 0):  # with more rows another kernel joins faster
+        shapes += [(1, 1, 8, 128, CLUSTER_SIZE)] * short + [(1, 1, 4, 64, CLUSTER_SIZE)]
     found: list[Form] = []
-    for shape in shapes:
-        blocks = 2 if short and shape[0] == 1 else 1
+    for row_tiles, row_warps, key_warps, columns, cluster in shapes:
+        blocks = 2 if short and row_tiles == 1 and key_warps < 8 else 1
         for stages in (3, 2):
-            form = Form(*shape, stages, blocks)
+            form = Form(row_tiles, row_warps, key_warps, columns, stages, blocks, cluster)
             if shared_bytes(problem, form) <= device.shared_memory:
-                found += [form._replace(cluster=cluster) for cluster in clusters]
+                found.append(form)
                 break
     return tuple(found)
 
@@ -274,5 +276,7 @@ def shared_bytes(problem: Problem, form: Form) -> int:
 
     key, value = pitch(problem.head_dim), pitch(problem.value_dim)
     boxes = form.stages * form.columns * (key + value)
-    sums = form.key_warps * form.rows * 4 * (padded(problem.value_dim) + 8 + 2) + form.rows * 8
-    return max(boxes, sums) + form.rows * (key + 12)
+    value_dim = padded(problem.value_dim)
+    sums = form.key_warps * form.rows * 4 * (value_dim + 8 + 2)
+    owned = form.rows * 4 * (value_dim + 2) if form.cluster > 1 else 0
+    return max(boxes, sums) + owned + form.rows * (key + 16)
