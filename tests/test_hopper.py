@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from cuneigh import _device, _jit
 from cuneigh._backends import choose, fused, hopper
 from cuneigh._backends.hopper import launch
-from cuneigh._backends.hopper.choice import make_plan, passes
-from cuneigh._backends.hopper.plan import WIDTHS, division, form_of, ways
+from cuneigh._backends.hopper.choice import cheapest, make_plan, passes
+from cuneigh._backends.hopper.plan import WIDTHS, division, forms_of, ways
 from cuneigh._backends.hopper.tensor_maps import Folding
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
-from cuneigh._gpu.passes import BACKWARD, DKV, DQ
+from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD
 from cuneigh._parameters import window_arguments
 from cuneigh._problem import Operation, Problem, Spec
 from cuneigh._validate import attention_problem
@@ -191,6 +191,19 @@ def test_long_windows_are_its_and_small_ones_are_not(case):
     assert choose(problem, H200, None) is wanted
 
 
+@pytest.mark.parametrize(
+    ("group_size", "queries", "heads"),
+    [(1, 64, 1), (2, 64, 2), (3, 64, 3), (4, 64, 2), (6, 64, 3), (8, 20, 2), (4, 65, 1)],
+)
+def test_few_queries_have_tiles_of_several_heads(group_size, queries, heads):
+    """If as many as there are warpgroups share a key head; one warpgroup has all queries of one."""
+    axis = Axis(queries, 4096, 4000, 1, 1, True, "shift", 1 << 16, 40_000, 37_000)
+    problem = long_windows(heads=2 * group_size, kv_heads=2, axes=(axis,), batch=32)
+    (plan,) = cheapest(problem, H200, FORWARD)
+    assert plan.heads == heads
+    assert launch.kernel(problem, plan.form, FORWARD) in hopper.kernels(problem, H200)
+
+
 # Its kernels
 
 
@@ -274,7 +287,8 @@ def test_kernels_do_not_spill(operation, rank, dtype, head_dim, value_dim, flags
 def test_the_kernel_of_all_gradients_does_not_spill_with_a_mask_and_a_negative_scale(tmp_path):
     """Which come with dilation and additional keys above; this kernel takes neither."""
     problem = long_windows(operation="backward", scale=-1.0, has_key_mask=True)
-    kernel = launch.kernel(problem, form_of(LONG, H200, BACKWARD), BACKWARD)
+    (form,) = forms_of(LONG, H200, BACKWARD)
+    kernel = launch.kernel(problem, form, BACKWARD)
     ((_, compiled),) = _jit.precompile([kernel], ["sm_90a"], tmp_path).items()
     assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0
     assert compiled.resources.advice == ()
@@ -302,6 +316,7 @@ def test_one_kernel_computes_all_gradients_where_its_sums_have_room(problem, mem
 def test_one_kernel_serves_all_windows_and_lengths(problem, data):
     other = data.draw(supported(dims=ALL_DIMS, ranks=(problem.rank,), cross=False))
     names = ("dtype", "head_dim", "value_dim", "scale", "additional", "has_key_mask")
+    names += ("heads", "kv_heads")
     alike = replace(problem, batch=1, **{name: getattr(other, name) for name in names})
     if launch.is_dilated(alike) == launch.is_dilated(other):
         assert hopper.kernels(alike, H200) == hopper.kernels(replace(other, batch=1), H200)

@@ -29,6 +29,7 @@ from cuneigh._gpu.tensor_map import KEPT
 from cuneigh._parameters import window_arguments
 from cuneigh._problem import Operands, Problem, Spec
 from cuneigh._validate import attention_problem
+from cuneigh._window import Axis
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,17 @@ def test_any_plan_agrees_with_the_oracle(operation, data, rng):
     with pytest.MonkeyPatch.context() as patch:
         takes(patch, chosen)
         check_backend(hopper, problem, inputs(problem, rng, layout), **NATIVE)
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 4])
+def test_every_plan_for_few_queries(group_size):
+    """Tiles of several heads, with parts of a layout."""
+    axis = Axis(40, 500, 300, 1, 1, True, "shift", 4000, 1000, 600)
+    problem = Problem("forward", "bfloat16", 2, 2 * group_size, 2, 128, 128, (axis,), 0.1)
+    for plan in plans(problem):
+        with pytest.MonkeyPatch.context() as patch:
+            takes(patch, {FORWARD: plan})
+            check_backend(hopper, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
 
 
 @pytest.mark.parametrize(

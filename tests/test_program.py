@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from cuneigh import _call, _device, _jit
 from cuneigh._backends import BACKENDS, fused, gemm, hopper, naive
+from cuneigh._backends.hopper.plan import forms_of, ways
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.program import Program, Record
 from cuneigh._gpu.records import PART_AXIS, start_words
@@ -169,6 +170,13 @@ def program_of(
     return _call.program_for(known, problem, 0, backend, names, results, layouts, *off)
 
 
+def has_choice(backend: Any, problem: Problem) -> bool:
+    """Whether it depends on windows and lengths which kernels a call loads."""
+    if backend is hopper:
+        return len(ways(problem)) > 1 or len(forms_of(problem, H200, ways(problem)[0][0])) > 1
+    return backend is fused
+
+
 @pytest.mark.parametrize("backend", [naive, gemm, fused, hopper])
 @given(data=st.data())
 def test_a_contiguous_call_loads_what_kernels_names(backend, data):
@@ -184,7 +192,7 @@ def test_a_contiguous_call_loads_what_kernels_names(backend, data):
     seen = set(made.kernels)
     expected = set(backend.kernels(problem, H200))
     assert seen <= expected
-    assert seen == expected or backend is fused, "fused names those of other windows too"
+    assert seen == expected or has_choice(backend, problem), "others are for other windows"
     assert all(0 not in spec.shape for spec in made.workspace)
 
 

@@ -78,7 +78,7 @@ class Backend(Protocol):
     def kernels(self, problem: Problem, device: Device) -> list[Kernel]:
         """What a call of contiguous arrays loads on `device`, if the problem is supported there.
 
-        There may be kernels among them that only calls with other windows load.
+        There may be kernels among them that only calls with other windows or lengths load.
         """
 
     def forward(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cuneigh._backends import hopper
 from cuneigh._backends.hopper.choice import arrangements, column_boxes, row_boxes
-from cuneigh._backends.hopper.plan import HopperPlan, form_of
+from cuneigh._backends.hopper.plan import HopperPlan, forms_of
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer
 from cuneigh._gpu.passes import FORWARD, Pass
@@ -84,11 +84,11 @@ def supported(
 
 def plans(problem: Problem, pass_: Pass = FORWARD) -> list[HopperPlan]:
     """Every plan that the kernel of a pass can run on an H200."""
-    form = form_of(problem, H200, pass_)
-    boxes = itertools.product(row_boxes(problem), column_boxes(problem, form))
     return [
         HopperPlan(form, row_box, warpgroups, heads, column_box)
-        for row_box, column_box in boxes
+        for form in forms_of(problem, H200, pass_)
+        for row_box in row_boxes(problem)
+        for column_box in column_boxes(problem, form)
         for warpgroups, heads in arrangements(problem, form, pass_)
     ]
 

@@ -16,8 +16,9 @@ from cuneigh._backends.hopper.plan import (
     HopperPlan,
     cost,
     cost_of,
-    form_of,
+    forms_of,
     most_coordinates,
+    most_warpgroups,
     span,
     sum_bytes,
     ways,
@@ -140,10 +141,14 @@ def cheapest(
 def _cheapest(
     problem: Problem, device: Device, pass_: Pass, most: int, rates: hopper_plan.Rates
 ) -> tuple[HopperPlan, ...]:
-    form = form_of(problem, device, pass_)
     found: list[tuple[float, HopperPlan]] = []
-    columns = column_boxes(problem, form)
-    for warpgroups, heads in arrangements(problem, form, pass_):
+    tiles = [
+        (form, *each)
+        for form in forms_of(problem, device, pass_)
+        for each in arrangements(problem, form, pass_)
+    ]
+    for form, warpgroups, heads in tiles:
+        columns = column_boxes(problem, form)
         rows = [(box, warpgroups) for box in row_boxes(problem)]
         counts = count_walks(problem.axes, rows, columns, pass_)
         costs = cost_of(problem, form, counts, heads, pass_, rates)
@@ -158,11 +163,14 @@ def _cheapest(
 def arrangements(problem: Problem, form: Form, pass_: Pass) -> list[tuple[Box, int]]:
     """Boxes of rows of a tile along each axis, and its row heads."""
     rank, warpgroups = problem.rank, form.warpgroups
+    in_heads = [((1,) * rank, warpgroups)]
+    if warpgroups < most_warpgroups(problem, pass_):  # `forms_of` says what for
+        return in_heads if problem.tokens[0] <= ROWS else []
     found = [
         (tuple(warpgroups if r == axis else 1 for r in range(rank)), 1) for axis in range(rank)
     ]
     if not pass_.rows_are_keys and problem.group_size % warpgroups == 0:
-        found.append(((1,) * rank, warpgroups))
+        found += in_heads
     return found
 
 

@@ -20,7 +20,7 @@ from cuneigh._backends.hopper.plan import (
     HopperPlan,
     count_sums,
     division,
-    form_of,
+    forms_of,
     head_sums,
     is_dilated,
     padded,
@@ -91,10 +91,10 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     """The kernels of a supported problem, of all the ways to compute it."""
     needed = []
     for pass_ in itertools.chain(*ways(problem)):
-        form = form_of(problem, device, pass_)
-        needed.append(kernel(problem, form, pass_))
-        if pass_ == BACKWARD:
-            needed.append(kernel(problem, form, pass_, "dq_of_sums"))
+        for form in forms_of(problem, device, pass_):
+            needed.append(kernel(problem, form, pass_))
+            if pass_ == BACKWARD:
+                needed.append(kernel(problem, form, pass_, "dq_of_sums"))
     if problem.operation == "backward":
         needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
     return needed

@@ -99,17 +99,36 @@ def is_dilated(problem: Problem) -> bool:
     return any(axis.dilation > 1 for axis in problem.axes)
 
 
-@lru_cache(maxsize=1024)
-def form_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Form:
-    """The form for these dimensions: as much of shared memory as there is holds boxes."""
+def forms_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> tuple[Form, ...]:
+    """The forms of a problem of any length: that with most warpgroups, and perhaps one with two.
+
+    The other one is for few queries: one warpgroup has all of a head, and the others take heads
+    that share its key head, if two go into their number and three do not.
+    """
+    most = most_warpgroups(problem, pass_)
+    in_pairs = pass_ == FORWARD and problem.rank == 1 and problem.group_size % 6 in (2, 4)
+    counts = (3, 2) if most == 3 and in_pairs else (most,)
+    return tuple(form_of(problem, device, pass_, count) for count in counts)
+
+
+def most_warpgroups(problem: Problem, pass_: Pass) -> int:
+    """As many as there are registers for."""
     longest = max(problem.head_dim, problem.value_dim)
     # Two sums fill the registers that one does with vectors twice as long.
-    warpgroups = 3 if longest <= (64 if pass_ == DKV else 128) and pass_ != BACKWARD else 2
+    if longest > (64 if pass_ == DKV else 128) or pass_ == BACKWARD:
+        return 2
     if has_parts(problem) and not _producers_have_registers(problem, pass_):
-        warpgroups = 2
+        return 2
     # So does the search for tiles of hidden keys
     if problem.has_key_mask and pass_ == DKV and problem.rank == 3 and is_dilated(problem):
-        warpgroups = 2
+        return 2
+    return 3
+
+
+@lru_cache(maxsize=1024)
+def form_of(problem: Problem, device: Device, pass_: Pass, warpgroups: int) -> Form:
+    """The form for these dimensions: as much of shared memory as there is holds boxes."""
+    longest = max(problem.head_dim, problem.value_dim)
     columns = 128 if longest <= 128 and pass_ == FORWARD else 64
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
     # Where warpgroups read each other's rows, those of a tile come together
@@ -314,13 +333,15 @@ def division(problem: Problem, plan: HopperPlan, device: Device, pass_: Pass = F
     tiles = count(problem, plan, pass_).blocks * heads
     multiprocessors = max(device.sm_count, 1)
     last = tiles % multiprocessors
+    # Others have no rows, where a tile is longer than the layout
+    warpgroups = plan.heads * math.prod(
+        min(n, math.ceil(math.ceil(pass_.length(axis) / axis.dilation) / box))
+        for axis, n, box in zip(problem.axes, plan.warpgroups, plan.row_box, strict=True)
+    )
     parts = 1
     # In the backward pass a warpgroup needs what the others make
     while (
-        pass_ != BACKWARD
-        and last
-        and parts < plan.form.warpgroups
-        and last * (parts + 1) <= multiprocessors
+        pass_ != BACKWARD and last and parts < warpgroups and last * (parts + 1) <= multiprocessors
     ):
         parts += 1
     return Division(tiles, tiles - last if parts > 1 else tiles, parts)
