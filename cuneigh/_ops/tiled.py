@@ -131,8 +131,8 @@ def tiled(
     max_bytes : int
         What all that is on the GPU at a time may take, in bytes: arguments, results and workspace
         of two tiles, or of one if that is all there are. The host takes as much again for the
-        copies. On the CPU it limits the copies of one tile's arguments and results, and
-        CUNEIGH_WORKSPACE_BYTES what is computed in between.
+        copies, out of CuPy's pool of pinned memory. On the CPU it limits the copies of one tile's
+        arguments and results, and CUNEIGH_WORKSPACE_BYTES what is computed in between.
     border : str, or one per token axis
         As in `na2d`. The tiles of a ring go on over its seam.
     key_mask : array of bool [B, X1..], optional

@@ -36,13 +36,13 @@ def run(whole: Whole, arrays: Mapping[str, Array], results: Sequence[Array], mos
         try:
             for i, (tile, call) in enumerate(tasks):
                 number = i % count
-                if number in busy:
-                    finish(number)
                 specs = whole.specs(call.problem)
                 for name, target in zip(
                     whole.arguments, placed(slots[number].given, specs), strict=True
                 ):
                     copies.gather(arrays[name], *whole.region(name, *tile), target)
+                if number in busy:
+                    finish(number)
                 busy[number] = tile
                 slots[number].start(call, specs)
             for number in list(busy):

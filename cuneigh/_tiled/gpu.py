@@ -1,8 +1,8 @@
 """Slots on a GPU: each has memory there, memory of the host that the GPU copies from, and a stream.
 
 What a stream does for a tile comes in this order: its arguments are copied to the GPU, the kernels
-run, and the results are copied back. While one stream computes, the host writes the arguments of
-the next tile where the other one copies them from, and reads results.
+run, and the results are copied back. While both streams compute, the host writes the arguments of
+the next tile where the one that is ready first copies them from, and then reads its results.
 """
 
 from __future__ import annotations
@@ -31,14 +31,21 @@ class GpuSlot:
         with current(device):
             self._stream = cupy.cuda.Stream(non_blocking=True)
             self._memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
-            self.given, self._host_results = map(_pinned, (given, results))
+            self._given, self._host_results = map(_pinned, (given, results))
+            self._are_taken = cupy.cuda.Event(disable_timing=True)
         self._taken = 0
         self._results: list[Array] = []
+
+    @property
+    def given(self) -> Array:
+        self._are_taken.synchronize()
+        return self._given
 
     def start(self, call: Call, specs: Sequence[Spec]) -> None:
         *begins, end = offsets(specs)
         with current(self._device), self._stream, cupy.cuda.using_allocator(self._allocate):
-            self._memory.copy_from_host_async(self.given.ctypes.data, end, self._stream)
+            self._memory.copy_from_host_async(self._given.ctypes.data, end, self._stream)
+            self._are_taken.record(self._stream)
             self._taken = end
             arrays = [
                 cupy.ndarray(spec.shape, numpy_dtype(spec.dtype), self._memory + begin)
@@ -66,6 +73,9 @@ class GpuSlot:
 
 
 def _pinned(size: int) -> Array:
-    """Bytes of the host that a GPU copies from, and to, while the host does something else."""
-    memory = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size), 0)
-    return np.frombuffer(memory, np.uint8, size)
+    """Bytes of the host that a GPU copies from, and to, while the host does something else.
+
+    They are from the pool of CuPy, which keeps them for the next call: making them takes longer
+    than filling them does.
+    """
+    return np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size)

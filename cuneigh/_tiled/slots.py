@@ -44,7 +44,7 @@ class Slot(Protocol):
 
     @property
     def given(self) -> Array:
-        """Bytes for the arguments of the next tile, once `results` of the one before are read."""
+        """Bytes for the arguments of the next tile, once the call before has taken its own."""
 
     def start(self, call: Call, specs: Sequence[Spec]) -> None:
         """Begin a call whose arguments are there, one after another."""
