@@ -9,7 +9,7 @@ the cache: between events there is the start of a graph, too, which a decoder's 
 Bandwidth is that of keys and values, each read once, in `us`, as a share of what a copy reaches
 here and now. Results are compared with those of `naive`.
 
-Every plan for few queries that is worth trying is timed, the planner's own first.
+Every plan that is worth trying is timed: of `fused` those for few queries, and those of `hopper`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from typing import Any
 import cupy
 
 import cuneigh
-from cuneigh._backends import choose
-from cuneigh._backends.fused.choice import choose_plan
+from cuneigh._backends import choose, hopper
 from cuneigh._backends.fused.split import plan as split_plan
 from cuneigh._call import rehearse
 from cuneigh._device import cuda
@@ -63,10 +62,11 @@ def main() -> None:
     for name, (batch, queries, asked) in CASES.items():
         document["cases"][name] = figures = {"asked": asked, **measure(batch, queries, copy)}
         figures["plans"] = plans(batch, queries, copy, options.plans)
-        called = f"as called: {figures['backend']}, {figures['plan_of_fused']}"
+        called = f"as called: {figures['backend']}, {figures['plan']}"
         for label, one in ((called, figures), *figures["plans"].items()):
             print(f"{name:22} {one['us']:7.1f} us  {one['node_us']:7.1f} us in a graph of many  "
-                  f"{100 * one['share']:3.0f} % of a copy  {label}", flush=True)  # fmt: skip
+                  f"{100 * one['share']:3.0f} % of a copy  predicted "
+                  f"{one.get('predicted_us', '')}  {label}", flush=True)  # fmt: skip
     if options.output:
         options.output.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -95,10 +95,11 @@ def measure(batch: int, queries: int, copy: float) -> dict[str, Any]:
     given = arrays(batch, queries)
     check(step(given), step(given, "naive"))
     problem = problem_of(batch, queries).anywhere
-    plan = choose_plan(problem, cuda(0))
-    backend = choose(problem, cuda(0), None).NAME
-    named = {"backend": backend, "plan_of_fused": str(plan)}
-    return {**named, **figures_of(lambda: step(given), given, copy)}
+    backend = choose(problem, cuda(0), None)
+    _, (planned, *_) = rehearse(problem, cuda(0), backend.NAME)
+    named = {"backend": backend.NAME, "plan": str(planned.plan)}
+    predicted = {"predicted_us": round(1e3 * backend.predicted_ms(problem, cuda(0)), 1)}
+    return {**named, **figures_of(lambda: step(given), given, copy), **predicted}
 
 
 def problem_of(batch: int, queries: int) -> Problem:
@@ -110,15 +111,13 @@ def problem_of(batch: int, queries: int) -> Problem:
 
 
 def plans(batch: int, queries: int, copy: float, most: int) -> dict[str, Any]:
-    """The plans with the shortest predicted times, one of each form first."""
+    """The times of the plans to try, by backend and plan."""
     given, device, problem = arrays(batch, queries), cuda(0), problem_of(batch, queries)
     wanted = step(given, "naive")
-    tried = split_plan.plans_to_try(problem, device, FORWARD, 1000)
-    of_forms = {plan.form: plan for plan in reversed(tried)}
     found = {}
-    for plan in list(dict.fromkeys((*of_forms.values(), *tried)))[:most]:
+    for backend, plan in to_try(problem, most):
         with tuned.forcing({"forward": plan}):
-            program, _ = rehearse(problem, device, "fused")
+            program, _ = rehearse(problem, device, backend)
         output, lse = empty(problem.output), empty(problem.lse)
         held = (*given, output, lse, *map(empty, program.workspace))
         addresses = [*(array.data.ptr for array in held), *start_words(problem)]
@@ -128,7 +127,21 @@ def plans(batch: int, queries: int, copy: float, most: int) -> dict[str, Any]:
 
         run()
         check(output, wanted)
-        found[str(plan)] = figures_of(run, given, copy)
+        figures = found[f"{backend}, {plan}"] = figures_of(run, given, copy)
+        if backend == "fused":
+            predicted = 1e3 * split_plan.predicted_ms(problem, plan, device)
+            figures["predicted_us"] = round(predicted, 1)
+    return found
+
+
+def to_try(problem: Problem, most: int) -> list[tuple[str, Any]]:
+    """Of each backend the plans with the shortest predicted times; of `fused` one of each form."""
+    device = cuda(0)
+    tried = split_plan.plans_to_try(problem, device, FORWARD, 1000)
+    of_forms = {plan.form: plan for plan in reversed(tried)}
+    found = [("fused", plan) for plan in list(dict.fromkeys((*of_forms.values(), *tried)))[:most]]
+    if problem.tokens[0] > 1 and hopper.unsupported(problem, device) is None:
+        found += [("hopper", plan) for plan in hopper.plans(problem, device)["forward"][:2]]
     return found
 
 
