@@ -173,15 +173,17 @@ __device__ void fill_column_offsets(const FusedProblem<Plan::kRank>& problem,
 template <typename Plan>
 __device__ void fill_warp_unions(Tables<Plan>& tables, int thread) {
   constexpr int kWarpRows = Plan::kRowTiles * 16;
-  const int warp = thread / 32, lane = thread % 32;
+  static_assert(kWarpRows <= 32, "one row a lane");
+  const int warp = thread / 32, lane = thread % 32, row = warp * kWarpRows + lane;
 #pragma unroll
   for (int r = 0; r < Plan::kRank; ++r) {
     WindowUnion windows = WindowUnion::of_none();
-    for (int row = warp * kWarpRows + lane; row < (warp + 1) * kWarpRows; row += 32)
+    if (lane < kWarpRows) {
       if (Plan::kKeyMask && tables.window[row][r].end == kHidden)
         windows.all = WindowUnion::of_none().any;
       else if (tables.token[row][0] >= 0)
         windows.add(tables.window[row][r]);
+    }
     windows = windows.of_warp();
     if (lane == 0) tables.warp_union[warp][r] = windows;
   }
@@ -247,14 +249,23 @@ __device__ void fill_tables(const FusedProblem<Plan::kRank>& problem, const Colu
                             int thread) {
   GroupIndex first[Plan::kRank];
   const int share = find_rows<Plan>(problem, first);
+  if (thread < Plan::kRank) {  // a thread takes an axis
+    Axis axis = problem.axes[0];
+    GroupIndex begin = first[0];
+    int size = problem.warp_box[0] * problem.warps[0];
+#pragma unroll
+    for (int r = 1; r < Plan::kRank; ++r) {  // to index by the thread would copy all to memory
+      if (thread != r) continue;
+      axis = problem.axes[r];
+      begin = first[r];
+      size = problem.warp_box[r] * problem.warps[r];
+    }
+    tables.first[thread] = begin;
+    tables.block_union[thread] = union_of_block<Plan>(axis, begin, size);
+  }
+  if (Axis::kIsPart) __syncwarp();  // the axes of a block lie in one warp
   if (thread == 0) {
     tables.share = share;
-#pragma unroll
-    for (int r = 0; r < Plan::kRank; ++r) {
-      tables.first[r] = first[r];
-      tables.block_union[r] =
-          union_of_block<Plan>(problem.axes[r], first[r], problem.warp_box[r] * problem.warps[r]);
-    }
     if constexpr (Axis::kIsPart) leave_out_hidden(problem, tables);
   }
   const int batch = Plan::kRowsAreKeys ? share / (problem.heads / problem.group_size) : 0;

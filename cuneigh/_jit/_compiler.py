@@ -169,17 +169,21 @@ _has_compiled = False
 
 
 def _compile(nvrtc: Any, program: Any, options: tuple[str, ...]) -> None:
-    """Compile; the first compilation of a process goes alone.
+    """Compile, any number of threads at a time; the first compilation of a process goes alone.
 
     In it NVRTC loads a second library, for which 13.0 does not have other threads wait: they fail.
+    It is that of an empty kernel, so that those to come wait for a moment and not for a large one.
     """
     global _has_compiled
     if not _has_compiled:
         with _first:
             if not _has_compiled:
-                nvrtc.compileProgram(program, options)
+                empty = nvrtc.createProgram("__global__ void empty() {}", "empty.cu", (), ())
+                try:
+                    nvrtc.compileProgram(empty, options)
+                finally:
+                    nvrtc.destroyProgram(empty)
                 _has_compiled = True
-                return
     nvrtc.compileProgram(program, options)
 
 
