@@ -218,37 +218,43 @@ def test_first_compilations_of_nvrtc_13_0() -> None:
     assert done.stdout.split() == ["13.0"]
 
 
-def test_the_first_compilation_of_a_process_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    running: set[int] = set()
-    seen: list[int] = []
+def test_an_empty_kernel_is_compiled_alone_before_all_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that large ones, the first of a process included, are compiled side by side."""
+    empty, kernels = 0, range(1, 5)
+    side_by_side = threading.Barrier(len(kernels), timeout=60)
+    compiled: list[int] = []
+    destroyed: list[int] = []
 
     class Compiler:
-        def compileProgram(self, program: int, options: object) -> None:  # noqa: N802 - NVRTC's
-            running.add(program)
+        def createProgram(self, *_: object) -> int:  # noqa: N802 - NVRTC's
+            return empty
+
+        def compileProgram(self, program: int, options: object) -> None:  # noqa: N802
+            if program != empty:
+                side_by_side.wait()
             time.sleep(0.02)
-            seen.append(len(running))
-            running.remove(program)
-            if program == 0:
+            compiled.append(program)
+            if compiled == [empty]:
                 raise ValueError("the first one fails")
 
+        def destroyProgram(self, program: int) -> None:  # noqa: N802
+            destroyed.append(program)
+
     monkeypatch.setattr(compiler, "_has_compiled", False)
-    errors = []
-
-    def build(program: int) -> None:
-        try:
-            compiler._compile(Compiler(), program, ())
-        except ValueError as error:
-            errors.append(error)
-
-    for programs in ([0], range(1, 5)):
-        threads = [threading.Thread(target=build, args=(program,)) for program in programs]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(errors) == 1
-    assert seen[:2] == [1, 1]
-    assert len(seen) == 5
+    with pytest.raises(ValueError, match="the first one fails"):
+        compiler._compile(Compiler(), kernels[0], ())
+    threads = [
+        threading.Thread(target=compiler._compile, args=(Compiler(), program, ()))
+        for program in kernels
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert compiled[:2] == destroyed == [empty, empty]
+    assert sorted(compiled[2:]) == [*kernels]
 
 
 @needs_nvrtc
