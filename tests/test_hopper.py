@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cuneigh import _device, _jit
-from cuneigh._backends import choose, fused, hopper
+from cuneigh._backends import choose, fused, hopper, serving
 from cuneigh._backends.hopper import launch
 from cuneigh._backends.hopper.choice import cheapest, make_plan, passes
 from cuneigh._backends.hopper.plan import WIDTHS, division, forms_of, ways
@@ -47,6 +47,8 @@ def arrays_of(problem: Problem, **changes) -> dict[str, Array | None]:
     specs = {**problem.specs._asdict(), "result_output": problem.output, "result_lse": problem.lse}
     if problem.operation == "backward":
         specs["grad_output"] = problem.output
+    if problem.operation == "jvp":
+        specs |= {f"tangent_{name}": spec for name, spec in problem.specs._asdict().items()}
     arrays = {
         name: Array(Pointer(slot), *spec, contiguous(spec.shape), 0)
         for slot, (name, spec) in enumerate(specs.items())
@@ -71,8 +73,10 @@ def cross(operation: Operation) -> Problem:
     ("problem", "device", "reason"),
     [
         (long_windows(), _device.CPU, "needs arrays on a CUDA device"),
-        (long_windows(operation="qk"), H200, "computes attention and its gradients, not qk alone"),
+        (long_windows(operation="qk"), H200, "its gradients and its tangents, not qk"),
         (long_windows(operation="backward", head_dim=136), H200, "up to 128 in steps of 8"),
+        (long_windows(operation="jvp", dim=136), H200, "up to 128 in steps of 8, not head_dim=136"),
+        (long_windows(operation="jvp", has_key_mask=True), H200, "no key mask for tangents"),
         (long_windows(), B200, "needs compute capability 9.0, but NVIDIA B200 has sm_100"),
         (long_windows(dtype="float32"), H200, "in float16, bfloat16, not in float32"),
         (long_windows(head_dim=264), H200, "up to 256 in steps of 8, not head_dim=264"),
@@ -101,6 +105,7 @@ def test_what_is_refused(problem, device, reason):
     [
         long_windows(),
         long_windows(operation="backward"),
+        long_windows(operation="jvp", additional=3),
         long_windows(dim=256),
         cross("forward"),
         cross("backward"),
@@ -118,6 +123,18 @@ def test_what_is_taken(problem):
         assert hopper.unsupported(problem, device, arrays_of(problem)) is None
 
 
+def test_tangents_that_lie_in_memory_unlike_what_they_are_of_are_told():
+    """Of three token axes: TMA has none left for the heads."""
+    problem = long_windows((16, 16, 16), 8, dim=64, batch=2, operation="jvp")
+    first = contiguous((2, 8, 16, 16, 16, 64))  # heads before tokens
+    heads_first = {"strides": (first[0], *first[2:5], first[1], 1)}
+    assert hopper.unsupported(problem, H200, arrays_of(problem)) is None
+    both = arrays_of(problem, query=heads_first, tangent_query=heads_first)
+    assert hopper.unsupported(problem, H200, both) is None
+    one = arrays_of(problem, query=heads_first)
+    assert "needs tangent_query with heads that lie" in str(hopper.unsupported(problem, H200, one))
+
+
 def test_a_gradient_that_it_cannot_read_is_told_ahead():
     """The heads of a value, a single one, are neighbors; those of its query are too short."""
     problem = long_windows((16, 16, 16), 8, dim=72, batch=2, head_dim=64, kv_heads=1)
@@ -126,7 +143,7 @@ def test_a_gradient_that_it_cannot_read_is_told_ahead():
     assert "needs grad_output with heads" in str(hopper.unsupported(backward, H200))
 
 
-@given(problem=supported(("forward", "backward"), dims=ALL_DIMS))
+@given(problem=supported(tuple(hopper.LONGEST), dims=ALL_DIMS))
 def test_contiguous_arrays_are_told_as_none_at_all(problem):
     assert hopper.unsupported(problem, H200, arrays_of(problem)) is None
 
@@ -207,7 +224,15 @@ def test_few_queries_have_tiles_of_several_heads(group_size, queries, heads):
 # Its kernels
 
 
-@given(problem=supported(("forward", "backward"), dims=ALL_DIMS))
+def test_tangents_of_long_windows_are_its():
+    """Where it has a kernel: it is left to others for longer vectors, whoever is asked by name."""
+    for dim, wanted in ((64, hopper), (128, hopper), (136, fused)):
+        problem = long_windows(dim=dim, operation="jvp")
+        assert choose(problem, H200, None) is wanted
+        assert serving("hopper", problem) == ("hopper" if wanted is hopper else None)
+
+
+@given(problem=supported(tuple(hopper.LONGEST), dims=ALL_DIMS))
 def test_records_have_the_size_that_the_struct_asserts(problem):
     """And what they hold is in range: NumPy raises OverflowError otherwise."""
     for pass_ in itertools.chain(*ways(problem)):
@@ -239,6 +264,8 @@ COMPILED = [
     ("forward", 3, "bfloat16", 64, 128, 1),
     ("forward", 3, "float16", 128, 64, 1),
     ("backward", 1, "bfloat16", 32, 96, 0),
+    ("jvp", 1, "bfloat16", 64, 64, 0),
+    ("jvp", 3, "float16", 128, 128, 1),
 ]
 
 
@@ -248,14 +275,17 @@ def kernels_of(
     axes = (Axis(8, 8, 2, 1, 2 if flags else 1, False),) * rank
     scale, additional = (-1.0, 3) if flags else (1.0, None)
     dims = head_dim, value_dim
+    has_key_mask = bool(flags) and operation != "jvp"
     problem = Problem(
-        operation, dtype, 1, 1, 1, *dims, axes, scale, additional, has_key_mask=bool(flags)
+        operation, dtype, 1, 1, 1, *dims, axes, scale, additional, has_key_mask=has_key_mask
     )
     kernels = [kernel for kernel in hopper.kernels(problem, H200) if "hopper/" in kernel.name]
     for kernel in kernels:
         expected = FLAGS if flags else ()
-        if kernel.name not in ("hopper/forward", "hopper/dq"):  # whose columns are queries
+        if kernel.name in ("hopper/dkv", "hopper/backward"):  # whose columns are queries
             expected = tuple(flag for flag in expected if flag != "kAdditional")
+        if operation == "jvp":
+            expected = tuple(flag for flag in expected if flag != "kKeyMask")
         assert tuple(flag for flag in FLAGS if f"{flag} = true" in kernel.plan) == expected
     return kernels
 
@@ -275,7 +305,7 @@ def test_the_kernels_below_have_every_flag_and_width():
 def test_kernels_do_not_spill(operation, rank, dtype, head_dim, value_dim, flags, tmp_path):
     kernels = kernels_of(operation, rank, dtype, head_dim, value_dim, flags)
     has_sums = rank == 1 and head_dim > 64 and not flags
-    assert len(kernels) == {"forward": 1, "backward": 4 if has_sums else 2}[operation]
+    assert len(kernels) == {"backward": 4 if has_sums else 2}.get(operation, 1)
     for compiled in _jit.precompile(kernels, ["sm_90a"], tmp_path).values():
         resources = compiled.resources
         assert resources.registers > 0, "the log of NVRTC was not understood"

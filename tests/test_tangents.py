@@ -138,8 +138,11 @@ def test_every_head_dim_of_fused(head_dim):
 
 
 def test_a_backend_without_the_operation_leaves_it_to_others():
-    assert serving("fused", "jvp") == "fused"
-    assert serving("fused", "qk") is None
-    assert serving("hopper", "jvp") is None
-    assert serving("cpu", "qk_backward") == "cpu"
-    assert serving(None, "jvp") is None
+    jvp = line(70, 9)
+    assert serving("fused", jvp) == "fused"
+    assert serving("fused", jvp.but("qk")) is None
+    assert serving("hopper", jvp) == "hopper"
+    assert serving("hopper", replace(jvp, has_key_mask=True)) is None
+    assert serving("hopper", jvp.but("hvp")) is None
+    assert serving("cpu", jvp.but("qk_backward")) == "cpu"
+    assert serving(None, jvp) is None

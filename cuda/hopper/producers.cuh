@@ -28,6 +28,7 @@ struct Coordinates {
 // The tensor maps of rows and columns; shared.cuh says what qk and vo are.
 struct Maps {
   const TensorMap &row_qk, &row_vo, &column_qk, &column_vo, &additional_keys, &additional_values;
+  const Maps* tangents = nullptr;  // those of the tangents, if kTangents
 };
 
 // Loads a box of tokens into `lines` [kLines][kTokens] of 64 elements; `full` is their barrier.
@@ -56,21 +57,32 @@ __device__ inline int lane_of_warp() {
 // The batch entry of a box of which a mask hides all keys, so that it is not loaded.
 constexpr int kNotLoaded = -1;
 
-// Loads the qk or the vo of a box of columns, `lines` [kLines][kColumns] of 64 elements.
-template <bool kMasked, int kRank, int kLines, int kColumns, typename Line>
-__device__ void load_columns(const HopperProblem<kRank>& problem, const TensorMap& window,
-                             const TensorMap& additional, const Folding& folding,
+// Those of the qk or of the vo of columns.
+struct ColumnMaps {
+  const TensorMap &window, &additional;
+};
+
+// Loads the qk or the vo of a box of columns into `lines` [kLines][kColumns] of 64 elements. If
+// kTangents half of them are of the tangent.
+template <bool kMasked, bool kTangents, int kRank, int kLines, int kColumns, typename Line>
+__device__ void load_columns(const HopperProblem<kRank>& problem, const ColumnMaps& maps,
+                             const ColumnMaps& tangents, const Folding& folding,
                              const ColumnBox<kRank>& box, Line (&lines)[kLines][kColumns],
                              Barrier& full) {
   if constexpr (kMasked)
     if (box.batch == kNotLoaded) return full.arrive();
   full.arrive_and_expect(sizeof(lines));
-  if (box.is_additional)
-    load_tokens<kLines, 1>(additional, {{}, box.batch, box.head, {box.token[0]}}, {1, 0, 0}, lines,
-                           full);
-  else
-    load_tokens<kLines, kRank>(window, {folding, box.batch, box.head, box.token},
-                               problem.column_pieces, lines, full);
+  constexpr int kOfArray = kTangents ? kLines / 2 : kLines;
+  auto load = [&](const ColumnMaps& of, Line(*lines)[kColumns]) {
+    if (box.is_additional)
+      load_tokens<kOfArray, 1>(of.additional, {{}, box.batch, box.head, {box.token[0]}}, {1, 0, 0},
+                               lines, full);
+    else
+      load_tokens<kOfArray, kRank>(of.window, {folding, box.batch, box.head, box.token},
+                                   problem.column_pieces, lines, full);
+  };
+  load(maps, lines);
+  if constexpr (kTangents) load(tangents, lines + kOfArray);
 }
 
 // Warp 0, of which one lane does it all: boxes of columns. In the forward pass a consumer needs the
@@ -80,23 +92,26 @@ template <typename Plan>
 __device__ void load_boxes(const Maps& maps, const KeyMask<Plan>& mask, SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank;
   const auto& problem = smem.problem;
+  const Maps& tangents = Plan::kTangents ? *maps.tangents : maps;
   Ring<Plan::kStages> qk, vo;
   ColumnBox<kRank>& last = smem.last_box;
   bool has_last = false;
   auto load_vo = [&](const ColumnBox<kRank>& box) {
     smem.vo_empty[vo.slot()].wait(vo.parity() ^ 1);
-    load_columns<kMaskedColumns<Plan>>(problem, maps.column_vo, maps.additional_values,
-                                       problem.column_vo, box, smem.column_vo[vo.slot()],
-                                       smem.vo_full[vo.slot()]);
+    load_columns<kMaskedColumns<Plan>, Plan::kTangents>(
+        problem, {maps.column_vo, maps.additional_values},
+        {tangents.column_vo, tangents.additional_values}, problem.column_vo, box,
+        smem.column_vo[vo.slot()], smem.vo_full[vo.slot()]);
     vo.advance();
   };
   auto load = [&](const ColumnBox<kRank>& box) {
     smem.qk_empty[qk.slot()].wait(qk.parity() ^ 1);
-    load_columns<kMaskedColumns<Plan>>(problem, maps.column_qk, maps.additional_keys,
-                                       problem.column_qk, box, smem.column_qk[qk.slot()],
-                                       smem.qk_full[qk.slot()]);
+    load_columns<kMaskedColumns<Plan>, Plan::kTangents>(
+        problem, {maps.column_qk, maps.additional_keys},
+        {tangents.column_qk, tangents.additional_keys}, problem.column_qk, box,
+        smem.column_qk[qk.slot()], smem.qk_full[qk.slot()]);
     qk.advance();
-    if (Plan::kBackward) {
+    if (Plan::kBackward || Plan::kTangents) {
       load_vo(box);
     } else {
       if (has_last) load_vo(last);
@@ -185,6 +200,10 @@ __device__ void begin_tiles(const Maps& maps, const KeyMask<Plan>& mask, unsigne
       full.arrive_and_expect(sizeof(lines));
       load_tokens<Smem::kQkLines, kRank>(maps.row_qk, {problem.row_qk, tile.batch, head, token},
                                          problem.row_pieces, lines, full);
+      if constexpr (Plan::kTangents)
+        load_tokens<Smem::kQkLines, kRank>(maps.tangents->row_qk,
+                                           {problem.row_qk, tile.batch, head, token},
+                                           problem.row_pieces, lines + Smem::kQkLines, full);
       if constexpr (Plan::kBackward)
         load_tokens<Smem::kVoLines, kRank>(maps.row_vo, {problem.row_vo, tile.batch, head, token},
                                            problem.row_pieces, lines + Smem::kQkLines, full);

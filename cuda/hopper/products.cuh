@@ -9,9 +9,10 @@ namespace cuneigh::hopper {
 
 constexpr int kDescriptorBytes = 16;  // the unit of the addresses in a descriptor
 
-// Issues product = rows columns^T, [kRows, kColumns] = [kRows, kDim] [kColumns, kDim]^T. Both lie
-// in shared memory, in lines of 64 elements: line after line of all rows.
-template <typename Element, int kDim, int kColumns>
+// Issues product = rows columns^T, or product += it if kAdd, [kRows, kColumns] = [kRows, kDim]
+// [kColumns, kDim]^T. Both lie in shared memory, in lines of 64 elements: line after line of all
+// rows.
+template <typename Element, int kDim, int kColumns, bool kAdd = false>
 __device__ void multiply(float (&product)[kColumns / 8][4], Descriptor rows, Descriptor columns) {
   fence_registers();
 #pragma unroll
@@ -19,7 +20,7 @@ __device__ void multiply(float (&product)[kColumns / 8][4], Descriptor rows, Des
     const int line = step / 4, inside = step % 4 * 32;
     const Descriptor left = rows + (line * kRows * kLineBytes + inside) / kDescriptorBytes;
     const Descriptor right = columns + (line * kColumns * kLineBytes + inside) / kDescriptorBytes;
-    if (step == 0)
+    if (step == 0 && !kAdd)
       Wgmma<kColumns, Element>::template shared<false>(product, left, right);
     else
       Wgmma<kColumns, Element>::template shared<true>(product, left, right);

@@ -1,7 +1,8 @@
 // What the warps of a block share: tiles of rows, boxes of columns, masks, and barriers.
 //
 // Rows and columns are arrays of two kinds: query or key (qk, of head_dim) and value or dO (vo, of
-// value_dim). For the forward pass rows are queries alone, without dO.
+// value_dim). For the forward pass rows are queries alone, without dO. In a jvp (kTangents) every
+// array comes with its tangent, whose lines lie behind those of the array.
 //
 // struct Plan {
 //   static constexpr int kRank;          token axes
@@ -13,6 +14,7 @@
 //   static constexpr int kHeadColumns, kValueColumns;  padded to widths that wgmma has
 //   static constexpr int kSharedBytes;   of SharedMemory, as the launcher counts them
 //   static constexpr bool kBackward;     rows have vo, too
+//   static constexpr bool kTangents;     every array comes with its tangent
 //   static constexpr bool kRowsAreKeys;  tile.cuh says what that means
 //   static constexpr bool kDilated;      some dilation is not 1
 //   static constexpr bool kAdditional;   there are additional keys among the columns
@@ -74,15 +76,16 @@ template <typename Plan>
 struct SharedMemory : SumMemory<Plan>, MaskMemory<Plan> {
   static constexpr int kQkLines = lines_of(Plan::kHeadDim);
   static constexpr int kVoLines = lines_of(Plan::kValueDim);
-  static constexpr int kRowLines = kQkLines + (Plan::kBackward ? kVoLines : 0);
+  static constexpr int kArrays = Plan::kTangents ? 2 : 1;  // an array, and its tangent
+  static constexpr int kRowLines = kArrays * kQkLines + (Plan::kBackward ? kVoLines : 0);
   using Line = typename Plan::Element[kLineElements];
 
   // [slots][lines of a row][rows][64]; every [rows][64] begins at a multiple of 1024 bytes
   static_assert(!Plan::kSums || sizeof(SumMemory<Plan>) % 1024 == 0, "so does what follows it");
   static_assert(!kMaskedColumns<Plan> || sizeof(MaskMemory<Plan>) == 1024, "likewise");
-  Line row[Plan::kRowSlots][kRowLines][kRows];  // the lines of vo after those of qk
-  Line column_qk[Plan::kStages][kQkLines][Plan::kColumns];
-  Line column_vo[Plan::kStages][kVoLines][Plan::kColumns];
+  Line row[Plan::kRowSlots][kRowLines][kRows];  // lines of vo, or of the tangent, after those of qk
+  Line column_qk[Plan::kStages][kArrays * kQkLines][Plan::kColumns];
+  Line column_vo[Plan::kStages][kArrays * kVoLines][Plan::kColumns];
   // Of columns that are queries: {lse * log2(e), delta}
   float2 statistics[Plan::kStages][Plan::kRowsAreKeys ? Plan::kColumns : 2];
   QuadWords words[Plan::kStages][Plan::kWarpgroups * kMostCoordinates<Plan::kRank>];

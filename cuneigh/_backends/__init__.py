@@ -27,7 +27,7 @@ from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.program import Program
 from cuneigh._jit import Kernel
 from cuneigh._messages import shown
-from cuneigh._problem import JvpResults, OfResults, Operands, Operation, Problem
+from cuneigh._problem import JvpResults, OfResults, Operands, Problem
 from cuneigh._window import Promise
 
 
@@ -70,6 +70,11 @@ class Backend(Protocol):
     def predicted_ms(self, problem: Problem, device: Device) -> float:
         """How long a call is expected to take, in milliseconds."""
 
+    # A backend whose forward takes more than another of its operations has this:
+    #
+    #     def leaves_to_others(self, problem: Problem) -> str | None:
+    #         """Why a derivative by this backend takes another one for `problem`; None if not."""
+    #
     # A backend that can be tuned has this, too, and asks `_gpu.tuned` for its plans:
     #
     #     def plans(self, problem: Problem, device: Device) -> Mapping[str, Sequence[object]]:
@@ -196,14 +201,17 @@ def unknown(name: str | None) -> str | None:
     return f"backend={shown(name)} is not one of {', '.join(map(repr, names))}"
 
 
-def serving(name: str | None, operation: Operation) -> str | None:
+def serving(name: str | None, problem: Problem) -> str | None:
     """The name by which to ask for an operation that a derivative of a call takes.
 
-    That is the name that the call was given, unless its backend lacks the operation. Any may serve
-    it then.
+    That is the name that the call was given, unless its backend lacks the operation, or leaves such
+    problems to others. Any may serve it then.
     """
-    known = {backend.NAME: backend for backend in BACKENDS}
-    return name if name in known and hasattr(known[name], operation) else None
+    backend = {backend.NAME: backend for backend in BACKENDS}.get(name or "")
+    if not hasattr(backend, problem.operation):
+        return None
+    leaves_to_others = getattr(backend, "leaves_to_others", None)
+    return None if leaves_to_others and leaves_to_others(problem) else name
 
 
 class NoBackendError(RuntimeError):

@@ -20,7 +20,7 @@ from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._gpu.records import has_parts
-from cuneigh._problem import Problem
+from cuneigh._problem import Operands, Problem
 
 H200 = Device("cuda", 0, "NVIDIA H200", (9, 0), 132, 227 * 1024, 139 << 30)
 ALL_DIMS = tuple(itertools.product((8, 16, 24, 32, 40, 64, 72, 96, 104, 128, 200, 256), repeat=2))
@@ -104,6 +104,8 @@ def described(array: np.ndarray) -> Array:
 def refusal(problem: Problem, inputs: Inputs) -> str | None:
     """Why the backend does not take these arrays; None if it does."""
     given = {**inputs.operands._asdict(), "grad_output": inputs.grad_output}
+    if inputs.tangents is not None:
+        given |= {f"tangent_{name}": each for name, each in inputs.tangents._asdict().items()}
     arrays = {name: described(array) for name, array in given.items() if array is not None}
     return hopper.unsupported(problem, H200, arrays)
 
@@ -120,27 +122,23 @@ def assert_agree(
     that is near for an output, and coarse for gradients, whose terms are far smaller as a rule.
     """
     given = inputs.operands._asdict() | {"grad_output": inputs.grad_output}
-    query, key, value, grad_output = (
-        max(norms(given[name]) for name in names)
-        for names in (
-            ("query",),
-            ("key", "additional_keys"),
-            ("value", "additional_values"),
-            ("grad_output",),
-        )
-    )
+    names = ("query",), ("key", "additional_keys"), ("value", "additional_values"), ("grad_output",)
+    query, key, value, grad_output = (max(norms(given[name]) for name in of) for of in names)
     logit_error = 2.0**-18 * (1 + abs(problem.scale) * query * key)
     error = 2 * float(ml_dtypes.finfo(numpy_dtype(problem.dtype)).eps) + 2 * logit_error
-    values = (given["value"], given["additional_values"])
-    largest_value = max(
-        float(np.abs(np.nan_to_num(each)).max(initial=0)) for each in values if each is not None
-    )
+    largest_value = max(largest(given[name]) for name in names[2])
     grad_lse = 0.0 if inputs.grad_lse is None else float(np.abs(inputs.grad_lse).max(initial=0))
     grad_logit = abs(problem.scale) * (2 * grad_output * value + grad_lse)
     queries = math.prod(problem.tokens) * problem.group_size
+    moved = (inputs.tangents or Operands(None, None, None))._asdict()
+    d_query, d_key = (max(norms(moved[name]) for name in of) for of in names[:2])
+    d_logit = 2 * abs(problem.scale) * (d_query * key + query * d_key)
+    d_value = max(largest(moved[name]) for name in names[2])
     allowed = {
         "output": error * largest_value,
         "lse": logit_error,
+        "tangent_output": error * (2 * d_logit * largest_value + d_value),
+        "tangent_lse": 2 * logit_error * d_logit,
         "grad query": error * grad_logit * key,
         **dict.fromkeys(("grad key", "grad additional_keys"), error * grad_logit * query * queries),
         **dict.fromkeys(("grad value", "grad additional_values"), error * grad_output * queries),
@@ -151,6 +149,11 @@ def assert_agree(
         assert np.isfinite(one).all(), f"{name} is not finite; {problem}"
         found = np.abs(one - other).max(initial=0)
         assert found <= allowed[name], f"{name}: {found:.3g} > {allowed[name]:.3g}; {problem}"
+
+
+def largest(array: np.ndarray | None) -> float:
+    """The size of its largest number; 0 without one."""
+    return 0.0 if array is None else float(np.abs(np.nan_to_num(array)).max(initial=0))
 
 
 def norms(array: np.ndarray | None) -> float:

@@ -194,6 +194,7 @@ def main(names: list[str], ranks: list[int]) -> None:
             if DTYPES[dtype] == 2 and operation in ("forward", "backward"):
                 small = small_window_problems_of(operation, dtype, rank)
                 cases += [(problem, "contiguous") for problem in small]
+            if DTYPES[dtype] == 2 and operation in hopper.LONGEST:
                 long = long_window_problems_of(operation, dtype, rank)
                 cases += [(problem, "heads_first") for problem in long]
         if operation[:2] != "av":

@@ -12,6 +12,9 @@ all gradients with five products instead of seven: its blocks add to sums of dQ 
 The sums take 4 bytes for each element of the query, as long as that is a small part of the device's
 memory. Neither way does a result depend on the order in which blocks run.
 
+A jvp takes one kernel with six products, whose arrays come with their tangents
+(cuda/hopper/jvp.cu): output, lse and their tangents in one pass.
+
 Parts of a layout and cut windows are computed like whole ones, if none crosses the seam of a ring.
 
 Boxes of which a key mask hides all keys are passed over. Hidden keys and values in other boxes are
@@ -24,9 +27,9 @@ from collections.abc import Mapping
 
 from cuneigh._backends.hopper import launch
 from cuneigh._backends.hopper.choice import NAME, RATES, model, plans, predicted_ms
-from cuneigh._backends.hopper.launch import backward, forward
+from cuneigh._backends.hopper.launch import backward, forward, jvp
 from cuneigh._backends.hopper.plan import ways
-from cuneigh._backends.hopper.tensor_maps import unreadable
+from cuneigh._backends.hopper.tensor_maps import differently_folded, unreadable
 from cuneigh._device import Device
 from cuneigh._gpu import kept
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
@@ -43,7 +46,9 @@ __all__ = [
     "SETTINGS",
     "backward",
     "forward",
+    "jvp",
     "kernels",
+    "leaves_to_others",
     "model",
     "plans",
     "predicted_ms",
@@ -54,7 +59,7 @@ SETTINGS = (kept.SETTING,)
 RELIES_ON = CONTRACT
 CAPABILITY = (9, 0)
 DTYPES = ("float16", "bfloat16")
-LONGEST = {"forward": 256, "backward": 128}
+LONGEST = {"forward": 256, "backward": 128, "jvp": 128}
 """The longest head vectors that the kernels of an operation take."""
 MOST_DILATION = 8
 """TMA loads every first to eighth token along an axis (an element stride of a tensor map)."""
@@ -63,7 +68,8 @@ SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
 stays -inf when it is multiplied by one."""
 MOST_ROWS = (1 << 31) - (1 << 16)
 """Tokens of all heads and batch entries: kernels number tiles of them by 32 bits."""
-READ = ("query", "key", "value", "grad_output", "additional_keys", "additional_values")
+WITH_TANGENTS = ("query", "key", "value", "additional_keys", "additional_values")
+READ = (*WITH_TANGENTS, "grad_output", *(f"tangent_{name}" for name in WITH_TANGENTS))
 """The arguments that TMA reads; kernels read the others by themselves."""
 
 
@@ -75,7 +81,7 @@ def unsupported(
         return reason
     longest = LONGEST.get(problem.operation)
     if longest is None:
-        return f"computes attention and its gradients, not {problem.operation} alone"
+        return f"computes attention, its gradients and its tangents, not {problem.operation}"
     if device.capability != CAPABILITY:
         return f"needs compute capability 9.0, but {device.name} has {device.arch}"
     if problem.dtype not in DTYPES:
@@ -86,6 +92,8 @@ def unsupported(
             return f"takes head dimensions up to {longest} in steps of 8, not {name}={dim}"
     if problem.rpb_dtype:
         return "does not take rpb"
+    if reason := leaves_to_others(problem):
+        return reason
     if RELIES_ON not in problem.promises:
         return "does not go across the seam of a ring"
     if problem.operation == "backward" and problem.rank > 1 and has_parts(problem):
@@ -106,11 +114,30 @@ def unsupported(
         if array is None or not array.size:
             continue
         if name in READ:
-            rank = 1 if name.startswith("additional") else problem.rank
+            rank = 1 if "additional" in name else problem.rank
             if reason := unreadable(name, array, rank):
                 return reason
-        elif name.startswith("result_") and name != "result_lse" and array.misalignment:
+        elif name.startswith("result_") and not name.endswith("lse") and array.misalignment:
             return f"needs {name.removeprefix('result_')} of the results at a multiple of 16 bytes"
+    if arrays is not None and problem.rank == 3:
+        for name in WITH_TANGENTS[:3]:
+            array, tangent = arrays.get(name), arrays.get(f"tangent_{name}")
+            if array is not None and tangent is not None and differently_folded(array, tangent):
+                return f"needs tangent_{name} with heads that lie in memory as those of {name}"
+    return None
+
+
+def leaves_to_others(problem: Problem) -> str | None:
+    """Why it has no kernel for a jvp whose forward it computes, on any device; None if it has."""
+    if problem.operation != "jvp":
+        return None
+    if problem.has_key_mask:
+        return "takes no key mask for tangents"
+    if has_parts(problem):
+        return "takes no parts of a layout for tangents"
+    longest = max(problem.head_dim, problem.value_dim)
+    if longest > LONGEST["jvp"]:
+        return f"takes head dimensions up to {LONGEST['jvp']} for tangents, not {longest}"
     return None
 
 
@@ -119,6 +146,8 @@ def _contiguous(problem: Problem) -> dict[str, Array]:
     specs = problem.specs._asdict()
     if problem.operation == "backward":
         specs["grad_output"] = problem.output
+    if problem.operation == "jvp":
+        specs |= {f"tangent_{name}": specs[name] for name in WITH_TANGENTS}
     return {
         name: Array(Pointer(0), spec.shape, spec.dtype, contiguous(spec.shape), 0)
         for name, spec in specs.items()

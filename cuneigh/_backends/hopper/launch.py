@@ -36,11 +36,12 @@ from cuneigh._gpu import sums
 from cuneigh._gpu.announce import announce
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.boxes import Box, count_walk
-from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, Pass
+from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, JVP, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
+from cuneigh._gpu.tensor_map import TensorMap
 from cuneigh._gpu.views import Views, readable
-from cuneigh._problem import Operands, Problem
+from cuneigh._problem import JvpResults, Operands, Problem
 
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
@@ -50,6 +51,18 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
     views.scalars(lse)
     rows, columns = (operands.query,), (operands.key, operands.value)
     _launch(program, problem, FORWARD, rows, columns, _additional(problem, operands), views)
+
+
+def jvp(
+    problem: Problem, operands: Operands, tangents: Operands, results: JvpResults, program: Program
+) -> None:
+    views = Views(problem.rank)  # `JvpArguments` of cuda/hopper/jvp.cu
+    views.mask(operands.key_mask)
+    views.vectors(results.output, results.tangent_output)
+    views.scalars(results.lse, results.tangent_lse)
+    rows, columns = (operands.query,), (operands.key, operands.value)
+    additional = _additional(problem, operands)
+    _launch(program, problem, JVP, rows, columns, additional, views, tangents=tangents)
 
 
 def backward(
@@ -149,28 +162,25 @@ def _launch(
     additional: tuple[Any, Any] | None,
     views: Views,
     taken: Array | None = None,
+    tangents: Operands | None = None,
 ) -> npt.NDArray[Any]:
     """Launch the kernel of a pass over `rows` and `columns`, the arrays of qk and then of vo.
 
     `views` are the arguments of the pass but for the last one, the counter of the tiles that blocks
     have taken: `taken`, or one of its own if a block takes more than one. `additional` is None
-    where no column is an additional key. Returns the record that the kernel is given.
+    where no column is an additional key. `tangents` are those of all arrays, for a pass that takes
+    them. Returns the record that the kernel is given.
     """
     plan = make_plan(problem, program.device, pass_)
     form = plan.form
     announce(NAME, pass_.name, problem, plan)
-    described = [
-        *(map_of_tokens(problem, array, _piece(problem, plan.row_box)) for array in rows),
-        *(map_of_tokens(problem, array, _piece(problem, plan.column_box)) for array in columns),
-    ]
-    maps = [tensor_map for tensor_map, _ in described]
-    foldings = [folding for _, folding in described]
+    maps, foldings = _maps(problem, plan, pass_, rows, columns, additional)
+    if tangents is not None:
+        rows, columns = (tangents.query,), (tangents.key, tangents.value)
+        additional = _additional(problem, tangents)
+        maps += _maps(problem, plan, pass_, rows, columns, additional)[0]
     if len(rows) == 1:  # rows of the forward pass have no vo
         foldings.insert(1, foldings[0])
-    if additional is not None:
-        maps += [map_of_additional(array, form.columns) for array in additional]
-    elif not pass_.rows_are_keys:
-        maps += maps[-1:] * 2  # for parameters that the kernel does not touch
 
     work = division(problem, plan, program.device, pass_)
     if taken is None and work.blocks > program.device.sm_count:
@@ -187,6 +197,27 @@ def _launch(
         shared_bytes=shared_bytes(problem, form, pass_),
     )
     return record
+
+
+def _maps(
+    problem: Problem,
+    plan: HopperPlan,
+    pass_: Pass,
+    rows: tuple[Any, ...],
+    columns: tuple[Any, Any],
+    additional: tuple[Any, Any] | None,
+) -> tuple[list[TensorMap], list[Folding]]:
+    """How TMA sees these arrays, in their order, and how heads are folded in rows and columns."""
+    described = [
+        *(map_of_tokens(problem, array, _piece(problem, plan.row_box)) for array in rows),
+        *(map_of_tokens(problem, array, _piece(problem, plan.column_box)) for array in columns),
+    ]
+    maps = [tensor_map for tensor_map, _ in described]
+    if additional is not None:
+        maps += [map_of_additional(array, plan.form.columns) for array in additional]
+    elif not pass_.rows_are_keys:
+        maps += maps[-1:] * 2  # for parameters that the kernel does not touch
+    return maps, [folding for _, folding in described]
 
 
 @lru_cache(maxsize=1024)
@@ -208,7 +239,8 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kSharedBytes": shared_bytes(problem, form, pass_),
     }
     flags = {
-        "kBackward": pass_ != FORWARD,
+        "kBackward": problem.operation == "backward",
+        "kTangents": pass_.moves,
         "kRowsAreKeys": pass_.rows_are_keys,
         "kDilated": is_dilated(problem),
         "kAdditional": bool(problem.additional) and not pass_.rows_are_keys,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import Box, WalkCounts, count_walk
 from cuneigh._gpu.costs import Cycles
-from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, Pass
+from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, JVP, Pass
 from cuneigh._gpu.records import axis_type, has_parts
 from cuneigh._problem import Problem
 
@@ -78,6 +78,8 @@ def ways(problem: Problem) -> list[tuple[Pass, ...]]:
     """
     if problem.operation == "forward":
         return [(FORWARD,)]
+    if problem.operation == "jvp":
+        return [(JVP,)]
     along_one = problem.rank == 1 and not is_dilated(problem)
     whole = not has_parts(problem) and not problem.additional
     if along_one and problem.head_dim > LINE and whole:
@@ -115,7 +117,7 @@ def most_warpgroups(problem: Problem, pass_: Pass) -> int:
     """As many as there are registers for."""
     longest = max(problem.head_dim, problem.value_dim)
     # Two sums fill the registers that one does with vectors twice as long.
-    if longest > (64 if pass_ == DKV else 128) or pass_ == BACKWARD:
+    if longest > (64 if pass_ == DKV else 128) or pass_ in (BACKWARD, JVP):
         return 2
     if has_parts(problem) and not _producers_have_registers(problem, pass_):
         return 2
@@ -129,7 +131,7 @@ def most_warpgroups(problem: Problem, pass_: Pass) -> int:
 def form_of(problem: Problem, device: Device, pass_: Pass, warpgroups: int) -> Form:
     """The form for these dimensions: as much of shared memory as there is holds boxes."""
     longest = max(problem.head_dim, problem.value_dim)
-    columns = 128 if longest <= 128 and pass_ == FORWARD else 64
+    columns = 128 if longest <= {FORWARD: 128, JVP: 64}.get(pass_, 0) else 64
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
     # Where warpgroups read each other's rows, those of a tile come together
     slots = warpgroups if pass_ == BACKWARD else 1
@@ -157,8 +159,9 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     rank = problem.rank
     qk_lines, vo_lines = (math.ceil(dim / LINE) for dim in (problem.head_dim, problem.value_dim))
     coordinates = form.warpgroups * most_coordinates(rank)
-    lines = form.row_slots * ROWS * (qk_lines if pass_ == FORWARD else qk_lines + vo_lines)
-    lines += form.stages * form.columns * (qk_lines + vo_lines)
+    row_lines = qk_lines if pass_ in (FORWARD, JVP) else qk_lines + vo_lines
+    lines = form.row_slots * ROWS * row_lines + form.stages * form.columns * (qk_lines + vo_lines)
+    lines *= 2 if pass_.moves else 1  # as many for tangents
     size = 128 * lines + 16 * form.stages * coordinates
     if problem.has_key_mask and not pass_.rows_are_keys:
         size += 1024  # MaskMemory
@@ -238,6 +241,9 @@ LONG = Cycles(
 OF_BACKWARD = Cycles(1 / 2400, logit=0.0, copy=0.0, box=2_400, row=0.0, block=5_000, mask=0.05)
 OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, mask=0.0491)
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
+OF_SHORT_JVP = Cycles(1 / 2290, logit=0.043, copy=0.0, box=1_130, row=0.0, block=2_120, mask=0.0281)
+"""Of vectors of at most 64 elements."""
+OF_JVP = Cycles(1 / 2690, logit=0.0, copy=0.0, box=1_790, row=0.0, block=2_750, mask=0.0528)
 
 
 class Rates(NamedTuple):
@@ -249,12 +255,16 @@ class Rates(NamedTuple):
     backward: Cycles = OF_BACKWARD
     dq: Cycles = OF_DQ
     dkv: Cycles = OF_DKV
+    short_jvp: Cycles = OF_SHORT_JVP
+    jvp: Cycles = OF_JVP
 
     def cycles_of(self, problem: Problem, pass_: Pass) -> Cycles:
         """The fit for a kernel."""
-        if pass_ != FORWARD:
+        if pass_ in (BACKWARD, DQ, DKV):
             return {BACKWARD: self.backward, DQ: self.dq, DKV: self.dkv}[pass_]
         longest = max(problem.head_dim, problem.value_dim)
+        if pass_ == JVP:
+            return self.short_jvp if longest <= 64 else self.jvp
         return self.short if longest <= 64 else self.middle if longest <= 128 else self.long
 
 

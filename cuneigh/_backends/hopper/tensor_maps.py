@@ -51,6 +51,11 @@ def unreadable(name: str, array: Array, rank: int) -> str | None:
     return None
 
 
+def differently_folded(array: Array, tangent: Array) -> bool:
+    """Whether the coordinates of a head differ in two readable arrays with three token axes."""
+    return _folding(array) != _folding(tangent)
+
+
 def map_of_tokens(problem: Problem, array: Array, box: Box) -> tuple[TensorMap, Folding]:
     """The map of an array [batch, x1..xr, heads, dim], of which boxes of tokens are loaded."""
     batch, *tokens, heads, dim = array.shape

@@ -79,7 +79,7 @@ def calculus_of(backend: str | None, starts: jax.Array | None) -> Calculus:
         if starts is not None:
             given[STARTS] = starts
         asked = tuple(name for name in wanted or results if problem.has(name))
-        of = serving(backend, problem.operation)
+        of = serving(backend, problem)
         follows = problem.operation == "backward"
         call = CustomCall(problem, of, tuple(given), asked, hidden_is_zero, follows)
         return dict(zip(asked, compute(call, *given.values()), strict=True))

@@ -46,7 +46,7 @@ def calculus_of(
         (adapter,) = RECORDING
         names, results, _ = ARRAYS[problem.operation]
         given = {name: arrays[name] for name in names if arrays.get(name) is not None}
-        of = serving(backend, problem.operation)
+        of = serving(backend, problem)
         pairs = zip(results, problem.results, strict=True)
         asked = [None if wanted and name not in wanted else spec for name, spec in pairs]
         call = Call(name, adapter, device, tuple(given), problem, of, asked)
