@@ -116,7 +116,8 @@ def forms_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> tuple[F
 def most_warpgroups(problem: Problem, pass_: Pass) -> int:
     """As many as there are registers for."""
     longest = max(problem.head_dim, problem.value_dim)
-    # Two sums fill the registers that one does with vectors twice as long.
+    # Two sums fill the registers that one does with vectors twice as long. A jvp has logits twice,
+    # too.
     if longest > (64 if pass_ == DKV else 128) or pass_ in (BACKWARD, JVP):
         return 2
     if has_parts(problem) and not _producers_have_registers(problem, pass_):
