@@ -36,6 +36,7 @@ import ml_dtypes
 import numpy as np
 
 import cuneigh
+from cuneigh._backends import cpu
 from cuneigh._backends.cpu.blas import one_thread
 from cuneigh._backends.cpu.threads import thread_count
 from cuneigh._backends.cpu.tiles import boxes
@@ -472,7 +473,7 @@ def provenance(threads: int) -> dict[str, Any]:
     from cuneigh._measure import provenance
 
     about = {**provenance.provenance(CPU), "threads": threads, "python": platform.python_version()}
-    return {**about, "numpy": np.__version__}
+    return {**about, "numpy": np.__version__, "compiled": cpu.about()}
 
 
 if __name__ == "__main__":

@@ -80,6 +80,10 @@ class Backend(Protocol):
     #     def plans(self, problem: Problem, device: Device) -> Mapping[str, Sequence[object]]:
     #         """By pass, the plans that are worth measuring, the best by prediction first."""
 
+    # One that has more to say of itself in `python -m cuneigh doctor` says it:
+    #
+    #     def about(self) -> str:
+
     def kernels(self, problem: Problem, device: Device) -> list[Kernel]:
         """What a call of contiguous arrays loads on `device`, if the problem is supported there.
 

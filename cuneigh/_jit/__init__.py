@@ -16,7 +16,7 @@ Environment: `CUNEIGH_CACHE_DIR` moves the cache, `CUNEIGH_TRUST_CACHE_DIR=1` sh
 """
 
 from cuneigh._jit._build import compile, precompile
-from cuneigh._jit._cache import Cache, Compiled, default_directory
+from cuneigh._jit._cache import Cache, Compiled, default_directory, distrusted, warn
 from cuneigh._jit._compiler import CompilationError, Resources, unavailable
 from cuneigh._jit._load import load, start
 from cuneigh._jit._sources import Kernel, Sources, packaged, plan_source
@@ -30,10 +30,12 @@ __all__ = [
     "Sources",
     "compile",
     "default_directory",
+    "distrusted",
     "load",
     "packaged",
     "plan_source",
     "precompile",
     "start",
     "unavailable",
+    "warn",
 ]

@@ -89,7 +89,7 @@ class Cache:
             if not self._wants_spare:
                 raise
             spare = self._spares[os.getpid()] = Cache(_temporary_directory(self, error))
-            _warn(
+            warn(
                 f"cuneigh cannot write compiled kernels to {self.root} ({error}) and keeps them in "
                 f"{spare.root} until this process ends; set CUNEIGH_CACHE_DIR to a directory that "
                 "can be written to"
@@ -232,7 +232,7 @@ def _remove(directory: str, process: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     """Warn, without failing where warnings are errors: the kernel that is asked for is there."""
     try:
         warnings.warn(text, RuntimeWarning, stacklevel=2)

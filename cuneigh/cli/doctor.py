@@ -206,7 +206,9 @@ def _working_backends(report: Report, devices: list[Device]) -> None:
             _label(device) for device, reason in zip(devices, reasons, strict=True) if not reason
         ]
         # The last device is a GPU if there is one, and GPUs are what most backends are for.
-        report.line(backend.NAME, "on " + ", ".join(usable) if usable else f"no: {reasons[-1]}")
+        text = "on " + ", ".join(usable) if usable else f"no: {reasons[-1]}"
+        about = getattr(backend, "about", None)
+        report.line(backend.NAME, f"{text}, {about()}" if about else text)
 
 
 def _label(device: Device) -> str:

@@ -8,7 +8,8 @@ is ever in memory: every thread works on about half a million logits at a time.
 `strips` cuts an axis into tiles and `tiles` a problem into boxes, `tokens` says where theirs are,
 `rows` reads and writes them whatever their strides, `halves` widens half precision, `boxes` holds
 what the operations do with a box, `attention`, `tangents`, `hvp` and `products` are the
-operations, `gradients` adds up what boxes share, and `threads` runs them in parallel.
+operations, `gradients` adds up what boxes share, and `threads` runs them in parallel. Where Numba
+is installed, `compiled` computes small windows without boxes.
 Half-precision arrays are computed in float32, float64 in float64. Results do not depend on the
 number of threads, and those of an entry of a batch do not depend on the others; gradients of rpb,
 which all entries share, are sums over them. What is not finite reaches only the queries that see
@@ -17,19 +18,22 @@ it.
 
 from __future__ import annotations
 
-from cuneigh._backends.cpu.attention import backward, forward
+from typing import Any
+
+from cuneigh._backends.cpu import attention, compiled
 from cuneigh._backends.cpu.hvp import hvp
 from cuneigh._backends.cpu.products import av, av_backward, qk, qk_backward
 from cuneigh._backends.cpu.tangents import jvp
 from cuneigh._device import Device
 from cuneigh._jit import Kernel
-from cuneigh._problem import Problem
+from cuneigh._problem import Operands, Problem
 from cuneigh._window import Promise
 
 __all__ = [
     "NAME",
     "RELIES_ON",
     "SETTINGS",
+    "about",
     "av",
     "av_backward",
     "backward",
@@ -57,11 +61,38 @@ def unsupported(problem: Problem, device: Device, arrays: object = None) -> str 
     return None
 
 
+def about() -> str:
+    """What computes small windows."""
+    return compiled.about()
+
+
 def predicted_ms(problem: Problem, device: Device) -> float:
     """How long a call is expected to take, in milliseconds."""
     return problem.flops() / FLOPS_PER_MS
 
 
 def kernels(problem: Problem, device: Device) -> list[Kernel]:
-    """None: this backend compiles nothing."""
+    """None: what this backend compiles is not for a GPU."""
     return []
+
+
+def forward(problem: Problem, operands: Operands, output: Any, lse: Any, allocate: Any) -> None:
+    if compiled.is_faster(problem) and compiled.forward(problem, operands, output, lse):
+        return
+    attention.forward(problem, operands, output, lse, allocate)
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    grad_output: Any,
+    output: Any,
+    lse: Any,
+    grad_lse: Any,
+    gradients: Operands,
+    allocate: Any,
+) -> None:
+    arguments = problem, operands, grad_output, output, lse, grad_lse, gradients, allocate
+    if compiled.is_faster(problem) and compiled.backward(*arguments):
+        return
+    attention.backward(*arguments)

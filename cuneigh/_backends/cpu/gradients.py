@@ -91,6 +91,11 @@ class Sums:
         gradient[...] = 0
         return gradient
 
+    @property
+    def totals(self) -> Operands:
+        """What is added to, in the dtype of the accumulator; None where nothing is."""
+        return self._sums
+
     @np.errstate(all="ignore")
     def add(self, of_box: BoxGradients) -> None:
         box = of_box.box

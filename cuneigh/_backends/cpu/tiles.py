@@ -190,7 +190,7 @@ Cut = tuple[tuple[Strip, ...], ...]
 @lru_cache(maxsize=256)
 def cut(axes: tuple[Axis, ...], placed: bool, *sizes: int) -> Cut:
     """The strips of every axis, in the tile shape that is chosen for such axes `anywhere`."""
-    shape = shape_of_tiles(tuple(axis.anywhere() for axis in axes), placed, *sizes)
+    shape, _ = shape_of_tiles(tuple(axis.anywhere() for axis in axes), placed, *sizes)
     return tuple(strips(axis, queries, placed) for axis, queries in zip(axes, shape, strict=True))
 
 
@@ -202,8 +202,10 @@ def shape_of_tiles(
     kv_heads: int,
     group_size: int,
     additional: int,
-) -> tuple[int, ...]:
+) -> tuple[tuple[int, ...], float]:
     """The queries of a tile along each axis, in the shape that is predicted to be the fastest.
+
+    Also returns the prediction.
 
     Large tiles keep the BLAS busy, small ones have less of their halo hidden from each query. The
     prediction, in ns for one of `kv_heads`, is linear in the numbers of logits, of halo
@@ -246,8 +248,18 @@ def shape_of_tiles(
         for shape in itertools.product(*choices)
         if math.prod(along[0].queries for _, along in shape) <= max(LARGEST_TILE // group_size, 1)
     )
-    best = min(shapes, key=lambda shape: predict(tuple(along for _, along in shape)))
-    return tuple(size for size, _ in best)
+    predicted = ((predict(tuple(along for _, along in shape)), shape) for shape in shapes)
+    least, best = min(predicted, key=lambda each: each[0])
+    return tuple(size for size, _ in best), least
+
+
+def predicted_ns(problem: Problem) -> float:
+    """What a forward or backward is predicted to take on one thread."""
+    axes = tuple(axis.anywhere() for axis in problem.axes)
+    dims, placed = problem.head_dim + problem.value_dim, problem.rpb_dtype is not None
+    sizes = dims, problem.kv_heads, problem.group_size, problem.additional or 0
+    _, of_head = shape_of_tiles(axes, placed, *sizes)
+    return problem.batch * problem.kv_heads * of_head * (1 if problem.operation == "forward" else 3)
 
 
 # Boxes

@@ -1,0 +1,180 @@
+"""Numba: whether it is there, and the kernels that it has compiled, in this process and on disk.
+
+Nothing imports it before a problem is to be computed by it. What it compiles is kept in cuneigh's
+cache directory, where CUDA kernels are, by the sources, the sizes of heads and the processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cuneigh import _jit
+from cuneigh._settings import QUIET
+
+OLDEST = 0, 61
+"""The first version that takes NumPy 2.1."""
+
+VECTOR_BYTES = {"avx512f": 64, "avx": 32}
+"""By what a processor says of itself, the best first; 16 for all others."""
+
+_lock = threading.RLock()
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled; None if it can, as far as is known without importing Numba."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT is set"
+    found = version()
+    if found is None:
+        return "numba is not installed (pip install 'cuneigh[numba]')"
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        return f"numba {found} is too old: {'.'.join(map(str, OLDEST))} or later is needed"
+    return _failure
+
+
+@cache
+def version() -> str | None:
+    """That of the Numba that is installed."""
+    try:
+        return importlib.metadata.version("numba")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+_failure: str | None = None
+"""Why Numba cannot be used although it is installed."""
+
+
+def compiled(name: str, head_dim: int, value_dim: int, bits: int) -> Callable[..., None] | None:
+    """The kernel of `kernels` of that name, compiled; None, and a warning, if that fails."""
+    global _failure
+    with _lock:
+        try:
+            return _compiled(name, head_dim, value_dim, bits)
+        except Exception as error:  # Numba, LLVM and versions of NumPy that do not go together
+            _failure = f"numba {version()} does not work here: {type(error).__name__}: {error}"
+            _jit.warn(f"cuneigh computes without it: {_failure}")
+            return None
+
+
+@cache
+def lanes(bits: int) -> int:
+    """Numbers of so many bits in a vector of this processor."""
+    try:
+        from llvmlite import binding
+
+        features = binding.get_host_cpu_features()
+    except Exception:  # which `compiled` will tell
+        return 4
+    size = next((size for name, size in VECTOR_BYTES.items() if features.get(name)), 16)
+    return max(8 * size // bits, 4)
+
+
+@cache
+def _compiled(name: str, head_dim: int, value_dim: int, bits: int) -> Callable[..., None]:
+    import numba
+
+    from cuneigh._backends.cpu.compiled.kernels import OPTIONS, SIGNATURES, kernels
+
+    made: Any = kernels(head_dim, value_dim, bits, lanes(bits))
+    dispatcher = numba.njit(**OPTIONS)(getattr(made, name))
+    kernel = f"{name}-{head_dim}-{value_dim}-{bits}"
+    described = f"{name}, heads of {head_dim} and {value_dim} in float{bits}"
+    dispatcher._cache = _cache_class()(dispatcher.py_func, kernel, described)
+    dispatcher.compile(SIGNATURES[name](bits))
+    dispatcher.disable_compile()
+    return dispatcher  # type: ignore[no-any-return]
+
+
+# What is kept on disk
+
+
+@cache
+def _cache_class() -> type:
+    """Numba's cache of a function, with another place and key than Numba would choose."""
+    from numba.core import caching
+
+    class Locator(caching._CacheLocator):  # type: ignore[misc]
+        def __init__(self, directory: Path, kernel: str) -> None:
+            self._directory, self._kernel = directory, kernel
+
+        def get_cache_path(self) -> str:
+            return str(self._directory)
+
+        def get_source_stamp(self) -> str:
+            return _digest()
+
+        def get_disambiguator(self) -> str:
+            return self._kernel
+
+    class Place(caching.CompileResultCacheImpl):  # type: ignore[misc]
+        def __init__(self, kernel: str) -> None:
+            self._locator = Locator(_jit.default_directory() / "numba", kernel)
+            self._lineno = 0
+            self._filename_base = self.get_filename_base("kernels", getattr(sys, "abiflags", ""))
+
+    class KernelCache(caching.Cache):  # type: ignore[misc]
+        def __init__(self, function: Any, kernel: str, described: str) -> None:
+            self._impl_class = lambda _: Place(kernel)
+            super().__init__(function)
+            self._described = described
+
+        def load_overload(self, signature: Any, context: Any) -> Any:
+            found = None
+            if self._is_trusted():
+                try:
+                    found = super().load_overload(signature, context)
+                except Exception:  # a damaged file counts as absent, and is written again
+                    found = None
+            if found is None:
+                _tell(self._described, self.cache_path)
+            return found
+
+        def save_overload(self, signature: Any, result: Any) -> None:
+            if not self._is_trusted():
+                return
+            try:
+                super().save_overload(signature, result)
+            except OSError as error:
+                where = f"cannot be kept in {self.cache_path}: {error}"
+                _jit.warn(f"compiled loops for {self._described} {where}")
+
+        def _is_trusted(self) -> bool:
+            """Whether nobody else can have written what is kept there."""
+            place = Path(self.cache_path)
+            reasons = [_jit.distrusted(each) for each in (place.parent, place) if each.is_dir()]
+            reason = next(filter(None, reasons), None)
+            if reason is not None:
+                _jit.warn(f"compiled loops are not kept: {reason}")
+            return reason is None
+
+        def _index_key(self, signature: Any, codegen: Any) -> Any:
+            return signature, codegen.magic_tuple()
+
+    return KernelCache
+
+
+@cache
+def _digest() -> str:
+    """That of the sources of the backend."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _tell(described: str, directory: str) -> None:
+    if not QUIET.read() and sys.stderr is not None:
+        print(
+            f"cuneigh: compiling loops for {described}, once: they are kept in {directory}",
+            file=sys.stderr,
+            flush=True,
+        )
