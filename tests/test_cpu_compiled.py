@@ -240,7 +240,7 @@ def test_a_numba_that_does_not_work_is_told_once_and_products_serve(monkeypatch)
     monkeypatch.setattr(toolchain, "_failure", None)
     monkeypatch.setattr(toolchain, "_compiled", broken)
     monkeypatch.setattr(toolchain, "lanes", lambda bits: 512 // bits)
-    query = np.ones((1, 8, 32, 32, 1, 4), "float32")
+    query = np.ones((1, 16, 32, 32, 2, 4), "float32")
     with pytest.warns(RuntimeWarning, match=r"without it: numba 0.99 .* needs an older NumPy"):
         output = cuneigh.na3d(query, query, query, 3)
     np.testing.assert_allclose(output, 1, rtol=1e-6)
