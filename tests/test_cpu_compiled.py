@@ -192,7 +192,9 @@ def test_small_windows_take_loops_and_long_ones_products():
     assert compiled.is_faster(small)
     assert compiled.is_faster(replace(small, operation="backward"))
     assert not compiled.is_faster(attention((4096,), (64, 64), kernel_size=1025, heads=4))
-    assert not compiled.is_faster(attention((8, 9), (32, 32)))  # not worth compiling for
+    tiny = attention((8, 9), (32, 32))  # not worth compiling for, however many entries it has
+    assert not any(compiled.is_faster(replace(tiny, batch=batch)) for batch in (1, 7, 10_000))
+    assert compiled.is_faster(replace(small, batch=7))
 
 
 @needs_numba

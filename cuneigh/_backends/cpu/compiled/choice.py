@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 from cuneigh._backends.cpu.compiled import toolchain
@@ -13,8 +14,9 @@ from cuneigh._window import Promise
 MOST_DIM = 128
 """Numbers of a head for which loops are compiled: all that is done with a row is written out."""
 
-LEAST_NS = 3e6
-"""What products must be predicted to take, at least, for loops to be compiled for it."""
+LEAST_NS = 1e6
+"""What products must be predicted to take for an entry of the batch, at least, for loops to be
+compiled for it."""
 
 CACHE_BYTES = 40 << 10
 """Up to this, keys and values of a window, and their gradients, stay in the first-level cache."""
@@ -41,8 +43,11 @@ def _left_to_products(problem: Problem) -> str | None:
 
 
 def is_faster(problem: Problem) -> bool:
-    """Whether `problem` is to be computed by compiled loops."""
-    return toolchain.missing() is None and _is_faster(problem)
+    """Whether `problem` is to be computed by compiled loops.
+
+    That does not depend on how many entries a batch has, and so the results of one of them do not.
+    """
+    return toolchain.missing() is None and _is_faster(replace(problem, batch=1))
 
 
 @lru_cache(maxsize=4096)
