@@ -24,7 +24,7 @@ from itertools import compress, repeat
 from typing import Any, TypeVar
 
 from cuneigh import _backends, _device
-from cuneigh._backends import Backend, NoBackendError, Space, choose
+from cuneigh._backends import Backend, NoBackendError, Space, choose, serving
 from cuneigh._device import current
 from cuneigh._frameworks.contract import SEEN, Adapter, Layout, NoMemoryError
 from cuneigh._gpu.announce import Planned, overheard
@@ -272,6 +272,7 @@ class Call:
         held.update(vars(self))
         held.pop("problem", None)
         held.pop("with_lse", None)
+        held.pop("tangent", None)
         held.update(
             starts=starts,
             _parts=(self, query, key),
@@ -309,6 +310,23 @@ class Call:
         call = self._with_all_results(self.arguments, self.problem)
         call.is_differentiated = self.problem.operation == "forward"
         return call
+
+    @cached_property
+    def tangent(self) -> Call:
+        """The call for the results of a forward, those that are wanted here, and their tangents.
+
+        Its own arguments are those of this one, and then the tangents of all that can have some.
+        """
+        problem = self.problem.but("jvp")
+        return Call(
+            self.name,
+            self.adapter,
+            self.own_device,
+            (*self.arguments, *filter(problem.has, TANGENTS)),
+            problem,
+            serving(self.backend, problem),
+            (*self.results, *self.results),
+        )
 
     def gradient(self, given: tuple[bool, ...]) -> Call:
         """The call for the gradients of the arguments, in the order of the arguments.

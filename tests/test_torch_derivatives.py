@@ -33,6 +33,7 @@ import cuneigh
 from cuneigh._problem import Spec
 
 torch = pytest.importorskip("torch")
+operators = pytest.importorskip("cuneigh._frameworks.torch.operators")
 
 pytestmark = pytest.mark.usefixtures(no_compiled_code.__name__)
 
@@ -231,3 +232,29 @@ def test_checkpointing(reentrant):
     leaves = fresh(given)
     checkpoint(loss, *leaves, use_reentrant=reentrant).backward()
     assert_equal([leaf.grad for leaf in leaves], checkpointed)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_tangent_takes_one_call_and_no_operator(device, monkeypatch):
+    """PyTorch's own way through functions of torch.func takes the host much longer."""
+    query, key, value, *ways = (torch.randn(2, 7, 2, 8, device=device) for _ in range(6))
+    function = partial(cuneigh.na1d, kernel_size=3)
+    with torch.autograd.forward_ad.dual_level():
+        duals = map(torch.autograd.forward_ad.make_dual, (query, key, value), ways)
+        expected = torch.autograd.forward_ad.unpack_dual(function(*duals))
+    leaf = query.clone().requires_grad_()
+    recorded = torch.func.jvp(function, (leaf, key, value), tuple(ways))[1]
+    assert recorded.requires_grad  # PyTorch sees that call
+
+    def call(*_):
+        raise AssertionError("an operator was called")
+
+    monkeypatch.setattr(operators, "call", call)
+    made = torch.func.jvp(function, (query, key, value), tuple(ways))
+    for array, wanted in zip(made, expected, strict=True):
+        assert type(array) is torch.Tensor
+        assert torch.equal(array, wanted)
+    torch.testing.assert_close(recorded, made[1])
+    with pytest.raises(AssertionError, match="operator"):
+        torch.func.jvp(function, (leaf, key, value), tuple(ways))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from cuneigh._backends import serving
@@ -22,8 +23,8 @@ from cuneigh._frameworks.derivatives import (
     is_composed,
     tangents_of,
 )
-from cuneigh._frameworks.torch.tensors import TENSORS
-from cuneigh._problem import ARRAYS, DIFFERENTIATED, TANGENTS, Problem, Spec
+from cuneigh._frameworks.torch.tensors import PLAIN, TENSORS
+from cuneigh._problem import ARRAYS, DIFFERENTIATED, Problem, Spec
 
 LEVEL = 0
 """The one level of forward mode that PyTorch has; its transformations nest in another way."""
@@ -234,16 +235,51 @@ def in_one_pass(
 ) -> list[torch.Tensor | None]:
     """The results of a forward with their tangents, from one kernel."""
     directions = calculus.filled(call.problem, moved, DIFFERENTIATED)
-    pairs = zip(TANGENTS, DIFFERENTIATED, strict=True)
-    given = {**primals, **{t: directions.get(name) for t, name in pairs}}
-    made = calculus.apply(call.problem.but("jvp"), given)
+    tangents = [array for name in DIFFERENTIATED if (array := directions.get(name)) is not None]
+    output, lse, *turned = _at_rest(call.tangent, [*map(primals.get, call.arguments), *tangents])
+    made = [output, lse]
     if not any(map(is_mapped, primals.values())):  # but the tangents may be
-        for name in ("output", "lse"):
-            if is_mapped(made[name]):
-                made[name] = _held(made[name], _level(made[name]))[0]
+        for i, array in enumerate(made):
+            if is_mapped(array):
+                made[i] = _held(array, _level(array))[0]
     return [
-        None
-        if spec is None
-        else forward_ad.make_dual(made[name], made[f"tangent_{name}"], level=LEVEL)
-        for name, spec in zip(("output", "lse"), call.results, strict=True)
+        None if array is None else forward_ad.make_dual(array, tangent, level=LEVEL)
+        for array, tangent in zip(made, turned, strict=True)
     ]
+
+
+def _at_rest(call: Call, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """`call.compute` of tensors that have no tangents at this level.
+
+    PyTorch's machinery for functions of torch.func would take the host several times as long as the
+    call. It has nothing to see here, unless it follows these tensors for another reason.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return (call.compute if _is_followed(arrays) else call.run)(arrays)
+    jvp = retrieve_current_functorch_interpreter()
+    level = jvp.level()
+    held = [torch._C._functorch._unwrap_for_grad(array, level) for array in arrays]
+    if _is_followed(held):
+        return call.compute(arrays)
+    with jvp.lower():
+        made = call.run(held)
+    return [
+        None if array is None else torch._C._functorch._wrap_for_grad(array, level)
+        for array in made
+    ]
+
+
+def _is_followed(arrays: Sequence[torch.Tensor]) -> bool:
+    """Whether something else than forward mode must see what is computed of these tensors."""
+    if torch.autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._get_tracing_state() is not None:
+        return True
+    recorded = torch.is_grad_enabled()
+    return any(
+        type(array) not in PLAIN
+        or (recorded and array.requires_grad)
+        or is_mapped(array)
+        or torch._C._functorch.is_functorch_wrapped_tensor(array)
+        for array in arrays
+    )
