@@ -21,10 +21,10 @@
 //   static constexpr bool kGradMoves;  whether there is a dO', which else is 0
 
 #include "fused/bias.cuh"
-#include "fused/products.cuh"
+#include "fused/moving_columns.cuh"
+#include "fused/moving_products.cuh"
 #include "fused/row_copies.cuh"
 #include "fused/thread.cuh"
-#include "fused/walk.cuh"
 
 namespace cuneigh::fused {
 
@@ -83,9 +83,12 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
   const int thread = thread_in_block(), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp * 16 * kRowTiles;
-  const Columns<Plan> columns_of = {arrays.column_qk, arrays.column_vo, arrays.additional_keys,
-                                    arrays.additional_values, arrays.statistics};
-  fill_tables<Plan>(problem, columns_of, arrays.rpb, arguments, tables, thread);
+  using Arrays = typename HvpArguments<Plan>::Arrays;
+  const auto columns_of = [](const Arrays& of) -> Columns<Plan> {
+    return {of.column_qk, of.column_vo, of.additional_keys, of.additional_values, of.statistics};
+  };
+  const Columns<Plan> given = columns_of(arrays), moved = columns_of(tangents);
+  fill_tables<Plan>(problem, given, arrays.rpb, arguments, tables, thread);
   __syncthreads();
 
   // Boxes of columns and their tangents arrive in two buffers by turns
@@ -95,18 +98,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     if constexpr (Plan::kRowsAreKeys)
       if (has_statistics) statistics = columns.extra + tables.scalar_offset[thread].extra;
     const bool present = columns.present >> thread % 64 & 1;
-    ColumnBox<Plan> moved = columns;
-    if (Plan::kAdditional && columns.additional) {
-      moved.qk = like(columns.qk, arrays.additional_keys, tangents.additional_keys);
-      moved.vo = like(columns.vo, arrays.additional_values, tangents.additional_values);
-    } else {
-      moved.qk = like(columns.qk, arrays.column_qk, tangents.column_qk);
-      if (kColumnVoMoves) moved.vo = like(columns.vo, arrays.column_vo, tangents.column_vo);
-    }
-    load_columns<Plan>(problem, columns, tables, thread, smem.column_qk[buffer],
-                       smem.column_vo[buffer]);
-    load_columns<Plan, kColumnVoMoves>(problem, moved, tables, thread, smem.d_column_qk[buffer],
-                                       smem.d_column_vo[buffer]);
+    load_moving_columns<Plan, kColumnVoMoves>(problem, given, moved, columns, tables, thread,
+                                              smem.column_qk[buffer], smem.column_vo[buffer],
+                                              smem.d_column_qk[buffer], smem.d_column_vo[buffer]);
     if (has_statistics) {
       copy_8_bytes(&smem.statistics[buffer][thread], statistics, present);
       copy_8_bytes(&smem.d_statistics[buffer][thread],
@@ -118,7 +112,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   auto rows_of_block = [&] { return BatchHead{tables.share / heads, tables.share % heads}; };
   {
     const BatchHead rows = rows_of_block();
-    const auto columns = first_box<Plan>(problem, columns_of, arguments, tables, warp, rows);
+    const auto columns = first_box<Plan>(problem, given, arguments, tables, warp, rows);
     auto load_qk = [&](const auto& view, auto* rows_smem) {
       load_rows<Plan::kHeadDim, Plan::kKeyBytes>(view, rows, problem.head_dim, tables, warp, lane,
                                                  rows_smem);
@@ -144,7 +138,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       }
       cp_async_commit();
     }
-    const auto next = next_box<Plan>(problem, columns_of, arguments, tables, warp, columns);
+    const auto next = next_box<Plan>(problem, given, arguments, tables, warp, columns);
     if (lane == 0) {
       tables.walk[warp][0] = columns;
       tables.walk[warp][1] = next;
@@ -179,7 +173,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     };
     // The box after the next takes the place of this one
     auto walk = [&] {
-      const auto after = next_box<Plan>(problem, columns_of, arguments, tables, warp, next);
+      const auto after = next_box<Plan>(problem, given, arguments, tables, warp, next);
       __syncwarp();
       if (lane == 0) columns = after;
     };
@@ -198,9 +192,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     // S and S'
     float weight[kRowTiles][kColumnTiles][4] = {};    // S, P and dS [kRowTiles * 16, kColumns]
     float d_weight[kRowTiles][kColumnTiles][4] = {};  // S', P' and dS'
-    gemm_nt<Plan::kHeadDim>(&smem.row_qk[warp_row], smem.column_qk[buffer], lane, weight);
-    gemm_nt<Plan::kHeadDim>(&smem.d_row_qk[warp_row], smem.column_qk[buffer], lane, d_weight);
-    gemm_nt<Plan::kHeadDim>(&smem.row_qk[warp_row], smem.d_column_qk[buffer], lane, d_weight);
+    moving_gemm_nt<Plan::kHeadDim>(&smem.row_qk[warp_row], &smem.d_row_qk[warp_row],
+                                   smem.column_qk[buffer], smem.d_column_qk[buffer], lane, weight,
+                                   d_weight);
     load_next();  // behind the reads of this box, which would wait for these writes
 
     // P = exp(scale * S + rpb - lse), and 0 outside of windows; P' = P * (scale * S' + rpb' -
@@ -244,13 +238,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       // dP and dP'
       float grad_weight[kRowTiles][kColumnTiles][4] = {};    // [kRowTiles * 16, kColumns]
       float d_grad_weight[kRowTiles][kColumnTiles][4] = {};  // [kRowTiles * 16, kColumns]
-      gemm_nt<Plan::kValueDim>(&smem.row_vo[warp_row], smem.column_vo[buffer], lane, grad_weight);
-      if constexpr (kRowVoMoves)
-        gemm_nt<Plan::kValueDim>(&smem.d_row_vo[warp_row], smem.column_vo[buffer], lane,
-                                 d_grad_weight);
-      if constexpr (kColumnVoMoves)
-        gemm_nt<Plan::kValueDim>(&smem.row_vo[warp_row], smem.d_column_vo[buffer], lane,
-                                 d_grad_weight);
+      moving_gemm_nt<Plan::kValueDim, kRowVoMoves, kColumnVoMoves>(
+          &smem.row_vo[warp_row], &smem.d_row_vo[warp_row], smem.column_vo[buffer],
+          smem.d_column_vo[buffer], lane, grad_weight, d_grad_weight);
 
       // dS and dS'; where P is 0 they stay 0 whatever it is multiplied with
 #pragma unroll

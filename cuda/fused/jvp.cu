@@ -13,10 +13,10 @@
 
 #include "cuneigh/warp_softmax.cuh"
 #include "fused/bias.cuh"
-#include "fused/products.cuh"
+#include "fused/moving_columns.cuh"
+#include "fused/moving_products.cuh"
 #include "fused/row_copies.cuh"
 #include "fused/thread.cuh"
-#include "fused/walk.cuh"
 
 namespace cuneigh::fused {
 
@@ -70,21 +70,15 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   const int warp_row = warp * 16 * kRowTiles;
   const Columns<Plan> arrays = {
       operands.key, operands.value, operands.additional_keys, operands.additional_values, {}};
+  const Columns<Plan> moved = {
+      tangents.key, tangents.value, tangents.additional_keys, tangents.additional_values, {}};
   fill_tables<Plan>(problem, arrays, operands.rpb, arguments, tables, thread);
   __syncthreads();
 
   // Boxes of keys and values, and their tangents, arrive in two buffers by turns
   auto load = [&](const ColumnBox<Plan>& keys, int thread, int buffer) {
-    ColumnBox<Plan> moved = keys;
-    if (Plan::kAdditional && keys.additional) {
-      moved.qk = like(keys.qk, operands.additional_keys, tangents.additional_keys);
-      moved.vo = like(keys.vo, operands.additional_values, tangents.additional_values);
-    } else {
-      moved.qk = like(keys.qk, operands.key, tangents.key);
-      moved.vo = like(keys.vo, operands.value, tangents.value);
-    }
-    load_columns<Plan>(problem, keys, tables, thread, smem.key[buffer], smem.value[buffer]);
-    load_columns<Plan>(problem, moved, tables, thread, smem.d_key[buffer], smem.d_value[buffer]);
+    load_moving_columns<Plan>(problem, arrays, moved, keys, tables, thread, smem.key[buffer],
+                              smem.value[buffer], smem.d_key[buffer], smem.d_value[buffer]);
     cp_async_commit();
   };
   const BatchHead rows = {tables.share / problem.heads, tables.share % problem.heads};
@@ -147,9 +141,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     // S = Q K^T,  dS = dQ K^T + Q dK^T
     float weight[kRowTiles][kColumnTiles][4] = {};    // S and P [kRowTiles * 16, kColumns]
     float d_weight[kRowTiles][kColumnTiles][4] = {};  // dS and P dS
-    gemm_nt<Plan::kHeadDim>(&smem.query[warp_row], smem.key[buffer], lane, weight);
-    gemm_nt<Plan::kHeadDim>(&smem.d_query[warp_row], smem.key[buffer], lane, d_weight);
-    gemm_nt<Plan::kHeadDim>(&smem.query[warp_row], smem.d_key[buffer], lane, d_weight);
+    moving_gemm_nt<Plan::kHeadDim>(&smem.query[warp_row], &smem.d_query[warp_row], smem.key[buffer],
+                                   smem.d_key[buffer], lane, weight, d_weight);
 
     load_next();  // behind the reads of this box, which would wait for these writes
 
@@ -183,10 +176,6 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     walk();
     softmax.exponentiate(weight, factor);
 
-    // O += P V,  dO += P dV
-    gemm_nn<Plan::kValueDim>(weight, smem.value[buffer], lane, output);
-    gemm_nn<Plan::kValueDim>(weight, smem.d_value[buffer], lane, d_output);
-
     // P dS, which is 0 where P is 0, whatever dS is; from base 2 to the natural one
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
@@ -199,8 +188,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           d_sum[m][0][i] += d_weight[m][n][i];
         }
 
-    // dO += P dS V
-    gemm_nn<Plan::kValueDim>(d_weight, smem.value[buffer], lane, d_output);
+    // O += P V,  dO += P dS V + P dV
+    moving_gemm_nn<Plan::kValueDim>(weight, d_weight, smem.value[buffer], smem.d_value[buffer],
+                                    lane, output, d_output);
   }
 
   // O and dO, divided by sum(P). A few rows of each warp at a time go out through the memory of
