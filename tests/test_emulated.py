@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.emulated import Emulator, compiler
+from helpers.emulated import H100, Emulator, compiler
 from helpers.part_problems import Family, part_problem
 
 from cuneigh._backends import fused, naive
+from cuneigh._backends.fused import launch
+from cuneigh._backends.fused.small import plan as small_plan
+from cuneigh._gpu.passes import JVP
 
 pytestmark = pytest.mark.skipif(
     compiler() is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"),
@@ -27,3 +31,24 @@ def test_parts_and_masks_agree_with_the_oracle(backend, family, tmp_path):
     for seed in range(4):
         problem = part_problem(np.random.default_rng(seed), family, "forward", has_mask=True)
         emulator.check(backend, problem, seed)
+
+
+def test_tangents_of_small_windows_agree_with_the_oracle(tmp_path, monkeypatch):
+    """With a mask, whose hidden keys and values have tangents that must not count either."""
+
+    def choose_plan(problem, device, pass_, small_windows, few_queries):
+        plan = small_plan.make_plan(problem, device, pass_)
+        assert plan is not None
+        return plan
+
+    monkeypatch.setattr(launch, "choose_plan", choose_plan)
+    emulator, checked = Emulator(tmp_path), 0
+    for seed in range(24):
+        family = Family("float16", 2, 32, 32)
+        problem = part_problem(np.random.default_rng(seed), family, "jvp", has_mask=True)
+        problem = replace(problem, scale=abs(problem.scale) or 1.0)
+        plan = small_plan.make_plan(problem, H100, JVP)
+        if plan is not None and plan.columns == 48:  # one kernel for all of them
+            emulator.check(fused, problem, seed)
+            checked += 1
+    assert checked > 1

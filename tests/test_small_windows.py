@@ -24,7 +24,7 @@ from cuneigh._backends.fused.plan import make_plan
 from cuneigh._backends.fused.small import launch as small_launch
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._gpu.boxes import count_unions
-from cuneigh._gpu.passes import DQ, FORWARD
+from cuneigh._gpu.passes import DQ, FORWARD, JVP
 from cuneigh._parameters import window_arguments
 from cuneigh._problem import Problem, Spec
 from cuneigh._validate import attention_problem
@@ -34,7 +34,7 @@ H200 = replace(_device.of_capability((9, 0)), sm_count=132)
 
 
 @st.composite
-def small(draw, operations=("forward", "backward"), **arguments):
+def small(draw, operations=("forward", "backward", "jvp"), **arguments):
     """Problems that the kernels take, but for some that have no plan."""
     problem = draw(
         problems(operations=operations, dtypes=("float16", "bfloat16"), budget=20_000, **arguments)
@@ -142,6 +142,8 @@ def test_small_windows_are_planned_so(kernel_size):
     window = window_arguments("test", 2, kernel_size, 1, 1, False)
     problem = attention_problem("test", "forward", query, query, query, window, None)
     assert isinstance(choose_plan(problem, H200), small_plan.SmallPlan)
+    tangents = choose_plan(problem.but("jvp"), H200, JVP)
+    assert isinstance(tangents, small_plan.SmallPlan) == (kernel_size < 13)  # in one stage
 
 
 @pytest.mark.long
@@ -162,7 +164,7 @@ def test_kernels_do_not_spill(capability, rank, dim, has_mask, tmp_path):
     """
     axes = (Axis(1, 1, 1, 1, 1, False),) * rank
     kernels = []
-    for operation in ("forward", "backward"):
+    for operation in ("forward", "backward", "jvp"):
         problem = Problem(
             operation, "bfloat16", 1, 1, 1, dim, dim, axes, 1.0, has_key_mask=has_mask
         )
@@ -171,7 +173,8 @@ def test_kernels_do_not_spill(capability, rank, dim, has_mask, tmp_path):
         for pass_ in passes(problem):
             if not small_plan.takes(problem, pass_):
                 continue
-            for one_stage, lse in flags if pass_ == FORWARD else [(False, False)]:
+            others = [(True, True)] if pass_ == JVP else [(False, False)]
+            for one_stage, lse in flags if pass_ == FORWARD else others:
                 forms = small_plan.forms(problem, capability, pass_, one_stage)
                 for form, slots in forms.items():
                     kernels.append(
@@ -207,7 +210,7 @@ def test_only_scales_that_float32_has_are_taken(scale):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("operation", ["forward", "backward"])
+@pytest.mark.parametrize("operation", ["forward", "backward", "jvp"])
 @given(data=st.data(), rng=generators(), layout=layouts())
 def test_any_plan_agrees_with_the_oracle(operation, data, rng, layout):
     problem = data.draw(small(operations=(operation,)))

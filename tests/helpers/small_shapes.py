@@ -191,7 +191,7 @@ def main(names: list[str], ranks: list[int]) -> None:
         if operation in ("forward", "backward", "jvp", "hvp"):
             for rpb in (False, True):
                 cases.append((problem_of(operation, dtype, rank, (130, 250), rpb), "packed"))
-            if DTYPES[dtype] == 2 and operation in ("forward", "backward"):
+            if DTYPES[dtype] == 2 and operation != "hvp":
                 small = small_window_problems_of(operation, dtype, rank)
                 cases += [(problem, "contiguous") for problem in small]
             if DTYPES[dtype] == 2 and operation in hopper.LONGEST:

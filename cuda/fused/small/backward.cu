@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   auto* rows_smem = &smem.row[0][warp * 16];  // [16, kRowDim]
   SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage) {
-    load_stage(problem, stage, smem, 0);
+    load_stage(problem, stage, tables.qk, tables.vo, smem, 0, threadIdx.x);
     if constexpr (kMaskedColumns<Plan>)
       seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
     if constexpr (Plan::kRowsAreKeys) {

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   int row_buffer = 0;
   SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage, int buffer, int row_buffer) {
-    load_stage(problem, stage, smem, buffer);
+    load_stage(problem, stage, tables.qk, tables.vo, smem, buffer, threadIdx.x);
     if constexpr (kMaskedColumns<Plan>)
       seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
     if (stage.is_first())

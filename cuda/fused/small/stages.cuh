@@ -51,21 +51,23 @@ __device__ Element* first_column_of(const SmallWindowProblem<Plan::kRank>& probl
   return offset_by(origin.data, units);
 }
 
-// Copies both vectors of every column of a stage.
+// Copies both vectors of every column of a stage, out of arrays with these origins.
 template <typename Plan, int kRowDim>
 __device__ void load_stage(const SmallWindowProblem<Plan::kRank>& problem, const StageOf& stage,
-                           SmallSmem<Plan, kRowDim>& smem, int buffer) {
+                           const Origin<const typename Plan::Element>& qk_origin,
+                           const Origin<const typename Plan::Element>& vo_origin,
+                           SmallSmem<Plan, kRowDim>& smem, int buffer, unsigned thread) {
   using Element = typename Plan::Element;
   constexpr int kQkChunks = Plan::kHeadDim / 8, kVoChunks = Plan::kValueDim / 8;
   // A lane copies a chunk of each vector, or where one line holds both, a chunk of one of them
   constexpr bool kTogether = kQkChunks + kVoChunks <= 8;
   constexpr int kLanes = kTogether ? 8 : kQkChunks > kVoChunks ? kQkChunks : kVoChunks;
   constexpr int kStride = Plan::kWarps * 32 / kLanes, kUnroll = 4;
-  const int chunk = threadIdx.x % kLanes, begin = threadIdx.x / kLanes;
+  const int chunk = thread % kLanes, begin = thread / kLanes;
   const bool of_qk = chunk < kQkChunks;
   const auto& tables = smem.tables;
-  const Element* qk = first_column_of(problem, tables.qk, stage, tables) + chunk * 8;
-  const Element* vo = first_column_of(problem, tables.vo, stage, tables) + chunk * 8;
+  const Element* qk = first_column_of(problem, qk_origin, stage, tables) + chunk * 8;
+  const Element* vo = first_column_of(problem, vo_origin, stage, tables) + chunk * 8;
   const Element* either = of_qk ? qk : vo - kQkChunks * 8;
   const unsigned target = smem.stage_address(buffer);
   const ColumnOffsets* offsets = smem.column_offsets() + begin;

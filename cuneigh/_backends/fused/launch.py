@@ -38,7 +38,7 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
         split.launch(program, problem, plan, vectors, lse)
         return
     if isinstance(plan, SmallPlan):
-        arrays = [*_mask(problem, operands), *((array, "vectors") for array in vectors)]
+        arrays = [*mask_of(problem, operands), *((array, "vectors") for array in vectors)]
         small.launch(program, problem, FORWARD, plan, [*arrays, (lse, "scalars")])
         return
     key_bytes = load_width((operands.query, operands.key, operands.additional_keys))
@@ -86,7 +86,7 @@ def backward(
             arrays: list[Viewed] = [(array, "vectors") for array in vectors]
             arrays.insert(4, (statistics, "pairs"))
             arrays += [(None if by_keys else array, "scalars") for array in (lse, grad_lse)]
-            small.launch(program, problem, pass_, plan, [*_mask(problem, operands), *arrays])
+            small.launch(program, problem, pass_, plan, [*mask_of(problem, operands), *arrays])
             continue
         assert isinstance(plan, FusedPlan), "there is no other kernel for it"
         if not by_keys:  # the kernels for small windows compute the statistics themselves
@@ -137,7 +137,7 @@ Viewed = tuple[Array | None, Literal["vectors", "scalars", "pairs"]]
 """An array that `small.launch` takes."""
 
 
-def _mask(problem: Problem, operands: Operands) -> list[Viewed]:
+def mask_of(problem: Problem, operands: Operands) -> list[Viewed]:
     """The key mask as `small.launch` takes it; nothing without one."""
     mask = operands.key_mask
     return [] if mask is None else [(small.of_heads(mask, problem.kv_heads), "scalars")]

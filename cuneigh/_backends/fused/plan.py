@@ -124,7 +124,7 @@ def cost_of(
     cycles = cycles_of(problem, pass_, rates)
     logits = 16 * row_tiles * columns
     dims = problem.head_dim + problem.value_dim
-    chunks = dims * DTYPES[problem.dtype] / 16
+    chunks = dims * DTYPES[problem.dtype] / 16 * (2 if pass_.moves else 1)
     visit = logits * (dims * cycles.product * pass_.products + cycles.logit)
     partial = logits * cycles.mask
     load = columns * chunks * cycles.copy + cycles.box

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from cuneigh._backends.fused.launch import launch_pass, plan_of
+from cuneigh._backends.fused.launch import Viewed, launch_pass, mask_of, plan_of
 from cuneigh._backends.fused.passes import parts, passes
 from cuneigh._backends.fused.plan import FusedPlan
+from cuneigh._backends.fused.small import launch as small
+from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._gpu import sums
 from cuneigh._gpu.arrays import Array, contiguous
 from cuneigh._gpu.hvp import HvpArrays
@@ -31,21 +34,30 @@ def jvp(
         def cut(array: Array | None, begin: int = begin, end: int = end) -> Array | None:
             return None if array is None else array.part(begin, end)
 
-        output, tangent_output = cut(results.output), cut(results.tangent_output)
-        vectors: list[Array | None] = [output, tangent_output]
+        def of_part(of: Operands, cut: Callable[..., Array | None] = cut) -> Operands:
+            additional_values = cut(of.additional_values)
+            return of._replace(value=cut(of.value), additional_values=additional_values)
+
+        both = of_part(operands), of_part(tangents)
+        outputs = [cut(results.output), cut(results.tangent_output)]
+        lses = (results.lse, results.tangent_lse) if begin == 0 else (None, None)
+        vectors = [*(array for of in both for array in of[:3]), *outputs]
+        plan = plan_of(program, part, JVP, vectors, operands.key_mask)
+        if isinstance(plan, SmallPlan):  # `JvpArguments` of cuda/fused/small/jvp.cu
+            arrays: list[Viewed] = [*mask_of(part, operands), *((a, "vectors") for a in vectors)]
+            small.launch(program, part, JVP, plan, [*arrays, *((lse, "scalars") for lse in lses)])
+            continue
+        assert isinstance(plan, FusedPlan), "there is no other kernel for it"
         views = Views(problem.rank)  # `JvpArguments` of cuda/fused/jvp.cu
         views.mask(operands.key_mask)
-        for of in (operands, tangents):
-            value, additional_values = cut(of.value), cut(of.additional_values)
-            vectors += value, additional_values
-            views.vectors(of.query, of.key, value)
-            views.additional(of.additional_keys, additional_values)
+        for of in both:
+            views.vectors(*of[:3])
+            views.additional(of.additional_keys, of.additional_values)
             views.bias(of.rpb)
-        views.vectors(output, tangent_output)
-        views.scalars(*(results.lse, results.tangent_lse) if begin == 0 else (None, None))
-        plan = plan_of(program, part, JVP, vectors)
-        assert isinstance(plan, FusedPlan), "there is no other kernel for it"
-        launch_pass(program, part, JVP, plan, key_bytes, load_width(vectors), views)
+        views.vectors(*outputs)
+        views.scalars(*lses)
+        values = [*outputs, *(array for of in both for array in (of.value, of.additional_values))]
+        launch_pass(program, part, JVP, plan, key_bytes, load_width(values), views)
 
 
 def hvp(

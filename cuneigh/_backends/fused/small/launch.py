@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._backends.fused.small.plan import Form, SmallPlan
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array
-from cuneigh._gpu.passes import FORWARD, Pass
+from cuneigh._gpu.passes import FORWARD, JVP, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.views import Views, load_width
@@ -51,7 +50,7 @@ def launch(
     """Launch the kernel of a pass on `arrays`, each with the method of `Views` that takes it."""
     views = Views(problem.rank)
     lse, _ = arrays[-1]
-    flags = (plan.one_stage, lse is not None) if pass_ == FORWARD else ()
+    flags = (plan.one_stage, lse is not None) if pass_ == FORWARD else _flags(pass_)[0]
     for array, kind in arrays:
         if array is not None and small_plan.inner(problem) == "heads":
             array = _heads_first(array, -1 if kind == "scalars" else -2)
@@ -92,19 +91,27 @@ def kernel(
     }
     flags = {"kRowsAreKeys": pass_.rows_are_keys, "kOneStage": one_stage, "kLse": lse}
     flags["kKeyMask"] = problem.has_key_mask
-    name = "fused/small/forward" if pass_ == FORWARD else "fused/small/backward"
+    name = {FORWARD: "fused/small/forward", JVP: "fused/small/jvp"}.get(
+        pass_, "fused/small/backward"
+    )
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
     return _jit.Kernel(name, source, macros=(PARTS,) if has_parts(problem) else ())
+
+
+def _flags(pass_: Pass) -> list[tuple[bool, bool]]:
+    """`one_stage` and `lse` of the kernels that there are for a pass."""
+    if pass_ == FORWARD:
+        return [(one_stage, lse) for one_stage in (True, False) for lse in (True, False)]
+    return [(True, True)] if pass_ == JVP else [(False, False)]
 
 
 def kernels(problem: Problem, device: Device, pass_: Pass) -> list[_jit.Kernel]:
     """All that `problem` may need, whatever its windows."""
     if not small_plan.takes(problem, pass_) or device.capability < (8, 0):
         return []
-    flags = itertools.product((True, False), repeat=2) if pass_ == FORWARD else [(False, False)]
     return [
         kernel(problem, pass_, form, columns, one_stage, lse)
-        for one_stage, lse in flags
+        for one_stage, lse in _flags(pass_)
         for form, slots in small_plan.forms(problem, device.capability, pass_, one_stage).items()
         for columns in slots
     ]

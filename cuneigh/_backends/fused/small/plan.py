@@ -29,7 +29,7 @@ from cuneigh._gpu.boxes import (
 )
 from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
 from cuneigh._gpu.linear import Speed
-from cuneigh._gpu.passes import DQ, FORWARD, Pass
+from cuneigh._gpu.passes import DQ, FORWARD, JVP, Pass
 from cuneigh._problem import Problem
 from cuneigh._window import Promise
 
@@ -59,7 +59,10 @@ class Form(NamedTuple):
 
     warps: int
     buffers: int
-    """Stages in shared memory; of two, one arrives while the other is worked on."""
+    """Stages in shared memory; of two, one arrives while the other is worked on.
+
+    Of a jvp's two, one is for the tangents.
+    """
     blocks: int
     """Blocks of a multiprocessor that registers are left for."""
 
@@ -135,7 +138,7 @@ class Rates(NamedTuple):
 
     def cycles_of(self, pass_: Pass) -> Cycles:
         """The fit for a kernel."""
-        return self.forward if pass_ == FORWARD else self.backward
+        return self.forward if pass_ in (FORWARD, JVP) else self.backward
 
 
 H200 = Rates()
@@ -156,10 +159,11 @@ def batch_head_cost(problem: Problem, plan: SmallPlan, pass_: Pass, cycles: Cycl
         mean = min(counts[0].warp_columns / counts[0].warps, plan.tile[0])
         columns = min(columns, 16 * math.ceil(mean * math.prod(plan.tile[1:]) / 16))
     visit = ROWS * columns * (dims * cycles.product * pass_.products + cycles.logit)
-    load = math.prod(plan.stage) * dims / 8 * cycles.copy + cycles.box
+    chunks = dims / 8 * (2 if pass_.moves else 1)
+    load = math.prod(plan.stage) * chunks * cycles.copy + cycles.box
     if pass_.rows_are_keys:
         visits, loads = visits * problem.group_size, loads * problem.group_size
-    row = dims / 8 * cycles.row * (1 if pass_ == FORWARD else 2)
+    row = chunks * cycles.row * (1 if pass_ in (FORWARD, JVP) else 2)
     return loads * load + active * (visits * visit / 4 + ROWS * row)
 
 
@@ -215,7 +219,7 @@ def waiting(blocks: int) -> float:
 
 def transfers(problem: Problem, pass_: Pass) -> int:
     """Bytes of all that is read and written, each once."""
-    queries, keys = {FORWARD: (1, 1), DQ: (2, 1)}.get(pass_, (1, 2))
+    queries, keys = {FORWARD: (1, 1), DQ: (2, 1), JVP: (2, 2)}.get(pass_, (1, 2))
     vectors = queries * math.prod(problem.tokens) * problem.heads
     vectors += keys * math.prod(problem.key_tokens) * problem.kv_heads
     return 2 * problem.batch * vectors * (problem.head_dim + problem.value_dim)
@@ -227,7 +231,7 @@ def transfers(problem: Problem, pass_: Pass) -> int:
 def takes(problem: Problem, pass_: Pass) -> bool:
     """Whether there is a kernel for this kind of problem."""
     return (
-        not pass_.moves
+        (pass_ == JVP or not pass_.moves)
         and problem.dtype in ("float16", "bfloat16")
         and {problem.head_dim, problem.value_dim} <= {*DIMS}
         and not problem.rpb_dtype
@@ -346,6 +350,8 @@ def forms(
     longest = max(problem.head_dim, problem.value_dim)
     newer = capability[0] > 9
     largest_fits = not (newer and problem.has_key_mask)
+    if pass_ == JVP:
+        return _forms_of_jvp(longest, capability, largest_fits) if one_stage else {}
     if pass_ != FORWARD:
         beside = {32: (4,), 64: (3,) if pass_ == DQ else (2, 3), 128: (2,)}[longest]
         # A mask takes registers, of which the compiler finds some for 128 slots
@@ -367,6 +373,18 @@ def forms(
     if one_stage:
         return {Form(4, 1, 3): (48, 64, 80, 112) if largest_fits else (48, 64, 80)}
     return {Form(4, 1, 2): (64, 80)} if newer else {Form(4, 1, 3): (64,), Form(4, 1, 2): (80,)}
+
+
+def _forms_of_jvp(
+    longest: int, capability: tuple[int, int], largest_fits: bool
+) -> dict[Form, tuple[int, ...]]:
+    """Those of a jvp, whose logits take twice the registers."""
+    if longest <= 32:
+        if capability[0] == 9:
+            return {Form(4, 2, 3): (48, 64, 80, 112), Form(4, 2, 2): (144,)}
+        return {Form(4, 2, 3): (48, 64, 80), Form(4, 2, 2): (112, 144)}
+    slots = (48, 64, 80, 112) if longest <= 64 or largest_fits else (48, 64, 80)
+    return {Form(4, 2, 2): slots, Form(8, 2, 1): slots} if longest <= 64 else {Form(4, 2, 2): slots}
 
 
 def has_masked_columns(problem: Problem, pass_: Pass) -> bool:
@@ -400,7 +418,7 @@ def column_bytes(problem: Problem) -> int:
 def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> int:
     """Bytes of `SmallSmem` of cuda/fused/small/smem.cuh, which a launch asks for."""
     rows, columns = ROWS * plan.form.warps, math.prod(plan.stage)
-    values = {FORWARD: 0, DQ: 2}.get(pass_, 1)  # vectors of a row beside the first
+    values = {FORWARD: 0, JVP: 0, DQ: 2}.get(pass_, 1)  # vectors of a row beside the first
     row = problem.head_dim + values * problem.value_dim
     tables = table_bytes(problem, plan.columns, plan.form.warps)
     pitch = 2 * row if row % 64 == 0 else 2 * row + 16
@@ -412,7 +430,7 @@ def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> in
 
 
 def static_bytes(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
-    """Bytes of the static shared memory: `QueryRows` of forward.cu or `Rows` of backward.cu.
+    """Bytes of the static shared memory: `QueryRows`, `Rows` and `MovingRows`.
 
     And what they have for a mask: `RowMask` of hidden.cuh, or a bit for each column of a stage.
     """
