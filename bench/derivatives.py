@@ -3,8 +3,9 @@
     python bench/derivatives.py --output bench/results/derivatives.json
 
 A jvp is compared with a forward, and a gradient penalty (the gradient of the squared gradients)
-with a step, which is a forward and its backward; all in bfloat16. Memory is the peak of PyTorch's
-allocations beyond what was there before, in units of the output.
+with a step, which is a forward and its backward; all in bfloat16. "along" is the gradient of the
+gradients along given directions: a penalty without PyTorch's arithmetic for the squares. Memory is
+the peak of PyTorch's allocations beyond what was there before, in units of the output.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         total = sum(gradient.float().square().sum() for gradient in gradients)
         return torch.autograd.grad(total, leaves)
 
+    def along(backend: str | None) -> Any:
+        return torch.autograd.grad(step(backend, create_graph=True), leaves, ways)
+
     unit = given[0].nbytes
     forward = figure(lambda: attend(*given), unit)
     found = {"forward": forward, "limit": MEASURED[case["name"]]}
@@ -88,9 +92,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     if case["name"] in SECOND:
         found["step"] = first = figure(step, unit)
         for backend in (None, "fused", "naive"):
-            second = figure(lambda backend=backend: penalty(backend), unit)
-            steps = {"steps": round(second["ms"] / first["ms"], 2), "limit": SECOND[case["name"]]}
-            found[f"second order {backend}"] = {**second, **steps}
+            for name, compute in (("second order", penalty), ("second order along", along)):
+                second = figure(lambda compute=compute, backend=backend: compute(backend), unit)
+                steps = round(second["ms"] / first["ms"], 2)
+                limit = SECOND[case["name"]]
+                found[f"{name} {backend}"] = {**second, "steps": steps, "limit": limit}
     return found
 
 
