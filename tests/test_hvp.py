@@ -181,11 +181,12 @@ def test_nothing_of_the_size_of_the_logits_is_allocated(backend):
 
 
 def test_a_backend_without_the_operation_leaves_it_to_others():
-    assert serving("fused", "hvp") == "fused"
-    assert serving("hopper", "hvp") is None
-    assert serving("gemm", "hvp") is None
+    problem = line(70, 9)
+    assert serving("fused", problem) == "fused"
+    assert serving("hopper", problem) is None
+    assert serving("gemm", problem) is None
     device = _device.of_capability((9, 0))
-    assert "second order" in gemm.unsupported(line(70, 9), device)
-    long = replace(line(70, 9), head_dim=fused.LONGEST_OF_HVP + 1)
+    assert "second order" in gemm.unsupported(problem, device)
+    long = replace(problem, head_dim=fused.LONGEST_OF_HVP + 1)
     assert "head dimensions up to 128, not head_dim=129" in fused.unsupported(long, device)
     assert naive.unsupported(long, device) is None
