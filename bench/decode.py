@@ -26,7 +26,6 @@ import cupy
 import cuneigh
 from cuneigh._backends import choose, hopper
 from cuneigh._backends.fused.split import plan as split_plan
-from cuneigh._call import rehearse
 from cuneigh._device import cuda
 from cuneigh._gpu import tuned
 from cuneigh._gpu.passes import FORWARD
@@ -36,6 +35,7 @@ from cuneigh._measure.clock import FLUSH_BYTES, GpuClock, copy_gbps
 from cuneigh._measure.provenance import provenance
 from cuneigh._measure.trials import empty
 from cuneigh._problem import Problem
+from cuneigh._programs import rehearse
 from cuneigh._window import Axis
 
 WINDOW, HEADS, KV_HEADS, DIM = 4096, 32, 8, 128

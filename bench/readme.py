@@ -17,8 +17,8 @@ from figures import FIGURES, PEERS, RESULTS, ROOT, Comparison, comparisons, geom
 from support import matrix
 
 from cuneigh._backends import BACKENDS
-from cuneigh._call import rehearse
 from cuneigh._measure.cases import problem_of
+from cuneigh._programs import rehearse
 from cuneigh.cli.devices import device_of
 from cuneigh.cli.show.picture import figure_of
 from cuneigh.cli.show.scene import Scene, scene_of

@@ -6,7 +6,8 @@
 3. `Call.run` has a backend compute on the CPU. On a GPU it asks the framework's adapter where the
    arrays lie, finds the `Program` for arrays that are laid out so, has the adapter allocate results
    and workspace, and runs the program, which launches the kernels.
-4. `program_for` makes such a program once: it chooses the backend and records what that launches.
+4. `program_for` (`_programs`) makes such a program once: it chooses the backend and records what
+   that launches.
 
 Kernels that a program lacks are compiled side by side, and with those of a call that PyTorch is
 going to differentiate those of its gradient.
@@ -17,34 +18,23 @@ Adapters are known here by their contract only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import cached_property, lru_cache
-from itertools import compress, repeat
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import compress
 from typing import Any, TypeVar
 
 from cuneigh import _backends, _device
-from cuneigh._backends import Backend, NoBackendError, Space, choose, serving
+from cuneigh._backends import NoBackendError, choose, serving
 from cuneigh._device import current
 from cuneigh._frameworks.contract import SEEN, Adapter, Layout, NoMemoryError
-from cuneigh._gpu.announce import Planned, overheard
-from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import start_words
 from cuneigh._messages import shown
-from cuneigh._problem import (
-    ARRAYS,
-    TANGENTS,
-    JvpResults,
-    OfResults,
-    Operands,
-    Problem,
-    Spec,
-    of_what,
-)
+from cuneigh._problem import ARRAYS, TANGENTS, Problem, Spec
+from cuneigh._programs import compile_gradient, known_backends, perform, program_for
 
 KEPT = 4096
-"""Calls that are kept, and programs."""
+"""Calls that are kept, and programs of each."""
 
 Examine = Callable[[tuple[Any, ...], Sequence[Any]], tuple["Call", Sequence[Any]]]
 """From the parameters and the array arguments of a public function, None for those not given, to
@@ -95,11 +85,6 @@ def _signature(parameters: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any,
 
 _EXACT = frozenset([bool, int, float, str, tuple, type(None)])
 """Types of parameters that are equal for ever if they are equal now."""
-
-
-def known_backends() -> object:
-    """What the choice of a backend and its programs depend on, apart from the problem."""
-    return _backends.BACKENDS, _backends.settings()
 
 
 class Call:
@@ -360,164 +345,11 @@ def of_nothing(result: str) -> float:
     return -math.inf if result in ("lse", "logits") else 0.0
 
 
-@lru_cache(maxsize=KEPT)
-def program_for(
-    known: object,
-    problem: Problem,
-    device: int,
-    backend: str | None,
-    arguments: tuple[str, ...],
-    results: tuple[Spec | None, ...],
-    layouts: tuple[Layout, ...],
-    misalignments: tuple[int, ...] = (),
-) -> Program:
-    """What the backend called `backend`, or the best one, launches for `problem` on a CUDA device.
-
-    The arguments have the names `arguments` and the layouts `layouts`; `results` are those of the
-    operation, None where not wanted. The program is run, with the device current, with the
-    addresses of the arguments, in their order, then those of the results that are wanted and of the
-    workspace, and then the `start_words` of any problem whose `anywhere` is `problem`.
-    Results are contiguous, and at multiples of 16 unless `misalignments` has for each that is
-    wanted its address modulo 16. `known` is what `known_backends` returns.
-    """
-    where = _device.cuda(device)
-    program = Program(where)
-    given = {
-        name: program.array(problem.spec(name), *layout)
-        for name, layout in zip(arguments, layouts, strict=True)
-    }
-    off = iter(misalignments or repeat(0))
-    wanted = {
-        name: None if spec is None else program.array(spec, misalignment=next(off))
-        for name, spec in zip(ARRAYS[problem.operation].results, results, strict=True)
-    }
-    results_too = {f"result_{name}": array for name, array in wanted.items()}
-    chosen = choose(problem, where, backend, {**given, **results_too})
-    perform(chosen, problem, given, wanted, program)
-    return program
-
-
-def compile_gradient(
-    problem: Problem,
-    device: int,
-    backend: str | None,
-    arguments: tuple[str, ...],
-    layouts: tuple[Layout, ...],
-) -> None:
-    """Have what the gradient of a forward needs compiled in the background, beside the forward.
-
-    `arguments` and `layouts` are those of the forward. What else the gradient takes is expected to
-    be contiguous. A gradient that no backend computes is an error of its own call, if that comes.
-    """
-    results = ARRAYS[problem.operation].results
-    more = (*results, f"grad_{results[0]}")
-    expected = tuple((contiguous(problem.spec(name).shape), 0) for name in more)
-    with suppress(RuntimeError, TypeError):  # no backend, or no gradients in this dtype
-        program_for(
-            known_backends(),
-            problem.gradient,
-            device,
-            backend,
-            (*arguments, *more),
-            problem.gradient.results,
-            (*layouts, *expected),
-        ).compile()
-
-
-def rehearse(
-    problem: Problem, device: _device.Device, backend: str | None
-) -> tuple[Program, list[Planned]]:
-    """What a call of contiguous arrays would launch on a GPU, which need not be at hand, and why.
-
-    Raises like `choose`.
-    """
-    program = Program(device)
-    given = {name: program.array(problem.spec(name)) for name in taken(problem)}
-    names = ARRAYS[problem.operation].results
-    wanted = {
-        name: None if spec is None else program.array(spec)
-        for name, spec in zip(names, problem.results, strict=True)
-    }
-    with overheard() as plans:
-        perform(choose(problem, device, backend), problem, given, wanted, program)
-    return program, plans
-
-
-def taken(problem: Problem) -> tuple[str, ...]:
-    """The names of the arrays that a problem takes, without a gradient of lse and its tangent."""
-    absent = [name for name, spec in problem.specs._asdict().items() if spec is None]
-    names = ARRAYS[problem.operation].arguments
-    return tuple(
-        name for name in names if not name.endswith("grad_lse") and of_what(name) not in absent
-    )
-
-
 def forget() -> None:
     """Have every call choose its backend and record its program anew."""
     _calls.clear()
     program_for.cache_clear()
     _backends._choose.cache_clear()
-
-
-def perform(
-    backend: Backend,
-    problem: Problem,
-    given: Mapping[str, Any],
-    results: Mapping[str, Any],
-    space: Space,
-) -> None:
-    """Have `backend` fill `results` from the arguments `given`, both by name.
-
-    What is absent from either, or None, was not given or is not wanted.
-    """
-    operands = Operands(*map(given.get, Operands._fields))
-    gradients = Operands(*map(results.get, Operands._fields))
-    match problem.operation:
-        case "forward":
-            backend.forward(problem, operands, results["output"], results.get("lse"), space)
-        case "backward":
-            backend.backward(
-                problem,
-                operands,
-                given["grad_output"],
-                given["output"],
-                given["lse"],
-                given.get("grad_lse"),
-                gradients,
-                space,
-            )
-        case "jvp":
-            tangents = Operands(*map(given.get, TANGENTS))
-            wanted = JvpResults(*map(results.get, JvpResults._fields))
-            backend.jvp(problem, operands, tangents, wanted, space)
-        case "hvp":
-            backend.hvp(
-                problem,
-                operands,
-                OfResults(given["output"], given["lse"]),
-                OfResults(given["grad_output"], given.get("grad_lse")),
-                Operands(*map(given.get, TANGENTS)),
-                OfResults(given.get("tangent_grad_output"), given.get("tangent_grad_lse")),
-                gradients,
-                OfResults(results["tangent_output"], results["tangent_lse"]),
-                space,
-            )
-        case "qk":
-            backend.qk(problem, operands, results["logits"], space)
-        case "qk_backward":
-            backend.qk_backward(problem, operands, given["grad_logits"], gradients, space)
-        case "av":
-            backend.av(problem, given["weights"], operands, results["output"], space)
-        case "av_backward":
-            backend.av_backward(
-                problem,
-                given["weights"],
-                operands,
-                given["grad_output"],
-                results["weights"],
-                gradients,
-                space,
-            )
 
 
 # For torch.compile

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from cuneigh import _call, _jit
+from cuneigh import _call, _jit, _programs
 from cuneigh._backends import choose, fused, gemm, hopper, naive
 from cuneigh._device import CPU, Device
 from cuneigh._gpu import kept, rates
@@ -39,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def planned(backend: Any, problem: Problem) -> dict[str, Any]:
-    return {each.pass_: each.plan for each in _call.rehearse(problem, H100, backend.NAME)[1]}
+    return {each.pass_: each.plan for each in _programs.rehearse(problem, H100, backend.NAME)[1]}
 
 
 @pytest.mark.parametrize("backend", FITTED, ids=lambda backend: backend.NAME)

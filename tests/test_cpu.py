@@ -38,10 +38,10 @@ from cuneigh._backends.cpu import gradients as gradient_sums
 from cuneigh._backends.cpu import strips as cpu_strips
 from cuneigh._backends.cpu import tiles
 from cuneigh._backends.cpu.halves import assign
-from cuneigh._call import perform
 from cuneigh._device import CPU, Device
 from cuneigh._parameters import neighborhood_axes, window_arguments
 from cuneigh._problem import ARRAYS, Operands, Spec
+from cuneigh._programs import perform
 from cuneigh._validate import attention_problem, av_problem, qk_problem
 
 CUTS = {

@@ -14,7 +14,7 @@ from helpers.gpu_arrays import NATIVE, to_cupy
 from helpers.strategies import inputs
 
 import cuneigh
-from cuneigh import _backends, _call, _device, _jit
+from cuneigh import _backends, _device, _jit, _programs
 from cuneigh._backends import fused
 from cuneigh._backends.fused import choice, launch
 from cuneigh._backends.fused.split import launch as split_launch
@@ -203,9 +203,9 @@ def test_a_decoder_plans_nothing_anew_and_is_captured(batch):
         )
 
     step(1600)
-    before = _call.program_for.cache_info().misses
+    before = _programs.program_for.cache_info().misses
     made = [step(position) for position in (1511, 1700, 2023)]
-    assert _call.program_for.cache_info().misses == before
+    assert _programs.program_for.cache_info().misses == before
     for position, results in zip((1511, 1700, 2023), made, strict=True):
         for got, wanted in zip(results, step(position, "naive"), strict=True):
             cupy.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-3)

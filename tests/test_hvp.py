@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 import cuneigh
 from cuneigh import _device, _jit, reference
 from cuneigh._backends import cpu, fused, gemm, naive, serving
-from cuneigh._call import rehearse
 from cuneigh._problem import DIFFERENTIATED, OfResults, Operands, Problem, Spec
+from cuneigh._programs import rehearse
 from cuneigh._window import Axis
 
 hvps = partial(problems, operations=("hvp",))

@@ -53,7 +53,16 @@ MAY_IMPORT = {
     "cuneigh._frameworks.contract": PURE,
     "cuneigh._frameworks.numpy": {*PURE, "cuneigh._frameworks.contract"},
     "cuneigh._frameworks.cupy": {*PURE, "cuneigh._frameworks.contract"},
-    "cuneigh._call": {*PURE, "cuneigh._gpu", "cuneigh._backends", "cuneigh._frameworks.contract"},
+    "cuneigh._programs": {
+        *PURE,
+        "cuneigh._gpu",
+        "cuneigh._backends",
+        "cuneigh._frameworks.contract",
+    },
+    "cuneigh._call": {
+        *(*PURE, "cuneigh._gpu", "cuneigh._backends", "cuneigh._frameworks.contract"),
+        "cuneigh._programs",
+    },
     **{f"cuneigh._backends.{name}": {*PURE, "cuneigh._jit", "cuneigh._gpu"} for name in NAMES},
 }
 """The modules and packages that may import nothing of cuneigh but themselves and these."""

@@ -23,7 +23,7 @@ from helpers.strategies import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuneigh import _call, _jit
+from cuneigh import _jit, _programs
 from cuneigh._backends import naive
 from cuneigh._device import cuda, of_capability
 from cuneigh._gpu import rows
@@ -274,4 +274,4 @@ def check_huge(rank):
 def test_without_keys_only_blocks_of_queries_are_launched(operation):
     axes = Axis(3, 3, 1, 1, 1, False), Axis(3, 0, 2, 1, 1, False, layout=3)
     problem = Problem(operation, "float16", 1, 2, 1, 8, 8, axes, 1.0, additional=2)
-    _call.rehearse(problem, of_capability((9, 0)), "naive")
+    _programs.rehearse(problem, of_capability((9, 0)), "naive")

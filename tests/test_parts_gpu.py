@@ -12,7 +12,7 @@ from helpers.part_problems import FAMILIES, part_problem
 from helpers.strategies import OPERATIONS, inputs
 
 import cuneigh
-from cuneigh import _call, _device, _jit
+from cuneigh import _device, _jit, _programs
 from cuneigh._backends import BACKENDS
 from cuneigh._backends.fused import launch
 from cuneigh._backends.fused.small import plan as small_plan
@@ -126,10 +126,10 @@ def test_a_new_start_compiles_and_plans_nothing(monkeypatch):
 
     tile(1024)
     monkeypatch.setattr(_jit, "load", None)
-    before = _call.program_for.cache_info().misses
+    before = _programs.program_for.cache_info().misses
     for start in (16, 1000, 1025, 3952):
         tile(start)
-    assert _call.program_for.cache_info().misses == before
+    assert _programs.program_for.cache_info().misses == before
 
 
 @pytest.mark.parametrize("backend", ON_GPU, ids=lambda backend: backend.NAME)

@@ -20,7 +20,7 @@ from helpers.toy_kernel import needs_nvrtc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuneigh import _call, _device, _jit
+from cuneigh import _device, _jit, _programs
 from cuneigh._backends import BACKENDS, fused, gemm, hopper, naive
 from cuneigh._backends.hopper.plan import forms_of, ways
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
@@ -104,7 +104,7 @@ def test_a_launch_puts_the_starts_of_a_run_into_records(launched):
         for start in (1, 90)
     )
     assert near.anywhere == far.anywhere
-    names = _call.taken(near)
+    names = _programs.taken(near)
     layouts = tuple((contiguous(near.spec(name).shape), 0) for name in names)
     program = program_of(near.anywhere, "naive", names, near.results, layouts)
     frames = []
@@ -166,8 +166,8 @@ def program_of(
     problem: Problem, backend: str | None, names: Any, results: Any, layouts: Any, *off: Any
 ) -> Program:
     """The program of calls on device 0."""
-    known = _call.known_backends()
-    return _call.program_for(known, problem, 0, backend, names, results, layouts, *off)
+    known = _programs.known_backends()
+    return _programs.program_for(known, problem, 0, backend, names, results, layouts, *off)
 
 
 def has_choice(backend: Any, problem: Problem) -> bool:
@@ -183,11 +183,11 @@ def test_a_contiguous_call_loads_what_kernels_names(backend, data):
     """What `cuneigh compile` compiles ahead, no GPU needed."""
     drawn = supported(("forward", "backward")) if backend is hopper else problems()
     problem = data.draw(drawn.filter(lambda p: backend.unsupported(p, H200) is None))
-    names = _call.taken(problem)
+    names = _programs.taken(problem)
     layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_device, "cuda", lambda index: H200)
-        _call.program_for.cache_clear()
+        _programs.program_for.cache_clear()
         made = program_of(problem, backend.NAME, names, problem.results, layouts)
     seen = set(made.kernels)
     expected = set(backend.kernels(problem, H200))
@@ -244,10 +244,10 @@ def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, t
 
     monkeypatch.setattr(Program, "launch", record)
     monkeypatch.setattr(_device, "cuda", lambda index: H200)
-    _call.program_for.cache_clear()
+    _programs.program_for.cache_clear()
     for problem in (*OPERATION_PROBLEMS.values(), *PART_PROBLEMS):
         if backend.unsupported(problem, H200) is None:
-            names = _call.taken(problem)
+            names = _programs.taken(problem)
             layouts = tuple((contiguous(problem.spec(name).shape), 0) for name in names)
             program_of(problem, backend.NAME, names, problem.results, layouts)
     assert packed
@@ -256,7 +256,7 @@ def test_parameters_are_as_large_as_those_of_the_kernels(backend, monkeypatch, t
         assert parameter_sizes(result.cubin.read_bytes()) == packed[kernel], kernel.name
         spilled = result.resources.spill_stores + result.resources.spill_loads
         assert spilled == 0, f"{kernel.name} spills {spilled} bytes:\n{kernel.plan}"
-    _call.program_for.cache_clear()
+    _programs.program_for.cache_clear()
 
 
 def forward_of(
@@ -280,7 +280,7 @@ def forward_of(
 
 
 def test_a_program_is_kept_for_calls_that_are_laid_out_alike(launched, monkeypatch):
-    _call.program_for.cache_clear()
+    _programs.program_for.cache_clear()
     first = forward_of()
     assert forward_of() is first
     plain = contiguous((1, 14, 14, 4, 32)), 0
@@ -303,7 +303,7 @@ def test_a_program_is_kept_for_calls_that_are_laid_out_alike(launched, monkeypat
 
 def test_a_result_off_its_alignment_is_stored_in_narrower_pieces(monkeypatch):
     monkeypatch.setattr(_device, "cuda", lambda index: H200)
-    _call.program_for.cache_clear()
+    _programs.program_for.cache_clear()
     made = [
         forward_of(backend="naive", misalignments=misalignments)
         for misalignments in ((), (8, 0), (2, 4))

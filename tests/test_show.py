@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cuneigh._backends import BACKENDS
-from cuneigh._call import rehearse
 from cuneigh._gpu.announce import Planned
 from cuneigh._gpu.boxes import count_walk
 from cuneigh._measure.cases import problem_of
+from cuneigh._programs import rehearse
 from cuneigh._window import Axis
 from cuneigh.cli import main
 from cuneigh.cli.devices import device_of

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.interrupts import interrupt_at_entry
 
-from cuneigh import _call, _device, _jit
+from cuneigh import _call, _device, _jit, _programs
 from cuneigh._frameworks.contract import Adapter
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.program import Program
@@ -35,9 +35,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(_load, "_started", {})
     monkeypatch.setattr(_load, "_ready", {})
     monkeypatch.setattr(_progress, "PATIENCE", 0.01)
-    _call.program_for.cache_clear()
+    _programs.program_for.cache_clear()
     yield tmp_path
-    _call.program_for.cache_clear()
+    _programs.program_for.cache_clear()
 
 
 def kernels(count: int) -> list[_jit.Kernel]:
@@ -188,13 +188,13 @@ def test_a_gradient_is_compiled_beside_the_forward(
     monkeypatch.setattr(_jit, "start", lambda kernels, device: started.append(set(kernels)))
     arguments = ("query", "key", "value")
     layout = ((50_000, 2000, 140, 33, 1), 2), *[(contiguous(query.shape), 0)] * 2
-    _call.compile_gradient(problem, 0, None, arguments, layout)
+    _programs.compile_gradient(problem, 0, None, arguments, layout)
 
     others = ("output", "lse", "grad_output")
     gradient = problem.gradient
     layouts = (*layout, *((contiguous(gradient.spec(name).shape), 0) for name in others))
-    program: Program = _call.program_for(
-        _call.known_backends(),
+    program: Program = _programs.program_for(
+        _programs.known_backends(),
         gradient,
         0,
         None,

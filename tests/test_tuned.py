@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuneigh import _call
+from cuneigh import _call, _programs
 from cuneigh._backends import choose, fused, hopper, naive
 from cuneigh._gpu import kept, tuned
 from cuneigh._measure.cases import problem_of
@@ -35,7 +35,7 @@ def planned(problem: Any) -> tuple[str, dict[str, str]]:
     """What a call takes: the backend, and the text of its plan of each pass."""
     _call.forget()
     backend = choose(problem, H100, None).NAME
-    plans = _call.rehearse(problem, H100, None)[1]
+    plans = _programs.rehearse(problem, H100, None)[1]
     return backend, {each.pass_: repr(each.plan) for each in plans}
 
 
@@ -49,7 +49,7 @@ def test_plans_to_try_begin_with_the_planners_and_differ() -> None:
             assert len(plans) > 5
             assert len(set(plans)) == len(set(map(repr, plans))) == len(plans)
             with tuned.forcing({}):
-                _, own = _call.rehearse(problem, H100, "fused")
+                _, own = _programs.rehearse(problem, H100, "fused")
             assert repr(plans[0]) == {each.pass_: repr(each.plan) for each in own}[pass_]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from cuneigh import _call
+from cuneigh import _programs
 from cuneigh._backends import Backend
 from cuneigh._device import Device
 from cuneigh._gpu import tuned
@@ -48,13 +48,13 @@ class Trials:
     def program(self, backend: Backend, plans: Mapping[str, Any]) -> tuple[Program, list[Planned]]:
         """What a backend launches if it is forced to take these plans, by pass, and all plans."""
         with tuned.forcing(plans):
-            return _call.rehearse(self.operation, self.device, backend.NAME)
+            return _programs.rehearse(self.operation, self.device, backend.NAME)
 
     def ms(self, program: Program, budget_ms: float) -> float:
         """The time of a program; raises WrongResultError, among others, if there is none."""
         import cupy
 
-        names = _call.taken(self.operation)
+        names = _programs.taken(self.operation)
         results = [None if s is None else empty(s) for s in self.operation.results]
         made = [each for each in results if each is not None]
         spaces = [empty(spec) for spec in program.workspace]

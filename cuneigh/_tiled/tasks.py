@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from cuneigh._call import Call, known_backends, program_for
+from cuneigh._call import Call
 from cuneigh._device import Device
 from cuneigh._frameworks.contract import Adapter
 from cuneigh._gpu.arrays import contiguous
 from cuneigh._problem import Problem, Spec
+from cuneigh._programs import known_backends, program_for
 from cuneigh._shards.axis import Range
 from cuneigh._shards.plan import Box
 from cuneigh._shards.tiles import Sizes, Tile, TooLargeError, tiles_of

@@ -36,7 +36,7 @@ from helpers.dense import Dense, wrong
 from helpers.illegal import call_of
 from helpers.strategies import LAYOUTS, OPERATIONS, Inputs, inputs
 
-from cuneigh import _call, _jit
+from cuneigh import _jit, _programs
 from cuneigh._parameters import Window
 from cuneigh._problem import Problem, Spec
 from cuneigh._validate import attention_problem, av_problem, qk_problem
@@ -158,7 +158,7 @@ def kernels_of(seed: int) -> set[_jit.Kernel]:
     )
     for backend in backends(case.problem, "cuda"):
         with contextlib.suppress(RuntimeError):  # these strides are refused
-            program = _call.program_for.__wrapped__(
+            program = _programs.program_for.__wrapped__(
                 None, case.problem, 0, backend, tuple(arrays), case.problem.results, layouts
             )
             found.update(program.kernels)

@@ -15,7 +15,6 @@ from jax._src.export import _export
 
 from cuneigh import _device
 from cuneigh._backends import choose
-from cuneigh._call import compile_gradient, known_backends, perform, program_for
 from cuneigh._frameworks.contract import numpy_dtype
 from cuneigh._frameworks.jax import arithmetic, xla
 from cuneigh._frameworks.jax.calls import TARGET, CustomCall
@@ -23,6 +22,7 @@ from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.records import start_words
 from cuneigh._parameters import check_part
 from cuneigh._problem import ARRAYS, STARTS, Spec, size_of
+from cuneigh._programs import compile_gradient, known_backends, perform, program_for
 
 
 class Request(NamedTuple):

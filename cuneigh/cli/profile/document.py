@@ -12,7 +12,6 @@ from typing import Any
 
 from cuneigh import _backends, _settings
 from cuneigh._backends import Backend, choose
-from cuneigh._call import rehearse
 from cuneigh._device import Device
 from cuneigh._gpu.announce import describe
 from cuneigh._measure import arrays, checks, ours, peers
@@ -21,6 +20,7 @@ from cuneigh._measure.clock import Clock, CpuClock, GpuClock, Times
 from cuneigh._measure.peers.clock import TorchClock
 from cuneigh._measure.provenance import provenance
 from cuneigh._problem import Operands, Problem
+from cuneigh._programs import rehearse
 
 Row = dict[str, Any]
 

@@ -103,8 +103,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> Any:
     """The plan of the forward pass, by the fastest backend that has one unless one is named."""
-    from cuneigh._call import rehearse
     from cuneigh._measure.cases import problem_of
+    from cuneigh._programs import rehearse
     from cuneigh.cli.profile import entry_of
 
     dtype = SHORT.get(options.dtype, options.dtype) or "bfloat16"
