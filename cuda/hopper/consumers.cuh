@@ -65,7 +65,8 @@ struct Consumer {
   __device__ void wait_for_vo() const {
     smem.vo_full[boxes.slot()].wait(boxes.parity());
     if constexpr (kMaskedColumns<Plan>)
-      if (smem.visibility[boxes.slot()][w] == kHoles) smem.clean(boxes.slot()).wait(boxes.parity());
+      if (smem.visibility[boxes.slot()][w] >= kPartialHoles)
+        smem.clean(boxes.slot()).wait(boxes.parity());
   }
   __device__ void release_qk() const { smem.qk_empty[boxes.slot()].arrive_as_warp(); }
   __device__ void release_vo() const { smem.vo_empty[boxes.slot()].arrive_as_warp(); }
@@ -79,13 +80,17 @@ struct Consumer {
   __device__ void hide_invisible(float (&logit)[kTiles][4]) const {
     const int visibility = smem.visibility[boxes.slot()][w];
     if (kMaskedColumns<Plan> ? visibility == kAll : visibility != kPartial) return;
+    unsigned seen = ~0u;
+    if (kMaskedColumns<Plan> && visibility >= kPartialHoles)
+      seen = smem.seen(boxes.slot()).word[quad];
     const QuadWords* words = smem.words[boxes.slot()] + w * smem.problem.coordinates;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      unsigned word = ~0u;
+      unsigned word = seen;
+      if (!kMaskedColumns<Plan> || visibility != kHoles)
 #pragma unroll
-      for (int r = 0; r < Plan::kRank; ++r)
-        word &= words[smem.mask.number[r][row + 8 * half]].word[quad];
+        for (int r = 0; r < Plan::kRank; ++r)
+          word &= words[smem.mask.number[r][row + 8 * half]].word[quad];
       hide(logit, half, word);
     }
   }

@@ -47,7 +47,7 @@ __device__ void multiply_by_weights(float (&grad_weight)[kTiles][4],
 // `mask` hides, whatever their sums are.
 template <typename Plan, typename View, int kKeyTiles, int kValueTiles>
 __device__ void store_key_gradients(const HopperProblem<Plan::kRank>& problem,
-                                    const Consumer<Plan>& me, const KeyMask<Plan>& mask,
+                                    const Consumer<Plan>& me, const HiddenKeys<Plan>& mask,
                                     const View& grad_key_view, const View& grad_value_view,
                                     const float (&grad_key)[kKeyTiles][4],
                                     const float (&grad_value)[kValueTiles][4]) {

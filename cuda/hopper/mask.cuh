@@ -7,8 +7,7 @@
 // warpgroup whether it needs them: consumers know nothing of the geometry.
 #pragma once
 
-#include "cuneigh/key_mask.cuh"
-#include "hopper/tile.cuh"
+#include "hopper/seen.cuh"
 
 namespace cuneigh::hopper {
 
@@ -17,12 +16,9 @@ enum Visibility : int {
   kNone,     // no row sees any column: pass it over
   kPartial,  // the words say who sees what
   kAll,      // every row sees every column
-  kHoles,    // kPartial, and a key mask hides some columns (hidden.cuh)
-};
-
-// The words of a row or of a coordinate, one for each of the four lanes that share a row.
-struct alignas(16) QuadWords {
-  unsigned word[4];
+  // Of the columns that a key mask does not hide (hidden.cuh), which are not all:
+  kPartialHoles,  // likewise
+  kHoles,         // every row sees every one
 };
 
 // Whether rows that a key mask hides count for others: in the sums of columns.
@@ -107,7 +103,7 @@ __device__ void fill_mask_tables(const HopperProblem<kRank>& problem,
 // kSums, their logits must be hidden, since they count in sums of columns. So it is with keys that
 // `mask` hides; returns whether there are any.
 template <typename Plan, int kLanes>
-__device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const KeyMask<Plan>& mask,
+__device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenKeys<Plan>& mask,
                         const Tile<Plan::kRank>& tile, int lane, int w,
                         MaskTables<Plan::kRank, Plan::kWarpgroups>& tables) {
   bool hides = false;
@@ -184,15 +180,6 @@ __device__ void make_words(const HopperProblem<kRank>& problem,
     for (int quad = 0; quad < 4; ++quad)
       words[i].word[quad] = tables.prefix[until].word[quad] & ~tables.prefix[before].word[quad];
   }
-}
-
-// Hides from the lane's coordinates the columns whose bits in `shown` are 0.
-template <int kLanes>
-__device__ void hide_columns(int coordinates, const QuadWords& shown, int lane, QuadWords* words) {
-#pragma unroll 1
-  for (int i = lane; i < coordinates; i += kLanes)
-#pragma unroll
-    for (int quad = 0; quad < 4; ++quad) words[i].word[quad] &= shown.word[quad];
 }
 
 // The word of the columns of a box before the column `end`, in the order of the box.

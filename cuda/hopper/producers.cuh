@@ -47,13 +47,6 @@ __device__ void load_tokens(const TensorMap& map, Coordinates<kRank> at, const P
   }
 }
 
-// Asked for anew each time: registers are few.
-__device__ inline int lane_of_warp() {
-  int lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
-}
-
 // The batch entry of a box of which a mask hides all keys, so that it is not loaded.
 constexpr int kNotLoaded = -1;
 
@@ -86,10 +79,9 @@ __device__ void load_columns(const HopperProblem<kRank>& problem, const ColumnMa
 }
 
 // Warp 0, of which one lane does it all: boxes of columns. In the forward pass a consumer needs the
-// values of a box long after its keys; they are loaded after the keys of the next box. (If columns
-// are masked, the other lanes help to look at the mask.)
+// values of a box long after its keys; they are loaded after the keys of the next box.
 template <typename Plan>
-__device__ void load_boxes(const Maps& maps, const KeyMask<Plan>& mask, SharedMemory<Plan>& smem) {
+__device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask, SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank;
   const auto& problem = smem.problem;
   const Maps& tangents = Plan::kTangents ? *maps.tangents : maps;
@@ -119,14 +111,12 @@ __device__ void load_boxes(const Maps& maps, const KeyMask<Plan>& mask, SharedMe
       has_last = true;
     }
   };
-  for_each_tile<kWarpLoads<Plan>>(smem, [&](const Tile<kRank>& tile) {
+  for_each_tile<false>(smem, [&](const AnnouncedTile<Plan>& tile) {
+    const QuadWords* seen = tile.seen(mask);
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
-      bool seen = true;
-      if constexpr (kMaskedColumns<Plan>) {
-        seen = keys_of_box(mask, smem, tile, lane_of_warp(), first).any_is_seen();
-        if (lane_of_warp() != 0) return;
-      }
-      ColumnBox<kRank> box = {seen ? tile.batch : kNotLoaded, head, {}, false};
+      ColumnBox<kRank> box = {tile.batch, head, {}, false};
+      if constexpr (kMaskedColumns<Plan>)
+        if ((seen++)->none()) box.batch = kNotLoaded;
 #pragma unroll
       for (int r = 0; r < kRank; ++r) {
         box.token[r] =
@@ -135,7 +125,7 @@ __device__ void load_boxes(const Maps& maps, const KeyMask<Plan>& mask, SharedMe
       }
       load(box);
     });
-    if (Plan::kAdditional && (!kWarpLoads<Plan> || lane_of_warp() == 0))
+    if (Plan::kAdditional)
 #pragma unroll 1
       for (int i = 0; i < problem.additional; i += Plan::kColumns)
         load({tile.batch, tile.column_head, {i}, true});
@@ -153,7 +143,7 @@ __device__ void load_boxes(const Maps& maps, const KeyMask<Plan>& mask, SharedMe
 // `taken` counts tiles beyond the first of each block; null if there are none. If kSums it counts
 // all of them, since tiles must be begun in the order of their numbers.
 template <typename Plan>
-__device__ void begin_tiles(const Maps& maps, const KeyMask<Plan>& mask, unsigned* taken,
+__device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsigned* taken,
                             SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank;
   using Smem = SharedMemory<Plan>;
@@ -164,13 +154,13 @@ __device__ void begin_tiles(const Maps& maps, const KeyMask<Plan>& mask, unsigne
   int number = Plan::kSums ? atomicAdd(taken, 1u) : blockIdx.x;
   for (int next = 0;; number = next, tiles.advance()) {
     smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
-    Tile<kRank>& tile = smem.tile[tiles.slot()];
+    AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
     const bool end = number >= problem.block_tiles;
     if (end) {
       tile.boxes = kNoTile;
     } else {
       next = taken ? untaken + atomicAdd(taken, 1u) : number + gridDim.x;
-      find_tile<Plan>(problem, number, tile);
+      tile.place(mask, find_tile<Plan>(problem, number, tile));
       if constexpr (Plan::kKeyMask && Plan::kRowsAreKeys && !Plan::kSums) {
         bool seen = false;
 #pragma unroll 1
@@ -237,7 +227,7 @@ __device__ float2 statistics_of(const HopperProblem<Plan::kRank>& problem,
 // of columns, and the statistics of columns that are queries.
 template <typename Plan>
 __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
-                           const KeyMask<Plan>& mask, SharedMemory<Plan>& smem) {
+                           const HiddenKeys<Plan>& mask, SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups, kLanes = kMaskLanes<Plan>;
   const auto& problem = smem.problem;
   Ring<Plan::kStages> ring;
@@ -258,13 +248,14 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   auto publish = [&](Visibility visibility, auto make) {
     wait();
     if (lane() < kWarpgroups) smem.visibility[ring.slot()][lane()] = visibility;
-    const bool has_holes = kMaskedColumns<Plan> && visibility == kHoles;
+    const bool has_holes = kMaskedColumns<Plan> && visibility == kPartialHoles;
     if (__any_sync(0xffffffffu, visibility == kPartial || has_holes)) make(smem.words[ring.slot()]);
     smem.qk_full[ring.slot()].arrive_as_warp();
     ring.advance();
-    cleaner.expect(0);
+    cleaner.expect_none();
   };
-  for_each_tile<true>(smem, [&](const Tile<kRank>& tile) {
+  for_each_tile<true>(smem, [&](const AnnouncedTile<Plan>& tile) {
+    const QuadWords* next = tile.seen(mask);
     const bool hides =
         look_up<Plan, kLanes>(problem, mask, tile, lane(), looked_after(), smem.mask);
     if constexpr (kMaskedRows<Plan>) {
@@ -292,18 +283,15 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
         make_words<kLanes>(problem, smem.mask, lane(), first, words);
       };
       if constexpr (kMaskedColumns<Plan>) {
-        LaneKeys keys = keys_of_box(mask, smem, tile, lane() % 32, first);
+        const QuadWords seen = *next++;
         wait();  // while they arrive
-        if (!keys.any_is_seen()) visibility = kNone;
+        if (seen.none()) visibility = kNone;
+        if (visibility != kNone && !seen.all())
+          visibility = visibility == kAll ? kHoles : kPartialHoles;
+        if (lane() == 0) smem.seen(ring.slot()) = seen;
+        publish(visibility, make);
         // Of a box that is passed over by all nothing is awaited
-        if (!__any_sync(0xffffffffu, visibility != kNone)) keys = {};
-        if (keys.any_is_hidden() && visibility != kNone) visibility = kHoles;
-        publish(visibility, [&](QuadWords* words) {
-          make(words);
-          if (keys.any_is_hidden())
-            hide_columns<kLanes>(kWarpgroups * problem.coordinates, keys.words(), lane(), words);
-        });
-        cleaner.expect(keys.given ^ keys.seen);
+        if (__any_sync(0xffffffffu, visibility >= kPartialHoles)) cleaner.expect(seen, lane());
       } else {
         publish(visibility, make);
       }
@@ -331,12 +319,12 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
 // `sums` if kSums.
 template <typename Plan>
 __device__ void produce(const Maps& maps, const View<const float2, Plan::kRank>& statistics,
-                        const KeyMask<Plan>& mask, const Sums& sums, unsigned* taken,
+                        const HiddenKeys<Plan>& mask, const Sums& sums, unsigned* taken,
                         SharedMemory<Plan>& smem) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == 2 || (warp == 3 && !Plan::kSums)) {
     make_masks(statistics, mask, smem);
-  } else if (lane != 0 && !(kWarpLoads<Plan> && warp == 0)) {
+  } else if (lane != 0) {
     return;
   } else if (warp == 0) {
     load_boxes(maps, mask, smem);

@@ -73,7 +73,7 @@ struct SumMemory<Plan, true> {
 };
 
 template <typename Plan>
-struct SharedMemory : SumMemory<Plan>, MaskMemory<Plan> {
+struct SharedMemory : SumMemory<Plan> {
   static constexpr int kQkLines = lines_of(Plan::kHeadDim);
   static constexpr int kVoLines = lines_of(Plan::kValueDim);
   static constexpr int kArrays = Plan::kTangents ? 2 : 1;  // an array, and its tangent
@@ -82,15 +82,16 @@ struct SharedMemory : SumMemory<Plan>, MaskMemory<Plan> {
 
   // [slots][lines of a row][rows][64]; every [rows][64] begins at a multiple of 1024 bytes
   static_assert(!Plan::kSums || sizeof(SumMemory<Plan>) % 1024 == 0, "so does what follows it");
-  static_assert(!kMaskedColumns<Plan> || sizeof(MaskMemory<Plan>) == 1024, "likewise");
   Line row[Plan::kRowSlots][kRowLines][kRows];  // lines of vo, or of the tangent, after those of qk
   Line column_qk[Plan::kStages][kArrays * kQkLines][Plan::kColumns];
   Line column_vo[Plan::kStages][kArrays * kVoLines][Plan::kColumns];
   // Of columns that are queries: {lse * log2(e), delta}
   float2 statistics[Plan::kStages][Plan::kRowsAreKeys ? Plan::kColumns : 2];
-  QuadWords words[Plan::kStages][Plan::kWarpgroups * kMostCoordinates<Plan::kRank>];
+  // After those of all coordinates, if columns are masked: the columns that are seen
+  QuadWords words[Plan::kStages]
+                 [Plan::kWarpgroups * kMostCoordinates<Plan::kRank> + kMaskedColumns<Plan>];
   MaskTables<Plan::kRank, Plan::kWarpgroups> mask;
-  Tile<Plan::kRank> tile[2];
+  AnnouncedTile<Plan> tile[2];
   int visibility[Plan::kStages][Plan::kWarpgroups];
   HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
   ColumnBox<Plan::kRank> last_box;     // whose vo is still to be loaded
@@ -102,16 +103,15 @@ struct SharedMemory : SumMemory<Plan>, MaskMemory<Plan> {
   Barrier sum_full, sum_empty;                      // of `SumMemory::sum`
   Barrier grad_logit_full[2], grad_logit_empty[2];  // of `SumMemory::grad_logit`
 
+  __device__ QuadWords& seen(unsigned stage) {
+    return words[stage][Plan::kWarpgroups * kMostCoordinates<Plan::kRank>];
+  }
   __device__ Barrier& clean(unsigned stage) { return vo_full[Plan::kStages + stage]; }
 };
 
 // Lanes of the warps that make masks.
 template <typename Plan>
 constexpr int kMaskLanes = Plan::kSums ? 32 : 64;
-
-// Whether all lanes of the warp that loads columns work: they look which keys are hidden.
-template <typename Plan>
-constexpr bool kWarpLoads = kMaskedColumns<Plan>;
 
 // Calls visit(tile) for every tile of this block, as warp 1 announces them: by all lanes of a warp
 // if kWarp, else by one.
@@ -130,8 +130,7 @@ __device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
 
 // Prepares the memory of the block. Every thread must call it.
 template <typename Plan>
-__device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& problem,
-                                           const KeyMask<Plan>& mask) {
+__device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& problem) {
   static_assert(
       sizeof(SharedMemory<Plan>) == Plan::kSharedBytes,
       "'shared_bytes' in cuneigh/_backends/hopper/plan.py counts what SharedMemory holds");
@@ -142,8 +141,7 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     for (int i = 0; i < 2; ++i) {
       smem.tile_full[i].init(1);
       // Of the producers, those that load columns or add sums, and those that make masks
-      smem.tile_empty[i].init((Plan::kSums ? 2 : 1) - kWarpLoads<Plan>,
-                              kMaskWarps + kConsumerWarps + kWarpLoads<Plan>);
+      smem.tile_empty[i].init(Plan::kSums ? 2 : 1, kMaskWarps + kConsumerWarps);
     }
     for (int i = 0; i < Plan::kRowSlots; ++i) {
       smem.row_full[i].init(1);
@@ -166,7 +164,6 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
   }
   if (threadIdx.x == 32) smem.problem = problem;
   fill_mask_tables(problem, smem.mask, Plan::kColumns);
-  smem.MaskMemory<Plan>::fill(problem, mask);
   __syncthreads();
   return smem;
 }

@@ -127,17 +127,18 @@ __device__ int column_group(const HopperProblem<Plan::kRank>& problem,
   return Plan::kRowsAreKeys ? axis.query_group(group) : axis.key_group(group);
 }
 
-// Writes a tile to shared memory: it takes more registers than producers have.
+// Writes a tile to shared memory: it takes more registers than producers have. Returns the tile's
+// number among those of its batch entry that have the same heads.
 template <typename Plan>
-__device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
-                          Tile<Plan::kRank>& tile) {
+__device__ int find_tile(const HopperProblem<Plan::kRank>& problem, int number,
+                         Tile<Plan::kRank>& tile) {
   tile.active = -1;
   if (number >= problem.whole_tiles) {
     const unsigned divided = problem.parts.quotient(number - problem.whole_tiles);
     tile.active = problem.active[number - problem.whole_tiles - divided * problem.parts.divisor];
     number = problem.whole_tiles + divided;
   }
-  int boxes = 1;
+  int boxes = 1, number_in_head = 0, tiles = 1;
   const unsigned place = problem.longest_last ? problem.tile_count - 1 - number : number;
   unsigned rest = place, inner_heads = 1, inner_head = 0;
   if (Plan::kSums) {
@@ -151,6 +152,8 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
     const unsigned outer = problem.tiles[r].quotient(rest);
     const int box = rest - outer * problem.tiles[r].divisor;
     rest = outer;
+    number_in_head += box * tiles;
+    tiles *= problem.tiles[r].divisor;
     const int length = Plan::kRowsAreKeys ? axis.key_length : axis.length;
     const GroupIndex first = box_begin(axis.dilation, length, box, problem.tile_box[r]);
     const int end =
@@ -173,6 +176,7 @@ __device__ void find_tile(const HopperProblem<Plan::kRank>& problem, int number,
   tile.head = head;
   tile.column_head =
       Plan::kRowsAreKeys ? head * problem.group_size.divisor : problem.group_size.quotient(head);
+  return batch * tiles + number_in_head;
 }
 
 // Calls visit() with every value of `first` that the boxes of one column head have, in raster order

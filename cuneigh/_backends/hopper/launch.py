@@ -19,8 +19,10 @@ from cuneigh._backends.hopper.plan import (
     Form,
     HopperPlan,
     count_sums,
+    count_seen_boxes,
     division,
     forms_of,
+    has_masked_columns,
     head_sums,
     is_dilated,
     padded,
@@ -46,7 +48,7 @@ from cuneigh._problem import JvpResults, Operands, Problem
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
     views = Views(problem.rank)  # `ForwardArguments` of cuda/hopper/forward.cu
-    views.mask(operands.key_mask)
+    _look_at_boxes(program, problem, FORWARD, operands.key_mask, views)
     views.vectors(output)
     views.scalars(lse)
     rows, columns = (operands.query,), (operands.key, operands.value)
@@ -88,7 +90,7 @@ def backward(
         )
         return
     views = Views(problem.rank)  # `DqArguments` of cuda/hopper/dq.cu
-    views.mask(operands.key_mask)
+    _look_at_boxes(program, problem, DQ, operands.key_mask, views)
     views.pairs(statistics)
     views.vectors(gradients.query)
     _launch(program, problem, DQ, of_queries, of_keys, _additional(problem, operands), views)
@@ -108,6 +110,8 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
             needed.append(kernel(problem, form, pass_))
             if pass_ == BACKWARD:
                 needed.append(kernel(problem, form, pass_, "dq_of_sums"))
+            if has_masked_columns(problem, pass_):
+                needed.append(kernel(problem, form, pass_, "seen"))
     if problem.operation == "backward":
         needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
     return needed
@@ -118,6 +122,32 @@ def _additional(problem: Problem, operands: Operands) -> tuple[Any, Any] | None:
     if not problem.additional:
         return None
     return operands.additional_keys, operands.additional_values
+
+
+def _look_at_boxes(
+    program: Program, problem: Problem, pass_: Pass, key_mask: Array | None, views: Views
+) -> None:
+    """Launch the kernel that looks which keys are seen, if some are hidden.
+
+    `pass_` is one in which columns are keys; `SeenBoxes` of cuda/hopper/seen.cuh is appended to
+    `views`.
+    """
+    if key_mask is None:
+        return
+    plan = make_plan(problem, program.device, pass_)
+    places, most = count_seen_boxes(problem, plan, pass_)
+    boxes = program.allocate((places, most, BYTES_OF_SEEN // 4), COUNTER)
+    views.addresses(boxes)
+    views.numbers(most)
+    own = Views(problem.rank)  # `SeenArguments` of cuda/hopper/seen.cu
+    own.mask(key_mask)
+    own.addresses(boxes)
+    own.numbers(most)
+    work = division(problem, plan, program.device, pass_)
+    record = _record(problem, plan, pass_, work, [Folding(0, 0, 0)] * 4)
+    program.launch(
+        kernel(problem, plan.form, pass_, "seen"), (places, 1), 256, with_starts(record), own.words
+    )
 
 
 def _launch_backward(
@@ -262,6 +292,8 @@ def _piece(problem: Problem, box: Box) -> Box:
 MOST_WARPGROUPS = 3
 COUNTER = "float32"
 """Of the size of a counter, an unsigned integer; frameworks need not have those."""
+BYTES_OF_SEEN = 16
+"""`QuadWords` of cuda/hopper/seen.cuh."""
 DIVISOR = np.dtype([("divisor", "u4"), ("multiplier", "u4"), ("shift", "u4")])
 PIECES = np.dtype([("count", "i4"), ("rows", "i4"), ("tokens", "i4")])
 FOLDING = np.dtype([(name, "i4") for name in Folding._fields])

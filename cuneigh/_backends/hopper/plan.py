@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from cuneigh._device import Device
-from cuneigh._gpu.boxes import Box, WalkCounts, count_walk
+from cuneigh._gpu.boxes import Box, WalkCounts, count_unions, count_walk
 from cuneigh._gpu.costs import Cycles
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, JVP, Pass
 from cuneigh._gpu.records import axis_type, has_parts
@@ -163,23 +163,40 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     row_lines = qk_lines if pass_ in (FORWARD, JVP) else qk_lines + vo_lines
     lines = form.row_slots * ROWS * row_lines + form.stages * form.columns * (qk_lines + vo_lines)
     lines *= 2 if pass_.moves else 1  # as many for tangents
-    size = 128 * lines + 16 * form.stages * coordinates
-    if problem.has_key_mask and not pass_.rows_are_keys:
-        size += 1024  # MaskMemory
+    masked = has_masked_columns(problem, pass_)
+    size = 128 * lines + 16 * form.stages * (coordinates + masked)
     if pass_ == BACKWARD:  # SumMemory: dS of all warpgroups, twice, and a contribution to dQ
         size += 2 * form.warpgroups * ROWS * 128 + SUM_FLOATS * 4
     size += 8 * form.stages * (form.columns if pass_.rows_are_keys else 2)  # statistics
     # MaskTables: prefixes, their bases, numbers, coordinates, window unions
     tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
     size += math.ceil(tables / 16) * 16
-    size += 2 * (20 + 16 * rank)  # tiles
+    size += 2 * (20 + 16 * rank + 4 * masked)  # tiles
     size += 4 * form.stages * form.warpgroups  # visibility
     axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
     size += axes + 196 + 4 * rank + 12  # the problem, and the last box of columns
     barriers = 4 + 2 * form.row_slots + 4 * form.stages + 6
-    if problem.has_key_mask and not pass_.rows_are_keys:
+    if masked:
         barriers += form.stages
     return math.ceil((math.ceil(size / 8) * 8 + 8 * barriers) / 16) * 16
+
+
+def has_masked_columns(problem: Problem, pass_: Pass) -> bool:
+    return problem.has_key_mask and not pass_.rows_are_keys
+
+
+def count_seen_boxes(problem: Problem, plan: HopperPlan, pass_: Pass) -> tuple[int, int]:
+    """`SeenBoxes` of cuda/hopper/seen.cuh: places of tiles, and boxes of columns of each.
+
+    Tiles of all heads at a place count once. Parts have as many boxes as there can be, wherever
+    they start.
+    """
+    most = 1
+    for axis, *rows, columns in zip(
+        problem.axes, plan.row_box, plan.warpgroups, plan.column_box, strict=True
+    ):
+        most *= math.ceil(count_unions(axis, *rows, pass_).widest_block / columns)
+    return problem.batch * count(problem, plan, pass_).blocks, most
 
 
 SUM_FLOATS = ROWS * 2 * LINE
