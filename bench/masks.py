@@ -1,10 +1,12 @@
-"""What a key mask costs: calls without one, with one that hides nothing, and with a random half.
+"""What a key mask costs: calls without one, and with some that hide nothing, much and blocks.
 
     python bench/masks.py --output bench/results/masks.json [--cases seq32k-w2k ..]
 
 Of every case, in bfloat16, a forward and a forward with its backward, by the backends that the
-library chooses. The calls of a case run by turns, so that they meet the same clocks; printed are
-medians, and their ratios to that without a mask. With all true at most `LIMIT` is meant.
+library chooses. Masks are true everywhere (all), at a random half of the keys (half), and up to two
+thirds of the first axis (front), as where the rest is padding. The calls of a case run by turns, so
+that they meet the same clocks; printed are medians, and their ratios to that without a mask. With
+all true at most `LIMIT` is meant, and with the last third hidden less than 1.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from cuneigh._measure.provenance import provenance
 
 CASES = json.loads((Path(__file__).parent / "cases.json").read_text())
 LIMIT = 1.03
-MASKS = "none", "all", "half"
+MASKS = "none", "all", "half", "front"
 AT_LEAST_MS = 2.0
 """How long one measurement takes; short calls are repeated."""
 
@@ -63,7 +65,9 @@ def measure(case: dict[str, Any], turns: int) -> dict[str, Any]:
         "none": None,
         "all": cupy.ones(shape[:-2], bool),
         "half": cupy.random.default_rng(0).random(shape[:-2], dtype="float32") < 0.5,
+        "front": cupy.zeros(shape[:-2], bool),
     }
+    masks["front"][:, : 2 * case["tokens"][0] // 3] = True
     window = case["kernel"], case["stride"], case["dilation"], case["causal"]
     name = f"na{len(case['tokens'])}d"
     attend, differentiate = getattr(cuneigh, name), getattr(cuneigh, f"{name}_backward")

@@ -184,8 +184,6 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage) {
     load_stage(problem, stage, tables.qk, tables.vo, smem, 0, threadIdx.x);
-    if constexpr (kMaskedColumns<Plan>)
-      seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
     if constexpr (Plan::kRowsAreKeys) {
       const float2* source = first_column_of(problem, tables.extra, stage, tables);
       for (int i = threadIdx.x; i < tables.stage_columns; i += Plan::kWarps * 32) {
@@ -233,8 +231,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         }
       }
     }
+    if constexpr (kMaskedColumns<Plan>)
+      seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
+    if (is_first) rows.look(stage.batch);
     cp_async_wait<0>();
-    const bool hides = seen.wait(smem, 0);
+    const Hidden hidden = seen.wait(smem, 0);
     if constexpr (!Plan::kRowsAreKeys) {
       if (is_first) {
         // delta = sum(dO * O) - grad_lse
@@ -252,9 +253,16 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     }
 
     const unsigned first = smem.tile(stage.index, warp);
-    if (first != kNoTile) {
-      LaneMasks<Plan> masks = smem.visible(stage.index, warp, lane);
-      if (hides) masks &= seen.of_tile(tables, first, lane);
+    LaneMasks<Plan> masks;
+    bool meet = first != kNoTile && hidden != kEveryColumn && rows.any_is_seen();
+    if (meet) {
+      masks = smem.visible(stage.index, warp, lane);
+      if (hidden) {
+        masks &= seen.of_tile(tables, first, lane);
+        meet = __any_sync(0xffffffffu, masks.row[0] | masks.row[1]);
+      }
+    }
+    if (meet) {
       const auto& visible = masks.row;
       unsigned row_rmem[kKept / 16][4];  // [16, kKept]
 #pragma unroll
@@ -325,7 +333,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + half * 8;
       const auto offsets = rows.offsets[row];
-      const bool is_hidden = rows.hides(row, batch);
+      const bool is_hidden = rows.hides(half);
       store_row<kHeadDim>(grad_qk, half, problem.gradient_scale, tables.exists[row], lane,
                           offset_by(in_batch(rows.grad_qk, batch), offsets.grad_qk), is_hidden);
       if constexpr (Plan::kRowsAreKeys)

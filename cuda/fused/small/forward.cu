@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage, int buffer, int row_buffer) {
     load_stage(problem, stage, tables.qk, tables.vo, smem, buffer, threadIdx.x);
-    if constexpr (kMaskedColumns<Plan>)
+    if constexpr (kMaskedColumns<Plan> && Plan::kBuffers == 2)
       seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
     if (stage.is_first())
       load_warp_rows<Plan::kHeadDim, &Offsets::query>(in_batch(rows.query, stage.batch),
@@ -133,8 +133,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   };
 
   for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
+    if constexpr (kMaskedColumns<Plan> && Plan::kBuffers == 1)
+      seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
     cp_async_wait<0>();
-    const bool hides = seen.wait(smem, buffer);
+    const Hidden hidden = seen.wait(smem, buffer);
     StageOf next = stage;
     bool more;
     if (Plan::kBuffers == 2) {
@@ -143,7 +145,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     }
 
     const unsigned first = smem.tile(stage.index, warp);
-    if (Plan::kOneStage || first != kNoTile) {
+    if ((Plan::kOneStage || first != kNoTile) && hidden != kEveryColumn) {
       const TileAddresses<Plan> tile(smem.stage_address(buffer), first, tables, lane);
 
       // S = Q K^T
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       }
 
       LaneMasks<Plan> visible = smem.visible(stage.index, warp, lane);
-      if (hides) visible &= seen.of_tile(tables, first, lane);
+      if (hidden) visible &= seen.of_tile(tables, first, lane);
       softmax.rescale(logit_rmem, visible, problem.scale, output_rmem);
 
       // P = exp(scale * S - row_max), and O += P V, kPart dimensions of it at a time

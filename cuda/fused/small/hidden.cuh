@@ -11,17 +11,20 @@
 
 namespace cuneigh::fused::small {
 
+// Which columns of a stage are hidden.
+enum Hidden : int { kNoColumn, kSomeColumns, kEveryColumn };
+
 // What a thread knows of the columns of a stage, if they are masked: which of its own may be seen.
-// `read` begins to load that, with the stage; `wait` comes when the stage has arrived.
+// `read` begins to load that, while the stage is on its way; `wait` comes when it has arrived.
 template <typename Plan, bool kMasked = kMaskedColumns<Plan>>
 struct SeenColumns {
   template <typename Smem>
   __device__ void read(const bool*, const Smem&) {}
-  // Waits for all threads of the block. Whether columns are hidden.
+  // Waits for all threads of the block.
   template <typename Smem>
-  __device__ bool wait(Smem&, int) {
+  __device__ Hidden wait(Smem&, int) {
     __syncthreads();
-    return false;
+    return kNoColumn;
   }
   __device__ LaneBits<Plan> of_tile(const SmallTables<Plan>&, unsigned, int) const { return 0; }
 };
@@ -49,15 +52,17 @@ struct SeenColumns<Plan, true> {
   }
 
   template <typename Smem>
-  __device__ bool wait(Smem& smem, int buffer) {
-    bool hides = false;
-#pragma unroll
-    for (int i = 0; i < kColumnsOfThread; ++i) hides |= !seen[i];
-    if (!__syncthreads_or(hides)) return false;
-    constexpr int kChunks = (Plan::kHeadDim + Plan::kValueDim) / 8;
+  __device__ Hidden wait(Smem& smem, int buffer) {
     unsigned hidden = 0;
 #pragma unroll
     for (int i = 0; i < kColumnsOfThread; ++i) hidden |= !seen[i] << i;
+    if (!__syncthreads_or(hidden)) return kNoColumn;
+    bool shows = false;
+#pragma unroll
+    for (int i = 0; i < kColumnsOfThread; ++i)
+      shows |= seen[i] && threadIdx.x + i * kThreads < smem.tables.stage_columns;
+    if (!__syncthreads_or(shows)) return kEveryColumn;
+    constexpr int kChunks = (Plan::kHeadDim + Plan::kValueDim) / 8;
 #pragma unroll 1
     for (int column = forgotten(threadIdx.x); column < kColumnsOfThread * kThreads;
          column += kThreads) {
@@ -66,14 +71,14 @@ struct SeenColumns<Plan, true> {
       if (hidden & 1) {
         const unsigned address =
             smem.stage_address(buffer) + smem.column_offsets()[column].in_stage;
-#pragma unroll 1
+#pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk)
           *static_cast<uint4*>(__cvta_shared_to_generic(chunk_address(address, chunk))) = {};
       }
       hidden >>= 1;
     }
     __syncthreads();
-    return true;
+    return kSomeColumns;
   }
 
   // The lane's bits of the columns of a tile that may be seen; `first` is what SmallSmem::tile
@@ -81,11 +86,18 @@ struct SeenColumns<Plan, true> {
   __device__ LaneBits<Plan> of_tile(const SmallTables<Plan>& tables, unsigned first,
                                     int lane) const {
     LaneBits<Plan> bits = 0;
-#pragma unroll 1
-    for (int t = 0; t < Plan::kColumns / 4; ++t) {
-      const int slot = t / 2 * 8 + lane % 4 * 2 + t % 2;
-      const int column = (first + tables.tile_offset[slot]) / kColumnBytes<Plan>;
-      bits |= LaneBits<Plan>(words()[column / 32] >> column % 32 & 1) << t;
+#pragma unroll
+    for (int n = 0; n < Plan::kColumns; n += 32) {
+      const int slot = n + lane;
+      bool is_seen = false;
+      if (slot < Plan::kColumns) {
+        const unsigned column = (first + tables.tile_offset[slot]) / kColumnBytes<Plan>;
+        is_seen = words()[column / 32] >> column % 32 & 1;
+      }
+      // Of every eight of the 32 columns the lane has two
+      unsigned mine = __ballot_sync(0xffffffffu, is_seen) >> lane % 4 * 2 & 0x03030303;
+      mine = (mine | mine >> 6) & 0x000f000f;
+      bits |= LaneBits<Plan>((mine | mine >> 12) & 0xff) << n / 4;
     }
     return bits;
   }
@@ -96,12 +108,17 @@ template <typename Plan, bool kMasked = Plan::kKeyMask && Plan::kRowsAreKeys>
 struct RowMask {
   __device__ void fill(const KeyMask<Plan>&, int, const int (&)[Plan::kRank]) {}
   __device__ void begin(const KeyMask<Plan>&, int) {}
-  __device__ bool hides(int, int) const { return false; }
+  // Looks which of a warp's sixteen rows are hidden in an element of the batch. All lanes must ask.
+  __device__ void look(int) {}
+  __device__ bool any_is_seen() const { return true; }
+  // Of a lane's two rows.
+  __device__ bool hides(int) const { return false; }
 };
 template <typename Plan>
 struct RowMask<Plan, true> {
   Origin<const bool> mask;
   unsigned mask_offset[SmallTables<Plan>::kRows];
+  unsigned hidden[Plan::kWarps];  // bits of the rows at hand
 
   __device__ void fill(const KeyMask<Plan>& given, int row, const int (&token)[Plan::kRank]) {
     mask_offset[row] = offset_of(given.key_mask, token);
@@ -109,8 +126,17 @@ struct RowMask<Plan, true> {
   __device__ void begin(const KeyMask<Plan>& given, int head) {
     mask = origin_of_rows(given.key_mask, head);
   }
-  __device__ bool hides(int row, int batch) const {
-    return !*offset_by(in_batch(mask, batch), mask_offset[row]);
+  __device__ void look(int batch) {
+    const int thread = forgotten(threadIdx.x);  // or more addresses would be kept
+    const unsigned offset = mask_offset[thread / 32 * 16 + thread % 16];
+    const unsigned seen = __ballot_sync(0xffffffffu, *offset_by(in_batch(mask, batch), offset));
+    if (thread % 32 == 0) hidden[thread / 32] = ~seen & 0xffff;
+    __syncwarp();
+  }
+  __device__ bool any_is_seen() const { return hidden[forgotten(threadIdx.x) / 32] != 0xffff; }
+  __device__ bool hides(int half) const {
+    const int thread = forgotten(threadIdx.x);
+    return hidden[thread / 32] >> (thread % 32 / 4 + half * 8) & 1;
   }
 };
 

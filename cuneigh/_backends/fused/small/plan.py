@@ -354,10 +354,7 @@ def forms(
         return _forms_of_jvp(longest, capability, largest_fits) if one_stage else {}
     if pass_ != FORWARD:
         beside = {32: (4,), 64: (3,) if pass_ == DQ else (2, 3), 128: (2,)}[longest]
-        # A mask takes registers, of which the compiler finds some for 128 slots
-        is_full = longest <= 32 and has_masked_columns(problem, pass_)
-        columns = (64, 80, 128) if is_full else (64, 80, 112, 128)
-        return {Form(4, 1, blocks): columns for blocks in beside}
+        return {Form(4, 1, blocks): (64, 80, 112, 128) for blocks in beside}
     if longest <= 32:
         if not one_stage:
             return {Form(4, 2, 3): (64,)}
@@ -366,7 +363,7 @@ def forms(
         if not one_stage:
             larger: dict[Form, tuple[int, ...]] = {Form(4, 1, 3): (64, 80)}
             return larger if newer else {Form(4, 1, 4): (64,), **larger}
-        fits = problem.head_dim == problem.value_dim and not newer and not problem.has_key_mask
+        fits = problem.head_dim == problem.value_dim and not newer
         of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
         of_four = (48, 64, 80, 112, 144) if largest_fits else (48, 64, 80, 112)
         return {Form(8, 1, 2): of_eight, Form(4, 1, 3): of_four}
@@ -439,5 +436,6 @@ def static_bytes(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
     offsets = {FORWARD: 3, DQ: 7}.get(pass_, 4)
     mask = 0
     if problem.has_key_mask:
-        mask = 24 + 4 * rows if pass_.rows_are_keys else 4 * COLUMNS_OF_THREAD * plan.form.warps
+        words = plan.form.warps  # of bits
+        mask = 24 + 4 * rows + 4 * words if pass_.rows_are_keys else 4 * COLUMNS_OF_THREAD * words
     return mask + 24 * origins + 4 * offsets * rows
