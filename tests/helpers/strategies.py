@@ -263,7 +263,10 @@ def array(spec: Spec, rng: np.random.Generator, layout: str = "contiguous") -> n
 def numbers_of(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Normally distributed, or True with a random probability."""
     if dtype.kind == "b":
-        return rng.random(shape) < rng.choice([0.0, 0.3, 0.9, 1.0])
+        mask = rng.random(shape) < rng.choice([0.0, 0.3, 0.9, 1.0])
+        if rng.random() < 0.3:  # whole boxes of keys, too
+            mask[:, rng.integers(shape[1]) :] = False
+        return mask
     return rng.standard_normal(shape).astype(dtype)
 
 

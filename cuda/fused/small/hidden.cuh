@@ -64,7 +64,7 @@ struct SeenColumns<Plan, true> {
     if (!__syncthreads_or(shows)) return kEveryColumn;
     constexpr int kChunks = (Plan::kHeadDim + Plan::kValueDim) / 8;
 #pragma unroll 1
-    for (int column = forgotten(threadIdx.x); column < kColumnsOfThread * kThreads;
+    for (int column = forgotten(threadIdx.x); column / 32 * 32 < smem.tables.stage_columns;
          column += kThreads) {
       const unsigned word = __ballot_sync(0xffffffffu, hidden & 1);
       if (column % 32 == 0) words()[column / 32] = ~word;
