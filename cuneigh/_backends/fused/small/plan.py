@@ -364,6 +364,7 @@ def forms(
             larger: dict[Form, tuple[int, ...]] = {Form(4, 1, 3): (64, 80)}
             return larger if newer else {Form(4, 1, 4): (64,), **larger}
         fits = problem.head_dim == problem.value_dim and not newer
+        fits &= capability[0] == 9 or not problem.has_key_mask
         of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
         of_four = (48, 64, 80, 112, 144) if largest_fits else (48, 64, 80, 112)
         return {Form(8, 1, 2): of_eight, Form(4, 1, 3): of_four}
