@@ -231,11 +231,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
         }
       }
     }
-    if constexpr (kMaskedColumns<Plan>)
-      seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
+    seen.look(problem, stage, smem);
     if (is_first) rows.look(stage.batch);
     cp_async_wait<0>();
-    const Hidden hidden = seen.wait(smem, 0);
+    const Hidden hidden = seen.wait(smem, stage, 0);
     if constexpr (!Plan::kRowsAreKeys) {
       if (is_first) {
         // delta = sum(dO * O) - grad_lse

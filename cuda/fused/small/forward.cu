@@ -95,8 +95,6 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage, int buffer, int row_buffer) {
     load_stage(problem, stage, tables.qk, tables.vo, smem, buffer, threadIdx.x);
-    if constexpr (kMaskedColumns<Plan> && Plan::kBuffers == 2)
-      seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
     if (stage.is_first())
       load_warp_rows<Plan::kHeadDim, &Offsets::query>(in_batch(rows.query, stage.batch),
                                                       &rows.offsets[warp * 16], lane,
@@ -133,10 +131,9 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   };
 
   for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
-    if constexpr (kMaskedColumns<Plan> && Plan::kBuffers == 1)
-      seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
+    seen.look(problem, stage, smem);
     cp_async_wait<0>();
-    const Hidden hidden = seen.wait(smem, buffer);
+    const Hidden hidden = seen.wait(smem, stage, buffer);
     StageOf next = stage;
     bool more;
     if (Plan::kBuffers == 2) {

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuneigh/key_mask.cuh"
-#include "fused/small/smem.cuh"
+#include "fused/small/stages.cuh"
 #include "fused/thread.cuh"
 
 namespace cuneigh::fused::small {
@@ -14,15 +14,15 @@ namespace cuneigh::fused::small {
 // Which columns of a stage are hidden.
 enum Hidden : int { kNoColumn, kSomeColumns, kEveryColumn };
 
-// What a thread knows of the columns of a stage, if they are masked: which of its own may be seen.
-// `read` begins to load that, while the stage is on its way; `wait` comes when it has arrived.
+// What a block knows of masked columns. It looks at the mask for some elements of the batch at once,
+// or where it is the same for all, once, and keeps that in shared memory.
 template <typename Plan, bool kMasked = kMaskedColumns<Plan>>
 struct SeenColumns {
+  template <typename Problem, typename Smem>
+  __device__ void look(const Problem&, const StageOf&, Smem&) {}
+  // Waits for all threads of the block. `buffer` holds the stage, which has arrived.
   template <typename Smem>
-  __device__ void read(const bool*, const Smem&) {}
-  // Waits for all threads of the block.
-  template <typename Smem>
-  __device__ Hidden wait(Smem&, int) {
+  __device__ Hidden wait(Smem&, const StageOf&, int) {
     __syncthreads();
     return kNoColumn;
   }
@@ -31,51 +31,47 @@ struct SeenColumns {
 template <typename Plan>
 struct SeenColumns<Plan, true> {
   static constexpr int kThreads = Plan::kWarps * 32;
-  bool seen[kColumnsOfThread];  // columns threadIdx.x + i * kThreads
+  int first_batch = 0;    // of the elements that were looked at
+  const unsigned* words;  // of the stage at hand: a bit for each column that may be seen
 
-  // A bit for each column of the stage at hand.
-  __device__ static unsigned* words() {
-    __shared__ unsigned words_smem[kColumnsOfThread * Plan::kWarps];
-    return words_smem;
-  }
-
-  // `first` is where the mask is for the first column of the stage.
-  template <typename Smem>
-  __device__ void read(const bool* first, Smem& smem) {
-    const int thread = forgotten(threadIdx.x);  // or its tables' addresses would be kept
-#pragma unroll
-    for (int i = 0; i < kColumnsOfThread; ++i) {
-      const int column = thread + i * kThreads;
-      seen[i] = column >= smem.tables.stage_columns ||
-                *offset_by(first, smem.column_offsets()[column].extra);
+  // Before the first stage of each element. All threads of the block must call it.
+  template <typename Problem, typename Smem>
+  __device__ void look(const Problem& problem, const StageOf& stage, Smem& smem) {
+    const auto& tables = smem.tables;
+    const int begin = tables.rows.batch * problem.batch_heads;
+    const bool is_due = tables.extra.batch == 0
+                            ? stage.batch == begin
+                            : (stage.batch - begin) % kMaskedElements == 0;
+    if (!stage.is_first() || !is_due) return;
+    first_batch = stage.batch;
+    const int end = smaller(begin + problem.batch_heads, problem.batch);
+    const int elements =
+        tables.extra.batch == 0 ? 1 : smaller(kMaskedElements, end - stage.batch);
+    __syncthreads();  // the words may be in use
+    const int thread = forgotten(threadIdx.x), lane = thread % 32;
+#pragma unroll 1
+    for (int i = thread / 32; i < elements * tables.stages; i += Plan::kWarps) {
+      const StageOf of = {stage.batch + i / tables.stages, 0, i % tables.stages};
+      look_at(first_column_of(problem, tables.extra, of, tables), lane,
+              smem.seen(i / tables.stages, of.index), smem);
     }
   }
 
   template <typename Smem>
-  __device__ Hidden wait(Smem& smem, int buffer) {
-    unsigned hidden = 0;
-#pragma unroll
-    for (int i = 0; i < kColumnsOfThread; ++i) hidden |= !seen[i] << i;
-    if (!__syncthreads_or(hidden)) return kNoColumn;
-    bool shows = false;
-#pragma unroll
-    for (int i = 0; i < kColumnsOfThread; ++i)
-      shows |= seen[i] && threadIdx.x + i * kThreads < smem.tables.stage_columns;
-    if (!__syncthreads_or(shows)) return kEveryColumn;
+  __device__ Hidden wait(Smem& smem, const StageOf& stage, int buffer) {
+    const auto& tables = smem.tables;
+    words = smem.seen(tables.extra.batch == 0 ? 0 : stage.batch - first_batch, stage.index) + 1;
+    __syncthreads();
+    const Hidden hidden = Hidden(words[-1]);
+    if (hidden != kSomeColumns) return hidden;
     constexpr int kChunks = (Plan::kHeadDim + Plan::kValueDim) / 8;
 #pragma unroll 1
-    for (int column = forgotten(threadIdx.x); column / 32 * 32 < smem.tables.stage_columns;
-         column += kThreads) {
-      const unsigned word = __ballot_sync(0xffffffffu, hidden & 1);
-      if (column % 32 == 0) words()[column / 32] = ~word;
-      if (hidden & 1) {
-        const unsigned address =
-            smem.stage_address(buffer) + smem.column_offsets()[column].in_stage;
+    for (int column = forgotten(threadIdx.x); column < tables.stage_columns; column += kThreads) {
+      if (words[column / 32] >> column % 32 & 1) continue;
+      const unsigned address = smem.stage_address(buffer) + smem.column_offsets()[column].in_stage;
 #pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk)
-          *static_cast<uint4*>(__cvta_shared_to_generic(chunk_address(address, chunk))) = {};
-      }
-      hidden >>= 1;
+      for (int chunk = 0; chunk < kChunks; ++chunk)
+        *static_cast<uint4*>(__cvta_shared_to_generic(chunk_address(address, chunk))) = {};
     }
     __syncthreads();
     return kSomeColumns;
@@ -92,7 +88,7 @@ struct SeenColumns<Plan, true> {
       bool is_seen = false;
       if (slot < Plan::kColumns) {
         const unsigned column = (first + tables.tile_offset[slot]) / kColumnBytes<Plan>;
-        is_seen = words()[column / 32] >> column % 32 & 1;
+        is_seen = words[column / 32] >> column % 32 & 1;
       }
       // Of every eight of the 32 columns the lane has two
       unsigned mine = __ballot_sync(0xffffffffu, is_seen) >> lane % 4 * 2 & 0x03030303;
@@ -100,6 +96,35 @@ struct SeenColumns<Plan, true> {
       bits |= LaneBits<Plan>((mine | mine >> 12) & 0xff) << n / 4;
     }
     return bits;
+  }
+
+ private:
+  // Writes what the mask says of a stage, as a warp. `mask` is where it is for the first column.
+  template <typename Smem>
+  __device__ static void look_at(const bool* mask, int lane, unsigned* seen, Smem& smem) {
+    constexpr int kUnroll = 8;
+    const int columns = smem.tables.stage_columns;
+    bool hides = false, shows = false;
+#pragma unroll 1
+    for (int begin = lane; begin - lane < columns; begin += 32 * kUnroll) {
+      bool is_seen[kUnroll];  // all loaded before the first ballot
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int column = begin + i * 32;
+        is_seen[i] = column < columns && *offset_by(mask, smem.column_offsets()[column].extra);
+      }
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int column = begin + i * 32;
+        const unsigned word = __ballot_sync(0xffffffffu, is_seen[i]);
+        if (lane == 0 && column < columns) seen[1 + column / 32] = word;
+        hides |= column < columns && !is_seen[i];
+        shows |= is_seen[i];
+      }
+    }
+    hides = __any_sync(0xffffffffu, hides);
+    shows = __any_sync(0xffffffffu, shows);
+    if (lane == 0) seen[0] = !hides ? kNoColumn : shows ? kSomeColumns : kEveryColumn;
   }
 };
 

@@ -30,8 +30,8 @@ struct alignas(16) ColumnOffsets {
 template <typename Plan>
 constexpr bool kMaskedColumns = Plan::kKeyMask && !Plan::kRowsAreKeys;
 
-// Columns that a thread looks after: the most that a stage of masked columns has for each.
-constexpr int kColumnsOfThread = 4;
+// Elements of the batch for which a block looks at a mask at once.
+constexpr int kMaskedElements = 8;
 
 // What there is of every column beside its vectors.
 template <bool kMasked>
@@ -91,8 +91,8 @@ struct SmallTables {
 constexpr unsigned kNoTile = ~0u;
 
 // The dynamic shared memory: tables, kBuffers times the block's rows, kBuffers times a stage, the
-// offsets of a stage's columns, their statistics where they are queries, and for every stage the
-// tiles of all warps. `kRowDim` elements of a row are kept.
+// offsets of a stage's columns, their statistics where they are queries, for every stage the tiles of
+// all warps, and what is known of masked columns. `kRowDim` elements of a row are kept.
 template <typename Plan, int kRowDim>
 struct SmallSmem {
   using Element = typename Plan::Element;
@@ -129,6 +129,12 @@ struct SmallSmem {
   __device__ unsigned& tile(int stage, int warp) {
     auto* tiles = reinterpret_cast<unsigned*>(&visible(tables.stages, 0, 0));
     return tiles[stage * Plan::kWarps + warp];
+  }
+  // Of masked columns, in a stage of one of the elements of the batch that a block has looked at:
+  // how many are hidden (`Hidden`), and then a bit for each column that may be seen.
+  __device__ unsigned* seen(int element, int stage) {
+    const int words = 1 + ceil_div(tables.stage_columns, 32);
+    return &tile(tables.stages, 0) + (element * tables.stages + stage) * words;
   }
 };
 

@@ -44,8 +44,8 @@ SHORTEST_TILE = 8
 MOST_STAGES = 8
 LARGEST_QUOTIENT = 1 << 20
 """`FastDivmod` of cuda/fused/small/problem.cuh takes a dividend times its divisor below this."""
-COLUMNS_OF_THREAD = 4
-"""`kColumnsOfThread` of cuda/fused/small/smem.cuh."""
+MASKED_ELEMENTS = 8
+"""`kMaskedElements` of cuda/fused/small/smem.cuh."""
 TILE_EXTENTS = 48
 """Length of the table that has one element more along each axis than a tile has columns."""
 
@@ -298,8 +298,6 @@ def _with_tiles(
 ) -> Iterator[SmallPlan]:
     """The plan, which has no tile and no stage, with all that it can have.
 
-    Where keys are masked, every thread looks after some columns of a stage.
-
     `slots` are the numbers of slots of a tile that there are kernels for.
     """
     first, *others = count(problem, plan, pass_)
@@ -314,10 +312,6 @@ def _with_tiles(
         if math.prod(stage) * max(*stage, 1) >= LARGEST_QUOTIENT:
             continue
         if math.prod(tile) < SHORTEST_TILE:
-            continue
-        if has_masked_columns(problem, pass_) and (
-            math.prod(stage) > COLUMNS_OF_THREAD * 32 * plan.form.warps
-        ):
             continue
         for columns in slots:
             if math.prod(tile) <= columns:
@@ -424,19 +418,21 @@ def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> in
     column = plan.form.buffers * column_bytes(problem) + 16 + 8 * pass_.rows_are_keys
     tiles = plan.form.warps * (64 * bit_bytes(plan.columns) + 4)
     tiles *= stages(problem, plan, pass_)
+    if has_masked_columns(problem, pass_):
+        seen = 4 + 4 * math.ceil(columns / 32)
+        tiles += MASKED_ELEMENTS * stages(problem, plan, pass_) * seen
     return math.ceil(arrays / LINE) * LINE + columns * column + tiles
 
 
 def static_bytes(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
     """Bytes of the static shared memory: `QueryRows`, `Rows` and `MovingRows`.
 
-    And what they have for a mask: `RowMask` of hidden.cuh, or a bit for each column of a stage.
+    And what rows that are keys have for a mask: `RowMask` of hidden.cuh.
     """
     rows = ROWS * plan.form.warps
     origins = 3 if pass_ == FORWARD else 8
     offsets = {FORWARD: 3, DQ: 7}.get(pass_, 4)
     mask = 0
-    if problem.has_key_mask:
-        words = plan.form.warps  # of bits
-        mask = 24 + 4 * rows + 4 * words if pass_.rows_are_keys else 4 * COLUMNS_OF_THREAD * words
+    if problem.has_key_mask and pass_.rows_are_keys:
+        mask = 24 + 4 * rows + 4 * plan.form.warps
     return mask + 24 * origins + 4 * offsets * rows
