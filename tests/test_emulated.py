@@ -13,7 +13,10 @@ from helpers.part_problems import Family, part_problem
 from cuneigh._backends import fused, naive
 from cuneigh._backends.fused import launch
 from cuneigh._backends.fused.small import plan as small_plan
-from cuneigh._gpu.passes import JVP
+from cuneigh._gpu.passes import FORWARD, JVP
+from cuneigh._parameters import window_arguments
+from cuneigh._problem import Spec
+from cuneigh._validate import attention_problem
 
 pytestmark = pytest.mark.skipif(
     compiler() is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"),
@@ -52,3 +55,25 @@ def test_tangents_of_small_windows_agree_with_the_oracle(tmp_path, monkeypatch):
             emulator.check(fused, problem, seed)
             checked += 1
     assert checked > 1
+
+
+def test_a_block_of_small_windows_looks_at_masks_ahead(tmp_path, monkeypatch):
+    """For some elements of the batch at once, of which there are more here; for all heads once."""
+
+    def whole(problem, plan, device, pass_, rates):
+        return replace(plan, batch_heads=small_plan.sizes(problem, pass_)[0])
+
+    def small(problem, device, pass_=FORWARD, *_):
+        return small_plan.make_plan.__wrapped__(problem, device, pass_)
+
+    monkeypatch.setattr(small_plan, "with_batch_heads", whole)
+    monkeypatch.setattr(launch, "choose_plan", small)
+    emulator = Emulator(tmp_path)
+    window = window_arguments("test", 1, 15, 1, 1, False)
+    for batch, heads in ((11, 1), (1, 3)):
+        query, mask = Spec((batch, 40, heads, 32), "float16"), Spec((batch, 40), "bool")
+        problem = attention_problem(
+            "test", "forward", query, query, query, window, *(None,) * 5, mask
+        )
+        for seed in range(4):
+            emulator.check(fused, problem, seed)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.brute_force import visible_mask
 from helpers.hopper import ALL_DIMS, H200, plans, supported
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cuneigh._backends.hopper.choice import make_plan
@@ -21,6 +21,7 @@ from cuneigh._backends.hopper.plan import (
     ROWS,
     Division,
     count,
+    count_seen_boxes,
     count_sums,
     division,
     head_sums,
@@ -263,6 +264,46 @@ def test_every_visible_pair_is_met_once(walk):
     assert (counts.visits, counts.full, counts.longest) == (visits, full, longest)
     if work.parts == 1:
         assert (counts.blocks, counts.loads) == (blocks, loads)
+
+
+# seen.cuh and seen.cu
+
+
+def tile_at(record, place):
+    """`tile_at` of seen.cu: the number of the first of the tiles at a place."""
+    tiles = math.prod(record["tiles"]["divisor"].tolist())
+    tile = place // tiles * tiles * int(record["head_groups"]["divisor"]) + place % tiles
+    if record["longest_last"]:
+        tile = int(record["tile_count"]) - 1 - tile
+    divided = max(tile - int(record["whole_tiles"]), 0)
+    return tile + divided * (int(record["parts"]["divisor"]) - 1)
+
+
+def place_of(record, number, tile):
+    """What `find_tile` returns."""
+    whole = int(record["whole_tiles"])
+    if number >= whole:
+        number = whole + (number - whole) // int(record["parts"]["divisor"])
+    tiles = math.prod(record["tiles"]["divisor"].tolist())
+    if record["longest_last"]:
+        number = int(record["tile_count"]) - 1 - number
+    return tile.batch * tiles + number % tiles
+
+
+@given(walk=walks())
+def test_tiles_at_a_place_have_the_same_boxes(walk):
+    """For which a mask is looked at once."""
+    problem, pass_, plan, work = walk
+    assume(not pass_.rows_are_keys)
+    record = _record(problem, plan, pass_, work, NO_FOLDINGS)[0]
+    places, most = count_seen_boxes(problem, plan, pass_)
+    first = [find_tile(problem, pass_, record, tile_at(record, place)) for place in range(places)]
+    for number in range(work.blocks):
+        tile = find_tile(problem, pass_, record, number)
+        own = first[place_of(record, number, tile)]
+        assert own.head == 0
+        assert (tile.batch, tile.groups, tile.columns) == (own.batch, own.groups, own.columns)
+        assert len(boxes_of(tile, plan.column_box)) <= most
 
 
 # sums.cuh

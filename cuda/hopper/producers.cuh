@@ -81,7 +81,8 @@ __device__ void load_columns(const HopperProblem<kRank>& problem, const ColumnMa
 // Warp 0, of which one lane does it all: boxes of columns. In the forward pass a consumer needs the
 // values of a box long after its keys; they are loaded after the keys of the next box.
 template <typename Plan>
-__device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask, SharedMemory<Plan>& smem) {
+__device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
+                           SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank;
   const auto& problem = smem.problem;
   const Maps& tangents = Plan::kTangents ? *maps.tangents : maps;

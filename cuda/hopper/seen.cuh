@@ -1,5 +1,5 @@
-// What a key mask says of boxes of columns, found once for all heads and blocks (seen.cu), and where
-// a tile finds it.
+// What a key mask says of boxes of columns, found once for all heads and blocks (seen.cu), and
+// where a tile finds it.
 #pragma once
 
 #include "cuneigh/key_mask.cuh"

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     if (meet) {
       masks = smem.visible(stage.index, warp, lane);
       if (hidden) {
-        masks &= seen.of_tile(tables, first, lane);
+        masks &= seen.of_tile(smem, stage, first, lane);
         meet = __any_sync(0xffffffffu, masks.row[0] | masks.row[1]);
       }
     }

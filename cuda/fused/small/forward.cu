@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       }
 
       LaneMasks<Plan> visible = smem.visible(stage.index, warp, lane);
-      if (hidden) visible &= seen.of_tile(tables, first, lane);
+      if (hidden) visible &= seen.of_tile(smem, stage, first, lane);
       softmax.rescale(logit_rmem, visible, problem.scale, output_rmem);
 
       // P = exp(scale * S - row_max), and O += P V, kPart dimensions of it at a time

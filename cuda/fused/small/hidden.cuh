@@ -14,8 +14,8 @@ namespace cuneigh::fused::small {
 // Which columns of a stage are hidden.
 enum Hidden : int { kNoColumn, kSomeColumns, kEveryColumn };
 
-// What a block knows of masked columns. It looks at the mask for some elements of the batch at once,
-// or where it is the same for all, once, and keeps that in shared memory.
+// What a block knows of masked columns. It looks at the mask for some elements of the batch at
+// once, or where it is the same for all, once, and keeps that in shared memory.
 template <typename Plan, bool kMasked = kMaskedColumns<Plan>>
 struct SeenColumns {
   template <typename Problem, typename Smem>
@@ -26,27 +26,27 @@ struct SeenColumns {
     __syncthreads();
     return kNoColumn;
   }
-  __device__ LaneBits<Plan> of_tile(const SmallTables<Plan>&, unsigned, int) const { return 0; }
+  template <typename Smem>
+  __device__ LaneBits<Plan> of_tile(Smem&, const StageOf&, unsigned, int) const {
+    return 0;
+  }
 };
 template <typename Plan>
 struct SeenColumns<Plan, true> {
   static constexpr int kThreads = Plan::kWarps * 32;
-  int first_batch = 0;    // of the elements that were looked at
-  const unsigned* words;  // of the stage at hand: a bit for each column that may be seen
+  int first_batch = 0;  // of the elements that were looked at
 
   // Before the first stage of each element. All threads of the block must call it.
   template <typename Problem, typename Smem>
   __device__ void look(const Problem& problem, const StageOf& stage, Smem& smem) {
     const auto& tables = smem.tables;
     const int begin = tables.rows.batch * problem.batch_heads;
-    const bool is_due = tables.extra.batch == 0
-                            ? stage.batch == begin
-                            : (stage.batch - begin) % kMaskedElements == 0;
+    const bool is_due = tables.extra.batch == 0 ? stage.batch == begin
+                                                : (stage.batch - begin) % kMaskedElements == 0;
     if (!stage.is_first() || !is_due) return;
     first_batch = stage.batch;
     const int end = smaller(begin + problem.batch_heads, problem.batch);
-    const int elements =
-        tables.extra.batch == 0 ? 1 : smaller(kMaskedElements, end - stage.batch);
+    const int elements = tables.extra.batch == 0 ? 1 : smaller(kMaskedElements, end - stage.batch);
     __syncthreads();  // the words may be in use
     const int thread = forgotten(threadIdx.x), lane = thread % 32;
 #pragma unroll 1
@@ -60,8 +60,8 @@ struct SeenColumns<Plan, true> {
   template <typename Smem>
   __device__ Hidden wait(Smem& smem, const StageOf& stage, int buffer) {
     const auto& tables = smem.tables;
-    words = smem.seen(tables.extra.batch == 0 ? 0 : stage.batch - first_batch, stage.index) + 1;
     __syncthreads();
+    const unsigned* words = words_of(smem, stage);
     const Hidden hidden = Hidden(words[-1]);
     if (hidden != kSomeColumns) return hidden;
     constexpr int kChunks = (Plan::kHeadDim + Plan::kValueDim) / 8;
@@ -79,15 +79,17 @@ struct SeenColumns<Plan, true> {
 
   // The lane's bits of the columns of a tile that may be seen; `first` is what SmallSmem::tile
   // says.
-  __device__ LaneBits<Plan> of_tile(const SmallTables<Plan>& tables, unsigned first,
+  template <typename Smem>
+  __device__ LaneBits<Plan> of_tile(Smem& smem, const StageOf& stage, unsigned first,
                                     int lane) const {
+    const unsigned* words = words_of(smem, stage);
     LaneBits<Plan> bits = 0;
 #pragma unroll
     for (int n = 0; n < Plan::kColumns; n += 32) {
       const int slot = n + lane;
       bool is_seen = false;
       if (slot < Plan::kColumns) {
-        const unsigned column = (first + tables.tile_offset[slot]) / kColumnBytes<Plan>;
+        const unsigned column = (first + smem.tables.tile_offset[slot]) / kColumnBytes<Plan>;
         is_seen = words[column / 32] >> column % 32 & 1;
       }
       // Of every eight of the 32 columns the lane has two
@@ -99,6 +101,12 @@ struct SeenColumns<Plan, true> {
   }
 
  private:
+  // A bit for each column of a stage that may be seen, after the number that says how many.
+  template <typename Smem>
+  __device__ const unsigned* words_of(Smem& smem, const StageOf& stage) const {
+    const int element = smem.tables.extra.batch == 0 ? 0 : stage.batch - first_batch;
+    return smem.seen(element, stage.index) + 1;
+  }
   // Writes what the mask says of a stage, as a warp. `mask` is where it is for the first column.
   template <typename Smem>
   __device__ static void look_at(const bool* mask, int lane, unsigned* seen, Smem& smem) {

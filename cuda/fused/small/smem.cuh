@@ -91,8 +91,8 @@ struct SmallTables {
 constexpr unsigned kNoTile = ~0u;
 
 // The dynamic shared memory: tables, kBuffers times the block's rows, kBuffers times a stage, the
-// offsets of a stage's columns, their statistics where they are queries, for every stage the tiles of
-// all warps, and what is known of masked columns. `kRowDim` elements of a row are kept.
+// offsets of a stage's columns, their statistics where they are queries, for every stage the tiles
+// of all warps, and what is known of masked columns. `kRowDim` elements of a row are kept.
 template <typename Plan, int kRowDim>
 struct SmallSmem {
   using Element = typename Plan::Element;
