@@ -17,12 +17,14 @@ A jvp takes one kernel with six products, whose arrays come with their tangents
 
 Parts of a layout and cut windows are computed like whole ones, if none crosses the seam of a ring.
 
-Boxes of which a key mask hides all keys are passed over. Hidden keys and values in other boxes are
+What a key mask says of every box of keys is found once for all heads (cuda/hopper/seen.cu), in 16
+bytes each. Boxes of which it hides all keys are passed over. Hidden keys and values in other boxes are
 set to zero once they were loaded, so that no number that they hold counts (cuda/hopper/hidden.cuh).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from cuneigh._backends.hopper import launch
@@ -68,6 +70,9 @@ SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
 stays -inf when it is multiplied by one."""
 MOST_ROWS = (1 << 31) - (1 << 16)
 """Tokens of all heads and batch entries: kernels number tiles of them by 32 bits."""
+MOST_MASKED_PAIRS = 1 << 42
+"""Pairs of a query and a key of the tiles of a head and their boxes of keys, which are 64 by 64 tokens
+at least: kernels number the boxes of a mask by 31 bits."""
 WITH_TANGENTS = ("query", "key", "value", "additional_keys", "additional_values")
 READ = (*WITH_TANGENTS, "grad_output", *(f"tangent_{name}" for name in WITH_TANGENTS))
 """The arguments that TMA reads; kernels read the others by themselves."""
@@ -110,6 +115,10 @@ def unsupported(
     rows = max(pass_.rows(problem) for way in ways(problem) for pass_ in way)
     if rows > MOST_ROWS:
         return f"takes up to {MOST_ROWS} head vectors of queries or of keys, not {rows}"
+    if problem.has_key_mask:
+        pairs = problem.batch * math.prod(problem.tokens) * math.prod(problem.key_tokens)
+        if pairs > MOST_MASKED_PAIRS:
+            return f"takes key masks up to {MOST_MASKED_PAIRS} pairs of tokens, not {pairs}"
     for name, array in (_contiguous(problem) if arrays is None else arrays).items():
         if array is None or not array.size:
             continue
