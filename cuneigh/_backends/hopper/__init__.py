@@ -18,8 +18,9 @@ A jvp takes one kernel with six products, whose arrays come with their tangents
 Parts of a layout and cut windows are computed like whole ones, if none crosses the seam of a ring.
 
 What a key mask says of every box of keys is found once for all heads (cuda/hopper/seen.cu), in 16
-bytes each. Boxes of which it hides all keys are passed over. Hidden keys and values in other boxes are
-set to zero once they were loaded, so that no number that they hold counts (cuda/hopper/hidden.cuh).
+bytes each. Boxes of which it hides all keys are passed over. Hidden keys and values in other boxes
+are set to zero once they were loaded, so that no number that they hold counts
+(cuda/hopper/hidden.cuh).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from collections.abc import Mapping
 
 from cuneigh._backends.hopper import launch
 from cuneigh._backends.hopper.choice import NAME, RATES, model, plans, predicted_ms
-from cuneigh._backends.hopper.launch import backward, forward, jvp
-from cuneigh._backends.hopper.plan import ways
+from cuneigh._backends.hopper.launch import MOST_WARPGROUPS, backward, forward, jvp
+from cuneigh._backends.hopper.plan import ROWS, ways
 from cuneigh._backends.hopper.tensor_maps import differently_folded, unreadable
 from cuneigh._device import Device
 from cuneigh._gpu import kept
@@ -71,8 +72,8 @@ stays -inf when it is multiplied by one."""
 MOST_ROWS = (1 << 31) - (1 << 16)
 """Tokens of all heads and batch entries: kernels number tiles of them by 32 bits."""
 MOST_MASKED_PAIRS = 1 << 42
-"""Pairs of a query and a key of the tiles of a head and their boxes of keys, which are 64 by 64 tokens
-at least: kernels number the boxes of a mask by 31 bits."""
+"""Pairs of a query and a key that its tile may walk over: with a key mask, kernels number pairs of
+a tile and a box of keys, which have 64 tokens at least, by 31 bits."""
 WITH_TANGENTS = ("query", "key", "value", "additional_keys", "additional_values")
 READ = (*WITH_TANGENTS, "grad_output", *(f"tangent_{name}" for name in WITH_TANGENTS))
 """The arguments that TMA reads; kernels read the others by themselves."""
@@ -115,10 +116,8 @@ def unsupported(
     rows = max(pass_.rows(problem) for way in ways(problem) for pass_ in way)
     if rows > MOST_ROWS:
         return f"takes up to {MOST_ROWS} head vectors of queries or of keys, not {rows}"
-    if problem.has_key_mask:
-        pairs = problem.batch * math.prod(problem.tokens) * math.prod(problem.key_tokens)
-        if pairs > MOST_MASKED_PAIRS:
-            return f"takes key masks up to {MOST_MASKED_PAIRS} pairs of tokens, not {pairs}"
+    if problem.has_key_mask and (pairs := _walked_pairs(problem)) > MOST_MASKED_PAIRS:
+        return f"takes a key mask over up to {MOST_MASKED_PAIRS} pairs of tokens, not {pairs}"
     for name, array in (_contiguous(problem) if arrays is None else arrays).items():
         if array is None or not array.size:
             continue
@@ -148,6 +147,14 @@ def leaves_to_others(problem: Problem) -> str | None:
     if longest > LONGEST["jvp"]:
         return f"takes head dimensions up to {LONGEST['jvp']} for tangents, not {longest}"
     return None
+
+
+def _walked_pairs(problem: Problem) -> int:
+    """No fewer than the pairs of a query and a key that its tile walks over, of one head."""
+    pairs = problem.batch * math.prod(problem.tokens)
+    for axis in problem.axes:
+        pairs *= min(axis.key_length, axis.kernel_size + axis.stride + MOST_WARPGROUPS * ROWS)
+    return pairs
 
 
 def _contiguous(problem: Problem) -> dict[str, Array]:
