@@ -305,7 +305,10 @@ def test_the_kernels_below_have_every_flag_and_width():
 def test_kernels_do_not_spill(operation, rank, dtype, head_dim, value_dim, flags, tmp_path):
     kernels = kernels_of(operation, rank, dtype, head_dim, value_dim, flags)
     has_sums = rank == 1 and head_dim > 64 and not flags
-    assert len(kernels) == {"backward": 4 if has_sums else 2}.get(operation, 1)
+    expected = {"backward": 4 if has_sums else 2}.get(operation, 1)
+    if flags and operation != "jvp":  # with a mask, one kernel more looks at it
+        expected += 1
+    assert len(kernels) == expected
     for compiled in _jit.precompile(kernels, ["sm_90a"], tmp_path).values():
         resources = compiled.resources
         assert resources.registers > 0, "the log of NVRTC was not understood"

@@ -15,7 +15,7 @@
 namespace cuneigh::hopper {
 
 template <typename Plan>
-struct JvpArguments : KeyMask<Plan> {
+struct JvpArguments : HiddenKeys<Plan> {
   View<typename Plan::Element, Plan::kRank> output, tangent_output;  // may be null
   View<float, Plan::kRank> lse, tangent_lse;                         // may be null
   unsigned* taken;  // 0 before the launch; see `begin_tiles`
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
         const __grid_constant__ TensorMap d_value,
         const __grid_constant__ TensorMap d_additional_keys,
         const __grid_constant__ TensorMap d_additional_values) {
-  auto& smem = begin_block<Plan>(problem, arguments);
+  auto& smem = begin_block<Plan>(problem);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

@@ -59,7 +59,7 @@ def jvp(
     problem: Problem, operands: Operands, tangents: Operands, results: JvpResults, program: Program
 ) -> None:
     views = Views(problem.rank)  # `JvpArguments` of cuda/hopper/jvp.cu
-    views.mask(operands.key_mask)
+    _look_at_boxes(program, problem, JVP, operands.key_mask, views)
     views.vectors(results.output, results.tangent_output)
     views.scalars(results.lse, results.tangent_lse)
     rows, columns = (operands.query,), (operands.key, operands.value)
