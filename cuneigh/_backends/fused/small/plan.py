@@ -352,6 +352,8 @@ def forms(
     if longest <= 32:
         if not one_stage:
             return {Form(4, 2, 3): (64,)}
+        if not largest_fits:
+            return {Form(4, 2, 4): (48, 64, 80), Form(4, 1, 3): (112, 144)}
         return {Form(4, 2, 4): (48, 64, 80, 112), Form(4, 1, 3): (144,)}
     if longest <= 64:
         if not one_stage:
@@ -359,7 +361,7 @@ def forms(
             return larger if newer else {Form(4, 1, 4): (64,), **larger}
         fits = problem.head_dim == problem.value_dim and not newer
         fits &= capability[0] == 9 or not problem.has_key_mask
-        of_eight = (48, 64, 80, 112) if fits else (48, 64, 80)
+        of_eight = (48, 64, 80, 112) if fits else (48, 64, 80) if largest_fits else (48, 64)
         of_four = (48, 64, 80, 112, 144) if largest_fits else (48, 64, 80, 112)
         return {Form(8, 1, 2): of_eight, Form(4, 1, 3): of_four}
     if one_stage:
