@@ -20,9 +20,10 @@ template <typename Plan, bool kMasked = kMaskedColumns<Plan>>
 struct SeenColumns {
   template <typename Problem, typename Smem>
   __device__ void look(const Problem&, const StageOf&, Smem&) {}
-  // Waits for all threads of the block. `buffer` holds the stage, which has arrived.
+  // Waits for all threads of the block. `buffer` holds the stage, which has arrived. Of a stage all
+  // of which is hidden nothing may be used, unless it `is_used`.
   template <typename Smem>
-  __device__ Hidden wait(Smem&, const StageOf&, int) {
+  __device__ Hidden wait(Smem&, const StageOf&, int, bool = false) {
     __syncthreads();
     return kNoColumn;
   }
@@ -58,12 +59,12 @@ struct SeenColumns<Plan, true> {
   }
 
   template <typename Smem>
-  __device__ Hidden wait(Smem& smem, const StageOf& stage, int buffer) {
+  __device__ Hidden wait(Smem& smem, const StageOf& stage, int buffer, bool is_used = false) {
     const auto& tables = smem.tables;
     __syncthreads();
     const unsigned* words = words_of(smem, stage);
     const Hidden hidden = Hidden(words[-1]);
-    if (hidden != kSomeColumns) return hidden;
+    if (hidden == kNoColumn || (hidden == kEveryColumn && !is_used)) return hidden;
     constexpr int kChunks = (Plan::kHeadDim + Plan::kValueDim) / 8;
 #pragma unroll 1
     for (int column = forgotten(threadIdx.x); column < tables.stage_columns; column += kThreads) {
@@ -74,7 +75,7 @@ struct SeenColumns<Plan, true> {
         *static_cast<uint4*>(__cvta_shared_to_generic(chunk_address(address, chunk))) = {};
     }
     __syncthreads();
-    return kSomeColumns;
+    return hidden;
   }
 
   // The lane's bits of the columns of a tile that may be seen; `first` is what SmallSmem::tile

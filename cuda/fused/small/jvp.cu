@@ -116,8 +116,6 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     const int thread = forgotten(threadIdx.x), lane = thread % 32, warp = thread / 32;
     load_stage(problem, stage, tables.qk, tables.vo, smem, 0, thread);
     load_stage(problem, stage, rows.d_key, rows.d_value, smem, 1, thread);
-    if constexpr (kMaskedColumns<Plan>)
-      seen.read(first_column_of(problem, tables.extra, stage, tables), smem);
     const Offsets* offsets = &rows.offsets[warp * 16];
     load_warp_rows<Plan::kHeadDim, &Offsets::query>(in_batch(rows.query, stage.batch), offsets,
                                                     lane, &smem.row[0][warp * 16], 0);
@@ -132,9 +130,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     const int thread = forgotten(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const unsigned first = smem.tile(0, warp);
     const unsigned to_tangents = tables.stage_bytes;  // from a column to its tangent
+    seen.look(problem, stage, smem);
     cp_async_wait<0>();
-    const bool hides = seen.wait(smem, 0);
-    if constexpr (kMaskedColumns<Plan>) seen.wait(smem, 1);
+    const Hidden hidden = seen.wait(smem, stage, 0, true);
+    if constexpr (kMaskedColumns<Plan>) seen.wait(smem, stage, 1, true);
     const TileAddresses<Plan> tile(smem.stage_address(0), first, tables, lane);
 
     // S = Q K^T,  dS = dQ K^T + Q dK^T. Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     float d_output_rmem[kPart / 8][4] = {};  // kPart dimensions of P dS V + P dV
     float d_sum[2] = {};                     // sum(P dS) of this lane's columns
     LaneMasks<Plan> visible = smem.visible(0, warp, lane);
-    if (hides) visible &= seen.of_tile(tables, first, lane);
+    if (hidden) visible &= seen.of_tile(smem, stage, first, lane);
     softmax.rescale(logit_rmem, visible, problem.scale, output_rmem);
 
     // O /= sum(P), and dO likewise: writes the parts from the dimension `begin` on

@@ -345,7 +345,8 @@ def forms(
     newer = capability[0] > 9
     largest_fits = not (newer and problem.has_key_mask)
     if pass_ == JVP:
-        return _forms_of_jvp(longest, capability, largest_fits) if one_stage else {}
+        has_room = capability[0] == 9 and not problem.has_key_mask
+        return _forms_of_jvp(longest, has_room, largest_fits) if one_stage else {}
     if pass_ != FORWARD:
         beside = {32: (4,), 64: (3,) if pass_ == DQ else (2, 3), 128: (2,)}[longest]
         return {Form(4, 1, blocks): (64, 80, 112, 128) for blocks in beside}
@@ -369,12 +370,10 @@ def forms(
     return {Form(4, 1, 2): (64, 80)} if newer else {Form(4, 1, 3): (64,), Form(4, 1, 2): (80,)}
 
 
-def _forms_of_jvp(
-    longest: int, capability: tuple[int, int], largest_fits: bool
-) -> dict[Form, tuple[int, ...]]:
+def _forms_of_jvp(longest: int, has_room: bool, largest_fits: bool) -> dict[Form, tuple[int, ...]]:
     """Those of a jvp, whose logits take twice the registers."""
     if longest <= 32:
-        if capability[0] == 9:
+        if has_room:
             return {Form(4, 2, 3): (48, 64, 80, 112), Form(4, 2, 2): (144,)}
         return {Form(4, 2, 3): (48, 64, 80), Form(4, 2, 2): (112, 144)}
     slots = (48, 64, 80, 112) if longest <= 64 or largest_fits else (48, 64, 80)
