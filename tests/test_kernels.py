@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -179,9 +180,10 @@ def test_every_source_is_compiled() -> None:
     every = get_args(Operation)
     full = [*problems("float16", [3], rpb_dtype="float16", additional=1, operations=every)]
     plain = [*problems("float16", [1], length=32), *problems("float16", [1], head_dim=128)]
+    masked = [replace(problem, has_key_mask=True) for problem in plain]
     kernels = {
         kernel.name
-        for problem in full + plain
+        for problem in full + plain + masked
         for backend in BACKENDS
         if backend.unsupported(problem, device_of("sm_90")) is None
         for kernel in backend.kernels(problem, device_of("sm_90"))
