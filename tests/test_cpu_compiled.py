@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import tracemalloc
 import types
 from dataclasses import replace
@@ -220,6 +221,61 @@ print(round(float(cuneigh.na3d(x, x, x, 3).mean()), 3), "numba" in __import__("s
     assert told[0].count("cuneigh: compiling") == 2
     assert str(tmp_path) in told[0]
     assert told[1:] == ["", ""]
+
+
+OF_SIZES = """
+import sys, numpy, cuneigh
+for dim in map(int, sys.argv[1:]):
+    x = numpy.random.default_rng(dim).standard_normal((1, 8, 32, 32, 2, dim), dtype="float32")
+    part = x[:, :6, :6, :6]  # so small that products serve
+    got, wanted = (cuneigh.na3d(each, each, each, 3)[:, :5, :5, :5] for each in (x, part))
+    assert numpy.abs(got - wanted).max() < 1e-4, dim
+"""
+
+
+@needs_numba
+def test_what_other_processes_have_compiled_is_told_apart_and_mended(tmp_path):
+    """Numba numbers the functions of every process anew."""
+
+    def run(*dims):
+        done = subprocess.run(
+            [sys.executable, "-c", OF_SIZES, *dims],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"CUNEIGH_CACHE_DIR": str(tmp_path), "CUNEIGH_QUIET": "0"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert run("8").count("cuneigh: compiling") == run("16").count("cuneigh: compiling") == 2
+    assert run("16", "8") == ""
+    for kept in (tmp_path / "numba").iterdir():
+        kept.write_bytes(kept.read_bytes()[:100])
+    assert run("8").count("\n") == 2
+    assert run("8") == ""
+
+
+@needs_numba
+def test_a_fork_while_another_thread_compiles_leaves_the_child_products():
+    problem = attention((16, 28, 28), (32, 32), kernel_size=3, heads=4)
+    entered, done = threading.Event(), threading.Event()
+
+    def hold():
+        with toolchain._lock:
+            entered.set()
+            done.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    entered.wait(30)
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        os._exit(0 if "forked" in (choice.unsupported(problem) or "") else 1)
+    done.set()
+    holder.join()
+    assert os.waitpid(child, 0)[1] == 0
+    assert choice.unsupported(problem) is None
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,17 @@ def kernels(head_dim: int, value_dim: int, bits: int, lanes: int) -> Kernels:
     number = np.dtype(f"f{itemsize}").type
     low, zero, one = number(-np.inf), number(0), number(1)
 
+    def named(function):  # type: ignore[no-untyped-def]
+        """`function`, called after the sizes that are compiled into it.
+
+        Where two processes keep code of different sizes, a third one that loads both would take one
+        for the other by Numba's name, which is that of the function and a number that every process
+        counts anew.
+        """
+        name = f"{function.__name__}_{head_dim}_{value_dim}_{bits}"
+        function.__name__ = function.__qualname__ = name
+        return function
+
     @numba.njit(inline="always")
     def row(address, strides, a, b, c, h):  # type: ignore[no-untyped-def]
         """Where a token's row is."""
@@ -64,6 +75,7 @@ def kernels(head_dim: int, value_dim: int, bits: int, lanes: int) -> Kernels:
         return total - total == 0
 
     @numba.njit(**OPTIONS)
+    @named
     def find_places(key_places, value_places, counts, steps, sizes):  # type: ignore[no-untyped-def]
         """Where the rows of a window's keys are, from the first one; returns their number."""
         n = 0
@@ -86,6 +98,7 @@ def kernels(head_dim: int, value_dim: int, bits: int, lanes: int) -> Kernels:
         for j in range(n, padded(n)):
             write(low, out, j)
 
+    @named
     def pack(  # type: ignore[no-untyped-def]
         key, key_strides, value, value_strides, sizes, heads, keys, values
     ):
@@ -96,6 +109,7 @@ def kernels(head_dim: int, value_dim: int, bits: int, lanes: int) -> Kernels:
             keys += key_bytes
             values += value_bytes
 
+    @named
     def unpack(  # type: ignore[no-untyped-def]
         key, key_strides, value, value_strides, sizes, heads, keys, values
     ):
@@ -106,6 +120,7 @@ def kernels(head_dim: int, value_dim: int, bits: int, lanes: int) -> Kernels:
             keys += key_bytes
             values += value_bytes
 
+    @named
     def forward(  # type: ignore[no-untyped-def]
         query, query_strides, keys, values, output, output_strides, lse, lse_strides,
         begins, counts, steps, sizes, heads, group_size, scale,
@@ -150,6 +165,7 @@ def kernels(head_dim: int, value_dim: int, bits: int, lanes: int) -> Kernels:
                                 result = number(np.log(total)) + shift
                                 write(result, row(lse, lse_strides, a, b, c, head), 0)
 
+    @named
     def backward(  # type: ignore[no-untyped-def]
         query, query_strides, keys, values, output, output_strides, lse, lse_strides,
         grad_output, grad_output_strides, grad_lse, grad_lse_strides,

@@ -7,11 +7,13 @@ cache directory, where CUDA kernels are, by the sources, the sizes of heads and 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,8 +82,7 @@ def lanes(bits: int) -> int:
 
 @cache
 def _compiled(name: str, head_dim: int, value_dim: int, bits: int) -> Callable[..., None]:
-    import numba
-
+    numba = _imported()
     from cuneigh._backends.cpu.compiled.kernels import OPTIONS, SIGNATURES, kernels
 
     made: Any = kernels(head_dim, value_dim, bits, lanes(bits))
@@ -92,6 +93,32 @@ def _compiled(name: str, head_dim: int, value_dim: int, bits: int) -> Callable[.
     dispatcher.compile(SIGNATURES[name](bits))
     dispatcher.disable_compile()
     return dispatcher  # type: ignore[no-any-return]
+
+
+def _imported() -> Any:
+    """The module. An import that is interrupted leaves nothing of it that the next would meet."""
+    known = set(sys.modules)
+    try:
+        return importlib.import_module("numba")
+    except BaseException:
+        for name in set(sys.modules) - known:
+            if name.split(".")[0] == "numba":
+                del sys.modules[name]
+        raise
+
+
+def _after_fork() -> None:
+    """In the child: a thread that held the lock, and Numba's own ones, is not there any more."""
+    global _lock, _failure
+    if _lock.acquire(blocking=False):
+        _lock.release()
+        return
+    _lock = threading.RLock()
+    _failure = "this process was forked while another thread compiled"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 # What is kept on disk
@@ -133,7 +160,8 @@ def _cache_class() -> type:
                 try:
                     found = super().load_overload(signature, context)
                 except Exception:  # a damaged file counts as absent, and is written again
-                    found = None
+                    with suppress(OSError):
+                        self.flush()
             if found is None:
                 _tell(self._described, self.cache_path)
             return found
