@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.emulated import H100, Emulator, compiler
 from helpers.part_problems import Family, part_problem
+from helpers.strategies import inputs
 
 from cuneigh._backends import fused, naive
 from cuneigh._backends.fused import launch
@@ -77,3 +78,27 @@ def test_a_block_of_small_windows_looks_at_masks_ahead(tmp_path, monkeypatch):
         )
         for seed in range(4):
             emulator.check(fused, problem, seed)
+
+
+def test_outputs_in_parts_are_zero_where_every_key_is_hidden(tmp_path, monkeypatch):
+    """Of 128 dimensions, which small windows compute and write 64 at a time."""
+
+    def small(problem, device, pass_=FORWARD, *_):
+        plan = small_plan.make_plan(problem, device, pass_)
+        assert plan is not None
+        assert plan.one_stage
+        return plan
+
+    monkeypatch.setattr(launch, "choose_plan", small)
+    query, value = Spec((2, 9, 1, 32), "float16"), Spec((2, 9, 1, 128), "float16")
+    mask = Spec((2, 9), "bool")
+    window = window_arguments("test", 1, 3, 1, 1, False)
+    problem = attention_problem("test", "forward", query, query, value, window, *(None,) * 5, mask)
+    seeds = [seed for seed in range(40) if not mask_of(problem, seed)[0].any()]
+    emulator = Emulator(tmp_path)
+    for seed in seeds[:2]:
+        emulator.check(fused, problem, seed)
+
+
+def mask_of(problem, seed):
+    return inputs(problem, np.random.default_rng(seed)).operands.key_mask

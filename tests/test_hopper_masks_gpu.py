@@ -86,6 +86,26 @@ def test_boxes_of_hidden_keys_are_passed_over(
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("shown", [True, False], ids=["whole", "empty"])
+def test_a_box_with_holes_may_be_followed_by_one_without(operation, shown):
+    """Which takes its place in shared memory, and is not waited for."""
+    query = Spec((1, 3000, 2, 64), "float16")
+    window = window_arguments("test", 1, 1501, 1, 1, False)
+    mask_spec = Spec((1, 3000), "bool")
+    problem = attention_problem(
+        "test", operation, query, query, query, window, *(None,) * 5, mask_spec
+    )
+    mask = np.full((1, 3000), shown)
+    mask[0, ::487] ^= True  # in a fourth of the boxes of 128 keys
+    given_inputs = with_mask(inputs(problem, np.random.default_rng(0)), mask)
+    for way in ways(problem):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "passes", lambda problem, device, way=way: way)
+            for _ in range(3):
+                check_backend(hopper, problem, given_inputs, **NATIVE)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 @given(data=st.data(), rng=generators())
 def test_a_mask_that_hides_nothing_changes_no_bits(operation, data, rng):
     problem = replace(data.draw(supported((operation,))), has_key_mask=False)

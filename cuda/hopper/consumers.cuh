@@ -62,11 +62,16 @@ struct Consumer {
     }
     return false;
   }
-  __device__ void wait_for_vo() const {
+  // Whether columns of the box are being set to zero. Until that is done its qk must not be
+  // released: what comes in its place overwrites the answer, and is clean as soon as it has come.
+  __device__ bool has_holes() const {
+    return kMaskedColumns<Plan> && smem.visibility[boxes.slot()][w] >= kPartialHoles;
+  }
+  __device__ void wait_for_vo() const { wait_for_vo(has_holes()); }
+  __device__ void wait_for_vo(bool has_holes) const {
     smem.vo_full[boxes.slot()].wait(boxes.parity());
     if constexpr (kMaskedColumns<Plan>)
-      if (smem.visibility[boxes.slot()][w] >= kPartialHoles)
-        smem.clean(boxes.slot()).wait(boxes.parity());
+      if (has_holes) smem.clean(boxes.slot()).wait(boxes.parity());
   }
   __device__ void release_qk() const { smem.qk_empty[boxes.slot()].arrive_as_warp(); }
   __device__ void release_vo() const { smem.vo_empty[boxes.slot()].arrive_as_warp(); }

@@ -65,6 +65,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   // one stage, its weights can be multiplied with one part of the values after another.
   constexpr int kMost = Plan::kLse && Plan::kColumns + Plan::kValueDim > 200 ? 32 : 64;
   constexpr int kPart = Plan::kOneStage && Plan::kValueDim > kMost ? kMost : Plan::kValueDim;
+  // All parts but the last are written where they are computed, even if every key is hidden
+  constexpr bool kWritesParts = kPart < Plan::kValueDim;
   extern __shared__ __align__(128) char memory_smem[];
   auto& smem = *reinterpret_cast<SmallSmem<Plan, Plan::kHeadDim>*>(memory_smem);
   const auto& tables = smem.tables;
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
     seen.look(problem, stage, smem);
     cp_async_wait<0>();
-    const Hidden hidden = seen.wait(smem, stage, buffer);
+    const Hidden hidden = seen.wait(smem, stage, buffer, kWritesParts);
     StageOf next = stage;
     bool more;
     if (Plan::kBuffers == 2) {
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     }
 
     const unsigned first = smem.tile(stage.index, warp);
-    if ((Plan::kOneStage || first != kNoTile) && hidden != kEveryColumn) {
+    if ((Plan::kOneStage || first != kNoTile) && (hidden != kEveryColumn || kWritesParts)) {
       const TileAddresses<Plan> tile(smem.stage_address(buffer), first, tables, lane);
 
       // S = Q K^T
