@@ -29,6 +29,7 @@ from cuneigh._backends.hopper.plan import (
     pieces,
     shared_bytes,
     side_by_side,
+    vo_stages,
     ways,
     width,
 )
@@ -261,6 +262,7 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kWarpgroups": form.warpgroups,
         "kColumns": form.columns,
         "kStages": form.stages,
+        "kVoStages": vo_stages(form, pass_),
         "kRowSlots": form.row_slots,
         "kHeadDim": padded(problem.head_dim),
         "kValueDim": padded(problem.value_dim),
