@@ -7,10 +7,11 @@
 // makes its columns of dQ from the dS and the keys of both. A producer warp adds that to sums in
 // memory (sums.cuh), which another kernel (dq_of_sums.cu) turns into dQ.
 //
-// The probabilities are computed while dP^T is, dS^T while dV is. dQ is that of the box before: by
-// then the other warpgroup has written its dS, though it may be half a box behind, which is where
-// it fills the gaps that this one leaves to the tensor cores. dQ leaves while dK is made. Other
-// roles, tiles and barriers are those of the forward pass (forward.cu).
+// Behind S^T of a box come dK of the box before, and dQ of the one before that: by then the other
+// warpgroup has written its dS, though it may be half a box behind, which is where it fills the
+// gaps that this one leaves to the tensor cores. The probabilities are computed while these two
+// are, dS^T while dV is. Other roles, tiles and barriers are those of the forward pass
+// (forward.cu).
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
 #include "hopper/gradients.cuh"
@@ -45,14 +46,14 @@ struct QueryGradient {
     smem.grad_logit_full[exchange.slot()].arrive_as_warp();
   }
 
-  // Until all warpgroups have shared dS of the box before.
-  __device__ void wait() const { wait(exchange.before()); }
+  // The slots of the last box, and of the one before that.
+  __device__ Ring<2> last() const { return exchange.before(); }
+  __device__ Ring<2> last_but_one() const { return exchange.before().before(); }
+
+  // Until all warpgroups have shared dS of the box in slot `at`.
   __device__ void wait(Ring<2> at) const { smem.grad_logit_full[at.slot()].wait(at.parity()); }
 
-  // Issues dQ = dS K of the box before; `keys` is this warpgroup's line of the keys of all.
-  __device__ void issue(float (&grad_query)[kTiles][4], Descriptor keys) const {
-    issue(grad_query, keys, exchange.before());
-  }
+  // Issues dQ = dS K of that box; `keys` is this warpgroup's line of the keys of all.
   __device__ void issue(float (&grad_query)[kTiles][4], Descriptor keys, Ring<2> at) const {
     const Descriptor grad_logits = rows_descriptor(shared_address(smem.grad_logit));
     constexpr int kSlot = sizeof(smem.grad_logit[0]) / kDescriptorBytes;
@@ -60,10 +61,7 @@ struct QueryGradient {
         grad_query, grad_logits + at.slot() * kSlot, keys, sizeof(smem.row[0]));
   }
 
-  // Hands dQ of the box before over to `add_sums`.
-  __device__ void hand_over(const float (&grad_query)[kTiles][4]) {
-    hand_over(grad_query, exchange.before());
-  }
+  // Hands dQ of that box over to `add_sums`.
   __device__ void hand_over(const float (&grad_query)[kTiles][4], Ring<2> at) {
     smem.sum_empty.wait(sums.parity() ^ 1);
 #pragma unroll
@@ -105,24 +103,24 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     const Descriptor key_columns = key_columns_at + (me.rows.slot() - w) * kSlot;
     float grad_key[Plan::kHeadColumns / 8][4] = {};     // dK [64, kHeadColumns]
     float grad_value[Plan::kValueColumns / 8][4] = {};  // dV [64, kValueColumns]
-    unsigned grad_logit[kSteps][4] = {};                // dS^T of the box before [64, kColumns]
-    Ring<Plan::kStages> before = me.boxes;              // the place of the box before
-    int done = 0;  // boxes of the tile
+    unsigned grad_logit[kSteps][4] = {};                // dS^T of the last box [64, kColumns]
+    Ring<Plan::kStages> before = me.boxes;              // its place
+    int done = 0;                                       // boxes of the tile
 
     while (me.begin_box()) {
       const unsigned stage = me.boxes.slot();
       const unsigned qk = stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
       const unsigned vo = me.vo().slot() * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
-      if (done == 0) before = me.boxes;
+      if (done == 0) before = me.boxes;  // whose dS^T are zeros
       const unsigned qk_before = before.slot() * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
       // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
-      // dK += dS^T Q, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
-      // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
-      float logit[kTiles][4], grad_weight[kTiles][4];
+      float logit[kTiles][4];
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
+      // dQ of the last box but one; in a tile's first two boxes it is of nothing, and goes nowhere
       float grad_query[QueryGradient<Plan>::kTiles][4];  // [64, 64]
-      if (done > 1) dq.wait(dq.exchange.before().before());
-      dq.issue(grad_query, key_columns, dq.exchange.before().before());
+      if (done > 1) dq.wait(dq.last_but_one());
+      dq.issue(grad_query, key_columns, dq.last_but_one());
+      // dK += dS^T Q of the last box, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
       accumulate<Element, Plan::kHeadColumns>(grad_key, grad_logit, query_columns_at + qk_before);
       wait_for_products<2>();
       hold(logit);
@@ -134,8 +132,10 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       pack_weights<Element>(logit, 0, weight);
       wait_for_products<1>();
       hold(grad_query);
-      if (done > 1) dq.hand_over(grad_query, dq.exchange.before().before());
+      if (done > 1) dq.hand_over(grad_query, dq.last_but_one());
+      // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
       // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
+      float grad_weight[kTiles][4];
       me.wait_for_vo();
       multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
       accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
@@ -155,8 +155,8 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       dq.exchange.advance();
     }
     float grad_query[QueryGradient<Plan>::kTiles][4];
-    if (done > 1) dq.wait(dq.exchange.before().before());
-    dq.issue(grad_query, key_columns, dq.exchange.before().before());
+    if (done > 1) dq.wait(dq.last_but_one());
+    dq.issue(grad_query, key_columns, dq.last_but_one());
     accumulate<Element, Plan::kHeadColumns>(
         grad_key, grad_logit,
         query_columns_at + before.slot() * (sizeof(smem.column_qk[0]) / kDescriptorBytes));
@@ -164,13 +164,13 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     hold(grad_key);
     hold(grad_query);
     smem.qk_empty[before.slot()].arrive_as_warp();
-    if (done > 1) dq.hand_over(grad_query, dq.exchange.before().before());
-    dq.wait();
-    dq.issue(grad_query, key_columns);
+    if (done > 1) dq.hand_over(grad_query, dq.last_but_one());
+    dq.wait(dq.last());
+    dq.issue(grad_query, key_columns, dq.last());
     wait_for_products<0>();
     hold(grad_query);
     me.release_rows();
-    dq.hand_over(grad_query);
+    dq.hand_over(grad_query, dq.last());
     store_key_gradients(problem, me, arguments, arguments.grad_key, arguments.grad_value, grad_key,
                         grad_value);
     me.end_tile();

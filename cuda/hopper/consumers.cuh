@@ -18,7 +18,7 @@ struct Consumer {
   Ring<Plan::kRowSlots> rows;
   Ring<Plan::kStages> boxes;
   Ring<Plan::kVoStages> vo_boxes;  // the same in the ring of vo; see `vo`
-  int left = 0;  // boxes of the tile, from the current one on
+  int left = 0;                    // boxes of the tile, from the current one on
 
   __device__ Consumer(SharedMemory<Plan>& smem, int w) : smem(smem), w(w) { rows.advance(w); }
 

@@ -112,9 +112,9 @@ __device__ int looked_after() {
 }
 
 // Writes to the tables which columns each coordinate of a tile's rows sees, and which the warpgroup
-// as a whole that the lane looks after. `kLanes` lanes share the work. Rows past the end of an axis see nothing; if
-// kSums, their logits must be hidden, since they count in sums of columns. So it is with keys that
-// `mask` hides; returns whether there are any.
+// as a whole that the lane looks after. `kLanes` lanes share the work. Rows past the end of an axis
+// see nothing; if kSums, their logits must be hidden, since they count in sums of columns. So it is
+// with keys that `mask` hides; returns whether there are any.
 template <typename Plan, int kLanes>
 __device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenKeys<Plan>& mask,
                         const Tile<Plan::kRank>& tile, int lane,

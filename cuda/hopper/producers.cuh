@@ -155,7 +155,7 @@ __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsi
   Ring<2> tiles;
   Ring<Plan::kRowSlots> rows;
   const unsigned untaken = Plan::kSums ? 0 : gridDim.x;  // tiles that are not counted
-  volatile int& next = smem.next_tile;  // in shared memory: registers are few
+  volatile int& next = smem.next_tile;                   // in shared memory: registers are few
   next = Plan::kSums ? atomicAdd(taken, 1u) : blockIdx.x;
   for (;; tiles.advance()) {
     smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);

@@ -47,9 +47,9 @@ constexpr bool kFew = Plan::kWarpgroups == 3 && Plan::kValueColumns <= 64 &&
 // done. For that consumers take registers from the producers, who need them along three axes, with
 // dilation, for parts and for masks.
 template <typename Plan>
-constexpr bool kAhead = Plan::kSums ||
-                        (Plan::kRowsAreKeys && Plan::kWarpgroups == 2 && Plan::kRank < 3 &&
-                         !Plan::kDilated && !Plan::kKeyMask && !Axis::kIsPart);
+constexpr bool kAhead =
+    Plan::kSums || (Plan::kRowsAreKeys && Plan::kWarpgroups == 2 && Plan::kRank < 3 &&
+                    !Plan::kDilated && !Plan::kKeyMask && !Axis::kIsPart);
 template <typename Plan>
 constexpr int kConsumerRegisters = Plan::kWarpgroups == 2 ? (kAhead<Plan> ? 240 : 232)
                                    : kFew<Plan>           ? 152
@@ -129,9 +129,7 @@ constexpr int kMaskLanes = Plan::kSums ? 32 : 64;
 template <bool kWarp, typename Plan, typename Visit>
 __device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
   // The warp's place in the ring lies in shared memory: registers are few
-  const auto place = [&]() -> volatile unsigned& {
-    return smem.tile_position[thread_anew() / 32];
-  };
+  const auto place = [&]()->volatile unsigned& { return smem.tile_position[thread_anew() / 32]; };
   const auto move_to = [&](Ring<2> ring) {
     if (!kWarp || thread_anew() % 32 == 0) place() = ring.position;
     if (kWarp) __syncwarp();
