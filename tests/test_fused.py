@@ -256,17 +256,25 @@ def sizes_of(kernel):
     return sizes, re.sub(r".* int .*\n", "", kernel.plan)
 
 
-def is_part_of(kernel, other):
+def is_part_of(kernel, other, device):
     """Whether `kernel` does a part of what `other` does, with as many registers or more.
 
-    It has shorter loops over rows, columns or dimensions, or adds no bias, and no other difference.
+    It has shorter loops over rows, columns or dimensions, adds no bias, or has the sums of one
+    gradient, that of queries, where `other` has those of keys and of values; and no other
+    difference. It may have more columns for fewer rows, but on the device for which boxes of every
+    size are compiled. On every device it then takes as many registers or fewer.
     """
     (sizes, rest), (others, rest_of_other) = sizes_of(kernel), sizes_of(other)
-    without_bias = re.sub(r"using Bias = \w+;", "using Bias = void;", rest_of_other)
-    shorter = {"kRowTiles", "kColumns", "kHeadDim", "kValueDim", "kBlocks"}
+    if device != LARGE:
+        for each in (sizes, others):
+            each["logits"] = each.pop("kColumns") * each["kRowTiles"]
+    parts = {rest_of_other, re.sub(r"using Bias = \w+;", "using Bias = void;", rest_of_other)}
+    if "kGradQk = true" in rest_of_other and "kGradV = true" in rest_of_other:
+        parts |= {re.sub(r"(kRowsAreKeys|kGradV) = true", r"\1 = false", part) for part in parts}
+    shorter = {"kRowTiles", "kColumns", "logits", "kHeadDim", "kValueDim", "kBlocks"}
     return (
         kernel.name == other.name
-        and rest in (rest_of_other, without_bias)
+        and rest in parts
         and (sizes, rest) != (others, rest_of_other)
         and all(
             size <= others[name] if name in shorter else size == others[name]
@@ -276,7 +284,7 @@ def is_part_of(kernel, other):
 
 
 def kernels_to_compile(device, dtype, operation):
-    """The kernels of all lengths in COMPILED, and those of them that are no part of another."""
+    """The kernels of all lengths in COMPILED, and those of them that are to be compiled."""
     every = [
         kernel
         for of_device, head_dim, of_dtype in COMPILED
@@ -284,8 +292,30 @@ def kernels_to_compile(device, dtype, operation):
         for problem in problems_of(device, head_dim, dtype, operation)
         for kernel in kernels_of(problem, device)
     ]
-    largest = [kernel for kernel in every if not any(is_part_of(kernel, other) for other in every)]
+    largest = [
+        kernel
+        for kernel in every
+        if is_full(kernel, device) and not any(is_part_of(kernel, other, device) for other in every)
+    ]
     return every, largest
+
+
+# `kRowsAreKeys` and `kGradQk` of the gradients of 256 elements in half types, all three of which
+# have 30 registers left: each is compiled for one of the devices that have boxes of their own.
+IN_TURN = {OLDEST: (False, True), SMALL: (True, False), LARGE: (True, True)}
+
+
+def is_full(kernel, device):
+    """Whether `kernel` may use up the registers of `device` where others like it do not."""
+    sizes, rest = sizes_of(kernel)
+    longest = max(sizes["kHeadDim"], sizes["kValueDim"])
+    if kernel.name == "fused/backward" and longest == 256 and "float16" in rest:
+        return all(
+            f"{flag} = {str(value).lower()}" in rest
+            for flag, value in zip(("kRowsAreKeys", "kGradQk"), IN_TURN[device], strict=True)
+        )
+    # Short vectors do where several blocks share a multiprocessor.
+    return longest > 64 or sizes["kBlocks"] > 1 or device == LARGE
 
 
 OPERATIONS = ("forward", "backward")
