@@ -247,7 +247,7 @@ def test_records_have_the_size_that_the_struct_asserts(problem):
 # them that have the longest vectors beside three and two warpgroups. These are compiled with every
 # number of axes, with all flags or none in turn, so that each flag is there, and is not, for each
 # number of axes, each dimension and each dtype. Shorter vectors have shorter loops beside the same
-# producers, and are compiled once. Dimensions that differ come last.
+# producers, and are compiled once, mostly for one axis, which takes NVRTC half the time.
 FLAGS = ("kDilated", "kAdditional", "kSigned", "kKeyMask")
 LONGEST = [("forward", 128), ("forward", 256), ("backward", 64), ("backward", 128)]
 FULL = [
@@ -257,15 +257,15 @@ FULL = [
 ]
 COMPILED = [
     *FULL,
-    ("forward", 3, "float16", 32, 32, 1),
-    ("forward", 3, "bfloat16", 64, 64, 0),
-    ("forward", 3, "float16", 96, 96, 0),
-    ("forward", 3, "bfloat16", 192, 192, 1),
+    ("forward", 1, "float16", 32, 32, 1),
+    ("forward", 1, "float16", 64, 64, 0),
+    ("forward", 1, "bfloat16", 96, 96, 0),
+    ("forward", 1, "bfloat16", 192, 192, 1),
     ("forward", 3, "bfloat16", 64, 128, 1),
-    ("forward", 3, "float16", 128, 64, 1),
+    ("forward", 1, "float16", 128, 64, 0),
     ("backward", 1, "bfloat16", 32, 96, 0),
-    ("jvp", 1, "bfloat16", 64, 64, 0),
-    ("jvp", 3, "float16", 128, 128, 1),
+    ("jvp", 1, "float16", 64, 64, 0),
+    ("jvp", 3, "bfloat16", 128, 128, 1),
 ]
 
 
