@@ -168,9 +168,8 @@ def test_every_operation_agrees_with_the_oracle(operation, data, rng, layout, na
         check_backend(cpu, problem, inputs(problem, rng, layout))
 
 
-# The cut does not depend on the dtype: one for each dtype of sums will do.
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("operation", ["forward", "backward"])
+# The cut does not depend on the dtype: any dtype of sums will do.
+@pytest.mark.parametrize(("operation", "dtype"), [("forward", "float64"), ("backward", "float32")])
 @pytest.mark.parametrize(
     ("tokens", "kernel_size", "window"),
     [
@@ -192,7 +191,7 @@ def test_problems_of_many_tiles_agree_with_the_oracle(
 
 # Here and below, cuts are to be many, for which small problems will do.
 @pytest.mark.parametrize("layout", LAYOUTS)
-@given(problem=problems(budget=20_000), rng=generators(), name=cuts())
+@given(problem=problems(budget=5_000), rng=generators(), name=cuts())
 def test_memory_layout_changes_no_bit(layout, problem, rng, name):
     strided = inputs(problem, rng, layout)
     contiguous = Inputs(
@@ -208,7 +207,7 @@ def contiguous_copy(array):
     return None if array is None else np.ascontiguousarray(array)
 
 
-@given(problem=problems(budget=20_000), rng=generators(), name=cuts(), threads=st.integers(2, 4))
+@given(problem=problems(budget=5_000), rng=generators(), name=cuts(), threads=st.integers(2, 4))
 def test_the_number_of_threads_changes_no_bit(problem, rng, name, threads):
     given_inputs = inputs(problem, rng)
     with cut(name, threads=1):
@@ -273,7 +272,8 @@ def test_runs_of_even_steps_hold_every_position_once(firsts):
 )
 def test_a_token_reaches_only_the_queries_that_see_it(data, rng, name, poison, what):
     dtypes = ("float32", "float64") if np.isfinite(poison) else tuple(DTYPES)
-    problem = data.draw(problems(operations=("forward", "backward"), dtypes=dtypes, cross=False))
+    operations = "forward", "backward"
+    problem = data.draw(problems(operations, dtypes, budget=20_000, cross=False))
     plain = inputs(problem, rng)._replace(wants_lse=True)
     token = tuple(data.draw(st.integers(0, length - 1)) for length in problem.tokens)
     changed = getattr(plain.operands, what).copy()
@@ -292,7 +292,7 @@ def test_a_token_reaches_only_the_queries_that_see_it(data, rng, name, poison, w
 
 @given(data=st.data(), rng=generators(), poison=st.sampled_from([np.nan, np.inf, 1e3]))
 def test_a_query_and_its_gradient_reach_only_what_it_sees(data, rng, poison):
-    problem = data.draw(problems(operations=("backward",), cross=False))
+    problem = data.draw(problems(operations=("backward",), budget=20_000, cross=False))
     plain = inputs(problem, rng)
     token = tuple(data.draw(st.integers(0, length - 1)) for length in problem.tokens)
     here = (slice(None), *token)

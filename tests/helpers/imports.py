@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 
@@ -17,12 +18,17 @@ class Package:
     def __init__(self, folder: Path) -> None:
         self.root, self.name = folder.parent, folder.name
         self.files = {self.name_of(file): file for file in sorted(folder.rglob("*.py"))}
-        self.trees = {
+
+    @cached_property
+    def trees(self) -> dict[str, ast.Module]:
+        """What each module is parsed to."""
+        return {
             name: ast.parse(file.read_text(encoding="utf-8")) for name, file in self.files.items()
         }
-        self.imports = {
-            name: set(self._imports_of(tree)) - {name} for name, tree in self.trees.items()
-        }
+
+    @cached_property
+    def imports(self) -> dict[str, set[str]]:
+        return {name: set(self._imports_of(tree)) - {name} for name, tree in self.trees.items()}
 
     def name_of(self, file: Path) -> str:
         parts = file.relative_to(self.root).with_suffix("").parts

@@ -265,7 +265,7 @@ def numbers_of(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype
     if dtype.kind == "b":
         mask = rng.random(shape) < rng.choice([0.0, 0.3, 0.9, 1.0])
         if rng.random() < 0.3:  # whole boxes of keys, too
-            mask[:, rng.integers(shape[1]) :] = False
+            mask[:, rng.integers(max(shape[1], 1)) :] = False
         return mask
     return rng.standard_normal(shape).astype(dtype)
 
