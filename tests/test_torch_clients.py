@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 import threading
 from typing import Any
 
@@ -86,48 +84,6 @@ def test_a_call_leaves_the_storage_of_a_tensor_as_it_was():
         storage = tensor.untyped_storage()
         assert storage.resizable()
         storage.resize_(storage.nbytes() + 8)
-
-
-SHARDED = """
-import os, sys, tempfile
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from cuneigh.torch import NeighborhoodAttention1D
-
-def train(rank, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    layer, x = NeighborhoodAttention1D(8, 2, 3, rel_pos_bias=True), torch.randn(1, 6, 8)
-    layer(x).square().mean().backward()
-    wanted = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    layer.zero_grad()
-    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
-    for _ in range(2):  # parameters are freed, and gathered again
-        layer.zero_grad()
-        layer(x).square().mean().backward()
-    for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(parameter.grad.full_tensor(), wanted[name])
-    dist.destroy_process_group()
-
-torch.set_num_threads(1)
-path = os.path.join(tempfile.mkdtemp(), "store")
-child = os.fork()
-train(0 if child else 1, path)
-if child:
-    assert os.waitpid(child, 0)[1] == 0
-else:
-    os._exit(0)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_a_sharded_module_trains_in_two_processes():
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # Tracers

@@ -352,6 +352,7 @@ def recomputed(mesh: DeviceMesh) -> None:
 def modules(rank: int, world: int) -> None:
     """A module on a mesh beside one of the whole layout; alone, in DDP and in FSDP2."""
     (_, mesh), *_ = grids(world)
+    parameters_in_shards(mesh)
     sizes = tuple(range(2, 2 + world))
     sharding = distributed.Sharding(mesh, ("x", None), sizes=(sizes, None))
     torch.manual_seed(0)
@@ -384,6 +385,21 @@ def modules(rank: int, world: int) -> None:
                 gradient = gradient.full_tensor() if wrap is fully_shard else gradient
                 gradient = gradient * world
             close(gradient, whole.get_parameter(name).grad, (wrap, name))
+
+
+def parameters_in_shards(mesh: DeviceMesh) -> None:
+    """FSDP2 of a module that has the whole layout on every rank."""
+    torch.manual_seed(0)
+    module = cuneigh.torch.NeighborhoodAttention1D(8, 2, 3, rel_pos_bias=True).to(DEVICE)
+    x = torch.randn(1, 6, 8).to(DEVICE)
+    module(x).square().mean().backward()
+    wanted = {name: parameter.grad for name, parameter in module.named_parameters()}
+    fully_shard(module, mesh=mesh)
+    for _ in range(2):  # parameters are freed, and gathered again
+        module.zero_grad()
+        module(x).square().mean().backward()
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), wanted[name])
 
 
 def raised(call: Any) -> str:
