@@ -101,8 +101,10 @@ def test_a_compiled_program_checks_the_sizes_it_meets():
         compiled(torch.randn(1, 7, 1, 4))
 
 
-@pytest.mark.parametrize("eager", ["", "step(ones).sum().backward()"])
-def test_compilation_is_all_that_happens(eager):
+@pytest.mark.parametrize(
+    ("eager", "backend"), [("", "aot_eager"), ("step(ones).sum().backward()", "eager")]
+)
+def test_compilation_is_all_that_happens(eager, backend):
     """The adapter of PyTorch is first loaded while torch.compile traces, or long before.
 
     A program that compiles nothing does not wait for the import of the tracer.
@@ -118,7 +120,7 @@ def step(query):
 ones = torch.ones(1, 9, 1, 4, requires_grad=True)
 {eager}
 assert "torch._dynamo" not in sys.modules
-compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+compiled = torch.compile(step, fullgraph=True, backend="{backend}")
 compiled(ones).sum().backward()
 assert not any(getattr(finder, "_module", "") == "torch._dynamo" for finder in sys.meta_path)
 """
