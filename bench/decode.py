@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,21 +128,28 @@ def plans(batch: int, queries: int, copy: float, most: int) -> dict[str, Any]:
         run()
         check(output, wanted)
         figures = found[f"{backend}, {plan}"] = figures_of(run, given, copy)
-        if backend == "fused":
-            predicted = 1e3 * split_plan.predicted_ms(problem, plan, device)
-            figures["predicted_us"] = round(predicted, 1)
+        predicted = split_plan.predicted_ms(problem, plan, device) if backend == "fused" else (
+            hopper.model(problem, device, {"forward": plan}, hopper.RATES)
+        )
+        figures["predicted_us"] = round(1e3 * predicted, 1)
     return found
 
 
 def to_try(problem: Problem, most: int) -> list[tuple[str, Any]]:
-    """Of each backend the plans with the shortest predicted times; of `fused` one of each form."""
+    """Of each backend the plans with the shortest predicted times, first one of each form."""
     device = cuda(0)
     tried = split_plan.plans_to_try(problem, device, FORWARD, 1000)
-    of_forms = {plan.form: plan for plan in reversed(tried)}
-    found = [("fused", plan) for plan in list(dict.fromkeys((*of_forms.values(), *tried)))[:most]]
+    found = [("fused", plan) for plan in by_forms(tried)[:most]]
     if problem.tokens[0] > 1 and hopper.unsupported(problem, device) is None:
-        found += [("hopper", plan) for plan in hopper.plans(problem, device)["forward"][:2]]
+        tried = hopper.plans(problem, device)["forward"]
+        found += [("hopper", plan) for plan in by_forms(tried)[:most]]
     return found
+
+
+def by_forms(plans: Sequence[Any]) -> list[Any]:
+    """The same, but first one of each form."""
+    of_forms = {plan.form: plan for plan in reversed(plans)}
+    return list(dict.fromkeys((*reversed(of_forms.values()), *plans)))
 
 
 def check(output: Any, wanted: Any) -> None:

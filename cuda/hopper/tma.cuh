@@ -14,6 +14,11 @@ struct alignas(64) TensorMap {
 constexpr int kLineElements = 64;  // of 2 bytes: a line of 128 bytes, the widest that TMA swizzles
 constexpr int kLineBytes = 128;
 
+// Has a map fetched that TMA will need soon.
+__device__ inline void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // Loads the box at the coordinates `c` into shared memory at `target`; `full` counts its bytes.
 // Coordinates may lie outside of the array, where zeros are read.
 __device__ inline void load_box(unsigned target, const TensorMap& map, Barrier& full,

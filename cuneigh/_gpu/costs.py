@@ -40,3 +40,16 @@ class Cycles(NamedTuple):
 def blocks_in_shared_memory(device: Device, bytes_of_block: int) -> int:
     """Blocks of this much shared memory that a multiprocessor holds."""
     return (device.shared_memory + RESERVED) // (bytes_of_block + RESERVED)
+
+
+CLUSTERED = 0.91
+"""Of the blocks that there is room for, how many there are at a time in clusters of more than two.
+
+Clusters do not fill the groups of multiprocessors that they are bound to: of 8 blocks there are 15
+on the 132 multiprocessors of an H200.
+"""
+
+
+def clusters_at_once(blocks: int, size: int) -> int:
+    """Clusters of `size` blocks that are at work at a time where there is room for `blocks`."""
+    return max((blocks if size <= 2 else int(blocks * CLUSTERED)) // size, 1)

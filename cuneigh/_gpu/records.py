@@ -25,6 +25,9 @@ from cuneigh._window import BORDERS, Axis, turn_of
 PARTS = "CUNEIGH_PARTS"
 """The macro with which kernels are compiled that take parts of a layout, and any border."""
 
+CLUSTERS = "CUNEIGH_CLUSTERS"
+"""The macro with which kernels are compiled whose blocks are in clusters (cuneigh/cluster.cuh)."""
+
 AXIS_FIELDS = ("length", "key_length", "kernel_size", "stride", "dilation", "is_causal")
 AXIS = np.dtype([(name, "i4") for name in AXIS_FIELDS[:-1]] + [("is_causal", "?")], align=True)
 """`WholeAxis`."""

@@ -65,11 +65,11 @@ REPLACED = {
             "address += (unsigned long long)units * (kUnit<Element> * int(sizeof(Element)));",
         )
     ],
-    "fused/split/cluster.cuh": [
+    "cuneigh/cluster.cuh": [
         (r"__cluster_dims__\(size, 1, 1\)", ""),
         (
             r"// What all threads of the cluster.*(?=\n}  // namespace)",
-            "using namespace emulator;\n",
+            "using emulator::cluster_sync, emulator::put;\n",
         ),
     ],
     "fused/split/forward.cu": [(r'asm volatile\("bar.sync[^;]*;[^;]*;', "__syncthreads();")],

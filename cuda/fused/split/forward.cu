@@ -25,11 +25,11 @@
 // };
 
 #include "cuneigh/boxes.cuh"
+#include "cuneigh/cluster.cuh"
 #include "cuneigh/layout.cuh"
 #include "cuneigh/warp_softmax.cuh"
 #include "fused/async.cuh"
 #include "fused/products.cuh"
-#include "fused/split/cluster.cuh"
 #include "fused/split/problem.cuh"
 #include "fused/split/results.cuh"
 #include "fused/thread.cuh"

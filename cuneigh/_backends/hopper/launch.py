@@ -41,14 +41,22 @@ from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.boxes import Box, count_walk
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, JVP, Pass
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
+from cuneigh._gpu.records import (
+    CLUSTERS,
+    PARTS,
+    axis_type,
+    fill_axes,
+    has_parts,
+    with_starts,
+)
 from cuneigh._gpu.tensor_map import TensorMap
 from cuneigh._gpu.views import Views, readable
 from cuneigh._problem import JvpResults, Operands, Problem
 
 
 def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program: Program) -> None:
-    views = Views(problem.rank)  # `ForwardArguments` of cuda/hopper/forward.cu
+    # `ForwardArguments` of cuda/hopper/forward.cu, or `ChunkArguments` of chunk.cu
+    views = Views(problem.rank)
     _look_at_boxes(program, problem, FORWARD, operands.key_mask, views)
     views.vectors(output)
     views.scalars(lse)
@@ -214,13 +222,14 @@ def _launch(
         foldings.insert(1, foldings[0])
 
     work = division(problem, plan, program.device, pass_)
-    if taken is None and work.blocks > program.device.sm_count:
+    blocks = min(work.blocks, program.device.sm_count) if work.cluster == 1 else work.blocks
+    if taken is None and work.blocks > blocks:
         taken = program.zeros((1,), COUNTER)
     views.addresses(taken)
     record = _record(problem, plan, pass_, work, foldings)
     program.launch(
         kernel(problem, form, pass_),
-        (min(work.blocks, program.device.sm_count), 1),
+        (blocks, 1),
         128 * (form.warpgroups + 1),
         with_starts(record),
         views.words,
@@ -255,7 +264,7 @@ def _maps(
 def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Kernel:
     """The kernel `name` of a pass, with the plan that cuda/hopper/shared.cuh describes.
 
-    Without a name it is the one with the name of the pass.
+    Without a name it is the one of the pass for this form.
     """
     constants = {
         "kRank": problem.rank,
@@ -269,6 +278,7 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kHeadColumns": width(problem.head_dim),
         "kValueColumns": width(problem.value_dim),
         "kSharedBytes": shared_bytes(problem, form, pass_),
+        "kCluster": form.cluster,
     }
     flags = {
         "kBackward": problem.operation == "backward",
@@ -279,10 +289,12 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kSigned": problem.scale <= 0,
         "kSums": pass_ == BACKWARD,
         "kKeyMask": problem.has_key_mask,
+        "kAlike": form.alike,
     }
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
-    macros = (PARTS,) if has_parts(problem) else ()
-    return _jit.Kernel(f"hopper/{name or pass_}", source, arch_specific=True, macros=macros)
+    macros = ((PARTS,) if has_parts(problem) else ()) + ((CLUSTERS,) if form.cluster > 1 else ())
+    name = name or ("chunk" if form.alike else pass_.name)
+    return _jit.Kernel(f"hopper/{name}", source, arch_specific=True, macros=macros)
 
 
 def _piece(problem: Problem, box: Box) -> Box:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import Box, WalkCounts, count_unions, count_walk
-from cuneigh._gpu.costs import Cycles
+from cuneigh._gpu.costs import Cycles, clusters_at_once
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, JVP, Pass
 from cuneigh._gpu.records import axis_type, has_parts
 from cuneigh._problem import Problem
@@ -42,6 +42,10 @@ class Form(NamedTuple):
     """Boxes of columns in shared memory."""
     row_slots: int
     """Boxes of rows in shared memory."""
+    alike: bool = False
+    """Whether warpgroups have the same queries, at most 64, of other heads: they see the same boxes."""
+    cluster: int = 1
+    """Blocks of a cluster, which share the boxes of a tile; or 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ class HopperPlan:
         boxes = self.warpgroups, self.row_box, self.column_box
         warpgroups, rows, columns = ("x".join(map(str, box)) for box in boxes)
         heads = f" of {self.heads} heads" if self.heads > 1 else ""
-        return f"{warpgroups} warpgroups{heads} of {rows} rows, boxes of {columns} columns"
+        cluster = f", {self.form.cluster} blocks a tile" if self.form.cluster > 1 else ""
+        return f"{warpgroups} warpgroups{heads} of {rows} rows, boxes of {columns} columns{cluster}"
 
 
 def ways(problem: Problem) -> list[tuple[Pass, ...]]:
@@ -101,16 +106,25 @@ def is_dilated(problem: Problem) -> bool:
     return any(axis.dilation > 1 for axis in problem.axes)
 
 
-def forms_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> tuple[Form, ...]:
-    """The forms of a problem of any length: that with most warpgroups, and perhaps one with two.
+CLUSTERS = (1, 2, 3, 4, 6, 7)
+"""Blocks that share the boxes of a tile of few queries."""
 
-    The other one is for few queries: one warpgroup has all of a head, and the others take heads
-    that share its key head, if two go into their number and three do not.
+
+def forms_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> tuple[Form, ...]:
+    """The forms of a problem of any length: that with most warpgroups, and perhaps some with two.
+
+    These are for few queries: one warpgroup has all of a head, and the other takes a head that
+    shares its key head. With a key mask, boxes may be passed over, and consumers work serially.
     """
     most = most_warpgroups(problem, pass_)
-    in_pairs = pass_ == FORWARD and problem.rank == 1 and problem.group_size % 6 in (2, 4)
-    counts = (3, 2) if most == 3 and in_pairs else (most,)
-    return tuple(form_of(problem, device, pass_, count) for count in counts)
+    largest = form_of(problem, device, pass_, most)
+    if most < 3 or pass_ != FORWARD or problem.rank > 1 or problem.group_size % 2:
+        return (largest,)
+    pairs = form_of(problem, device, pass_, 2)
+    if problem.has_key_mask:
+        return (largest, pairs) if problem.group_size % 3 else (largest,)
+    clusters = (1,) if problem.additional else CLUSTERS
+    return (largest, *(pairs._replace(alike=True, cluster=cluster) for cluster in clusters))
 
 
 def most_warpgroups(problem: Problem, pass_: Pass) -> int:
@@ -264,6 +278,8 @@ LONG = Cycles(
 """Of vectors of more than 128 elements."""
 
 
+OF_CHUNK = Cycles(1 / 3400, logit=0.02, copy=0.0, box=900, row=0.0, block=3000, mask=0.0072, start=6_000)
+"""Of tiles of few queries."""
 OF_BACKWARD = Cycles(1 / 2400, logit=0.0, copy=0.0, box=2_400, row=0.0, block=5_000, mask=0.05)
 OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, mask=0.0491)
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
@@ -278,14 +294,17 @@ class Rates(NamedTuple):
     short: Cycles = SHORT
     middle: Cycles = MIDDLE
     long: Cycles = LONG
+    chunk: Cycles = OF_CHUNK
     backward: Cycles = OF_BACKWARD
     dq: Cycles = OF_DQ
     dkv: Cycles = OF_DKV
     short_jvp: Cycles = OF_SHORT_JVP
     jvp: Cycles = OF_JVP
 
-    def cycles_of(self, problem: Problem, pass_: Pass) -> Cycles:
+    def cycles_of(self, problem: Problem, form: Form, pass_: Pass) -> Cycles:
         """The fit for a kernel."""
+        if form.alike:
+            return self.chunk
         if pass_ in (BACKWARD, DQ, DKV):
             return {BACKWARD: self.backward, DQ: self.dq, DKV: self.dkv}[pass_]
         longest = max(problem.head_dim, problem.value_dim)
@@ -304,7 +323,7 @@ def cost_of(
 
     The counts may be arrays, of those of many plans; `heads` are those of a tile.
     """
-    cycles = rates.cycles_of(problem, pass_)
+    cycles = rates.cycles_of(problem, form, pass_)
     logits = ROWS * form.columns
     dims = problem.head_dim + problem.value_dim
     walks = problem.group_size if pass_.rows_are_keys else 1  # one for each column head
@@ -327,14 +346,22 @@ def cost(
     rates: Rates = H200,
 ) -> Any:
     """Predicted cycles of all multiprocessors together, those that wait for the last included."""
-    counts = count(problem, plan, pass_)
-    cycles = cost_of(problem, plan.form, counts, plan.heads, pass_, rates)
+    counts, form = count(problem, plan, pass_), plan.form
     work, multiprocessors = division(problem, plan, device, pass_), max(device.sm_count, 1)
-    rounds: float = work.whole // multiprocessors
-    if work.tiles > rounds * multiprocessors:
-        rounds += PART_OF_ROUND[work.parts]
+    if form.cluster > 1:
+        # The time of a tile is that of the block with most boxes
+        share = math.ceil(counts.longest / form.cluster) / max(counts.longest, 1)
+        blocks, *boxes, longest = counts
+        counts = WalkCounts(blocks, *(share * n for n in boxes), longest)
+        at_once = clusters_at_once(multiprocessors, form.cluster)
+        rounds: float = math.ceil(work.tiles / at_once)
+    else:
+        rounds = work.whole // multiprocessors
+        if work.tiles > rounds * multiprocessors:
+            rounds += PART_OF_ROUND[work.parts]
+    cycles = cost_of(problem, form, counts, plan.heads, pass_, rates)
     cycles *= rounds * multiprocessors / work.tiles
-    return cycles + rates.cycles_of(problem, pass_).start * multiprocessors
+    return cycles + rates.cycles_of(problem, form, pass_).start * multiprocessors
 
 
 PART_OF_ROUND = {1: 1.0, 2: 0.7, 3: 0.45}
@@ -356,17 +383,21 @@ class Division(NamedTuple):
     """Tiles that are not divided; blocks begin with them."""
     parts: int
     """Of each of the others."""
+    cluster: int = 1
+    """Blocks that share the boxes of every tile: each takes one share."""
 
     @property
     def blocks(self) -> int:
-        """What blocks take, one after another: whole tiles and parts."""
-        return self.whole + (self.tiles - self.whole) * self.parts
+        """What blocks take, one after another: whole tiles and parts, or one share."""
+        return (self.whole + (self.tiles - self.whole) * self.parts) * self.cluster
 
 
 def division(problem: Problem, plan: HopperPlan, device: Device, pass_: Pass = FORWARD) -> Division:
     """The division of all tiles."""
     heads = problem.batch * pass_.heads(problem) // plan.heads
     tiles = count(problem, plan, pass_).blocks * heads
+    if plan.form.alike:
+        return Division(tiles, tiles, 1, plan.form.cluster)
     multiprocessors = max(device.sm_count, 1)
     last = tiles % multiprocessors
     # Others have no rows, where a tile is longer than the layout

@@ -16,12 +16,17 @@ from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.passes import Pass
 from cuneigh._gpu.program import Program
-from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
+from cuneigh._gpu.records import (
+    CLUSTERS,
+    PARTS,
+    axis_type,
+    fill_axes,
+    has_parts,
+    with_starts,
+)
 from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import Problem
 
-CLUSTERS = "CUNEIGH_CLUSTERS"
-"""The macro with which kernels are compiled whose blocks are in clusters."""
 UNIT = 16
 """Bytes of a load."""
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import UnionCounts, count_unions
-from cuneigh._gpu.costs import blocks_in_shared_memory
+from cuneigh._gpu.costs import blocks_in_shared_memory, clusters_at_once
 from cuneigh._gpu.linear import Speed
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._gpu.rates import CACHE_BYTES, LAUNCH_MS, MEMORY_BYTES
@@ -115,10 +115,6 @@ PRODUCT = 1 / 171
 """Cycles of a multiply-add of the tensor cores, on one of four schedulers."""
 CYCLES = 1.755e6
 """In a millisecond."""
-CLUSTERED = 0.91
-"""Of the blocks that there is room for, how many there are at a time in clusters, which do not fill
-the groups of multiprocessors that they are bound to: 30 clusters, or 15, on an H200."""
-
 
 class Rates(NamedTuple):
     """What predictions are made of: that of an H200 unless others are given."""
@@ -141,7 +137,7 @@ def predicted_ms(problem: Problem, plan: SplitPlan, device: Device, rates: Rates
     beside = resident(problem, form, device)
     at_once = beside * max(device.sm_count, 1)
     if form.cluster > 1:
-        at_once = max(int(at_once * CLUSTERED) // form.cluster, 1) * form.cluster
+        at_once = clusters_at_once(at_once, form.cluster) * form.cluster
     total = blocks(problem, plan)
     busy = min(beside, math.ceil(total / max(device.sm_count, 1)))  # blocks of a multiprocessor
     dims = problem.head_dim + problem.value_dim

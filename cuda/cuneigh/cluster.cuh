@@ -1,8 +1,6 @@
 // The blocks of a cluster, which write to each other's shared memory; from sm_90 on.
 #pragma once
 
-#include "fused/mma.cuh"
-
 // Makes the blocks of a kernel clusters of `size`, where that is compiled with CUNEIGH_CLUSTERS.
 #ifdef CUNEIGH_CLUSTERS
 #define CUNEIGH_CLUSTER(size) __cluster_dims__(size, 1, 1)
@@ -10,7 +8,7 @@
 #define CUNEIGH_CLUSTER(size)
 #endif
 
-namespace cuneigh::fused::split {
+namespace cuneigh {
 
 // Says that this thread runs, and waits until all threads of the cluster have said so: the memory
 // of their blocks is there then.
@@ -22,6 +20,15 @@ __device__ inline void cluster_arrive() {
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// Waits until all threads of the cluster that still run have come here. What others write to this
+// block's shared memory after it meets none of what this thread has read there before.
+__device__ inline void cluster_meet() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.aligned;" ::
+                   : "memory");
 #endif
 }
 
@@ -38,7 +45,8 @@ __device__ inline void put(int block, const float4* here, float4 value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n\t.reg .u32 address;\n\tmapa.shared::cluster.u32 address, %0, %1;\n\t"
-      "st.shared::cluster.v4.f32 [address], {%2, %3, %4, %5};\n\t}" ::"r"(shared_address(here)),
+      "st.shared::cluster.v4.f32 [address], {%2, %3, %4, %5};\n\t}" ::"r"(
+          unsigned(__cvta_generic_to_shared(here))),
       "r"(block), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
       : "memory");
 #endif
@@ -47,10 +55,11 @@ __device__ inline void put(int block, const float2* here, float2 value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n\t.reg .u32 address;\n\tmapa.shared::cluster.u32 address, %0, %1;\n\t"
-      "st.shared::cluster.v2.f32 [address], {%2, %3};\n\t}" ::"r"(shared_address(here)),
+      "st.shared::cluster.v2.f32 [address], {%2, %3};\n\t}" ::"r"(
+          unsigned(__cvta_generic_to_shared(here))),
       "r"(block), "f"(value.x), "f"(value.y)
       : "memory");
 #endif
 }
 
-}  // namespace cuneigh::fused::split
+}  // namespace cuneigh
