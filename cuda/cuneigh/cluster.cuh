@@ -10,8 +10,8 @@
 
 namespace cuneigh {
 
-// Says that this thread runs, and waits until all threads of the cluster have said so: the memory
-// of their blocks is there then.
+// Says that this thread has come here, and waits until all threads of the cluster that still run
+// have said so: the memory of their blocks is there then, and what they wait for has been read.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -20,15 +20,6 @@ __device__ inline void cluster_arrive() {
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
-// Waits until all threads of the cluster that still run have come here. What others write to this
-// block's shared memory after it meets none of what this thread has read there before.
-__device__ inline void cluster_meet() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.aligned;" ::
-                   : "memory");
 #endif
 }
 

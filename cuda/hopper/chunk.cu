@@ -112,7 +112,8 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
     sum_up(problem, me, output, softmax);
     me.release_rows();
     if constexpr (Plan::kCluster > 1) {
-      cluster_meet();
+      cluster_arrive();  // its columns have been multiplied
+      cluster_wait();
       give_sums(me, output[0], softmax);
       cluster_sync();
       join_sums<Plan>(
