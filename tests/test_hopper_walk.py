@@ -74,7 +74,16 @@ def box_begin(pass_, axis, box, size):
     raise AssertionError("there are fewer boxes than tiles")
 
 
-def find_tile(problem, pass_, record, number):
+def share_of(columns, size, block, blocks):
+    """`take_share`: the boxes of `size` columns that one of the blocks of a cluster takes."""
+    begin, end = columns
+    boxes = -(-(end - begin) // size)
+    first, last = (n * (boxes // blocks) + min(n, boxes % blocks) for n in (block, block + 1))
+    return begin + first * size, min(end, begin + last * size)
+
+
+def find_tile(problem, pass_, record, number, cluster=1):
+    number, block = divmod(number, cluster)
     active, whole = -1, int(record["whole_tiles"])
     if number >= whole:
         divided = quotient(record["parts"], number - whole)
@@ -97,7 +106,8 @@ def find_tile(problem, pass_, record, number):
             begin -= begin % int(record["column_box"][r])
         groups.append(group)
         first.append(index)
-        columns.append((begin, end))
+        size = int(record["column_box"][r])
+        columns.append(share_of((begin, end), size, block, cluster))
     head_group = rest * int(record["side_by_side"]["divisor"]) + inner_head
     batch = quotient(record["head_groups"], head_group)
     head = head_group - batch * int(record["head_groups"]["divisor"])
@@ -208,9 +218,10 @@ def walks(draw):
     plan = draw(st.sampled_from(plans(problem, pass_)))
     heads = problem.batch * pass_.heads(problem) // plan.heads
     tiles = count(problem, plan, pass_).blocks * heads
-    parts = 1 if pass_ == BACKWARD else draw(st.integers(1, plan.form.warpgroups))
+    is_whole = pass_ == BACKWARD or plan.form.alike
+    parts = 1 if is_whole else draw(st.integers(1, plan.form.warpgroups))
     whole = tiles if parts == 1 else draw(st.integers(0, tiles))
-    return problem, pass_, plan, Division(tiles, whole, parts)
+    return problem, pass_, plan, Division(tiles, whole, parts, plan.form.cluster)
 
 
 @given(walk=walks())
@@ -220,10 +231,10 @@ def test_every_visible_pair_is_met_once(walk):
     row_tokens, column_tokens = pass_.row_tokens(problem), pass_.column_tokens(problem)
     rows: Counter[tuple[int, int, int]] = Counter()
     met = np.zeros((plan.heads, math.prod(row_tokens), math.prod(column_tokens)), int)
-    blocks = loads = visits = full = longest = 0
-    words = prefixes(plan.column_box)
+    blocks = loads = visits = full = 0
+    words, boxes_of_tiles = prefixes(plan.column_box), Counter()
     for number in range(work.blocks):
-        tile = find_tile(problem, pass_, record, number)
+        tile = find_tile(problem, pass_, record, number, work.cluster)
         is_first = (tile.batch, tile.head) == (0, 0)  # of the heads, which are all alike
         column_groups = [
             (axis.query_group if pass_.rows_are_keys else axis.key_group)(group)
@@ -231,13 +242,14 @@ def test_every_visible_pair_is_met_once(walk):
         ]
         boxes = boxes_of(tile, plan.column_box) if is_first else []
         blocks, loads = blocks + is_first, loads + len(boxes)
-        longest = max(longest, len(boxes))
+        boxes_of_tiles[number // work.cluster] += len(boxes)
         for w in range(plan.form.warpgroups):
             head, *offset = record["warpgroup"][w].tolist()
             first = np.add(tile.first, offset)
             row = token_numbers(problem.axes, row_tokens, tile.groups, first, plan.row_box)
             exists = (row >= 0) & bool(tile.active >> w & 1)
-            rows.update((tile.batch, tile.head + head, x) for x in row[exists].tolist())
+            if number % work.cluster == 0:
+                rows.update((tile.batch, tile.head + head, x) for x in row[exists].tolist())
             for column_head in tile.column_heads:
                 pair = tile.head + head, column_head
                 query_head, key_head = reversed(pair) if pass_.rows_are_keys else pair
@@ -249,6 +261,7 @@ def test_every_visible_pair_is_met_once(walk):
                     problem.axes, column_tokens, column_groups, begin, plan.column_box
                 )
                 visibility, visible = visit(pass_, windows, begins, record, words)
+                assert visibility != NONE or not plan.form.alike
                 visits += head == 0 and visibility != NONE
                 full += head == 0 and visibility == ALL
                 i, j = np.nonzero(visible & exists[:, None])
@@ -261,9 +274,10 @@ def test_every_visible_pair_is_met_once(walk):
     counts = count(problem, plan, pass_)
     if any(axis.is_part and axis.dilation > 1 for axis in problem.axes):
         return  # dilation groups of parts are not alike, as counts take them to be
+    longest = max(boxes_of_tiles.values())
     assert (counts.visits, counts.full, counts.longest) == (visits, full, longest)
     if work.parts == 1:
-        assert (counts.blocks, counts.loads) == (blocks, loads)
+        assert (counts.blocks * work.cluster, counts.loads) == (blocks, loads)
 
 
 # seen.cuh and seen.cu
@@ -294,7 +308,7 @@ def place_of(record, number, tile):
 def test_tiles_at_a_place_have_the_same_boxes(walk):
     """For which a mask is looked at once."""
     problem, pass_, plan, work = walk
-    assume(not pass_.rows_are_keys)
+    assume(not pass_.rows_are_keys and not plan.form.alike)
     record = _record(problem, plan, pass_, work, NO_FOLDINGS)[0]
     places, most = count_seen_boxes(problem, plan, pass_)
     first = [find_tile(problem, pass_, record, tile_at(record, place)) for place in range(places)]
