@@ -75,15 +75,16 @@ def box_begin(pass_, axis, box, size):
 
 
 def share_of(columns, size, block, blocks):
-    """`take_share`: the boxes of `size` columns that one of the blocks of a cluster takes."""
+    """The boxes of `size` columns that one of several blocks takes."""
     begin, end = columns
     boxes = -(-(end - begin) // size)
     first, last = (n * (boxes // blocks) + min(n, boxes % blocks) for n in (block, block + 1))
     return begin + first * size, min(end, begin + last * size)
 
 
-def find_tile(problem, pass_, record, number, cluster=1):
-    number, block = divmod(number, cluster)
+def find_tile(problem, pass_, record, number, shares=1):
+    """With several shares, `walk_of_block` of chunk.cuh."""
+    number, block = divmod(number, shares)
     active, whole = -1, int(record["whole_tiles"])
     if number >= whole:
         divided = quotient(record["parts"], number - whole)
@@ -107,7 +108,7 @@ def find_tile(problem, pass_, record, number, cluster=1):
         groups.append(group)
         first.append(index)
         size = int(record["column_box"][r])
-        columns.append(share_of((begin, end), size, block, cluster))
+        columns.append(share_of((begin, end), size, block, shares))
     head_group = rest * int(record["side_by_side"]["divisor"]) + inner_head
     batch = quotient(record["head_groups"], head_group)
     head = head_group - batch * int(record["head_groups"]["divisor"])
@@ -218,10 +219,10 @@ def walks(draw):
     plan = draw(st.sampled_from(plans(problem, pass_)))
     heads = problem.batch * pass_.heads(problem) // plan.heads
     tiles = count(problem, plan, pass_).blocks * heads
-    is_whole = pass_ == BACKWARD or plan.form.alike
+    is_whole = pass_ == BACKWARD or plan.form.cluster
     parts = 1 if is_whole else draw(st.integers(1, plan.form.warpgroups))
     whole = tiles if parts == 1 else draw(st.integers(0, tiles))
-    return problem, pass_, plan, Division(tiles, whole, parts, plan.form.cluster)
+    return problem, pass_, plan, Division(tiles, whole, parts, plan.form.cluster or 1)
 
 
 @given(walk=walks())
@@ -234,7 +235,7 @@ def test_every_visible_pair_is_met_once(walk):
     blocks = loads = visits = full = 0
     words, boxes_of_tiles = prefixes(plan.column_box), Counter()
     for number in range(work.blocks):
-        tile = find_tile(problem, pass_, record, number, work.cluster)
+        tile = find_tile(problem, pass_, record, number, work.shares)
         is_first = (tile.batch, tile.head) == (0, 0)  # of the heads, which are all alike
         column_groups = [
             (axis.query_group if pass_.rows_are_keys else axis.key_group)(group)
@@ -242,13 +243,13 @@ def test_every_visible_pair_is_met_once(walk):
         ]
         boxes = boxes_of(tile, plan.column_box) if is_first else []
         blocks, loads = blocks + is_first, loads + len(boxes)
-        boxes_of_tiles[number // work.cluster] += len(boxes)
+        boxes_of_tiles[number // work.shares] += len(boxes)
         for w in range(plan.form.warpgroups):
             head, *offset = record["warpgroup"][w].tolist()
             first = np.add(tile.first, offset)
             row = token_numbers(problem.axes, row_tokens, tile.groups, first, plan.row_box)
             exists = (row >= 0) & bool(tile.active >> w & 1)
-            if number % work.cluster == 0:
+            if number % work.shares == 0:
                 rows.update((tile.batch, tile.head + head, x) for x in row[exists].tolist())
             for column_head in tile.column_heads:
                 pair = tile.head + head, column_head
@@ -261,7 +262,7 @@ def test_every_visible_pair_is_met_once(walk):
                     problem.axes, column_tokens, column_groups, begin, plan.column_box
                 )
                 visibility, visible = visit(pass_, windows, begins, record, words)
-                assert visibility != NONE or not plan.form.alike
+                assert visibility != NONE or not plan.form.cluster
                 visits += head == 0 and visibility != NONE
                 full += head == 0 and visibility == ALL
                 i, j = np.nonzero(visible & exists[:, None])
@@ -277,7 +278,7 @@ def test_every_visible_pair_is_met_once(walk):
     longest = max(boxes_of_tiles.values())
     assert (counts.visits, counts.full, counts.longest) == (visits, full, longest)
     if work.parts == 1:
-        assert (counts.blocks * work.cluster, counts.loads) == (blocks, loads)
+        assert (counts.blocks * work.shares, counts.loads) == (blocks, loads)
 
 
 # seen.cuh and seen.cu
@@ -308,7 +309,7 @@ def place_of(record, number, tile):
 def test_tiles_at_a_place_have_the_same_boxes(walk):
     """For which a mask is looked at once."""
     problem, pass_, plan, work = walk
-    assume(not pass_.rows_are_keys and not plan.form.alike)
+    assume(not pass_.rows_are_keys and not plan.form.cluster)
     record = _record(problem, plan, pass_, work, NO_FOLDINGS)[0]
     places, most = count_seen_boxes(problem, plan, pass_)
     first = [find_tile(problem, pass_, record, tile_at(record, place)) for place in range(places)]

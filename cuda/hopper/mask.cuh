@@ -64,19 +64,10 @@ __device__ Coordinate coordinate_of(const HopperProblem<kRank>& problem, int num
   return coordinate;
 }
 
-// The word of the columns of a box before the column `end`, in the order of the box.
-__device__ inline unsigned first_columns(int end, int quad) {
-  const int left = larger(end - 2 * quad, 0);
-  const int bits = left / 8 * 2 + smaller(left % 8, 2);
-  return bits >= 32 ? ~0u : (1u << bits) - 1;
-}
-
-// Fills the tables. Every thread of the block must call it. If kSoon, it takes as little time as it
-// can: along a single axis.
-template <bool kSoon, int kRank, int kWarpgroups>
+// Fills the tables. Every thread of the block must call it.
+template <int kRank, int kWarpgroups>
 __device__ void fill_mask_tables(const HopperProblem<kRank>& problem,
                                  MaskTables<kRank, kWarpgroups>& tables, int columns) {
-  static_assert(!kSoon || kRank == 1, "columns of a box are then those of its axis");
   int base = 0, inner = columns;  // columns between neighbors along the axis
 #pragma unroll
   for (int r = 0; r < kRank; ++r) {
@@ -85,13 +76,9 @@ __device__ void fill_mask_tables(const HopperProblem<kRank>& problem,
     for (int i = threadIdx.x; i < 4 * entries; i += blockDim.x) {
       const int quad = i % 4, before = i / 4;
       unsigned word = 0;
-      if constexpr (kSoon) {
-        word = first_columns(before, quad);
-      } else {
-        for (int t = 0; t < columns / 4; ++t) {
-          const int column = 8 * (t / 2) + 2 * quad + t % 2;
-          if (column / inner % length < before) word |= 1u << t;
-        }
+      for (int t = 0; t < columns / 4; ++t) {
+        const int column = 8 * (t / 2) + 2 * quad + t % 2;
+        if (column / inner % length < before) word |= 1u << t;
       }
       tables.prefix[base + before].word[quad] = word;
     }
@@ -211,6 +198,13 @@ __device__ void make_words(const HopperProblem<kRank>& problem,
     for (int quad = 0; quad < 4; ++quad)
       words[i].word[quad] = tables.prefix[until].word[quad] & ~tables.prefix[before].word[quad];
   }
+}
+
+// The word of the columns of a box before the column `end`, in the order of the box.
+__device__ inline unsigned first_columns(int end, int quad) {
+  const int left = larger(end - 2 * quad, 0);
+  const int bits = left / 8 * 2 + smaller(left % 8, 2);
+  return bits >= 32 ? ~0u : (1u << bits) - 1;
 }
 
 // Hides the logits of one of a thread's two rows whose bit in `word` is 0; S is [kRows, 8 kTiles].

@@ -23,8 +23,6 @@
 //   static constexpr bool kSigned;       scale is not positive
 //   static constexpr bool kSums;         tiles add to sums of the columns, too (sums.cuh)
 //   static constexpr bool kKeyMask;      there is a key mask
-//   static constexpr bool kAlike;        all warpgroups see the same boxes (chunk.cu)
-//   static constexpr int kCluster;       blocks of a cluster, which share the boxes of a tile, or 1
 //   using Element;                       float16 or bfloat16
 // };
 #pragma once
@@ -189,7 +187,7 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     fence_barrier_init();
   }
   if (threadIdx.x == 32) smem.problem = problem;
-  fill_mask_tables<Plan::kAlike>(problem, smem.mask, Plan::kColumns);
+  fill_mask_tables(problem, smem.mask, Plan::kColumns);
   __syncthreads();
   return smem;
 }

@@ -127,25 +127,12 @@ __device__ int column_group(const HopperProblem<Plan::kRank>& problem,
   return Plan::kRowsAreKeys ? axis.query_group(group) : axis.key_group(group);
 }
 
-// What this block has of the columns of a tile, along a single axis, of which each block of a
-// cluster has some boxes. Returns their number, at least 0, of `boxes`.
-template <typename Plan>
-__device__ int take_share(int boxes, Range& columns) {
-  const int block = blockIdx.x % Plan::kCluster;
-  const int least = boxes / Plan::kCluster, more = boxes % Plan::kCluster;  // blocks with one more
-  const int first = block * least + smaller(block, more), count = least + (block < more);
-  columns.begin += first * Plan::kColumns;
-  columns.end = smaller(columns.end, columns.begin + count * Plan::kColumns);
-  return count;
-}
-
 // Writes a tile to shared memory: it takes more registers than producers have. Returns the tile's
 // number among those of its batch entry that have the same heads.
 template <typename Plan>
 __device__ int find_tile(const HopperProblem<Plan::kRank>& problem, int number,
                          Tile<Plan::kRank>& tile) {
   tile.active = -1;
-  if (Plan::kCluster > 1) number /= Plan::kCluster;
   if (number >= problem.whole_tiles) {
     const unsigned divided = problem.parts.quotient(number - problem.whole_tiles);
     tile.active = problem.active[number - problem.whole_tiles - divided * problem.parts.divisor];
@@ -180,7 +167,6 @@ __device__ int find_tile(const HopperProblem<Plan::kRank>& problem, int number,
     boxes *= ceil_div(columns.end - columns.begin, problem.column_box[r]);
   }
   if (Plan::kRowsAreKeys) boxes *= problem.group_size.divisor;
-  if constexpr (Plan::kCluster > 1) boxes = take_share<Plan>(boxes, tile.columns[0]);
   if (Plan::kAdditional) boxes += ceil_div(problem.additional, Plan::kColumns);
   const unsigned head_group = rest * inner_heads + inner_head;
   const int batch = problem.head_groups.quotient(head_group);

@@ -30,6 +30,19 @@ __device__ inline void load_box(unsigned target, const TensorMap& map, Barrier& 
       : "memory");
 }
 
+// Copies what lies at `source` to where `target` lies in another block of the cluster; there `full`
+// counts the bytes.
+template <typename What>
+__device__ void copy_to_block(int block, What* target, const What* source, Barrier& full) {
+  asm volatile(
+      "{ .reg .u32 target, full; mapa.shared::cluster.u32 target, %0, %1; "
+      "mapa.shared::cluster.u32 full, %2, %1; "
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+      "[target], [%3], %4, [full]; }" ::"r"(shared_address(target)),
+      "r"(block), "r"(shared_address(&full)), "r"(shared_address(source)), "n"(sizeof(What))
+      : "memory");
+}
+
 // Writes `bytes` of shared memory to global memory, or adds them to the float32 that lie there.
 // Several of these make a group, which the thread that issued them commits and awaits.
 __device__ inline void store_bulk(float* target, unsigned source, unsigned bytes) {

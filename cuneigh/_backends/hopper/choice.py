@@ -100,8 +100,8 @@ def _cheapest_ms(problem: Problem, device: Device, pass_: Pass, rates: Rates) ->
 
 def _pass_ms(problem: Problem, device: Device, pass_: Pass, plan: HopperPlan, rates: Rates) -> Any:
     """What the kernels of a pass take with a plan."""
-    # One of the launches sets a counter to 0; clusters take no tiles by it
-    launches = 2 if plan.form.cluster == 1 else 1
+    # One of the launches sets a counter to 0; where blocks take one tile there is none
+    launches = 1 if plan.form.cluster else 2
     milliseconds = launches * rates.launch_ms
     milliseconds += cost(problem, plan, device, pass_, rates.walks) / CYCLES
     if pass_ == BACKWARD:  # sums are cleared, in part, and read; dQ is written
@@ -167,7 +167,7 @@ def arrangements(problem: Problem, form: Form, pass_: Pass) -> list[tuple[Box, i
     """Boxes of rows of a tile along each axis, and its row heads."""
     rank, warpgroups = problem.rank, form.warpgroups
     in_heads = [((1,) * rank, warpgroups)]
-    if form.alike or warpgroups < most_warpgroups(problem, pass_):  # `forms_of` says what for
+    if form.cluster or warpgroups < most_warpgroups(problem, pass_):  # `forms_of` says what for
         return in_heads if problem.tokens[0] <= ROWS else []
     found = [
         (tuple(warpgroups if r == axis else 1 for r in range(rank)), 1) for axis in range(rank)

@@ -222,11 +222,14 @@ def _launch(
         foldings.insert(1, foldings[0])
 
     work = division(problem, plan, program.device, pass_)
-    blocks = min(work.blocks, program.device.sm_count) if work.cluster == 1 else work.blocks
-    if taken is None and work.blocks > blocks:
-        taken = program.zeros((1,), COUNTER)
-    views.addresses(taken)
     record = _record(problem, plan, pass_, work, foldings)
+    blocks = min(work.blocks, program.device.sm_count)
+    if form.cluster:  # blocks take one tile, or share
+        blocks, maps = work.blocks, maps[:3]
+    else:
+        if taken is None and work.blocks > blocks:
+            taken = program.zeros((1,), COUNTER)
+        views.addresses(taken)
     program.launch(
         kernel(problem, form, pass_),
         (blocks, 1),
@@ -289,11 +292,10 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kSigned": problem.scale <= 0,
         "kSums": pass_ == BACKWARD,
         "kKeyMask": problem.has_key_mask,
-        "kAlike": form.alike,
     }
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
     macros = ((PARTS,) if has_parts(problem) else ()) + ((CLUSTERS,) if form.cluster > 1 else ())
-    name = name or ("chunk" if form.alike else pass_.name)
+    name = name or ("chunk" if form.cluster else pass_.name)
     return _jit.Kernel(f"hopper/{name}", source, arch_specific=True, macros=macros)
 
 
@@ -387,8 +389,9 @@ def _record(
         record[name] = (number, rows // number, box[0] // number * axes[0].dilation)
     record["additional"] = problem.additional or 0
     record["head_dim"], record["value_dim"] = problem.head_dim, problem.value_dim
-    # Late queries see many keys, early keys are seen by many queries.
-    record["longest_last"] = any(axis.is_causal for axis in axes) and not pass_.rows_are_keys
+    # Late queries see many keys, early keys are seen by many queries. In a chunk all are of a tile.
+    is_causal = any(axis.is_causal for axis in axes)
+    record["longest_last"] = is_causal and not pass_.rows_are_keys and not plan.form.cluster
     record["head_sums"] = head_sums(problem)
     record["foldings"] = foldings
     record["gradient_scale"] = problem.scale

@@ -42,10 +42,8 @@ class Form(NamedTuple):
     """Boxes of columns in shared memory."""
     row_slots: int
     """Boxes of rows in shared memory."""
-    alike: bool = False
-    """Whether warpgroups have the same queries, at most 64, of other heads: they see the same boxes."""
-    cluster: int = 1
-    """Blocks of a cluster, which share the boxes of a tile; or 1."""
+    cluster: int = 0
+    """Of the kernel for a chunk of queries: blocks that share the boxes of a tile; 0 for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class HopperPlan:
         boxes = self.warpgroups, self.row_box, self.column_box
         warpgroups, rows, columns = ("x".join(map(str, box)) for box in boxes)
         heads = f" of {self.heads} heads" if self.heads > 1 else ""
-        cluster = f", {self.form.cluster} blocks a tile" if self.form.cluster > 1 else ""
+        cluster = f", {self.form.cluster} blocks a tile" if self.form.cluster else ""
         return f"{warpgroups} warpgroups{heads} of {rows} rows, boxes of {columns} columns{cluster}"
 
 
@@ -106,25 +104,28 @@ def is_dilated(problem: Problem) -> bool:
     return any(axis.dilation > 1 for axis in problem.axes)
 
 
-CLUSTERS = (1, 2, 3, 4, 6, 7)
-"""Blocks that share the boxes of a tile of few queries."""
+CLUSTERS = (1, 2, 3, 4, 6)
+"""Blocks that may share the boxes of a chunk: so many that clusters find room on 132 multiprocessors.
+
+Of 7 or 8 there are 15 at a time, of 6 there are 20.
+"""
 
 
 def forms_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> tuple[Form, ...]:
     """The forms of a problem of any length: that with most warpgroups, and perhaps some with two.
 
     These are for few queries: one warpgroup has all of a head, and the other takes a head that
-    shares its key head. With a key mask, boxes may be passed over, and consumers work serially.
+    shares its key head. There is a kernel for that (chunk.cu), which takes no masks and no
+    additional keys.
     """
     most = most_warpgroups(problem, pass_)
     largest = form_of(problem, device, pass_, most)
     if most < 3 or pass_ != FORWARD or problem.rank > 1 or problem.group_size % 2:
         return (largest,)
-    pairs = form_of(problem, device, pass_, 2)
-    if problem.has_key_mask:
+    if problem.has_key_mask or problem.additional:
+        pairs = form_of(problem, device, pass_, 2)
         return (largest, pairs) if problem.group_size % 3 else (largest,)
-    clusters = (1,) if problem.additional else CLUSTERS
-    return (largest, *(pairs._replace(alike=True, cluster=cluster) for cluster in clusters))
+    return (largest, *(chunk_form(problem, device, cluster) for cluster in CLUSTERS))
 
 
 def most_warpgroups(problem: Problem, pass_: Pass) -> int:
@@ -159,6 +160,26 @@ def form_of(problem: Problem, device: Device, pass_: Pass, warpgroups: int) -> F
     return form
 
 
+MOST_STAGES = 6
+"""Boxes beyond which nothing is gained by more."""
+
+
+@lru_cache(maxsize=1024)
+def chunk_form(problem: Problem, device: Device, cluster: int) -> Form:
+    """The form of the kernel for a chunk: keys come from memory, hence many boxes of them."""
+    forms = (
+        Form(2, 128, stages, row_slots=2, cluster=cluster) for stages in range(MOST_STAGES, 1, -1)
+    )
+    return next(form for form in forms if _chunk_bytes(problem, form) <= device.shared_memory)
+
+
+def _chunk_bytes(problem: Problem, form: Form) -> int:
+    """Bytes of `ChunkMemory` of cuda/hopper/chunk.cuh."""
+    qk_lines, vo_lines = (math.ceil(dim / LINE) for dim in (problem.head_dim, problem.value_dim))
+    lines = form.row_slots * ROWS * qk_lines + form.stages * form.columns * (qk_lines + vo_lines)
+    return 128 * lines + 8 * (2 + 4 * form.stages)
+
+
 def _producers_have_registers(problem: Problem, pass_: Pass) -> bool:
     """Whether three warpgroups leave the producers enough registers for the windows of parts.
 
@@ -178,6 +199,8 @@ def vo_stages(form: Form, pass_: Pass) -> int:
 
 def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     """Bytes of `SharedMemory` of cuda/hopper/shared.cuh."""
+    if form.cluster:
+        return _chunk_bytes(problem, form)
     rank = problem.rank
     qk_lines, vo_lines = (math.ceil(dim / LINE) for dim in (problem.head_dim, problem.value_dim))
     coordinates = form.warpgroups * most_coordinates(rank)
@@ -303,7 +326,7 @@ class Rates(NamedTuple):
 
     def cycles_of(self, problem: Problem, form: Form, pass_: Pass) -> Cycles:
         """The fit for a kernel."""
-        if form.alike:
+        if form.cluster:
             return self.chunk
         if pass_ in (BACKWARD, DQ, DKV):
             return {BACKWARD: self.backward, DQ: self.dq, DKV: self.dkv}[pass_]
@@ -348,7 +371,7 @@ def cost(
     """Predicted cycles of all multiprocessors together, those that wait for the last included."""
     counts, form = count(problem, plan, pass_), plan.form
     work, multiprocessors = division(problem, plan, device, pass_), max(device.sm_count, 1)
-    if form.cluster > 1:
+    if form.cluster:
         # The time of a tile is that of the block with most boxes
         share = math.ceil(counts.longest / form.cluster) / max(counts.longest, 1)
         blocks, *boxes, longest = counts
@@ -383,20 +406,20 @@ class Division(NamedTuple):
     """Tiles that are not divided; blocks begin with them."""
     parts: int
     """Of each of the others."""
-    cluster: int = 1
-    """Blocks that share the boxes of every tile: each takes one share."""
+    shares: int = 1
+    """Of the boxes of every tile, if blocks take one share each."""
 
     @property
     def blocks(self) -> int:
         """What blocks take, one after another: whole tiles and parts, or one share."""
-        return (self.whole + (self.tiles - self.whole) * self.parts) * self.cluster
+        return (self.whole + (self.tiles - self.whole) * self.parts) * self.shares
 
 
 def division(problem: Problem, plan: HopperPlan, device: Device, pass_: Pass = FORWARD) -> Division:
     """The division of all tiles."""
     heads = problem.batch * pass_.heads(problem) // plan.heads
     tiles = count(problem, plan, pass_).blocks * heads
-    if plan.form.alike:
+    if plan.form.cluster:
         return Division(tiles, tiles, 1, plan.form.cluster)
     multiprocessors = max(device.sm_count, 1)
     last = tiles % multiprocessors
