@@ -265,7 +265,7 @@ def _maps(
 
 @lru_cache(maxsize=1024)
 def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Kernel:
-    """The kernel `name` of a pass, with the plan that cuda/hopper/shared.cuh describes.
+    """The kernel `name` of a pass, with the plan that shared.cuh or chunk.cuh of cuda/hopper describe.
 
     Without a name it is the one of the pass for this form.
     """
@@ -281,8 +281,9 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kHeadColumns": width(problem.head_dim),
         "kValueColumns": width(problem.value_dim),
         "kSharedBytes": shared_bytes(problem, form, pass_),
-        "kCluster": form.cluster,
     }
+    if form.cluster:
+        constants["kCluster"] = form.cluster
     flags = {
         "kBackward": problem.operation == "backward",
         "kTangents": pass_.moves,
