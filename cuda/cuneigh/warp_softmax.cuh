@@ -72,7 +72,15 @@ struct WarpSoftmax {
         tile_max[m][half] *= scale;
         grows |= tile_max[m][half] > row_max[m][half] + kThreshold;
       }
-    if (!__any_sync(0xffffffffu, grows)) return;
+    if (__any_sync(0xffffffffu, grows)) raise<kMayLag>(tile_max, outputs...);
+  }
+
+  // The same, where a row's maximum asks for it: `tile_max` is that of this lane's columns, times
+  // scale.
+  template <bool kMayLag = true, int... kDimTiles>
+  __device__ void raise(const float (&tile_max)[kRowTiles][2],
+                        float (&... outputs)[kRowTiles][kDimTiles][4]) {
+    constexpr float kThreshold = kMayLag ? kRescaleThreshold : 0;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll

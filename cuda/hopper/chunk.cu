@@ -3,17 +3,18 @@
 //
 // A block has two warpgroups of consumers and a warp that loads. The former have the same queries,
 // so that they see the same boxes of keys, which fill all memory that queries leave: keys come from
-// memory, not from the L2 cache. A consumer is ahead of itself: while it computes
-// P = 2^(scale S - m) of a box, the tensor cores have O += P V of the one before to do, after
-// FlashAttention-3.
+// memory, not from the L2 cache. A warpgroup is held up while its products are under way, all but
+// the last, so that the tensor cores work for one while the other is at its exponentials. These
+// must take no longer than the products do.
 //
 // Where there are fewer tiles than multiprocessors, the blocks of a cluster share the boxes of one,
-// and join their sums in the end (chunk_sums.cuh).
+// and join what they have in the end (chunk_shares.cuh).
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
 #include "cuneigh/warp_softmax.cuh"
 #include "hopper/chunk.cuh"
-#include "hopper/chunk_sums.cuh"
+#include "hopper/chunk_shares.cuh"
+#include "hopper/consumers.cuh"
 #include "hopper/producers.cuh"
 #include "hopper/products.cuh"
 #include "hopper/results.cuh"
@@ -26,43 +27,69 @@ struct ChunkArguments {
   View<float, 1> lse;  // may be null
 };
 
-// The warp that loads. It begins before the others know that there are barriers: they are told by
-// a __syncthreads after the first boxes.
+// Loads a box of tokens from `token` on.
+template <typename Line, int kLines, int kTokens>
+__device__ void load_vectors(const TensorMap& map, const Walk& walk, int head, int token,
+                             const Pieces& pieces, Line (&lines)[kLines][kTokens], Barrier& full) {
+  load_tokens<kLines, 1>(map, {{}, walk.batch, head, {token}}, pieces, lines, full);
+}
+
+// Two warps load, of which one lane each does it all. They begin with barriers of their own; the
+// others learn by a __syncthreads that these are there.
 template <typename Plan>
-__device__ void load_walk(const HopperProblem<1>& problem, const TensorMap& query,
-                          const TensorMap& key, const TensorMap& value, ChunkMemory<Plan>& smem) {
-  const Axis axis = axis_of<Plan>(problem, 0);
+__device__ void load_queries(const HopperProblem<1>& problem, const TensorMap& query,
+                             ChunkMemory<Plan>& smem) {
   const Walk walk = walk_of_block<Plan>(problem);
-  const int group = Axis::kIsPart ? axis.key_group(walk.group) : walk.group;
-  const auto load = [&](const TensorMap& map, int head, int token, const Pieces& pieces,
-                        auto& lines, Barrier& full) {
-    load_tokens<sizeof(lines) / sizeof(lines[0]), 1>(map, {{}, walk.batch, head, {token}}, pieces,
-                                                     lines, full);
-  };
-  const bool is_first_lane = threadIdx.x % 32 == 0;
-  if (is_first_lane) {
+  const int token = axis_of<Plan>(problem, 0).token({walk.group, 0});
+  if (threadIdx.x % 32 == 0) {
+    smem.query_full.init(1);
+    fence_barrier_init();
     smem.query_full.arrive_and_expect(sizeof(smem.query));
 #pragma unroll 1
     for (int w = 0; w < Plan::kWarpgroups; ++w)
-      load(query, walk.head + w, axis.token({walk.group, 0}), problem.row_pieces, smem.query[w],
-           smem.query_full);
+      load_vectors(query, walk, walk.head + w, token, problem.row_pieces, smem.query[w],
+                   smem.query_full);
   }
+  __syncwarp();
+  __syncthreads();
+}
+
+template <typename Plan>
+__device__ void load_keys(const HopperProblem<1>& problem, const TensorMap& key,
+                          const TensorMap& value, ChunkMemory<Plan>& smem) {
+  const bool is_first_lane = threadIdx.x % 32 == 0;
+  if (is_first_lane) {
+    smem.shares_full.init(1);
+#pragma unroll
+    for (int i = 0; i < Plan::kStages; ++i) {
+      smem.key_full[i].init(1);
+      smem.value_full[i].init(1);
+      smem.key_empty[i].init(0, 4 * Plan::kWarpgroups);
+      smem.value_empty[i].init(0, 4 * Plan::kWarpgroups);
+    }
+    fence_barrier_init();
+  }
+  const Axis axis = axis_of<Plan>(problem, 0);
+  const Walk walk = walk_of_block<Plan>(problem);
+  const int group = Axis::kIsPart ? axis.key_group(walk.group) : walk.group;
+  const int head = problem.group_size.quotient(walk.head);
   Ring<Plan::kStages> box;
 #pragma unroll 1
-  for (int i = 0; i < larger(walk.boxes, Plan::kStages); ++i, box.advance()) {
+  for (int i = 0; i < larger(walk.boxes, 1); ++i, box.advance()) {
     const unsigned stage = box.slot();
     if (is_first_lane && i < walk.boxes) {
-      const int head = problem.group_size.quotient(walk.head);
       const int token = axis.token({group, walk.begin + i * Plan::kColumns});
       if (i >= Plan::kStages) smem.key_empty[stage].wait(box.parity() ^ 1);
       smem.key_full[stage].arrive_and_expect(sizeof(smem.key[0]));
-      load(key, head, token, problem.column_pieces, smem.key[stage], smem.key_full[stage]);
+      load_vectors(key, walk, head, token, problem.column_pieces, smem.key[stage],
+                   smem.key_full[stage]);
       if (i >= Plan::kStages) smem.value_empty[stage].wait(box.parity() ^ 1);
       smem.value_full[stage].arrive_and_expect(sizeof(smem.value[0]));
-      load(value, head, token, problem.column_pieces, smem.value[stage], smem.value_full[stage]);
+      load_vectors(value, walk, head, token, problem.column_pieces, smem.value[stage],
+                   smem.value_full[stage]);
     }
     __syncwarp();
-    if (i == Plan::kStages - 1) __syncthreads();
+    if (i == 0) __syncthreads();
   }
 }
 
@@ -108,6 +135,45 @@ struct ChunkConsumer {
                ~first_columns(window[half].begin - first, quad));
   }
 
+  // Writes P = 2^(scale S - m) of a box as the left operand of a product, and adds its sums to
+  // those of the rows. The tensor cores wait for it, so that it takes m as it is, and looks only
+  // beside the exponentials whether m has to rise, which is seldom. Then m, O and the sums are made
+  // so that P of this box can be written, and it returns false.
+  template <int kTiles, int kSteps>
+  __device__ bool weigh(const float (&logit)[1][kTiles][4], unsigned (&weight)[kSteps][4]) {
+    using Element = typename Plan::Element;
+    float largest[1][2] = {{-infinity<float>(), -infinity<float>()}};  // of this lane's columns
+    float sum[2] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int half = i % 2;
+        float two[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float x = logit[0][2 * step + i / 2][2 * half + j];
+          largest[0][half] = fmaxf(largest[0][half], x);
+          two[j] = ex2_approx(fmaf(x, problem.scale, -softmax.row_max[0][half]));
+          sum[half] += two[j];
+        }
+        weight[step][i] = pack(two[0], two[1], Element());
+      }
+    bool rises = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      largest[0][half] *= problem.scale;
+      rises |= largest[0][half] > softmax.row_max[0][half] + kRescaleThreshold;
+    }
+    if (__any_sync(0xffffffffu, rises)) {
+      softmax.raise(largest, output);
+      return false;
+    }
+    softmax.row_sum[0][0] += sum[0];
+    softmax.row_sum[0][1] += sum[1];
+    return true;
+  }
+
   // Sums up O and the softmax over all boxes.
   __device__ void sum_up() {
     using Element = typename Plan::Element;
@@ -127,45 +193,29 @@ struct ChunkConsumer {
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(
           logit[0], queries, keys_at + box.slot() * (sizeof(smem.key[0]) / kDescriptorBytes));
     };
-    // O += P V, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
-    const auto add_values = [&](Ring<Plan::kStages> box) {
-      smem.value_full[box.slot()].wait(box.parity());
-      accumulate<Element, Plan::kValueColumns>(
-          output[0], weight, values_at + box.slot() * (sizeof(smem.value[0]) / kDescriptorBytes));
-    };
 
     multiply_keys();
     wait_for_products<0>();
-    for (int i = 0;; ++i) {
-      // S of this box is there; O += P V of the one before may be under way
+    bool is_new = true;
+    for (int i = 0;;) {
       hold(logit[0]);
-      smem.key_empty[box.slot()].arrive_as_warp();
-      if (Plan::kSigned) {
-#pragma unroll
-        for (auto& tile : logit[0])
-#pragma unroll
-          for (float& x : tile) x *= problem.sign;
-      }
+      if (Plan::kSigned && is_new) multiply_by(logit[0], problem.sign);
       hide_invisible(logit[0], i * Plan::kColumns);
-      float factor[1][1][4] = {{{1, 1, 1, 1}}};  // of what was summed up so far
-      softmax.rescale(logit, problem.scale, factor);
-      softmax.exponentiate(logit, problem.scale);
-      wait_for_products<0>();
-      hold(output[0]);
-      if (i > 0) smem.value_empty[box.before().slot()].arrive_as_warp();
-      if (__any_sync(0xffffffffu, factor[0][0][0] != 1 || factor[0][0][2] != 1)) {
-        multiply_row(output[0], 0, factor[0][0][0]);
-        multiply_row(output[0], 1, factor[0][0][2]);
-      }
-      pack_weights<Element>(logit[0], 0, weight);
-      if (i == walk.boxes - 1) break;
-      const Ring<Plan::kStages> last = box;
+      is_new = weigh(logit, weight);
+      if (!is_new) continue;
+      smem.key_empty[box.slot()].arrive_as_warp();
+
+      // O += P V, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
+      smem.value_full[box.slot()].wait(box.parity());
+      accumulate<Element, Plan::kValueColumns>(
+          output[0], weight, values_at + box.slot() * (sizeof(smem.value[0]) / kDescriptorBytes));
+      if (++i == walk.boxes) break;
       box.advance();
       multiply_keys();
-      add_values(last);
-      wait_for_products<1>();
+      wait_for_products<0>();
+      hold(output[0]);
+      smem.value_empty[box.before().slot()].arrive_as_warp();
     }
-    add_values(box);
     wait_for_products<0>();
     hold(output[0]);
   }
@@ -186,24 +236,12 @@ __global__ void CUNEIGH_CLUSTER(Plan::kCluster) __launch_bounds__(128 * (Plan::k
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= kConsumers / 32) {
     set_registers<false, kProducerRegisters<Plan>>();
-    if (warp > kConsumers / 32) {
+    if (warp == kConsumers / 32)
+      load_keys(problem, key, value, smem);
+    else if (warp == kConsumers / 32 + 1)
+      load_queries(problem, query, smem);
+    else
       __syncthreads();
-      return;
-    }
-    if (threadIdx.x == kConsumers) {
-      smem.query_full.init(1);
-      smem.sums_full.init(1);
-#pragma unroll
-      for (int i = 0; i < Plan::kStages; ++i) {
-        smem.key_full[i].init(1);
-        smem.value_full[i].init(1);
-        smem.key_empty[i].init(0, kConsumers / 32);
-        smem.value_empty[i].init(0, kConsumers / 32);
-      }
-      fence_barrier_init();
-    }
-    __syncwarp();
-    load_walk(problem, query, key, value, smem);
     return;
   }
 
@@ -233,14 +271,16 @@ __global__ void CUNEIGH_CLUSTER(Plan::kCluster) __launch_bounds__(128 * (Plan::k
       store(me.w * kRows + me.row + 8 * half, 0, me.output[0], half, me.softmax,
             me.softmax.sum(0, half));
   } else {
-    if (threadIdx.x == 0) expect_sums(smem);
+    if (threadIdx.x == 0) expect_shares(smem);
     cluster_arrive();  // its boxes have been multiplied
     cluster_wait();
-    give_sums(smem, me.output[0], me.softmax);
-    smem.sums_full.wait(0);
+    give_share(smem, me.output[0], me.softmax);
+    smem.shares_full.wait(0);
     cluster_arrive();
-    join_sums<Plan>(smem, [&](int row, int first, const auto& output, const WarpSoftmax<1>& joined,
-                              float sum) { store(row, first, output, 0, joined, sum); });
+    join_shares<Plan>(
+        smem, [&](int row, int first, const auto& output, const WarpSoftmax<1>& joined, float sum) {
+          store(row, first, output, 0, joined, sum);
+        });
     cluster_wait();  // until others have what this block's memory holds for them
   }
 }

@@ -36,7 +36,7 @@ struct ChunkMemory {
   Barrier query_full;
   Barrier key_full[Plan::kStages], key_empty[Plan::kStages];
   Barrier value_full[Plan::kStages], value_empty[Plan::kStages];
-  Barrier sums_full;  // of `owned_sums`
+  Barrier shares_full;  // of `ChunkShares::owned`
 };
 
 // What a block does.
