@@ -128,8 +128,10 @@ def plans(batch: int, queries: int, copy: float, most: int) -> dict[str, Any]:
         run()
         check(output, wanted)
         figures = found[f"{backend}, {plan}"] = figures_of(run, given, copy)
-        predicted = split_plan.predicted_ms(problem, plan, device) if backend == "fused" else (
-            hopper.model(problem, device, {"forward": plan}, hopper.RATES)
+        predicted = (
+            split_plan.predicted_ms(problem, plan, device)
+            if backend == "fused"
+            else (hopper.model(problem, device, {"forward": plan}, hopper.RATES))
         )
         figures["predicted_us"] = round(1e3 * predicted, 1)
     return found

@@ -21,7 +21,8 @@ from cuneigh import _device, _jit
 from cuneigh._backends import choose, fused, hopper, serving
 from cuneigh._backends.hopper import launch
 from cuneigh._backends.hopper.choice import cheapest, make_plan, passes
-from cuneigh._backends.hopper.plan import WIDTHS, division, forms_of, ways
+from cuneigh._backends.hopper.forms import forms_of
+from cuneigh._backends.hopper.plan import WIDTHS, division, ways
 from cuneigh._backends.hopper.tensor_maps import Folding
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD
@@ -314,6 +315,20 @@ def test_kernels_do_not_spill(operation, rank, dtype, head_dim, value_dim, flags
         assert resources.registers > 0, "the log of NVRTC was not understood"
         assert resources.spill_stores + resources.spill_loads == 0
         assert resources.advice == ()
+
+
+@needs_nvrtc
+def test_kernels_for_chunks_do_not_spill(tmp_path):
+    """Those that take most registers: with the longest vectors, alone and in a cluster."""
+    axis = Axis(64, 4159, 4096, 1, 1, True, "shift", 1 << 16, 40_000, 35_905)
+    kernels = []
+    for scale, cluster in ((1.0, 1), (-1.0, 6)):
+        problem = long_windows(heads=8, kv_heads=2, axes=(axis,), scale=scale)
+        (form,) = (form for form in forms_of(problem, H200) if form.cluster == cluster)
+        kernels.append(launch.kernel(problem, form, FORWARD))
+    for compiled in _jit.precompile(kernels, ["sm_90a"], tmp_path).values():
+        assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0
+        assert compiled.resources.advice == ()
 
 
 @needs_nvrtc

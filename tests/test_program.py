@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from cuneigh import _device, _jit, _programs
 from cuneigh._backends import BACKENDS, fused, gemm, hopper, naive
-from cuneigh._backends.hopper.plan import forms_of, ways
+from cuneigh._backends.hopper.forms import forms_of
+from cuneigh._backends.hopper.plan import ways
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
 from cuneigh._gpu.program import Program, Record
 from cuneigh._gpu.records import PART_AXIS, start_words

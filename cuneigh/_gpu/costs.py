@@ -42,14 +42,14 @@ def blocks_in_shared_memory(device: Device, bytes_of_block: int) -> int:
     return (device.shared_memory + RESERVED) // (bytes_of_block + RESERVED)
 
 
-CLUSTERED = 0.91
-"""Of the blocks that there is room for, how many there are at a time in clusters of more than two.
+CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
+"""Clusters at work at a time on the 132 multiprocessors of an H200, by their size.
 
-Clusters do not fill the groups of multiprocessors that they are bound to: of 8 blocks there are 15
-on the 132 multiprocessors of an H200.
+As `cuOccupancyMaxActiveClusters` counts them where a multiprocessor has room for one block:
+clusters do not fill the groups of multiprocessors that they are bound to.
 """
 
 
 def clusters_at_once(blocks: int, size: int) -> int:
     """Clusters of `size` blocks that are at work at a time where there is room for `blocks`."""
-    return max((blocks if size <= 2 else int(blocks * CLUSTERED)) // size, 1)
+    return max(blocks * CLUSTERS[size] // CLUSTERS[1], 1)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from cuneigh._backends import hopper
 from cuneigh._backends.hopper.choice import arrangements, column_boxes, row_boxes
-from cuneigh._backends.hopper.plan import HopperPlan, forms_of
+from cuneigh._backends.hopper.forms import forms_of
+from cuneigh._backends.hopper.plan import HopperPlan
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array, Pointer
 from cuneigh._gpu.passes import FORWARD, Pass

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuneigh._backends.hopper import plan as hopper_plan
+from cuneigh._backends.hopper.forms import forms_of
 from cuneigh._backends.hopper.plan import (
     LONGEST_SPAN,
     ROWS,
@@ -16,7 +17,6 @@ from cuneigh._backends.hopper.plan import (
     HopperPlan,
     cost,
     cost_of,
-    forms_of,
     most_coordinates,
     most_warpgroups,
     span,

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from cuneigh import _jit
 from cuneigh._backends.hopper.choice import NAME, make_plan, passes
+from cuneigh._backends.hopper.forms import forms_of
 from cuneigh._backends.hopper.plan import (
     ROWS,
     SUM_FLOATS,
@@ -21,7 +22,6 @@ from cuneigh._backends.hopper.plan import (
     count_seen_boxes,
     count_sums,
     division,
-    forms_of,
     has_masked_columns,
     head_sums,
     is_dilated,
@@ -265,9 +265,9 @@ def _maps(
 
 @lru_cache(maxsize=1024)
 def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Kernel:
-    """The kernel `name` of a pass, with the plan that shared.cuh or chunk.cuh of cuda/hopper describe.
+    """The kernel `name` of a pass; without a name it is the one for this form.
 
-    Without a name it is the one of the pass for this form.
+    shared.cuh and chunk.cuh of cuda/hopper describe the plan.
     """
     constants = {
         "kRank": problem.rank,

@@ -67,8 +67,8 @@ class HopperPlan:
         boxes = self.warpgroups, self.row_box, self.column_box
         warpgroups, rows, columns = ("x".join(map(str, box)) for box in boxes)
         heads = f" of {self.heads} heads" if self.heads > 1 else ""
-        cluster = f", {self.form.cluster} blocks a tile" if self.form.cluster else ""
-        return f"{warpgroups} warpgroups{heads} of {rows} rows, boxes of {columns} columns{cluster}"
+        blocks = f", {self.form.cluster} blocks for each" if self.form.cluster > 1 else ""
+        return f"{warpgroups} warpgroups{heads} of {rows} rows, boxes of {columns} columns{blocks}"
 
 
 def ways(problem: Problem) -> list[tuple[Pass, ...]]:
@@ -104,30 +104,6 @@ def is_dilated(problem: Problem) -> bool:
     return any(axis.dilation > 1 for axis in problem.axes)
 
 
-CLUSTERS = (1, 2, 3, 4, 6)
-"""Blocks that may share the boxes of a chunk: so many that clusters find room on 132 multiprocessors.
-
-Of 7 or 8 there are 15 at a time, of 6 there are 20.
-"""
-
-
-def forms_of(problem: Problem, device: Device, pass_: Pass = FORWARD) -> tuple[Form, ...]:
-    """The forms of a problem of any length: that with most warpgroups, and perhaps some with two.
-
-    These are for few queries: one warpgroup has all of a head, and the other takes a head that
-    shares its key head. There is a kernel for that (chunk.cu), which takes no masks and no
-    additional keys.
-    """
-    most = most_warpgroups(problem, pass_)
-    largest = form_of(problem, device, pass_, most)
-    if most < 3 or pass_ != FORWARD or problem.rank > 1 or problem.group_size % 2:
-        return (largest,)
-    if problem.has_key_mask or problem.additional:
-        pairs = form_of(problem, device, pass_, 2)
-        return (largest, pairs) if problem.group_size % 3 else (largest,)
-    return (largest, *(chunk_form(problem, device, cluster) for cluster in CLUSTERS))
-
-
 def most_warpgroups(problem: Problem, pass_: Pass) -> int:
     """As many as there are registers for."""
     longest = max(problem.head_dim, problem.value_dim)
@@ -158,26 +134,6 @@ def form_of(problem: Problem, device: Device, pass_: Pass, warpgroups: int) -> F
         if shared_bytes(problem, candidate, pass_) <= device.shared_memory:
             form = candidate
     return form
-
-
-MOST_STAGES = 6
-"""Boxes beyond which nothing is gained by more."""
-
-
-@lru_cache(maxsize=1024)
-def chunk_form(problem: Problem, device: Device, cluster: int) -> Form:
-    """The form of the kernel for a chunk: keys come from memory, hence many boxes of them."""
-    forms = (
-        Form(2, 128, stages, row_slots=2, cluster=cluster) for stages in range(MOST_STAGES, 1, -1)
-    )
-    return next(form for form in forms if _chunk_bytes(problem, form) <= device.shared_memory)
-
-
-def _chunk_bytes(problem: Problem, form: Form) -> int:
-    """Bytes of `ChunkMemory` of cuda/hopper/chunk.cuh."""
-    qk_lines, vo_lines = (math.ceil(dim / LINE) for dim in (problem.head_dim, problem.value_dim))
-    lines = form.row_slots * ROWS * qk_lines + form.stages * form.columns * (qk_lines + vo_lines)
-    return 128 * lines + 8 * (2 + 4 * form.stages)
 
 
 def _producers_have_registers(problem: Problem, pass_: Pass) -> bool:
@@ -224,6 +180,13 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     if masked:
         barriers += form.stages
     return math.ceil((math.ceil(size / 8) * 8 + 8 * barriers) / 16) * 16
+
+
+def _chunk_bytes(problem: Problem, form: Form) -> int:
+    """Bytes of `ChunkMemory` of cuda/hopper/chunk.cuh."""
+    qk_lines, vo_lines = (math.ceil(dim / LINE) for dim in (problem.head_dim, problem.value_dim))
+    lines = form.row_slots * ROWS * qk_lines + form.stages * form.columns * (qk_lines + vo_lines)
+    return 128 * lines + 8 * (2 + 4 * form.stages)
 
 
 def has_masked_columns(problem: Problem, pass_: Pass) -> bool:
@@ -301,8 +264,10 @@ LONG = Cycles(
 """Of vectors of more than 128 elements."""
 
 
-OF_CHUNK = Cycles(1 / 3400, logit=0.02, copy=0.0, box=900, row=0.0, block=3000, mask=0.0072, start=6_000)
-"""Of tiles of few queries."""
+OF_CHUNK = Cycles(
+    1 / 3400, logit=0.02, copy=0.0, box=1400, row=4.5, block=1000, mask=0.0, start=500
+)
+"""Of tiles of few queries; `row` is of what the blocks of a cluster exchange."""
 OF_BACKWARD = Cycles(1 / 2400, logit=0.0, copy=0.0, box=2_400, row=0.0, block=5_000, mask=0.05)
 OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, mask=0.0491)
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
@@ -374,8 +339,8 @@ def cost(
     if form.cluster:
         # The time of a tile is that of the block with most boxes
         share = math.ceil(counts.longest / form.cluster) / max(counts.longest, 1)
-        blocks, *boxes, longest = counts
-        counts = WalkCounts(blocks, *(share * n for n in boxes), longest)
+        of_share = {name: share * getattr(counts, name) for name in ("loads", "visits", "full")}
+        counts = counts._replace(**of_share)
         at_once = clusters_at_once(multiprocessors, form.cluster)
         rounds: float = math.ceil(work.tiles / at_once)
     else:
@@ -383,6 +348,9 @@ def cost(
         if work.tiles > rounds * multiprocessors:
             rounds += PART_OF_ROUND[work.parts]
     cycles = cost_of(problem, form, counts, plan.heads, pass_, rates)
+    if form.cluster > 1:
+        exchanged = form.warpgroups * ROWS * problem.value_dim // 8  # times 16 bytes
+        cycles += work.tiles * exchanged * rates.cycles_of(problem, form, pass_).row
     cycles *= rounds * multiprocessors / work.tiles
     return cycles + rates.cycles_of(problem, form, pass_).start * multiprocessors
 

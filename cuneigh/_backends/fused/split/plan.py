@@ -116,6 +116,7 @@ PRODUCT = 1 / 171
 CYCLES = 1.755e6
 """In a millisecond."""
 
+
 class Rates(NamedTuple):
     """What predictions are made of: that of an H200 unless others are given."""
 
