@@ -12,6 +12,10 @@ all gradients with five products instead of seven: its blocks add to sums of dQ 
 The sums take 4 bytes for each element of the query, as long as that is a small part of the device's
 memory. Neither way does a result depend on the order in which blocks run.
 
+The forward of up to 64 queries, of which two heads share a key head, has a kernel for itself
+(cuda/hopper/chunk.cu). Where tiles are few, the blocks of a cluster share the keys of one: each
+rounds its output to the element type, as a result, before they are joined.
+
 A jvp takes one kernel with six products, whose arrays come with their tangents
 (cuda/hopper/jvp.cu): output, lse and their tangents in one pass.
 
