@@ -37,12 +37,14 @@ import numpy as np
 
 import cuneigh
 from cuneigh._backends import cpu
+from cuneigh._backends.cpu import compiled
 from cuneigh._backends.cpu.blas import one_thread
+from cuneigh._backends.cpu.compiled import cuts, slabs
 from cuneigh._backends.cpu.threads import thread_count
 from cuneigh._backends.cpu.tiles import boxes
 from cuneigh._device import CPU
 from cuneigh._parameters import window_arguments
-from cuneigh._problem import Spec
+from cuneigh._problem import Problem, Spec
 from cuneigh._validate import attention_problem
 from cuneigh.cli import demo
 
@@ -224,10 +226,20 @@ def rate(case: Case, rounds: int) -> dict[str, Any]:
     spec = Spec((1, *case.tokens, case.heads, case.dim), case.dtype)
     axes = window_arguments("bench", len(case.tokens), case.kernel_size, 1, 1, False)
     problem = attention_problem("bench", "forward", spec, spec, spec, axes, None)
-    logits = sum(math.prod(box.lead) * box.tile.logits for box in boxes(problem)[0])
-    flops = {str(case): 4 * case.dim * logits, "matmul": 2 * out.size * terms * thread_count()}
+    flops = {
+        str(case): 4 * case.dim * multiplied_pairs(problem),
+        "matmul": 2 * out.size * terms * thread_count(),
+    }
     rates = {name: round(flops[name] / ms / 1e6, 1) for name, ms in times.items()}
     return {"gflops": rates, "product": PRODUCT, "others": others}
+
+
+def multiplied_pairs(problem: Problem) -> int:
+    """Pairs of a query and a key, hidden ones too, whose products are computed."""
+    if compiled.is_faster(problem):
+        lanes = slabs.lanes_of(problem)
+        return problem.batch * problem.heads * lanes * cuts.logits(problem.axes, lanes)
+    return sum(math.prod(box.lead) * box.tile.logits for box in boxes(problem)[0])
 
 
 def photograph(side: int) -> dict[str, Any]:

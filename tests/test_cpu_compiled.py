@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.accuracy import check_backend, run_backend
-from helpers.brute_force import seers
+from helpers.brute_force import seers, sees
 from helpers.strategies import Inputs, generators, inputs, layouts, problems
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -26,8 +26,10 @@ from test_cpu import assert_same_bits, attention, contiguous_copy
 import cuneigh
 from cuneigh._backends import cpu
 from cuneigh._backends.cpu import compiled
-from cuneigh._backends.cpu.compiled import choice, slabs, toolchain
+from cuneigh._backends.cpu.compiled import choice, cuts, slabs, toolchain
 from cuneigh._problem import Operands
+from cuneigh._window import Promise
+from cuneigh.cli import main
 
 DIMS = 5, 19
 """Of a query and of a value: less than a vector, and more than one but not whole ones."""
@@ -73,10 +75,15 @@ def loop_problems(draw, **arguments):
 def cut(request, monkeypatch):
     """Problems are usually one slab; here they may be cut into many."""
     if request.param != "whole":
-        monkeypatch.setattr(slabs, "PAIRS", 40)
+        monkeypatch.setattr(slabs, "PAIRS", 1500)
     monkeypatch.setenv("CUNEIGH_NUM_THREADS", "3" if request.param == "threads" else "1")
-    slabs.slabs_of_entry.cache_clear()
+    forget_slabs()
     yield
+    forget_slabs()
+
+
+def forget_slabs():
+    slabs.slab_shape.cache_clear()
     slabs.slabs_of_entry.cache_clear()
 
 
@@ -97,6 +104,7 @@ def test_loops_agree_with_the_oracle(data, rng, layout, cut):
     ("tokens", "kernel_size", "window"),
     [
         ((300,), 33, {}),
+        ((600,), 129, {"is_causal": True}),  # in tiles of two vectors
         ((40, 44), (8, 5), {"dilation": (2, 8), "is_causal": (False, True)}),
         ((9, 12, 14), (3, 5, 4), {"stride": (1, 2, 4)}),
         ((12, 13, 6), 5, {}),
@@ -153,6 +161,34 @@ def test_a_token_reaches_only_the_queries_that_see_it(data, rng, poison, what):
 
 
 @needs_numba
+@one_cut
+@given(
+    problem=loop_problems(dtypes=("float16", "bfloat16")),
+    rng=generators(),
+    layout=layouts(),
+    converts=st.booleans(),
+)
+def test_half_precision_is_what_float32_gives_rounded(problem, rng, layout, converts):
+    problem = replace(problem, operation="forward")
+    given_inputs = inputs(problem, rng, layout)
+
+    def widened(array):
+        return None if array is None else array.astype("float32")
+
+    wide = Inputs(
+        Operands(*map(widened, given_inputs.operands)),
+        *map(widened, given_inputs[1:5]),
+        wants_lse=given_inputs.wants_lse,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if not converts:  # as processors do that have no instructions for it
+            patch.setattr(toolchain, "converts", lambda dtype: False)
+        got = run_backend(LOOPS, problem, given_inputs)
+    expected = run_backend(LOOPS, replace(problem, dtype="float32"), wide)
+    assert_same_bits(got, {name: each.astype(got[name].dtype) for name, each in expected.items()})
+
+
+@needs_numba
 @pytest.mark.parametrize("magnitude", [1e4, -1e4, 90.0])
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_large_logits_and_large_values(magnitude, operation):
@@ -175,27 +211,86 @@ def test_workspace_is_bounded(monkeypatch):
     value = np.zeros((1, 400, 400, 2, DIMS[1]), "float32")
     problem = attention((400, 400), DIMS, kernel_size=3)
     output = np.empty_like(value)
-    slabs.slabs_of_entry.cache_clear()
+    forget_slabs()
     tracemalloc.start()
     assert compiled.forward(problem, Operands(query, query, value), output, None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    slabs.slabs_of_entry.cache_clear()
+    forget_slabs()
     assert peak <= 16 << 20
+
+
+# How axes are cut into tiles
+
+
+@given(data=st.data(), most=st.integers(1, 20))
+def test_tiles_hold_every_query_once_and_the_keys_that_it_sees(data, most):
+    drawn = data.draw(problems(operations=("forward",)))
+    axis = data.draw(st.sampled_from(drawn.axes))
+    assume(Promise.INSIDE in axis.promises)
+    cut = cuts.cut(axis, most)
+    assert cut.keys.counts.sum() <= cuts.keys_of(axis, most)
+    assert sorted(cut.order) == list(range(axis.key_length))
+    found = []
+    for run, count in enumerate(cut.queries.counts):
+        assert 1 <= count <= most
+        block = cut.order[cut.keys.first[run] :][: cut.keys.counts[run]]
+        for lane in range(most):
+            token, begin, length = (each[run, lane] for each in cut.queries[:3])
+            seen = block[begin : begin + length]
+            assert list(seen) == [y for y in range(axis.key_length) if sees(axis, token, y)]
+            if lane < count:
+                found.append(token)
+            else:
+                assert token == cut.queries.tokens[run, 0]
+    assert sorted(found) == list(range(axis.length))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kernel_size", "window", "shape"),
+    [
+        ((4096,), 129, {}, (16,)),
+        ((64, 64), 7, {}, (4, 4)),
+        ((64, 3), 3, {}, (5, 3)),
+        ((64, 64), (1, 33), {}, (1, 16)),
+        ((64, 64), 7, {"dilation": (1, 8)}, (2, 8)),
+        ((32, 32, 32), 3, {}, (2, 2, 4)),
+    ],
+)
+def test_tiles_have_the_shape_whose_queries_share_most(tokens, kernel_size, window, shape):
+    axes = attention(tokens, DIMS, kernel_size=kernel_size, **window).axes
+    assert cuts.tile_shape(axes, 16) == shape
 
 
 # When they are taken
 
 
 @needs_numba
-def test_small_windows_take_loops_and_long_ones_products():
+def test_what_is_worth_compiling_for_takes_loops():
     small = attention((16, 28, 28), (32, 32), kernel_size=3, heads=4)
     assert compiled.is_faster(small)
     assert compiled.is_faster(replace(small, operation="backward"))
-    assert not compiled.is_faster(attention((4096,), (64, 64), kernel_size=1025, heads=4))
+    assert compiled.is_faster(attention((4096,), (64, 64), kernel_size=1025, heads=4))
     tiny = attention((8, 9), (32, 32))  # not worth compiling for, however many entries it has
     assert not any(compiled.is_faster(replace(tiny, batch=batch)) for batch in (1, 7, 10_000))
     assert compiled.is_faster(replace(small, batch=7))
+
+
+@needs_numba
+def test_a_dry_run_says_that_loops_are_taken(capsys):
+    problem = ["-i", "16", "28", "28", "-n", "4", "-d", "32", "-w", "3"]
+    assert main(["profile", *problem, "--dry-run", "--backward"]) == 0
+    told = f"cpu: forward: loops that numba {toolchain.version()} compiles, tiles of "
+    assert told in capsys.readouterr().out
+    assert "in loops that numba" in cpu.about()
+
+
+def test_a_dry_run_says_why_loops_are_not_taken(monkeypatch, capsys):
+    monkeypatch.setattr(toolchain, "version", lambda: None)
+    assert main(["profile", "-i", "4096", "-w", "9", "--dry-run"]) == 0
+    reason = "matrix products, not compiled loops: numba is not installed"
+    assert f"cpu: forward: {reason}" in capsys.readouterr().out
+    assert reason in cpu.about()
 
 
 @needs_numba
@@ -297,7 +392,7 @@ def test_a_numba_that_does_not_work_is_told_once_and_products_serve(monkeypatch)
     monkeypatch.setattr(toolchain, "version", lambda: "0.99")
     monkeypatch.setattr(toolchain, "_failure", None)
     monkeypatch.setattr(toolchain, "_compiled", broken)
-    monkeypatch.setattr(toolchain, "lanes", lambda bits: 512 // bits)
+    monkeypatch.setattr(toolchain, "vector_size", lambda bits: 512 // bits)
     query = np.ones((1, 16, 32, 32, 2, 4), "float32")
     with pytest.warns(RuntimeWarning, match=r"without it: numba 0.99 .* needs an older NumPy"):
         output = cuneigh.na3d(query, query, query, 3)

@@ -84,6 +84,11 @@ class Backend(Protocol):
     #
     #     def about(self) -> str:
 
+    # One that computes problems in different ways, but plans nothing for a GPU, says which it takes
+    # for one in `python -m cuneigh profile --dry-run`:
+    #
+    #     def method(self, problem: Problem) -> str:
+
     def kernels(self, problem: Problem, device: Device) -> list[Kernel]:
         """What a call of contiguous arrays loads on `device`, if the problem is supported there.
 

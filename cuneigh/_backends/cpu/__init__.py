@@ -9,7 +9,8 @@ is ever in memory: every thread works on about half a million logits at a time.
 `rows` reads and writes them whatever their strides, `halves` widens half precision, `boxes` holds
 what the operations do with a box, `attention`, `tangents`, `hvp` and `products` are the
 operations, `gradients` adds up what boxes share, and `threads` runs them in parallel. Where Numba
-is installed, `compiled` computes small windows without boxes.
+is installed, `compiled` computes most problems without boxes.
+
 Half-precision arrays are computed in float32, float64 in float64. Results do not depend on the
 number of threads, and those of an entry of a batch do not depend on the others; gradients of rpb,
 which all entries share, are sums over them. What is not finite reaches only the queries that see
@@ -41,6 +42,7 @@ __all__ = [
     "hvp",
     "jvp",
     "kernels",
+    "method",
     "predicted_ms",
     "qk",
     "qk_backward",
@@ -62,8 +64,13 @@ def unsupported(problem: Problem, device: Device, arrays: object = None) -> str 
 
 
 def about() -> str:
-    """What computes small windows."""
+    """What computes most problems."""
     return compiled.about()
+
+
+def method(problem: Problem) -> str:
+    """How `problem` is computed: in compiled loops, or why not."""
+    return compiled.method(problem)
 
 
 def predicted_ms(problem: Problem, device: Device) -> float:

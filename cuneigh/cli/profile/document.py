@@ -96,7 +96,8 @@ def predicted(backend: Backend, problems: tuple[Problem, ...], device: Device) -
 def plans_of(backend: Backend, problems: tuple[Problem, ...], device: Device) -> dict[str, str]:
     """How a backend cuts the problems, by pass; nothing where it has no plan to tell."""
     if device.kind != "cuda":
-        return {}
+        method = getattr(backend, "method", None)
+        return {problem.operation: method(problem) for problem in problems} if method else {}
     plans = [plan for problem in problems for plan in rehearse(problem, device, backend.NAME)[1]]
     return {planned.pass_: str(planned.plan) for planned in plans}
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import lru_cache
 
 from cuneigh._backends.cpu.compiled import toolchain
+from cuneigh._backends.cpu.compiled.cuts import logits
+from cuneigh._backends.cpu.compiled.slabs import lanes_of
 from cuneigh._backends.cpu.tiles import predicted_ns
 from cuneigh._problem import DTYPES, Problem
 from cuneigh._window import Promise
@@ -17,9 +19,6 @@ MOST_DIM = 128
 LEAST_NS = 1e6
 """What products must be predicted to take for an entry of the batch, at least, for loops to be
 compiled for it."""
-
-CACHE_BYTES = 40 << 10
-"""Up to this, keys and values of a window, and their gradients, stay in the first-level cache."""
 
 MARGIN = 0.7
 """Loops must be predicted to take at most this part of the products' time."""
@@ -43,34 +42,39 @@ def _left_to_products(problem: Problem) -> str | None:
 
 
 def is_faster(problem: Problem) -> bool:
-    """Whether `problem` is to be computed by compiled loops.
+    """Whether `problem` is to be computed by compiled loops."""
+    return why_not(problem) is None
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why `problem` is left to matrix products; None if it is not.
 
     That does not depend on how many entries a batch has, and so the results of one of them do not.
     """
-    return toolchain.missing() is None and _is_faster(replace(problem, batch=1))
+    return toolchain.missing() or _why_not(replace(problem, batch=1))
 
 
 @lru_cache(maxsize=4096)
-def _is_faster(problem: Problem) -> bool:
-    if _left_to_products(problem) is not None:
-        return False
+def _why_not(problem: Problem) -> str | None:
+    reason = _left_to_products(problem)
+    if reason is not None:
+        return reason
     products = predicted_ns(problem)
-    return products >= LEAST_NS and loops_ns(problem) <= MARGIN * products
+    if products < LEAST_NS:
+        return "so little is not worth compiling for"
+    share = loops_ns(problem) / products
+    return f"loops are predicted to take {share:.2f} of the time" if share > MARGIN else None
 
 
 def loops_ns(problem: Problem) -> float:
     """Predicted time of one thread, as measured on a core with AVX-512."""
-    itemsize = DTYPES[problem.accumulator]
-    lanes = toolchain.lanes(8 * itemsize)
-    of_key, of_value = (-(-dim // lanes) for dim in (problem.head_dim, problem.value_dim))
+    lanes = lanes_of(problem)
+    vectors = lanes // toolchain.vector_size(8 * DTYPES[problem.accumulator])
+    of_head = problem.batch * problem.heads
+    queries = of_head * math.prod(problem.tokens)
+    of_logits = of_head * vectors * logits(problem.axes, lanes)
     dims = problem.head_dim + problem.value_dim
-    queries = problem.batch * problem.heads * math.prod(problem.tokens)
-    window = problem.window_size * (of_key + of_value) * lanes * itemsize
     if problem.operation == "forward":
-        pair, query = 0.3 + 0.45 * of_key + 0.3 * of_value, 90 + 1.0 * dims
-    else:
-        pair, query = 0.8 + 1.25 * of_key + 1.0 * of_value, 200 + 2.5 * dims
-        window *= 2
-    if window > CACHE_BYTES:
-        pair *= 1.4
-    return problem.batch * problem.heads * problem.visible_pairs() * pair + queries * query
+        return of_logits * (6 + 0.25 * dims) + queries * (60 + 1.0 * dims)
+    products = 3 * problem.head_dim + 2 * problem.value_dim
+    return of_logits * (14 + 0.25 * products) + queries * (150 + 2.5 * dims)

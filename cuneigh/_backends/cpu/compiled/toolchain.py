@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cuneigh import _jit
+from cuneigh._problem import DTYPES, SUPPORTED
 from cuneigh._settings import QUIET
 
 OLDEST = 0, 61
@@ -55,12 +56,14 @@ _failure: str | None = None
 """Why Numba cannot be used although it is installed."""
 
 
-def compiled(name: str, head_dim: int, value_dim: int, bits: int) -> Callable[..., None] | None:
+def compiled(
+    name: str, head_dim: int, value_dim: int, dtype: str, lanes: int
+) -> Callable[..., None] | None:
     """The kernel of `kernels` of that name, compiled; None, and a warning, if that fails."""
     global _failure
     with _lock:
         try:
-            return _compiled(name, head_dim, value_dim, bits)
+            return _compiled(name, head_dim, value_dim, dtype, lanes)
         except Exception as error:  # Numba, LLVM and versions of NumPy that do not go together
             _failure = f"numba {version()} does not work here: {type(error).__name__}: {error}"
             _jit.warn(f"cuneigh computes without it: {_failure}")
@@ -68,29 +71,46 @@ def compiled(name: str, head_dim: int, value_dim: int, bits: int) -> Callable[..
 
 
 @cache
-def lanes(bits: int) -> int:
+def vector_size(bits: int) -> int:
     """Numbers of so many bits in a vector of this processor."""
-    try:
-        from llvmlite import binding
-
-        features = binding.get_host_cpu_features()
-    except Exception:  # which `compiled` will tell
-        return 4
+    features = _features()
     size = next((size for name, size in VECTOR_BYTES.items() if features.get(name)), 16)
     return max(8 * size // bits, 4)
 
 
+def converts(dtype: str) -> bool:
+    """Whether this processor has instructions that widen and narrow vectors of `dtype`."""
+    return dtype != "float16" or any(_features().get(name) for name in ("f16c", "avx512f", "neon"))
+
+
 @cache
-def _compiled(name: str, head_dim: int, value_dim: int, bits: int) -> Callable[..., None]:
+def _features() -> dict[str, bool]:
+    """Those of this processor, by LLVM's names."""
+    try:
+        from llvmlite import binding
+
+        return dict(binding.get_host_cpu_features())
+    except Exception:  # which `compiled` will tell
+        return {}
+
+
+@cache
+def _compiled(
+    name: str, head_dim: int, value_dim: int, dtype: str, lanes: int
+) -> Callable[..., None]:
     numba = _imported()
     from cuneigh._backends.cpu.compiled.kernels import OPTIONS, SIGNATURES, kernels
 
-    made: Any = kernels(head_dim, value_dim, bits, lanes(bits))
+    accumulator = SUPPORTED[dtype].accumulator
+    vector = vector_size(8 * DTYPES[accumulator])
+    # Half of the registers for sums; AVX-512 has twice as many as the others.
+    registers = 16 if vector * DTYPES[accumulator] == max(VECTOR_BYTES.values()) else 8
+    made: Any = kernels(head_dim, value_dim, dtype, lanes, max(registers * vector // lanes, 1))
     dispatcher = numba.njit(**OPTIONS)(getattr(made, name))
-    kernel = f"{name}-{head_dim}-{value_dim}-{bits}"
-    described = f"{name}, heads of {head_dim} and {value_dim} in float{bits}"
+    kernel = f"{name}-{head_dim}-{value_dim}-{dtype}-{lanes}"
+    described = f"{name}, heads of {head_dim} and {value_dim} in {dtype}"
     dispatcher._cache = _cache_class()(dispatcher.py_func, kernel, described)
-    dispatcher.compile(SIGNATURES[name](bits))
+    dispatcher.compile(SIGNATURES[name](accumulator))
     dispatcher.disable_compile()
     return dispatcher  # type: ignore[no-any-return]
 
