@@ -71,6 +71,11 @@ struct WholeAxis {
     return {longer_groups + position / shorter, position % shorter};
   }
 
+  // The largest multiple of the stride up to an index.
+  CUNEIGH_HOST_DEVICE int whole_strides(int index) const {
+    return stride == 1 ? index : index / stride * stride;
+  }
+
   // Key indices that query `index` of `group` sees.
   CUNEIGH_HOST_DEVICE Range window(int index, int group) const {
     int leader = index;
@@ -89,13 +94,13 @@ struct WholeAxis {
     const int queries = group_length(group);
     if (is_causal) {
       const bool past_end = index + kernel_size >= queries;
-      return {index, smaller(stride * ((index + kernel_size) / stride + past_end), queries)};
+      return {index, smaller(whole_strides(index + kernel_size) + stride * past_end, queries)};
     }
     const int left = kernel_size / 2, right = kernel_size - 1 - left;
     int begin = 0, end = queries;
-    if (index >= kernel_size) begin = stride * ((index - right + stride - stride / 2 - 1) / stride);
+    if (index >= kernel_size) begin = whole_strides(index - right + stride - stride / 2 - 1);
     if (index < key_group_length(group) - kernel_size)
-      end = stride * ((index + left + stride - stride / 2) / stride);
+      end = whole_strides(index + left + stride - stride / 2);
     return {smaller(begin, queries), smaller(end, queries)};
   }
 

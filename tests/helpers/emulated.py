@@ -16,6 +16,7 @@ import ctypes
 import hashlib
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from cuneigh._device import of_capability
 from cuneigh._gpu.arrays import Pointer
 from cuneigh._gpu.program import Launch, Program, Record, _Clear
 from cuneigh._gpu.records import start_words
+from cuneigh._gpu.tensor_map import TensorMap
 from cuneigh._problem import JvpResults, OfResults, Operands, Problem, Spec
 
 EMULATOR = Path(__file__).parent / "emulator"
@@ -64,6 +66,12 @@ REPLACED = {
             r'asm\("mad.wide.u32.*?\n.*?\n.*?\)\)\)\);',
             "address += (unsigned long long)units * (kUnit<Element> * int(sizeof(Element)));",
         )
+    ],
+    "fused/small/tma.cuh": [
+        (
+            r"// What cuTensorMapEncodeTiled writes.*(?=\n}  // namespace)",
+            "using namespace emulator;\n",
+        ),
     ],
     "cuneigh/cluster.cuh": [
         (r"__cluster_dims__\(size, 1, 1\)", ""),
@@ -172,6 +180,8 @@ class Emulator:
 def packed(parameter: Any, at: Any) -> bytes:
     """A parameter of a launch as the kernel takes it."""
     words: dict[int, int] = {}
+    if isinstance(parameter, TensorMap):
+        return tensor_map(parameter, at(parameter.pointer))
     if isinstance(parameter, Record):
         words = {place: at(pointer) for place, pointer in parameter.words}
         parameter = parameter.values
@@ -182,6 +192,13 @@ def packed(parameter: Any, at: Any) -> bytes:
     for place, word in words.items():
         data[8 * place : 8 * place + 8] = word.to_bytes(8, "little", signed=True)
     return bytes(data)
+
+
+def tensor_map(described: TensorMap, address: int) -> bytes:
+    """`TensorMap` of emulator/emulator.h."""
+    numbers = (*described.strides, *described.dims, *described.box)
+    steps = described.element_strides
+    return struct.pack("Q4Q5I5H6B52x", address, *numbers, *steps, described.swizzle)
 
 
 def allocate(shape: tuple[int, ...], dtype: str) -> np.ndarray:

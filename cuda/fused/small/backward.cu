@@ -14,6 +14,7 @@
 // fused/small/forward.cu, with one buffer; kOneStage and kLse are false.
 
 #include "cuneigh/softmax.cuh"
+#include "fused/small/boxes.cuh"
 #include "fused/small/hidden.cuh"
 #include "fused/small/tiles.cuh"
 #include "fused/small/warp_rows.cuh"
@@ -93,20 +94,12 @@ __device__ void gemm_nn_16(const float (&weight)[2][4], Address address, float (
   }
 }
 
-// sum(grad_output * output) of rows lane / 4 and lane / 4 + 8: the diagonal of dO O^T [16, 16]. The
-// rows in shared memory are [16, kHeadDim + kValueDim + kValueDim]: Q, dO and O.
-template <typename Plan, typename Element, int kPitch>
-__device__ float2 delta_of_rows(const Element (*rows_smem)[kPitch], int lane) {
-  constexpr int kHeadDim = Plan::kHeadDim, kValueDim = Plan::kValueDim;
-  const auto grad_output = [&](int d, unsigned (&operand)[4]) {
-    load_row_operand(rows_smem, kHeadDim + d, lane, operand);
-  };
-  const auto output_address = [&](int d) {
-    return address_of(rows_smem, 0, lane / 16 * 8 + lane % 8, kHeadDim + kValueDim + d,
-                      lane / 8 % 2 * 8);
-  };
+// sum(grad_output * output) of rows lane / 4 and lane / 4 + 8: the diagonal of dO O^T [16, 16],
+// with the arguments of gemm_nt_16.
+template <typename Plan, typename RowOperand, typename Address>
+__device__ float2 delta_of_rows(RowOperand grad_output, Address output_address, int lane) {
   float product[2][4];
-  gemm_nt_16<kValueDim>(grad_output, output_address, product, Element());
+  gemm_nt_16<Plan::kValueDim>(grad_output, output_address, product, typename Plan::Element());
   const int row = lane / 4, holder = row * 4 + row / 2;
   const bool odd = row % 2;
   return {__shfl_sync(0xffffffffu, odd ? product[0][1] : product[0][0], holder),
@@ -122,8 +115,16 @@ constexpr int kRoomForKeys = 176;
 
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
-    backward(const SmallWindowProblem<Plan::kRank> problem,
-             const BackwardArguments<Plan> arguments) {
+    backward(const SmallWindowProblem<Plan::kRank> problem, const BackwardArguments<Plan> arguments
+#ifdef CUNEIGH_TMA
+             ,
+             const __grid_constant__ TensorMap column_qk_map,
+             const __grid_constant__ TensorMap column_vo_map,
+             const __grid_constant__ TensorMap row_qk_map,
+             const __grid_constant__ TensorMap row_vo_map,
+             const __grid_constant__ TensorMap output_map  // that of row_vo if rows are keys
+#endif
+    ) {
   using Element = typename Plan::Element;
   constexpr int kHeadDim = Plan::kHeadDim, kValueDim = Plan::kValueDim;
   static_assert(
@@ -140,9 +141,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   auto& smem = *reinterpret_cast<SmallSmem<Plan, kRowDim>*>(memory_smem);
   const auto& tables = smem.tables;
   __shared__ Rows<Plan> rows;
+  __shared__ Barrier full;  // of what TMA brings
   using Offsets = typename Rows<Plan>::Offsets;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (kByTma && threadIdx.x == 0) full.init(1 + Plan::kWarps);
   fill_row_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
     Offsets& offsets = rows.offsets[row];
     offsets.qk = offset_of(arguments.row_qk, token);
@@ -181,9 +184,29 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   __syncthreads();
 
   auto* rows_smem = &smem.row[0][warp * 16];  // [16, kRowDim]
+  // The left operand of dimensions d to d + 15 of the rows
+  const auto row_operand = [&](int d, unsigned (&operand)[4]) {
+    if constexpr (kByTma)
+      ldmatrix_x4(operand, left_operand_address<kHeadDim>(smem.row_address(d / kHeadDim, warp),
+                                                          d % kHeadDim, lane));
+    else
+      load_row_operand(rows_smem, d, lane, operand);
+  };
   SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage) {
+#ifdef CUNEIGH_TMA
+    if (threadIdx.x == 0)
+      load_stage_box<Plan>(problem, stage, column_qk_map, column_vo_map, full, smem, 0);
+    if (lane == 0) {
+      if constexpr (Plan::kRowsAreKeys)
+        load_row_boxes<Plan>(problem, stage, warp, {&row_qk_map, &row_vo_map}, full, smem);
+      else
+        load_row_boxes<Plan>(problem, stage, warp, {&row_qk_map, &row_vo_map, &output_map}, full,
+                             smem);
+    }
+#else
     load_stage(problem, stage, tables.qk, tables.vo, smem, 0, threadIdx.x);
+#endif
     if constexpr (Plan::kRowsAreKeys) {
       const float2* source = first_column_of(problem, tables.extra, stage, tables);
       for (int i = threadIdx.x; i < tables.stage_columns; i += Plan::kWarps * 32) {
@@ -191,7 +214,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
                      true);
       }
     }
-    if (stage.is_first()) {
+    if (!kByTma && stage.is_first()) {
       const Offsets* offsets = &rows.offsets[warp * 16];
       load_warp_rows<kHeadDim, &Offsets::qk>(in_batch(rows.qk, stage.batch), offsets, lane,
                                              rows_smem, 0);
@@ -234,11 +257,20 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     seen.look(problem, stage, smem);
     if (is_first) rows.look(stage.batch);
     cp_async_wait<0>();
+    if (kByTma) full.wait(stages_before(problem, stage, tables) % 2);
     const Hidden hidden = seen.wait(smem, stage, 0);
     if constexpr (!Plan::kRowsAreKeys) {
       if (is_first) {
         // delta = sum(dO * O) - grad_lse
-        const float2 delta = delta_of_rows<Plan>(rows_smem, lane);
+        const auto grad_output = [&](int d, unsigned (&operand)[4]) {
+          row_operand(kHeadDim + d, operand);
+        };
+        const auto output_address = [&](int d) {
+          if (kByTma) return right_operand_address<kValueDim>(smem.row_address(2, warp), d, lane);
+          return address_of(rows_smem, 0, lane / 16 * 8 + lane % 8, kHeadDim + kValueDim + d,
+                            lane / 8 % 2 * 8);
+        };
+        const float2 delta = delta_of_rows<Plan>(grad_output, output_address, lane);
         statistics[0].y += delta.x;
         statistics[1].y += delta.y;
 #pragma unroll
@@ -265,15 +297,15 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const auto& visible = masks.row;
       unsigned row_rmem[kKept / 16][4];  // [16, kKept]
 #pragma unroll
-      for (int d = 0; d < kKept; d += 16) load_row_operand(rows_smem, d, lane, row_rmem[d / 16]);
+      for (int d = 0; d < kKept; d += 16) row_operand(d, row_rmem[d / 16]);
       const auto row_qk = [&](int d, unsigned (&operand)[4]) {
-        if (d >= kKept) return load_row_operand(rows_smem, d, lane, operand);
+        if (d >= kKept) return row_operand(d, operand);
 #pragma unroll
         for (int i = 0; i < 4; ++i) operand[i] = row_rmem[d / 16][i];
       };
       const auto row_vo = [&](int d, unsigned (&operand)[4]) { row_qk(kHeadDim + d, operand); };
       const float2* of_first =  // statistics of the tile's first column
-          smem.statistics() + first / kColumnBytes<Plan>;
+          smem.statistics() + (kByTma ? first : first / kColumnBytes<Plan>);
       const TileAddresses<Plan> tile(smem.stage_address(0), first, tables, lane);
 #pragma unroll(kLong ? 1 : Plan::kColumns / 16)
       for (int n = 0; n < Plan::kColumns; n += 16) {
@@ -283,8 +315,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
         // S = row_qk column_qk^T and dP = row_vo column_vo^T, [16, 16]
         const unsigned nt = tile.nt(n);
-        const auto qk_nt = [&](int d) { return chunk_address(nt, d / 8); };
-        const auto vo_nt = [&](int d) { return chunk_address(nt, (kHeadDim + d) / 8); };
+        const auto qk_nt = [&](int d) { return chunk_address<Plan>(problem, nt, d / 8); };
+        const auto vo_nt = [&](int d) {
+          return chunk_address<Plan>(problem, nt, (kHeadDim + d) / 8);
+        };
         float weight[2][4], grad_weight[2][4];
         gemm_nt_16<kHeadDim>(row_qk, qk_nt, weight, Element());
         gemm_nt_16<kValueDim>(row_vo, vo_nt, grad_weight, Element());
@@ -312,8 +346,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
         // grad_v += P column_vo and grad_qk += dS column_qk
         const unsigned nn = tile.nn(n);
-        const auto qk_nn = [&](int d) { return chunk_address(nn, d / 8); };
-        const auto vo_nn = [&](int d) { return chunk_address(nn, (kHeadDim + d) / 8); };
+        const auto qk_nn = [&](int d) { return chunk_address<Plan>(problem, nn, d / 8); };
+        const auto vo_nn = [&](int d) {
+          return chunk_address<Plan>(problem, nn, (kHeadDim + d) / 8);
+        };
         if constexpr (Plan::kRowsAreKeys) gemm_nn_16<kValueDim>(weight, vo_nn, grad_v, Element());
         gemm_nn_16<kHeadDim>(grad_weight, qk_nn, grad_qk, Element());
       }

@@ -25,6 +25,7 @@
 //   using Element;                            float16 or bfloat16
 // };
 
+#include "fused/small/boxes.cuh"
 #include "fused/small/hidden.cuh"
 #include "fused/small/softmax.cuh"
 #include "fused/small/tiles.cuh"
@@ -55,7 +56,12 @@ struct QueryRows {
 
 template <typename Plan>
 __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
-    forward(const SmallWindowProblem<Plan::kRank> problem, const ForwardArguments<Plan> arguments) {
+    forward(const SmallWindowProblem<Plan::kRank> problem, const ForwardArguments<Plan> arguments
+#ifdef CUNEIGH_TMA
+            ,
+            const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map
+#endif
+    ) {
   using Element = typename Plan::Element;
   constexpr int kColumnTiles = Plan::kColumns / 8;
   static_assert(
@@ -71,9 +77,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   auto& smem = *reinterpret_cast<SmallSmem<Plan, Plan::kHeadDim>*>(memory_smem);
   const auto& tables = smem.tables;
   __shared__ QueryRows<Plan> rows;
+  __shared__ Barrier full[Plan::kBuffers];  // of stages that TMA brings
   using Offsets = typename QueryRows<Plan>::Offsets;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (kByTma && threadIdx.x < Plan::kBuffers) full[threadIdx.x].init(1);
   fill_row_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
     rows.offsets[row] = {offset_of(arguments.query, token), offset_of(arguments.output, token),
                          offset_of(arguments.lse, token)};
@@ -96,7 +104,12 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   int row_buffer = 0;
   SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage, int buffer, int row_buffer) {
+#ifdef CUNEIGH_TMA
+    if (threadIdx.x == 0)
+      load_stage_box<Plan>(problem, stage, key_map, value_map, full[buffer], smem, buffer);
+#else
     load_stage(problem, stage, tables.qk, tables.vo, smem, buffer, threadIdx.x);
+#endif
     if (stage.is_first())
       load_warp_rows<Plan::kHeadDim, &Offsets::query>(in_batch(rows.query, stage.batch),
                                                       &rows.offsets[warp * 16], lane,
@@ -135,6 +148,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
     seen.look(problem, stage, smem);
     cp_async_wait<0>();
+    if (kByTma) full[buffer].wait(stages_before(problem, stage, tables) / Plan::kBuffers % 2);
     const Hidden hidden = seen.wait(smem, stage, buffer, kWritesParts);
     StageOf next = stage;
     bool more;
@@ -156,7 +170,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
         for (int n = 0; n < kColumnTiles; n += 2) {
           unsigned key_rmem[4];  // K[8 * n : 8 * n + 16, d : d + 16]
-          ldmatrix_x4(key_rmem, chunk_address(tile.nt(n * 8), d / 8));
+          ldmatrix_x4(key_rmem, chunk_address<Plan>(problem, tile.nt(n * 8), d / 8));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             if (d == 0)
@@ -186,7 +200,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 #pragma unroll
           for (int d = 0; d < kPart; d += 16) {
             unsigned value_rmem[4];  // V[8 * n : 8 * n + 16, begin + d : begin + d + 16]
-            ldmatrix_x4_trans(value_rmem, chunk_address(values, (Plan::kHeadDim + begin + d) / 8));
+            ldmatrix_x4_trans(
+                value_rmem, chunk_address<Plan>(problem, values, (Plan::kHeadDim + begin + d) / 8));
             mma_m16n8k16(output_rmem[d / 8], weights, value_rmem[0], value_rmem[1], Element());
             mma_m16n8k16(output_rmem[d / 8 + 1], weights, value_rmem[2], value_rmem[3], Element());
           }

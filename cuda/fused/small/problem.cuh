@@ -45,10 +45,13 @@ struct SmallWindowProblem {
   int group_size;        // query heads that share a key head
   float scale;           // times log2(e); positive
   float gradient_scale;  // the scale itself
+  // Where TMA brings stages: bytes in a stage from the qk vector of a column to its vo vector, and
+  // dimensions from one head, or from one element of the batch, to the next in 3-D
+  int vo_offset, head_pitch, batch_pitch;
 };
-static_assert(sizeof(FastDivmod) == 8 && sizeof(SmallWindowProblem<1>) == 60 + sizeof(Axis) &&
-                  sizeof(SmallWindowProblem<2>) == 96 + 2 * sizeof(Axis) &&
-                  sizeof(SmallWindowProblem<3>) == 132 + 3 * sizeof(Axis),
+static_assert(sizeof(FastDivmod) == 8 && sizeof(SmallWindowProblem<1>) == 72 + sizeof(Axis) &&
+                  sizeof(SmallWindowProblem<2>) == 108 + 2 * sizeof(Axis) &&
+                  sizeof(SmallWindowProblem<3>) == 144 + 3 * sizeof(Axis),
               "the record that cuneigh/_backends/fused/small/launch.py packs has these sizes");
 
 }  // namespace cuneigh::fused::small

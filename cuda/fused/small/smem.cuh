@@ -3,6 +3,7 @@
 
 #include "fused/mma.cuh"
 #include "fused/rows.cuh"
+#include "fused/small/tma.cuh"
 #include "fused/small/units.cuh"
 #include "fused/vectors.cuh"
 
@@ -12,12 +13,30 @@ namespace cuneigh::fused::small {
 // line lies where chunk i ^ phase would. Eight columns that follow each other in a tile have
 // different phases, so that the same chunk of all of them is read from different banks, and copies
 // fill whole lines.
+//
+// Where TMA brings stages, as a kernel compiled with CUNEIGH_TMA has it, the qk vectors of all
+// columns come before all vo vectors, and fused/small/boxes.cuh says how they lie.
+#ifdef CUNEIGH_TMA
+constexpr bool kByTma = true;
+#else
+constexpr bool kByTma = false;
+#endif
 template <typename Plan>
-constexpr int kColumnBytes = (Plan::kHeadDim + Plan::kValueDim + 63) / 64 * 128;
+constexpr int kColumnBytes =
+    kByTma ? 2 * Plan::kHeadDim : (Plan::kHeadDim + Plan::kValueDim + 63) / 64 * 128;
+constexpr int kBoxAlignment = 1024;
 
 // The address of a chunk of a column. `column` is the address of the column plus 16 * phase.
 __device__ inline unsigned chunk_address(unsigned column, int chunk) {
-  return (column + chunk / 8 * 128) ^ chunk % 8 * 16;
+  return (column ^ chunk % 8 * 16) + chunk / 8 * 128;
+}
+// Likewise, of kernels that TMA may bring stages for.
+template <typename Plan>
+__device__ unsigned chunk_address(const SmallWindowProblem<Plan::kRank>& problem, unsigned column,
+                                  int chunk) {
+  if (!kByTma) return chunk_address(column, chunk);
+  constexpr int kQkChunks = Plan::kHeadDim / 8;
+  return (column ^ chunk % kQkChunks * 16) + (chunk < kQkChunks ? 0 : problem.vo_offset);
 }
 
 // A column of the stage: where it lies in the stage, as `chunk_address` takes it, and units from
@@ -91,8 +110,9 @@ struct SmallTables {
 constexpr unsigned kNoTile = ~0u;
 
 // The dynamic shared memory: tables, kBuffers times the block's rows, kBuffers times a stage, the
-// offsets of a stage's columns, their statistics where they are queries, for every stage the tiles
-// of all warps, and what is known of masked columns. `kRowDim` elements of a row are kept.
+// offsets of a stage's columns, if they are needed, their statistics where they are queries, for
+// every stage the tiles of all warps, and what is known of masked columns. `kRowDim` elements of a
+// row are kept.
 template <typename Plan, int kRowDim>
 struct SmallSmem {
   using Element = typename Plan::Element;
@@ -101,22 +121,37 @@ struct SmallSmem {
       "`table_bytes` in cuneigh/_backends/fused/small/plan.py counts what SmallTables holds");
 
   static constexpr int kRows = SmallTables<Plan>::kRows;
-  static constexpr int kPitch = kVectorPitch<Element, kRowDim>;
+  // Whether TMA brings rows, too: it does where they have several vectors
+  static constexpr bool kRowBoxes = kByTma && kRowDim > Plan::kHeadDim;
+  static constexpr int kPitch = kRowBoxes ? kRowDim : kVectorPitch<Element, kRowDim>;
 
   SmallTables<Plan> tables;
   alignas(128) Element row[Plan::kBuffers][kRows][kPitch];  // [kRows, kRowDim] in each buffer
   alignas(128) char stage[1];                               // [stage_bytes] in each buffer
 
   __device__ unsigned stage_address(int buffer) {
-    return shared_address(stage) + (Plan::kBuffers == 1 ? 0 : buffer * tables.stage_bytes);
+    unsigned first = shared_address(stage);
+    if (kByTma) first = kRowBoxes ? box_address() + sizeof(row) : box_address();
+    return first + (Plan::kBuffers == 1 ? 0 : buffer * tables.stage_bytes);
+  }
+  // Where TMA brings boxes: of rows, if it does, and then of columns.
+  __device__ unsigned box_address() {
+    const unsigned first = kRowBoxes ? shared_address(row) : shared_address(stage);
+    return (first + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
+  }
+  // Of a warp's rows that TMA brings, in one of the arrays: [16, kHeadDim].
+  __device__ unsigned row_address(int array, int warp) {
+    return box_address() + (array * kRows + warp * 16) * 2 * Plan::kHeadDim;
   }
   // Of the columns of a stage: [stage_columns].
   __device__ ColumnOffsets* column_offsets() {
-    return reinterpret_cast<ColumnOffsets*>(stage + Plan::kBuffers * tables.stage_bytes);
+    return reinterpret_cast<ColumnOffsets*>(stage + (kByTma ? kBoxAlignment : 0) +
+                                            Plan::kBuffers * tables.stage_bytes);
   }
   // Of the columns of the stage at hand, where they are queries: [stage_columns].
   __device__ float2* statistics() {
-    return reinterpret_cast<float2*>(column_offsets() + tables.stage_columns);
+    constexpr bool kNeedsOffsets = !kByTma || Plan::kRowsAreKeys;
+    return reinterpret_cast<float2*>(column_offsets() + (kNeedsOffsets ? tables.stage_columns : 0));
   }
   // What is visible to a lane's rows of the warp's tile in a stage: [stages, kWarps, 32].
   __device__ LaneMasks<Plan>& visible(int stage, int warp, int lane) {
@@ -124,8 +159,8 @@ struct SmallSmem {
         statistics() + (Plan::kRowsAreKeys ? tables.stage_columns : 0));
     return masks[(stage * Plan::kWarps + warp) * 32 + lane];
   }
-  // Where the first column of a warp's tile lies in a stage, plus 16 times its phase, or kNoTile:
-  // [stages, kWarps].
+  // Where the first column of a warp's tile lies in a stage, plus 16 times its phase, or by TMA its
+  // number in the stage; or kNoTile: [stages, kWarps].
   __device__ unsigned& tile(int stage, int warp) {
     auto* tiles = reinterpret_cast<unsigned*>(&visible(tables.stages, 0, 0));
     return tiles[stage * Plan::kWarps + warp];

@@ -29,6 +29,15 @@ __device__ bool advance(const SmallWindowProblem<Plan::kRank>& problem,
   return ++stage.batch < smaller((tables.rows.batch + 1) * problem.batch_heads, problem.batch);
 }
 
+// The stages that a block has worked on before one.
+template <typename Plan>
+__device__ int stages_before(const SmallWindowProblem<Plan::kRank>& problem, const StageOf& stage,
+                             const SmallTables<Plan>& tables) {
+  int before = stage.batch - tables.rows.batch * problem.batch_heads;
+  if (Plan::kRowsAreKeys) before = before * problem.group_size + stage.head_in_group;
+  return Plan::kOneStage ? before : before * tables.stages + stage.index;
+}
+
 // Columns along the first axis from the first one of the block to the first one of a stage. The
 // last of several stages begins early, so that it ends with the block's window union: its first
 // columns were in the stage before.

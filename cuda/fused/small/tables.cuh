@@ -94,7 +94,7 @@ __device__ void fill_row_tables(const SmallWindowProblem<Plan::kRank>& problem,
     for (int r = 0; r < kRank; ++r) columns *= problem.stage[r];
     tables.rows = rows;
     tables.stage_columns = columns;
-    tables.stage_bytes = columns * kColumnBytes<Plan>;
+    tables.stage_bytes = kByTma ? 2 * problem.vo_offset : columns * kColumnBytes<Plan>;
   }
 
   // A ballot gathers the bits of one lane, of 128 columns
@@ -146,8 +146,8 @@ __device__ Origin<Element> origin_of_columns(const SmallWindowProblem<Plan::kRan
           unsigned(problem.axes[0].dilation * view.token[0] / kUnit<Element>)};
 }
 
-// Fills `qk`, `vo`, `extra` and the offsets of a stage's columns. Columns of a stage that lie
-// past the block's window union repeat its last ones.
+// Fills `qk`, `vo`, `extra` and the offsets of a stage's columns, as far as they are needed.
+// Columns of a stage that lie past the block's window union repeat its last ones.
 template <typename Plan, int kRowDim, typename Vectors, typename Extras>
 __device__ void fill_column_tables(const SmallWindowProblem<Plan::kRank>& problem,
                                    const Vectors& qk, const Vectors& vo, const Extras& extra,
@@ -155,6 +155,7 @@ __device__ void fill_column_tables(const SmallWindowProblem<Plan::kRank>& proble
   constexpr int kRank = Plan::kRank;
   constexpr bool kExtra = Plan::kRowsAreKeys || kMaskedColumns<Plan>;
   auto& tables = smem.tables;
+  if (kByTma && !kExtra) return;
   if (threadIdx.x == 0) tables.qk = origin_of_columns<Plan>(problem, qk, tables);
   if (threadIdx.x == 32) tables.vo = origin_of_columns<Plan>(problem, vo, tables);
   if constexpr (kExtra)

@@ -63,7 +63,7 @@ __device__ void fill_tiles(const SmallWindowProblem<Plan::kRank>& problem, int w
       pitch *= problem.stage[r];
       tile_pitch *= problem.tile[r];
     }
-    first += phase % 8 * 16;
+    first = kByTma ? first / kColumnBytes<Plan> : first + phase % 8 * 16;
     if (lane == 0) smem.tile(stage, warp) = Plan::kOneStage || any ? first : kNoTile;
   }
 }
@@ -79,7 +79,9 @@ struct TileAddresses {
                            int lane)
       : nt_offset(&tables.tile_offset[lane / 16 * 8 + lane % 8]),
         nn_offset(&tables.tile_offset[lane % 16]) {
-    const unsigned column = stage + (first & ~127u), phase = (first / 16 + lane) % 8;
+    const unsigned column = stage + (kByTma ? first * kColumnBytes<Plan> : first & ~127u);
+    unsigned phase = ((kByTma ? first : first / 16) + lane) % 8;
+    if (kByTma && Plan::kHeadDim == 32) phase /= 2;
     nt_first = column + (phase ^ lane / 8 % 2) * 16;
     nn_first = column + (phase ^ lane / 16) * 16;
   }

@@ -263,6 +263,44 @@ void mma_m16n8k16_zero(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsig
   d[0] = d[1] = d[2] = d[3] = 0;
   mma<E>(d, a, b0, b1);
 }
+
+// Boxes by TMA. `tensor_map` of tests/helpers/emulated.py packs what a map says.
+struct alignas(64) TensorMap {
+  const char* array;
+  unsigned long long strides[4];  // bytes, of all axes but the innermost
+  unsigned dims[5];
+  unsigned short box[5];
+  unsigned char steps[5], swizzle;
+  char padding[128 - 8 - 32 - 20 - 10 - 6];
+};
+struct Barrier {
+  void init(int) {}
+  void arrive_and_expect(unsigned) {}
+  void wait(unsigned) {}
+};
+inline void load_box(unsigned target, const TensorMap& map, Barrier&, const int (&c)[5]) {
+  const int line = 2 * map.box[0], mask = map.swizzle / 16 - 1;
+  int x[5];
+  unsigned offset = 0;
+  for (x[4] = 0; x[4] < map.box[4]; x[4] += map.steps[4])
+    for (x[3] = 0; x[3] < map.box[3]; x[3] += map.steps[3])
+      for (x[2] = 0; x[2] < map.box[2]; x[2] += map.steps[2])
+        for (x[1] = 0; x[1] < map.box[1]; x[1] += map.steps[1])
+          for (x[0] = 0; x[0] < line / 2; x[0] += 8, offset += 16) {
+            bool inside = true;
+            const char* source = map.array + 2 * (c[0] + x[0]);
+            for (int i = 0; i < 5; ++i) {
+              inside &= c[i] + x[i] >= 0 && c[i] + x[i] < int(map.dims[i]);
+              if (i > 0) source += (c[i] + x[i]) * (long long)map.strides[i - 1];
+            }
+            unsigned address = target + offset;
+            address ^= (address >> 7 & mask) << 4;
+            if (inside)
+              memcpy((void*)(size_t)address, source, 16);
+            else
+              memset((void*)(size_t)address, 0, 16);
+          }
+}
 }  // namespace emulator
 
 #define threadIdx emulator::thread_index()

@@ -12,17 +12,21 @@ import numpy as np
 
 from cuneigh import _jit
 from cuneigh._backends.fused.small import plan as small_plan
+from cuneigh._backends.fused.small import tma
 from cuneigh._backends.fused.small.plan import Form, SmallPlan
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.passes import FORWARD, JVP, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
+from cuneigh._gpu.tensor_map import TensorMap
 from cuneigh._gpu.views import Views, load_width
 from cuneigh._problem import Problem
 
 UNIT = 16
 """Bytes of a load, in which kernels count offsets."""
+TMA = "CUNEIGH_TMA"
+"""The macro of kernels for which TMA brings stages."""
 FAST_DIVMOD = np.dtype([("divisor", "i4"), ("inverse", "u4")])
 """`FastDivmod` of cuda/fused/small/problem.cuh."""
 
@@ -48,6 +52,9 @@ def launch(
     arrays: Sequence[tuple[Array | None, Literal["vectors", "scalars", "pairs"]]],
 ) -> None:
     """Launch the kernel of a pass on `arrays`, each with the method of `Views` that takes it."""
+    vectors = [array for array, kind in arrays if kind == "vectors" and array is not None]
+    if plan.by_tma and not all(tma.can_read(array) for array in vectors):
+        plan = replace(plan, by_tma=False)  # `candidates` has seen that it fits
     views = Views(problem.rank)
     lse, _ = arrays[-1]
     flags = (plan.one_stage, lse is not None) if pass_ == FORWARD else _flags(pass_)[0]
@@ -59,13 +66,27 @@ def launch(
     record = _record(problem, plan, pass_)
     boxes = int(record["boxes"].prod())
     program.launch(
-        kernel(problem, pass_, plan.form, plan.columns, *flags),
+        kernel(problem, pass_, plan.form, plan.columns, *flags, plan.by_tma),
         (boxes * outer * math.ceil(length / plan.batch_heads), 1),
         plan.form.warps * 32,
         with_starts(record),
         views.words,
+        *(_maps(problem, pass_, plan, vectors) if plan.by_tma else ()),
         shared_bytes=small_plan.shared_bytes(problem, plan, pass_),
     )
+
+
+def _maps(
+    problem: Problem, pass_: Pass, plan: SmallPlan, vectors: Sequence[Array]
+) -> list[TensorMap]:
+    """What TMA is to know of `vectors`: of the columns' stages, and in gradients of a warp's rows.
+
+    A kernel for keys has no use for the last one.
+    """
+    columns, rows = ((1, 2), ()) if pass_ == FORWARD else ((2, 3), (0, 1, -1))
+    of = [(vectors[i], plan.stage) for i in columns] + [(vectors[i], plan.warp_box) for i in rows]
+    inner = small_plan.inner(problem)
+    return [tma.map_of(problem, array, box, inner) for array, box in of]
 
 
 @lru_cache(maxsize=1024)
@@ -76,6 +97,7 @@ def kernel(
     columns: int,
     one_stage: bool = False,
     lse: bool = False,
+    by_tma: bool = False,
 ) -> _jit.Kernel:
     """The kernel of a pass, with the plan that cuda/fused/small/forward.cu describes."""
     constants = {
@@ -95,7 +117,8 @@ def kernel(
         pass_, "fused/small/backward"
     )
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
-    return _jit.Kernel(name, source, macros=(PARTS,) if has_parts(problem) else ())
+    macros = ((PARTS,) if has_parts(problem) else ()) + ((TMA,) if by_tma else ())
+    return _jit.Kernel(name, source, macros=macros)
 
 
 def _flags(pass_: Pass) -> list[tuple[bool, bool]]:
@@ -110,10 +133,12 @@ def kernels(problem: Problem, device: Device, pass_: Pass) -> list[_jit.Kernel]:
     if not small_plan.takes(problem, pass_) or device.capability < (8, 0):
         return []
     return [
-        kernel(problem, pass_, form, columns, one_stage, lse)
+        kernel(problem, pass_, form, columns, one_stage, lse, by_tma)
         for one_stage, lse in _flags(pass_)
         for form, slots in small_plan.forms(problem, device.capability, pass_, one_stage).items()
         for columns in slots
+        for by_tma in (False, True)
+        if not by_tma or small_plan.has_tma(problem, device.capability, pass_, form, columns)
     ]
 
 
@@ -151,6 +176,7 @@ def _record(problem: Problem, plan: SmallPlan, pass_: Pass) -> np.ndarray[Any, A
                 *((name, "i4") for name in numbers),
                 ("scale", "f4"),
                 ("gradient_scale", "f4"),
+                *((name, "i4") for name in ("vo_offset", "head_pitch", "batch_pitch")),
             ],
             align=True,
         ),
@@ -166,4 +192,9 @@ def _record(problem: Problem, plan: SmallPlan, pass_: Pass) -> np.ndarray[Any, A
     record["batch_heads"], record["group_size"] = plan.batch_heads, problem.group_size
     record["scale"] = problem.scale * math.log2(math.e)
     record["gradient_scale"] = problem.scale
+    if plan.by_tma:
+        record["vo_offset"] = tma.vo_offset(problem, plan.stage)
+        record["head_pitch"], record["batch_pitch"] = tma.pitches(
+            problem, small_plan.inner(problem)
+        )
     return record

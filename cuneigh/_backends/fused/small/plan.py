@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from cuneigh._backends.fused.small import tma
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import (
     Box,
@@ -82,6 +83,8 @@ class SmallPlan:
     """Whether one stage holds the window union of every block."""
     batch_heads: int
     """Batch-heads that a block works through, along the inner axis."""
+    by_tma: bool = False
+    """Whether TMA brings stages, and in gradients the rows."""
 
     def __str__(self) -> str:
         boxes = self.warps, self.warp_box, self.tile, self.stage
@@ -125,6 +128,8 @@ FORWARD_CYCLES = Cycles(
 BACKWARD_CYCLES = Cycles(
     1 / 290, logit=0.0, copy=0.096, box=479, row=0.528, warp=100, block=432, start=19_100
 )
+TMA_COPIES = 0.7
+"""What TMA takes to bring a column, of what copies take."""
 BYTES = Speed(17)
 """Bytes that a multiprocessor's share of the memory brings in a cycle."""
 
@@ -160,7 +165,8 @@ def batch_head_cost(problem: Problem, plan: SmallPlan, pass_: Pass, cycles: Cycl
         columns = min(columns, 16 * math.ceil(mean * math.prod(plan.tile[1:]) / 16))
     visit = ROWS * columns * (dims * cycles.product * pass_.products + cycles.logit)
     chunks = dims / 8 * (2 if pass_.moves else 1)
-    load = math.prod(plan.stage) * chunks * cycles.copy + cycles.box
+    copy = cycles.copy * TMA_COPIES if plan.by_tma else cycles.copy
+    load = math.prod(plan.stage) * chunks * copy + cycles.box
     if pass_.rows_are_keys:
         visits, loads = visits * problem.group_size, loads * problem.group_size
     row = chunks * cycles.row * (1 if pass_ in (FORWARD, JVP) else 2)
@@ -290,7 +296,9 @@ def candidates(problem: Problem, device: Device, pass_: Pass = FORWARD) -> Itera
         for (form, slots), box in itertools.product(kinds.items(), warp_boxes(problem, pass_)):
             for warps in powers_of_two(problem.rank, form.warps):
                 plan = SmallPlan(form, 0, box, warps, (), (), one_stage, 1)
-                yield from _with_tiles(problem, pass_, plan, slots)
+                for tiled in _with_tiles(problem, pass_, plan, slots):
+                    yield tiled
+                    yield from _with_tma(problem, device, pass_, tiled)
 
 
 def _with_tiles(
@@ -309,7 +317,7 @@ def _with_tiles(
         stage = (height, *stage_inner)
         if sum(tile_inner) + len(tile_inner) > TILE_EXTENTS:
             continue
-        if math.prod(stage) * max(*stage, 1) >= LARGEST_QUOTIENT:
+        if not _is_counted(stage):
             continue
         if math.prod(tile) < SHORTEST_TILE:
             continue
@@ -317,6 +325,27 @@ def _with_tiles(
             if math.prod(tile) <= columns:
                 yield replace(plan, columns=columns, tile=tile, stage=stage)
                 break
+
+
+def _is_counted(stage: Box) -> bool:
+    """Whether `FastDivmod` divides the numbers of all columns of a stage."""
+    return math.prod(stage) * max(*stage, 1) < LARGEST_QUOTIENT
+
+
+def _with_tma(
+    problem: Problem, device: Device, pass_: Pass, plan: SmallPlan
+) -> Iterator[SmallPlan]:
+    """The plan with TMA, if there is a kernel and the plan fits without TMA, too.
+
+    TMA cannot read every array; where it cannot, the launch takes the plan without it.
+    """
+    if not has_tma(problem, device.capability, pass_, plan.form, plan.columns):
+        return
+    stage = tma.padded_stage(plan.tile, plan.stage)
+    if tma.fits(problem, stage) and tma.fits(problem, plan.warp_box) and _is_counted(stage):
+        padded = replace(plan, stage=stage)
+        if resident(problem, padded, device, pass_):
+            yield replace(padded, by_tma=True)
 
 
 def warp_boxes(problem: Problem, pass_: Pass) -> list[Box]:
@@ -380,6 +409,14 @@ def _forms_of_jvp(longest: int, has_room: bool, largest_fits: bool) -> dict[Form
     return {Form(4, 2, 2): slots, Form(8, 2, 1): slots} if longest <= 64 else {Form(4, 2, 2): slots}
 
 
+def has_tma(
+    problem: Problem, capability: tuple[int, int], pass_: Pass, form: Form, columns: int
+) -> bool:
+    """Whether there is a kernel of a form that has TMA bring stages."""
+    spills = problem.rank == 3 and form.warps == 8 and columns > 80
+    return tma.takes(problem, capability, pass_) and not spills
+
+
 def has_masked_columns(problem: Problem, pass_: Pass) -> bool:
     return problem.has_key_mask and not pass_.rows_are_keys
 
@@ -410,19 +447,25 @@ def column_bytes(problem: Problem) -> int:
 
 def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> int:
     """Bytes of `SmallSmem` of cuda/fused/small/smem.cuh, which a launch asks for."""
-    rows, columns = ROWS * plan.form.warps, math.prod(plan.stage)
+    rows, columns, buffers = ROWS * plan.form.warps, math.prod(plan.stage), plan.form.buffers
     values = {FORWARD: 0, JVP: 0, DQ: 2}.get(pass_, 1)  # vectors of a row beside the first
     row = problem.head_dim + values * problem.value_dim
     tables = table_bytes(problem, plan.columns, plan.form.warps)
-    pitch = 2 * row if row % 64 == 0 else 2 * row + 16
-    arrays = math.ceil(tables / LINE) * LINE + plan.form.buffers * rows * pitch
-    column = plan.form.buffers * column_bytes(problem) + 16 + 8 * pass_.rows_are_keys
+    has_row_boxes = plan.by_tma and pass_ != FORWARD
+    pitch = 2 * row if row % 64 == 0 or has_row_boxes else 2 * row + 16
+    arrays = math.ceil(tables / LINE) * LINE + buffers * rows * pitch
+    if plan.by_tma:
+        vectors = tma.ALIGNMENT + buffers * 2 * tma.vo_offset(problem, plan.stage)
+        of_columns = columns * 24 * pass_.rows_are_keys
+    else:
+        vectors = columns * buffers * column_bytes(problem)
+        of_columns = columns * (16 + 8 * pass_.rows_are_keys)
     tiles = plan.form.warps * (64 * bit_bytes(plan.columns) + 4)
     tiles *= stages(problem, plan, pass_)
     if has_masked_columns(problem, pass_):
         seen = 4 + 4 * math.ceil(columns / 32)
         tiles += MASKED_ELEMENTS * stages(problem, plan, pass_) * seen
-    return math.ceil(arrays / LINE) * LINE + columns * column + tiles
+    return math.ceil(arrays / LINE) * LINE + vectors + of_columns + tiles
 
 
 def static_bytes(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
@@ -436,4 +479,5 @@ def static_bytes(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
     mask = 0
     if problem.has_key_mask and pass_.rows_are_keys:
         mask = 24 + 4 * rows + 4 * plan.form.warps
-    return mask + 24 * origins + 4 * offsets * rows
+    barriers = plan.by_tma * (plan.form.buffers if pass_ == FORWARD else 1)
+    return mask + 24 * origins + 4 * offsets * rows + 8 * barriers
