@@ -178,10 +178,12 @@ def test_kernels_do_not_spill(capability, rank, dim, has_mask, tmp_path):
                 forms = small_plan.forms(problem, capability, pass_, one_stage)
                 by_blocks = sorted(forms.items(), key=lambda item: item[0].blocks)
                 fullest = {max(slots): form for form, slots in by_blocks}
-                kernels += [
-                    small_launch.kernel(problem, pass_, form, columns, one_stage, lse)
-                    for columns, form in fullest.items()
-                ]
+                for columns, form in fullest.items():
+                    has_tma = small_plan.has_tma(problem, capability, pass_, form, columns)
+                    kernels += [
+                        small_launch.kernel(problem, pass_, form, columns, one_stage, lse, by_tma)
+                        for by_tma in {False, has_tma}
+                    ]
     arch = _device.of_capability(capability).arch
     for (kernel, _), compiled in _jit.precompile(kernels, [arch], tmp_path).items():
         spilled = compiled.resources.spill_stores + compiled.resources.spill_loads
