@@ -28,7 +28,7 @@ constexpr int kBoxAlignment = 1024;
 
 // The address of a chunk of a column. `column` is the address of the column plus 16 * phase.
 __device__ inline unsigned chunk_address(unsigned column, int chunk) {
-  return (column ^ chunk % 8 * 16) + chunk / 8 * 128;
+  return (column + chunk / 8 * 128) ^ chunk % 8 * 16;
 }
 // Likewise, of kernels that TMA may bring stages for.
 template <typename Plan>
