@@ -79,12 +79,12 @@ def launch(
 def _maps(
     problem: Problem, pass_: Pass, plan: SmallPlan, vectors: Sequence[Array]
 ) -> list[TensorMap]:
-    """What TMA is to know of `vectors`: of the columns' stages, and in gradients of a warp's rows.
-
-    A kernel for keys has no use for the last one.
-    """
-    columns, rows = ((1, 2), ()) if pass_ == FORWARD else ((2, 3), (0, 1, -1))
-    of = [(vectors[i], plan.stage) for i in columns] + [(vectors[i], plan.warp_box) for i in rows]
+    """What TMA is to know: of the columns' stages, and in gradients of a warp's rows."""
+    columns = vectors[1:3] if pass_ == FORWARD else vectors[2:4]
+    of = [(array, plan.stage) for array in columns]
+    if pass_ != FORWARD:
+        output = vectors[1 if pass_.rows_are_keys else -1]
+        of += [(array, plan.warp_box) for array in (*vectors[:2], output)]
     inner = small_plan.inner(problem)
     return [tma.map_of(problem, array, box, inner) for array, box in of]
 
