@@ -7,11 +7,10 @@
 // makes its columns of dQ from the dS and the keys of both. A producer warp adds that to sums in
 // memory (sums.cuh), which another kernel (dq_of_sums.cu) turns into dQ.
 //
-// Behind S^T of a box come dK of the box before, and dQ of the one before that: by then the other
-// warpgroup has written its dS, though it may be half a box behind, which is where it fills the
-// gaps that this one leaves to the tensor cores. The probabilities are computed while these two
-// are, dS^T while dV is. Other roles, tiles and barriers are those of the forward pass
-// (forward.cu).
+// The probabilities are computed while dP^T is, dS^T while dV is. dQ is that of the box before: by
+// then the other warpgroup has written its dS, though it may be half a box behind, which is where
+// it fills the gaps that this one leaves to the tensor cores. dQ leaves while dK is made. Other
+// roles, tiles and barriers are those of the forward pass (forward.cu).
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
 #include "hopper/gradients.cuh"
@@ -46,23 +45,21 @@ struct QueryGradient {
     smem.grad_logit_full[exchange.slot()].arrive_as_warp();
   }
 
-  // The slots of the last box, and of the one before that.
-  __device__ Ring<2> last() const { return exchange.before(); }
-  __device__ Ring<2> last_but_one() const { return exchange.before().before(); }
+  // Until all warpgroups have shared dS of the box before.
+  __device__ void wait() const {
+    smem.grad_logit_full[exchange.before().slot()].wait(exchange.before().parity());
+  }
 
-  // Until all warpgroups have shared dS of the box in slot `at`.
-  __device__ void wait(Ring<2> at) const { smem.grad_logit_full[at.slot()].wait(at.parity()); }
-
-  // Issues dQ = dS K of that box; `keys` is this warpgroup's line of the keys of all.
-  __device__ void issue(float (&grad_query)[kTiles][4], Descriptor keys, Ring<2> at) const {
+  // Issues dQ = dS K of the box before; `keys` is this warpgroup's line of the keys of all.
+  __device__ void issue(float (&grad_query)[kTiles][4], Descriptor keys) const {
     const Descriptor grad_logits = rows_descriptor(shared_address(smem.grad_logit));
     constexpr int kSlot = sizeof(smem.grad_logit[0]) / kDescriptorBytes;
     multiply_transposed<typename Plan::Element, Plan::kWarpgroups, kLineElements>(
-        grad_query, grad_logits + at.slot() * kSlot, keys, sizeof(smem.row[0]));
+        grad_query, grad_logits + exchange.before().slot() * kSlot, keys, sizeof(smem.row[0]));
   }
 
-  // Hands dQ of that box over to `add_sums`.
-  __device__ void hand_over(const float (&grad_query)[kTiles][4], Ring<2> at) {
+  // Hands dQ of the box before over to `add_sums`.
+  __device__ void hand_over(const float (&grad_query)[kTiles][4]) {
     smem.sum_empty.wait(sums.parity() ^ 1);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -70,7 +67,7 @@ struct QueryGradient {
       smem.sum[w][i][threadIdx.x % 128] = make_float4(four[0], four[1], four[2], four[3]);
     }
     fence_shared();
-    smem.grad_logit_empty[at.slot()].arrive_as_warp();
+    smem.grad_logit_empty[exchange.before().slot()].arrive_as_warp();
     smem.sum_full.arrive_as_warp();
     sums.advance();
   }
@@ -103,74 +100,59 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     const Descriptor key_columns = key_columns_at + (me.rows.slot() - w) * kSlot;
     float grad_key[Plan::kHeadColumns / 8][4] = {};     // dK [64, kHeadColumns]
     float grad_value[Plan::kValueColumns / 8][4] = {};  // dV [64, kValueColumns]
-    unsigned grad_logit[kSteps][4] = {};                // dS^T of the last box [64, kColumns]
-    Ring<Plan::kStages> before = me.boxes;              // its place
-    int done = 0;                                       // boxes of the tile
+    bool is_first = true;
 
     while (me.begin_box()) {
       const unsigned stage = me.boxes.slot();
       const unsigned qk = stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
-      const unsigned vo = me.vo().slot() * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
-      if (done == 0) before = me.boxes;  // whose dS^T are zeros
-      const unsigned qk_before = before.slot() * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
+      const unsigned vo = stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
       // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
-      float logit[kTiles][4];
+      // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
+      float logit[kTiles][4], grad_weight[kTiles][4];
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
-      // dQ of the last box but one; in a tile's first two boxes it is of nothing, and goes nowhere
-      float grad_query[QueryGradient<Plan>::kTiles][4];  // [64, 64]
-      if (done > 1) dq.wait(dq.last_but_one());
-      dq.issue(grad_query, key_columns, dq.last_but_one());
-      // dK += dS^T Q of the last box, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
-      accumulate<Element, Plan::kHeadColumns>(grad_key, grad_logit, query_columns_at + qk_before);
-      wait_for_products<2>();
+      me.wait_for_vo();
+      multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
+      wait_for_products<1>();
       hold(logit);
       if (Plan::kSigned) multiply_by(logit, problem.sign);
       me.hide_invisible(logit);
       const float4* statistics = statistics_of_box(me);
       exponentiate(logit, problem.scale, statistics);  // P^T, in place of S^T
-      unsigned weight[kSteps][4];                      // P^T [64, kColumns]
-      pack_weights<Element>(logit, 0, weight);
-      wait_for_products<1>();
-      hold(grad_query);
-      if (done > 1) dq.hand_over(grad_query, dq.last_but_one());
-      // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
       // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
-      float grad_weight[kTiles][4];
-      me.wait_for_vo();
-      multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
+      unsigned weight[kSteps][4];  // P^T [64, kColumns]
+      pack_weights<Element>(logit, 0, weight);
       accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
       wait_for_products<1>();
       hold(grad_weight);
-      hold(grad_key);
-      if (done > 0) smem.qk_empty[before.slot()].arrive_as_warp();
       multiply_by_weights<Element>(grad_weight, weight, statistics);  // dS^T, in place of dP^T
+      unsigned grad_logit[kSteps][4];                                 // dS^T [64, kColumns]
       pack_weights<Element>(grad_weight, 0, grad_logit);
       dq.share(grad_logit);
-      wait_for_products<0>();
+      // dQ of the box before; that of a tile's first box, of nothing, goes nowhere
+      float grad_query[QueryGradient<Plan>::kTiles][4];  // [64, 64]
+      if (!is_first) dq.wait();
+      dq.issue(grad_query, key_columns);
+      // dK += dS^T Q, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
+      accumulate<Element, Plan::kHeadColumns>(grad_key, grad_logit, query_columns_at + qk);
+      wait_for_products<1>();
       hold(grad_value);
+      hold(grad_query);
       me.release_vo();
-      before = me.boxes;
-      ++done;
+      if (!is_first) dq.hand_over(grad_query);
+      wait_for_products<0>();
+      hold(grad_key);
+      me.release_qk();
       me.end_box();
       dq.exchange.advance();
+      is_first = false;
     }
     float grad_query[QueryGradient<Plan>::kTiles][4];
-    if (done > 1) dq.wait(dq.last_but_one());
-    dq.issue(grad_query, key_columns, dq.last_but_one());
-    accumulate<Element, Plan::kHeadColumns>(
-        grad_key, grad_logit,
-        query_columns_at + before.slot() * (sizeof(smem.column_qk[0]) / kDescriptorBytes));
-    wait_for_products<0>();
-    hold(grad_key);
-    hold(grad_query);
-    smem.qk_empty[before.slot()].arrive_as_warp();
-    if (done > 1) dq.hand_over(grad_query, dq.last_but_one());
-    dq.wait(dq.last());
-    dq.issue(grad_query, key_columns, dq.last());
+    dq.wait();
+    dq.issue(grad_query, key_columns);
     wait_for_products<0>();
     hold(grad_query);
     me.release_rows();
-    dq.hand_over(grad_query, dq.last());
+    dq.hand_over(grad_query);
     store_key_gradients(problem, me, arguments, arguments.grad_key, arguments.grad_value, grad_key,
                         grad_value);
     me.end_tile();

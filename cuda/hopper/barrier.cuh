@@ -80,14 +80,6 @@ __device__ inline void add_release(unsigned* counter, unsigned value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
-// Two warpgroups that take turns: each waits for its own, and then gives the other one a turn.
-__device__ inline void wait_for_turn(int warpgroup) {
-  asm volatile("bar.sync %0, 256;" ::"r"(1 + warpgroup) : "memory");  // 0 is that of __syncthreads
-}
-__device__ inline void give_turn(int warpgroup) {
-  asm volatile("bar.arrive %0, 256;" ::"r"(1 + warpgroup) : "memory");
-}
-
 // Where a ring of kSlots barriers stands: the slot that is next, and the parity of its phase. Both
 // follow from one number, which goes twice around.
 template <int kSlots>

@@ -194,10 +194,6 @@ struct ChunkConsumer {
           logit[0], queries, keys_at + box.slot() * (sizeof(smem.key[0]) / kDescriptorBytes));
     };
 
-    // Warpgroups take turns at issuing products: left to themselves they stay as they begin, at the
-    // same thing at the same time. One turn is there at first, and none is left in the end.
-    const int turns = walk.boxes - 1;
-    if (w == 1 && turns > 0) give_turn(0);
     multiply_keys();
     wait_for_products<0>();
     bool is_new = true;
@@ -211,13 +207,11 @@ struct ChunkConsumer {
 
       // O += P V, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
       smem.value_full[box.slot()].wait(box.parity());
-      if (i < turns) wait_for_turn(w);
       accumulate<Element, Plan::kValueColumns>(
           output[0], weight, values_at + box.slot() * (sizeof(smem.value[0]) / kDescriptorBytes));
       if (++i == walk.boxes) break;
       box.advance();
       multiply_keys();
-      if (w == 0 || i < turns) give_turn(1 - w);
       wait_for_products<0>();
       hold(output[0]);
       smem.value_empty[box.before().slot()].arrive_as_warp();

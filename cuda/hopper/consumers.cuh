@@ -17,16 +17,9 @@ struct Consumer {
   Ring<2> tiles;
   Ring<Plan::kRowSlots> rows;
   Ring<Plan::kStages> boxes;
-  Ring<Plan::kVoStages> vo_boxes;  // the same in the ring of vo; see `vo`
-  int left = 0;                    // boxes of the tile, from the current one on
+  int left = 0;  // boxes of the tile, from the current one on
 
   __device__ Consumer(SharedMemory<Plan>& smem, int w) : smem(smem), w(w) { rows.advance(w); }
-
-  // Where the vo of the current box is. Of rings of equal length one number says both.
-  __device__ Ring<Plan::kVoStages> vo() const {
-    if constexpr (Plan::kVoStages == Plan::kStages) return {boxes.position};
-    return vo_boxes;
-  }
 
   __device__ const Tile<Plan::kRank>& tile() const { return smem.tile[tiles.slot()]; }
 
@@ -76,16 +69,15 @@ struct Consumer {
   }
   __device__ void wait_for_vo() const { wait_for_vo(has_holes()); }
   __device__ void wait_for_vo(bool has_holes) const {
-    smem.vo_full[vo().slot()].wait(vo().parity());
+    smem.vo_full[boxes.slot()].wait(boxes.parity());
     if constexpr (kMaskedColumns<Plan>)
-      if (has_holes) smem.clean(vo().slot()).wait(vo().parity());
+      if (has_holes) smem.clean(boxes.slot()).wait(boxes.parity());
   }
   __device__ void release_qk() const { smem.qk_empty[boxes.slot()].arrive_as_warp(); }
-  __device__ void release_vo() const { smem.vo_empty[vo().slot()].arrive_as_warp(); }
+  __device__ void release_vo() const { smem.vo_empty[boxes.slot()].arrive_as_warp(); }
   __device__ void end_box() {
     --left;
     boxes.advance();
-    vo_boxes.advance();
   }
 
   // Hides the logits S [64, kColumns] of pairs that are not visible.

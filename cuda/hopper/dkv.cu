@@ -41,41 +41,21 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     const Descriptor values = keys + Smem::kQkLines * (sizeof(smem.row[0][0]) / kDescriptorBytes);
     float grad_key[Plan::kHeadColumns / 8][4] = {};     // dK [64, kHeadColumns]
     float grad_value[Plan::kValueColumns / 8][4] = {};  // dV [64, kValueColumns]
-    // If kAhead, dK += dS^T Q of a box comes in the next round, behind S^T of the next box
-    unsigned grad_logit[kSteps][4] = {};    // dS^T [64, kColumns]
-    Ring<Plan::kStages> before = me.boxes;  // the place of the box before
-    bool is_first = true;
 
     while (me.begin_box()) {
       const unsigned stage = me.boxes.slot();
       const unsigned qk = stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
       const unsigned vo = stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
-      float logit[kTiles][4], grad_weight[kTiles][4];
-      // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
-      const auto multiply_values = [&] {
-        me.wait_for_vo();
-        multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values,
-                                                           grad_outputs_at + vo);
-      };
-      // dK += dS^T Q, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
-      const auto accumulate_keys = [&](unsigned stage) {
-        accumulate<Element, Plan::kHeadColumns>(
-            grad_key, grad_logit,
-            query_columns_at + stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes));
-      };
       // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
+      // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
+      float logit[kTiles][4], grad_weight[kTiles][4];
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
-      if constexpr (kAhead<Plan>) {
-        if (is_first) before = me.boxes;  // whose dS^T are zeros
-        accumulate_keys(before.slot());
-      } else {
-        multiply_values();
-      }
+      me.wait_for_vo();
+      multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
       wait_for_products<1>();
       hold(logit);
       if (Plan::kSigned) multiply_by(logit, problem.sign);
       me.hide_invisible(logit);
-      if constexpr (kAhead<Plan>) multiply_values();
       const float4* statistics = statistics_of_box(me);
       exponentiate(logit, problem.scale, statistics);  // P^T, in place of S^T
       // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
@@ -84,36 +64,17 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
       wait_for_products<1>();
       hold(grad_weight);
-      if constexpr (kAhead<Plan>) {
-        hold(grad_key);
-        if (!is_first) smem.qk_empty[before.slot()].arrive_as_warp();
-        before = me.boxes;
-        is_first = false;
-      }
       multiply_by_weights<Element>(grad_weight, weight, statistics);  // dS^T, in place of dP^T
+      // dK += dS^T Q, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
+      unsigned grad_logit[kSteps][4];  // dS^T [64, kColumns]
       pack_weights<Element>(grad_weight, 0, grad_logit);
-      if constexpr (!kAhead<Plan>) accumulate_keys(stage);
+      accumulate<Element, Plan::kHeadColumns>(grad_key, grad_logit, query_columns_at + qk);
       wait_for_products<0>();
       hold(grad_value);
-      if constexpr (!kAhead<Plan>) hold(grad_key);
-      me.release_vo();
-      if constexpr (!kAhead<Plan>) me.release_qk();
-      me.end_box();
-    }
-    if constexpr (kAhead<Plan>) {
-      accumulate<Element, Plan::kHeadColumns>(
-          grad_key, grad_logit,
-          query_columns_at + before.slot() * (sizeof(smem.column_qk[0]) / kDescriptorBytes));
-      wait_for_products<0>();
       hold(grad_key);
-      if (is_first) {  // no box: what was multiplied by zeros was never loaded
-#pragma unroll
-        for (auto& four : grad_key)
-#pragma unroll
-          for (float& x : four) x = 0;
-      } else {
-        smem.qk_empty[before.slot()].arrive_as_warp();
-      }
+      me.release_vo();
+      me.release_qk();
+      me.end_box();
     }
 
     me.release_rows();

@@ -98,26 +98,13 @@ __device__ void fill_mask_tables(const HopperProblem<kRank>& problem,
   }
 }
 
-// threadIdx.x, asked for anew each time: producers have few registers.
-__device__ inline int thread_anew() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
-// Lane w of each warp that makes masks says what warpgroup w does; the other lanes repeat it.
-template <typename Plan>
-__device__ int looked_after() {
-  return smaller(thread_anew() % 32, Plan::kWarpgroups - 1);
-}
-
 // Writes to the tables which columns each coordinate of a tile's rows sees, and which the warpgroup
-// as a whole that the lane looks after. `kLanes` lanes share the work. Rows past the end of an axis
-// see nothing; if kSums, their logits must be hidden, since they count in sums of columns. So it is
-// with keys that `mask` hides; returns whether there are any.
+// `w` as a whole. `kLanes` lanes share the work. Rows past the end of an axis see nothing; if
+// kSums, their logits must be hidden, since they count in sums of columns. So it is with keys that
+// `mask` hides; returns whether there are any.
 template <typename Plan, int kLanes>
 __device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenKeys<Plan>& mask,
-                        const Tile<Plan::kRank>& tile, int lane,
+                        const Tile<Plan::kRank>& tile, int lane, int w,
                         MaskTables<Plan::kRank, Plan::kWarpgroups>& tables) {
   bool hides = false;
 #pragma unroll 1
@@ -137,7 +124,6 @@ __device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenK
     coordinate.window = {window.begin - base, window.end - base};
   }
   if constexpr (kMaskedRows<Plan>) hides = __any_sync(0xffffffffu, hides);
-  const int w = looked_after<Plan>();
 #pragma unroll 1
   for (int r = 0; r < Plan::kRank; ++r) {
     const Axis axis = axis_of<Plan>(problem, r);
@@ -145,18 +131,14 @@ __device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenK
     const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
     const int end = rows_of_group<Plan>(axis, group);
     // Rows of parts may see no column but additional keys, so that an empty union is not enough
-    WindowUnion& windows = tables.windows[r][lane];  // written at once: registers are few
-    windows = {{0, Axis::kIsPart ? -1 : 0}, {0, 0}};
+    WindowUnion windows = {{0, Axis::kIsPart ? -1 : 0}, {0, 0}};
     if (first < end && tile.active >> w & 1) {  // else it has no rows
       const Range low = window_of<Plan>(axis, first, group);
-      windows.any.begin = low.begin - base;
-      windows.all.end = low.end - base;
-      asm volatile("" ::: "memory");
       const Range high = window_of<Plan>(axis, smaller(first + problem.row_box[r], end) - 1, group);
-      windows.any.end = high.end - base;
-      windows.all.begin = high.begin - base;
+      windows = {{low.begin - base, high.end - base}, {high.begin - base, low.end - base}};
       if (Plan::kSums && (hides || first + problem.row_box[r] > end)) windows.all = {0, 0};
     }
+    tables.windows[r][lane] = windows;
   }
   return hides;
 }

@@ -86,8 +86,7 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
   constexpr int kRank = Plan::kRank;
   const auto& problem = smem.problem;
   const Maps& tangents = Plan::kTangents ? *maps.tangents : maps;
-  Ring<Plan::kStages> qk;
-  Ring<Plan::kVoStages> vo;
+  Ring<Plan::kStages> qk, vo;
   ColumnBox<kRank>& last = smem.last_box;
   bool has_last = false;
   auto load_vo = [&](const ColumnBox<kRank>& box) {
@@ -116,9 +115,7 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
   for_each_tile<false>(smem, [&](const AnnouncedTile<Plan>& tile) {
     const QuadWords* seen = tile.seen(mask);
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
-      // Of a kernel that remembers no last box it lies there, where registers are fewest
-      ColumnBox<kRank> in_registers, &box = kAhead<Plan> ? last : in_registers;
-      box = {tile.batch, head, {}, false};
+      ColumnBox<kRank> box = {tile.batch, head, {}, false};
       if constexpr (kMaskedColumns<Plan>)
         if ((seen++)->none()) box.batch = kNotLoaded;
 #pragma unroll
@@ -155,12 +152,10 @@ __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsi
   Ring<2> tiles;
   Ring<Plan::kRowSlots> rows;
   const unsigned untaken = Plan::kSums ? 0 : gridDim.x;  // tiles that are not counted
-  volatile int& next = smem.next_tile;                   // in shared memory: registers are few
-  next = Plan::kSums ? atomicAdd(taken, 1u) : blockIdx.x;
-  for (;; tiles.advance()) {
+  int number = Plan::kSums ? atomicAdd(taken, 1u) : blockIdx.x;
+  for (int next = 0;; number = next, tiles.advance()) {
     smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
     AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
-    const int number = next;
     const bool end = number >= problem.block_tiles;
     if (end) {
       tile.boxes = kNoTile;
@@ -237,7 +232,14 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups, kLanes = kMaskLanes<Plan>;
   const auto& problem = smem.problem;
   Ring<Plan::kStages> ring;
-  auto lane = [] { return thread_anew() - 64; };  // of the team
+  // The lane of the team, asked for anew each time: registers are few
+  auto lane = [] {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread - 64;
+  };
+  // Lane w of each warp says what warpgroup w does; the other lanes repeat it
+  auto looked_after = [&] { return smaller(lane() % 32, kWarpgroups - 1); };
   Ring<Plan::kRowSlots> rows;
   Cleaner<Plan> cleaner;
   auto wait = [&] {
@@ -255,7 +257,8 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   };
   for_each_tile<true>(smem, [&](const AnnouncedTile<Plan>& tile) {
     const QuadWords* next = tile.seen(mask);
-    const bool hides = look_up<Plan, kLanes>(problem, mask, tile, lane(), smem.mask);
+    const bool hides =
+        look_up<Plan, kLanes>(problem, mask, tile, lane(), looked_after(), smem.mask);
     if constexpr (kMaskedRows<Plan>) {
       if (hides) clear_rows<Plan>(smem, rows, lane());
       rows.advance(kWarpgroups);

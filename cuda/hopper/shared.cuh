@@ -8,9 +8,7 @@
 //   static constexpr int kRank;          token axes
 //   static constexpr int kWarpgroups;    of consumers, 2 or 3
 //   static constexpr int kColumns;       columns of a box, 64 or 128
-//   static constexpr int kStages;        boxes of columns in shared memory: their qk, statistics,
-//                                        and masks
-//   static constexpr int kVoStages;      those of which vo is there
+//   static constexpr int kStages;        boxes of columns in shared memory
 //   static constexpr int kRowSlots;      boxes of rows in shared memory
 //   static constexpr int kHeadDim, kValueDim;  dimensions, padded to multiples of 16
 //   static constexpr int kHeadColumns, kValueColumns;  padded to widths that wgmma has
@@ -43,19 +41,12 @@ constexpr int lines_of(int dim) { return (dim + kLineElements - 1) / kLineElemen
 template <typename Plan>
 constexpr bool kFew = Plan::kWarpgroups == 3 && Plan::kValueColumns <= 64 &&
                       (!Plan::kBackward || (Axis::kIsPart && !Plan::kRowsAreKeys));
-// Where rows are keys, products of the next box may be issued before the last one of this box is
-// done. For that consumers take registers from the producers, who need them along three axes, with
-// dilation, for parts and for masks.
 template <typename Plan>
-constexpr bool kAhead =
-    Plan::kSums || (Plan::kRowsAreKeys && Plan::kWarpgroups == 2 && Plan::kRank < 3 &&
-                    !Plan::kDilated && !Plan::kKeyMask && !Axis::kIsPart);
-template <typename Plan>
-constexpr int kConsumerRegisters = Plan::kWarpgroups == 2 ? (kAhead<Plan> ? 240 : 232)
+constexpr int kConsumerRegisters = Plan::kWarpgroups == 2 ? 232
                                    : kFew<Plan>           ? 152
                                                           : 160;
 template <typename Plan>
-constexpr int kProducerRegisters = Plan::kWarpgroups == 2 ? (kAhead<Plan> ? 24 : 40)
+constexpr int kProducerRegisters = Plan::kWarpgroups == 2 ? 40
                                    : kFew<Plan>           ? 56
                                                           : 32;
 
@@ -93,7 +84,7 @@ struct SharedMemory : SumMemory<Plan> {
   static_assert(!Plan::kSums || sizeof(SumMemory<Plan>) % 1024 == 0, "so does what follows it");
   Line row[Plan::kRowSlots][kRowLines][kRows];  // lines of vo, or of the tangent, after those of qk
   Line column_qk[Plan::kStages][kArrays * kQkLines][Plan::kColumns];
-  Line column_vo[Plan::kVoStages][kArrays * kVoLines][Plan::kColumns];
+  Line column_vo[Plan::kStages][kArrays * kVoLines][Plan::kColumns];
   // Of columns that are queries: {lse * log2(e), delta}
   float2 statistics[Plan::kStages][Plan::kRowsAreKeys ? Plan::kColumns : 2];
   // After those of all coordinates, if columns are masked: the columns that are seen
@@ -101,8 +92,6 @@ struct SharedMemory : SumMemory<Plan> {
                  [Plan::kWarpgroups * kMostCoordinates<Plan::kRank> + kMaskedColumns<Plan>];
   MaskTables<Plan::kRank, Plan::kWarpgroups> mask;
   AnnouncedTile<Plan> tile[2];
-  int next_tile;              // of the warp that announces them
-  unsigned tile_position[4];  // of each producer warp in the ring of tiles: registers are few
   int visibility[Plan::kStages][Plan::kWarpgroups];
   HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
   ColumnBox<Plan::kRank> last_box;     // whose vo is still to be loaded
@@ -110,14 +99,14 @@ struct SharedMemory : SumMemory<Plan> {
   Barrier row_full[Plan::kRowSlots], row_empty[Plan::kRowSlots];
   Barrier qk_full[Plan::kStages], qk_empty[Plan::kStages];
   // Those of `vo_full` from kStages on, if columns are masked: hidden ones have been set to zero
-  Barrier vo_full[Plan::kVoStages * (1 + kMaskedColumns<Plan>)], vo_empty[Plan::kVoStages];
+  Barrier vo_full[Plan::kStages * (1 + kMaskedColumns<Plan>)], vo_empty[Plan::kStages];
   Barrier sum_full, sum_empty;                      // of `SumMemory::sum`
   Barrier grad_logit_full[2], grad_logit_empty[2];  // of `SumMemory::grad_logit`
 
   __device__ QuadWords& seen(unsigned stage) {
     return words[stage][Plan::kWarpgroups * kMostCoordinates<Plan::kRank>];
   }
-  __device__ Barrier& clean(unsigned stage) { return vo_full[Plan::kVoStages + stage]; }
+  __device__ Barrier& clean(unsigned stage) { return vo_full[Plan::kStages + stage]; }
 };
 
 // Lanes of the warps that make masks.
@@ -128,25 +117,14 @@ constexpr int kMaskLanes = Plan::kSums ? 32 : 64;
 // if kWarp, else by one.
 template <bool kWarp, typename Plan, typename Visit>
 __device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
-  // The warp's place in the ring lies in shared memory: registers are few
-  const auto place = [&]()->volatile unsigned& { return smem.tile_position[thread_anew() / 32]; };
-  const auto move_to = [&](Ring<2> ring) {
-    if (!kWarp || thread_anew() % 32 == 0) place() = ring.position;
-    if (kWarp) __syncwarp();
-  };
-  move_to({});
-  while (true) {
-    const Ring<2> ring = {place()};
+  for (Ring<2> ring;; ring.advance()) {
     smem.tile_full[ring.slot()].wait(ring.parity());
     if (smem.tile[ring.slot()].boxes == kNoTile) break;
     visit(smem.tile[ring.slot()]);
-    Ring<2> done = {place()};
     if (kWarp)
-      smem.tile_empty[done.slot()].arrive_as_warp();
+      smem.tile_empty[ring.slot()].arrive_as_warp();
     else
-      smem.tile_empty[done.slot()].arrive();
-    done.advance();
-    move_to(done);
+      smem.tile_empty[ring.slot()].arrive();
   }
 }
 
@@ -171,11 +149,9 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     }
     for (int i = 0; i < Plan::kStages; ++i) {
       smem.qk_full[i].init(1, kMaskWarps);  // the loader, and the makers of masks
+      smem.vo_full[i].init(1);
       if (kMaskedColumns<Plan>) smem.clean(i).init(0, kMaskWarps);
       smem.qk_empty[i].init(0, kConsumerWarps);
-    }
-    for (int i = 0; i < Plan::kVoStages; ++i) {
-      smem.vo_full[i].init(1);
       smem.vo_empty[i].init(0, kConsumerWarps);
     }
     smem.sum_full.init(0, kConsumerWarps);

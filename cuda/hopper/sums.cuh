@@ -38,7 +38,7 @@ __device__ Turn turn_of(const HopperProblem<1>& problem, const Tile<1>& tile, un
 }
 
 // One lane of a producer warp: brings this block's contributions from shared memory to the sums.
-// While one is on its way, the lane works out the turn of the next, and asks whether it has come.
+// While one is on its way, the lane works out the turn of the next.
 template <typename Plan>
 __device__ void add_sums(const Sums& sums, SharedMemory<Plan>& smem) {
   constexpr unsigned kFloats = sizeof(smem.sum) / sizeof(float);
@@ -58,9 +58,9 @@ __device__ void add_sums(const Sums& sums, SharedMemory<Plan>& smem) {
       const Turn turn = turn_of<Plan>(smem.problem, tile, head, tile.columns[0].begin + first[0]);
       float* sum = sums.sum + static_cast<unsigned long long>(turn.box) * kFloats;
       unsigned* made = sums.made + turn.box;
-      unsigned count = load_acquire(made);
       finish_last();  // before anything is awaited that may depend on it
-      while (count != turn.number) count = load_acquire(made);
+      while (load_acquire(made) != turn.number) {
+      }
       fence_global();  // what others have added comes before what is added now
       smem.sum_full.wait(ring.parity());
       if (turn.number == 0)

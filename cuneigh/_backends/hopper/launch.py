@@ -29,7 +29,6 @@ from cuneigh._backends.hopper.plan import (
     pieces,
     shared_bytes,
     side_by_side,
-    vo_stages,
     ways,
     width,
 )
@@ -274,7 +273,6 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kWarpgroups": form.warpgroups,
         "kColumns": form.columns,
         "kStages": form.stages,
-        "kVoStages": vo_stages(form, pass_),
         "kRowSlots": form.row_slots,
         "kHeadDim": padded(problem.head_dim),
         "kValueDim": padded(problem.value_dim),

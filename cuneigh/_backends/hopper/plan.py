@@ -127,9 +127,7 @@ def form_of(problem: Problem, device: Device, pass_: Pass, warpgroups: int) -> F
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
     # Where warpgroups read each other's rows, those of a tile come together
     slots = warpgroups if pass_ == BACKWARD else 1
-    rows, boxes = (("row_slots", slots),) * (warpgroups // slots), (("stages", 1),) * 2
-    # Gradients of keys release queries late: more boxes are better than the next tile's keys
-    for bigger, by in boxes + rows if pass_ == DKV else rows + boxes:
+    for bigger, by in (("row_slots", slots),) * (warpgroups // slots) + (("stages", 1),) * 2:
         candidate = form._replace(**{bigger: getattr(form, bigger) + by})
         if shared_bytes(problem, candidate, pass_) <= device.shared_memory:
             form = candidate
@@ -148,11 +146,6 @@ def _producers_have_registers(problem: Problem, pass_: Pass) -> bool:
     return pass_ == FORWARD or problem.rank == 1 or max(problem.head_dim, problem.value_dim) <= 64
 
 
-def vo_stages(form: Form, pass_: Pass) -> int:
-    """Boxes of columns of which values, or gradients of the output, are in shared memory."""
-    return 2 if pass_ == BACKWARD else form.stages
-
-
 def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     """Bytes of `SharedMemory` of cuda/hopper/shared.cuh."""
     if form.cluster:
@@ -161,8 +154,7 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     qk_lines, vo_lines = (math.ceil(dim / LINE) for dim in (problem.head_dim, problem.value_dim))
     coordinates = form.warpgroups * most_coordinates(rank)
     row_lines = qk_lines if pass_ in (FORWARD, JVP) else qk_lines + vo_lines
-    lines = form.row_slots * ROWS * row_lines
-    lines += form.columns * (form.stages * qk_lines + vo_stages(form, pass_) * vo_lines)
+    lines = form.row_slots * ROWS * row_lines + form.stages * form.columns * (qk_lines + vo_lines)
     lines *= 2 if pass_.moves else 1  # as many for tangents
     masked = has_masked_columns(problem, pass_)
     size = 128 * lines + 16 * form.stages * (coordinates + masked)
@@ -173,10 +165,10 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
     size += math.ceil(tables / 16) * 16
     size += 2 * (20 + 16 * rank + 4 * masked)  # tiles
-    size += 20 + 4 * form.stages * form.warpgroups  # positions, visibility
+    size += 4 * form.stages * form.warpgroups  # visibility
     axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
     size += axes + 196 + 4 * rank + 12  # the problem, and the last box of columns
-    barriers = 4 + 2 * form.row_slots + 2 * form.stages + 2 * vo_stages(form, pass_) + 6
+    barriers = 4 + 2 * form.row_slots + 4 * form.stages + 6
     if masked:
         barriers += form.stages
     return math.ceil((math.ceil(size / 8) * 8 + 8 * barriers) / 16) * 16
