@@ -94,11 +94,15 @@ def assert_no_spills(
         assert spilled == 0, f"{kernel.name} spills {spilled} bytes on {arch}:\n{kernel.plan}"
 
 
+CLUSTERS = "cuneigh/cluster.cuh"
+
+
 def test_no_source_asks_for_an_architecture() -> None:
-    """But those of the backends that test for themselves what they compile."""
+    """But those of the backends that test for themselves what they compile, and their clusters."""
     for name, text in _jit.packaged().texts.items():
-        if name.split("/")[0] in ("cuneigh", "sums", "naive", "gemm"):
+        if name.split("/")[0] in ("cuneigh", "sums", "naive", "gemm") and name != CLUSTERS:
             assert "__CUDA_ARCH" not in text, name
+            assert f'"{CLUSTERS}"' not in text, name
 
 
 @pytest.mark.long
@@ -177,9 +181,11 @@ def test_every_source_is_compiled() -> None:
     full = [*problems("float16", [3], rpb_dtype="float16", additional=1, operations=every)]
     plain = [*problems("float16", [1], length=32), *problems("float16", [1], head_dim=128)]
     masked = [replace(problem, has_key_mask=True) for problem in plain]
+    few_queries = Axis(64, 2111, 2048, 1, 1, True, "shift", 8192, 4096, 2049)
+    few = [Problem("forward", "float16", 1, 4, 1, 64, 64, (few_queries,), 0.125)]
     kernels = {
         kernel.name
-        for problem in full + plain + masked
+        for problem in full + plain + masked + few
         for backend in BACKENDS
         if backend.unsupported(problem, device_of("sm_90")) is None
         for kernel in backend.kernels(problem, device_of("sm_90"))
