@@ -20,7 +20,7 @@ LEAST_NS = 1e6
 """What products must be predicted to take for an entry of the batch, at least, for loops to be
 compiled for it."""
 
-MARGIN = 0.7
+MARGIN = 0.8
 """Loops must be predicted to take at most this part of the products' time."""
 
 
