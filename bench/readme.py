@@ -180,6 +180,7 @@ def on_a_cpu() -> str:
             f"{results['threads']} threads, float32, batch 1. FlexAttention is compiled, with the "
             "same mask in blocks of several sizes, of which\n128 is its default, and has no "
             "backward there; SDPA has a dense mask.\n"
+            f"cuneigh computes {results['compiled']} (the extra `numba`).\n"
             + source(results, "cpu.json", "bench/cpu.py"),
             *parts,
             "Growth with the tokens:\n\n" + "\n".join(growth),
