@@ -12,7 +12,7 @@ from cuneigh._problem import Problem
 CLUSTERS = (1, 2, 3, 4, 6)
 """Blocks that may share the boxes of a chunk: sizes of clusters that find room on an H200.
 
-Of 7 or 8 there are 15 at a time, of 6 there are 20.
+Of 7 or 8 there are 15 at a time, of 6 there are 17 (`CLUSTERS` of cuneigh/_gpu/costs.py).
 """
 
 
