@@ -22,6 +22,9 @@
 namespace cuneigh::hopper {
 
 template <typename Plan>
+constexpr int kThreads = 128 * (Plan::kWarpgroups + 1);  // of a block
+
+template <typename Plan>
 struct ChunkArguments {
   View<typename Plan::Element, 1> output;
   View<float, 1> lse;  // may be null
@@ -35,7 +38,7 @@ __device__ void load_vectors(const TensorMap& map, const Walk& walk, int head, i
 }
 
 // Two warps load, of which one lane each does it all. They begin with barriers of their own; the
-// others learn by a __syncthreads that these are there.
+// others learn by sync_roles that these are there.
 template <typename Plan>
 __device__ void load_queries(const HopperProblem<1>& problem, const TensorMap& query,
                              ChunkMemory<Plan>& smem) {
@@ -51,7 +54,7 @@ __device__ void load_queries(const HopperProblem<1>& problem, const TensorMap& q
                    smem.query_full);
   }
   __syncwarp();
-  __syncthreads();
+  sync_roles<kThreads<Plan>>();
 }
 
 template <typename Plan>
@@ -89,7 +92,7 @@ __device__ void load_keys(const HopperProblem<1>& problem, const TensorMap& key,
                    smem.value_full[stage]);
     }
     __syncwarp();
-    if (i == 0) __syncthreads();
+    if (i == 0) sync_roles<kThreads<Plan>>();
   }
 }
 
@@ -222,7 +225,7 @@ struct ChunkConsumer {
 };
 
 template <typename Plan>
-__global__ void CUNEIGH_CLUSTER(Plan::kCluster) __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
+__global__ void CUNEIGH_CLUSTER(Plan::kCluster) __launch_bounds__(kThreads<Plan>, 1)
     chunk(const HopperProblem<1> problem, const ChunkArguments<Plan> arguments,
           const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
           const __grid_constant__ TensorMap value) {
@@ -241,7 +244,7 @@ __global__ void CUNEIGH_CLUSTER(Plan::kCluster) __launch_bounds__(128 * (Plan::k
     else if (warp == kConsumers / 32 + 1)
       load_queries(problem, query, smem);
     else
-      __syncthreads();
+      sync_roles<kThreads<Plan>>();
     return;
   }
 
@@ -250,7 +253,7 @@ __global__ void CUNEIGH_CLUSTER(Plan::kCluster) __launch_bounds__(128 * (Plan::k
   if (threadIdx.x == 32) prefetch_map(key);
   if (threadIdx.x == 64) prefetch_map(value);
   ChunkConsumer<Plan> me(smem, problem);
-  __syncthreads();
+  sync_roles<kThreads<Plan>>();
   me.sum_up();
 
   const auto store = [&](int row, int first, const auto& output, int half,

@@ -93,9 +93,11 @@ struct SharedMemory : SumMemory<Plan> {
   MaskTables<Plan::kRank, Plan::kWarpgroups> mask;
   AnnouncedTile<Plan> tile[2];
   int visibility[Plan::kStages][Plan::kWarpgroups];
-  HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
-  ColumnBox<Plan::kRank> last_box;     // whose vo is still to be loaded
-  Barrier tile_full[2], tile_empty[2];
+  // ptxas reads what is read next to each other by 16 bytes at a time, from multiples of 16 on:
+  // none of them may be of what other warps write.
+  alignas(16) HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
+  alignas(16) ColumnBox<Plan::kRank> last_box;     // whose vo is still to be loaded
+  alignas(16) Barrier tile_full[2], tile_empty[2];
   Barrier row_full[Plan::kRowSlots], row_empty[Plan::kRowSlots];
   Barrier qk_full[Plan::kStages], qk_empty[Plan::kStages];
   // Those of `vo_full` from kStages on, if columns are masked: hidden ones have been set to zero

@@ -146,6 +146,10 @@ def _producers_have_registers(problem: Problem, pass_: Pass) -> bool:
     return pass_ == FORWARD or problem.rank == 1 or max(problem.head_dim, problem.value_dim) <= 64
 
 
+def _aligned(size: int) -> int:
+    return math.ceil(size / 16) * 16
+
+
 def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     """Bytes of `SharedMemory` of cuda/hopper/shared.cuh."""
     if form.cluster:
@@ -163,15 +167,16 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     size += 8 * form.stages * (form.columns if pass_.rows_are_keys else 2)  # statistics
     # MaskTables: prefixes, their bases, numbers, coordinates, window unions
     tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
-    size += math.ceil(tables / 16) * 16
+    size += _aligned(tables)
     size += 2 * (20 + 16 * rank + 4 * masked)  # tiles
     size += 4 * form.stages * form.warpgroups  # visibility
     axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
-    size += axes + 196 + 4 * rank + 12  # the problem, and the last box of columns
+    # The problem, the last box of columns, and barriers begin at multiples of 16
+    size = _aligned(_aligned(_aligned(size) + axes + 196) + 4 * rank + 12)
     barriers = 4 + 2 * form.row_slots + 4 * form.stages + 6
     if masked:
         barriers += form.stages
-    return math.ceil((math.ceil(size / 8) * 8 + 8 * barriers) / 16) * 16
+    return _aligned(size + 8 * barriers)
 
 
 def _chunk_bytes(problem: Problem, form: Form) -> int:
