@@ -64,12 +64,6 @@ struct Barrier {
   }
 };
 
-// A __syncthreads of a block of kThreads whose warps may be at different places of the code.
-template <int kThreads>
-__device__ void sync_roles() {
-  asm volatile("barrier.sync.aligned 1, %0;" ::"n"(kThreads) : "memory");
-}
-
 // Makes initialized barriers known to TMA; a __syncthreads then makes them known to the block.
 __device__ inline void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -22,9 +22,6 @@
 namespace cuneigh::hopper {
 
 template <typename Plan>
-constexpr int kThreads = 128 * (Plan::kWarpgroups + 1);  // of a block
-
-template <typename Plan>
 struct ChunkArguments {
   View<typename Plan::Element, 1> output;
   View<float, 1> lse;  // may be null
@@ -37,62 +34,56 @@ __device__ void load_vectors(const TensorMap& map, const Walk& walk, int head, i
   load_tokens<kLines, 1>(map, {{}, walk.batch, head, {token}}, pieces, lines, full);
 }
 
-// Two warps load, of which one lane each does it all. They begin with barriers of their own; the
-// others learn by sync_roles that these are there.
+// Makes the barrier of the queries, which this thread waits for like everybody else, and loads
+// them.
 template <typename Plan>
 __device__ void load_queries(const HopperProblem<1>& problem, const TensorMap& query,
-                             ChunkMemory<Plan>& smem) {
-  const Walk walk = walk_of_block<Plan>(problem);
+                             const Walk& walk, ChunkMemory<Plan>& smem) {
+  smem.query_full.init(1);
+  fence_barrier_init();
+  smem.query_full.arrive_and_expect(sizeof(smem.query));
   const int token = axis_of<Plan>(problem, 0).token({walk.group, 0});
-  if (threadIdx.x % 32 == 0) {
-    smem.query_full.init(1);
-    fence_barrier_init();
-    smem.query_full.arrive_and_expect(sizeof(smem.query));
 #pragma unroll 1
-    for (int w = 0; w < Plan::kWarpgroups; ++w)
-      load_vectors(query, walk, walk.head + w, token, problem.row_pieces, smem.query[w],
-                   smem.query_full);
-  }
-  __syncwarp();
-  sync_roles<kThreads<Plan>>();
+  for (int w = 0; w < Plan::kWarpgroups; ++w)
+    load_vectors(query, walk, walk.head + w, token, problem.row_pieces, smem.query[w],
+                 smem.query_full);
 }
 
 template <typename Plan>
-__device__ void load_keys(const HopperProblem<1>& problem, const TensorMap& key,
-                          const TensorMap& value, ChunkMemory<Plan>& smem) {
-  const bool is_first_lane = threadIdx.x % 32 == 0;
-  if (is_first_lane) {
-    smem.shares_full.init(1);
+__device__ void make_key_barriers(ChunkMemory<Plan>& smem) {
+  smem.shares_full.init(1);
 #pragma unroll
-    for (int i = 0; i < Plan::kStages; ++i) {
-      smem.key_full[i].init(1);
-      smem.value_full[i].init(1);
-      smem.key_empty[i].init(0, 4 * Plan::kWarpgroups);
-      smem.value_empty[i].init(0, 4 * Plan::kWarpgroups);
-    }
-    fence_barrier_init();
+  for (int i = 0; i < Plan::kStages; ++i) {
+    smem.key_full[i].init(1);
+    smem.value_full[i].init(1);
+    smem.key_empty[i].init(0, 4 * Plan::kWarpgroups);
+    smem.value_empty[i].init(0, 4 * Plan::kWarpgroups);
   }
+  fence_barrier_init();
+}
+
+// Loads the keys and values of boxes from `begin` to before `end`.
+template <typename Plan>
+__device__ void load_keys(const HopperProblem<1>& problem, const TensorMap& key,
+                          const TensorMap& value, const Walk& walk, ChunkMemory<Plan>& smem,
+                          int begin, int end) {
   const Axis axis = axis_of<Plan>(problem, 0);
-  const Walk walk = walk_of_block<Plan>(problem);
   const int group = Axis::kIsPart ? axis.key_group(walk.group) : walk.group;
   const int head = problem.group_size.quotient(walk.head);
   Ring<Plan::kStages> box;
+  box.advance(begin);
 #pragma unroll 1
-  for (int i = 0; i < larger(walk.boxes, 1); ++i, box.advance()) {
+  for (int i = begin; i < end; ++i, box.advance()) {
     const unsigned stage = box.slot();
-    if (is_first_lane && i < walk.boxes) {
-      const int token = axis.token({group, walk.begin + i * Plan::kColumns});
-      if (i >= Plan::kStages) smem.key_empty[stage].wait(box.parity() ^ 1);
-      smem.key_full[stage].arrive_and_expect(sizeof(smem.key[0]));
-      load_vectors(key, walk, head, token, problem.column_pieces, smem.key[stage],
-                   smem.key_full[stage]);
-      if (i >= Plan::kStages) smem.value_empty[stage].wait(box.parity() ^ 1);
-      smem.value_full[stage].arrive_and_expect(sizeof(smem.value[0]));
-      load_vectors(value, walk, head, token, problem.column_pieces, smem.value[stage],
-                   smem.value_full[stage]);
-    }
-    __syncwarp();
-    if (i == 0) sync_roles<kThreads<Plan>>();
+    const int token = axis.token({group, walk.begin + i * Plan::kColumns});
+    if (i >= Plan::kStages) smem.key_empty[stage].wait(box.parity() ^ 1);
+    smem.key_full[stage].arrive_and_expect(sizeof(smem.key[0]));
+    load_vectors(key, walk, head, token, problem.column_pieces, smem.key[stage],
+                 smem.key_full[stage]);
+    if (i >= Plan::kStages) smem.value_empty[stage].wait(box.parity() ^ 1);
+    smem.value_full[stage].arrive_and_expect(sizeof(smem.value[0]));
+    load_vectors(value, walk, head, token, problem.column_pieces, smem.value[stage],
+                 smem.value_full[stage]);
   }
 }
 
@@ -103,15 +94,16 @@ struct ChunkConsumer {
 
   ChunkMemory<Plan>& smem;
   const HopperProblem<1>& problem;
-  const Walk walk = walk_of_block<Plan>(problem);
+  const Walk walk;
   const int w = threadIdx.x / 128;
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   Range window[2];                  // of both, counted from the walk's first key on
   float output[1][kTiles][4] = {};  // O [64, kValueColumns]
   WarpSoftmax<1> softmax;
 
-  __device__ ChunkConsumer(ChunkMemory<Plan>& smem, const HopperProblem<1>& problem)
-      : smem(smem), problem(problem) {
+  __device__ ChunkConsumer(ChunkMemory<Plan>& smem, const HopperProblem<1>& problem,
+                           const Walk& walk)
+      : smem(smem), problem(problem), walk(walk) {
     const Axis axis = axis_of<Plan>(problem, 0);
 #pragma unroll 1  // code comes from memory
     for (int half = 1; half >= 0; --half) {
@@ -225,7 +217,7 @@ struct ChunkConsumer {
 };
 
 template <typename Plan>
-__global__ void CUNEIGH_CLUSTER(Plan::kCluster) __launch_bounds__(kThreads<Plan>, 1)
+__global__ void CUNEIGH_CLUSTER(Plan::kCluster) __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
     chunk(const HopperProblem<1> problem, const ChunkArguments<Plan> arguments,
           const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
           const __grid_constant__ TensorMap value) {
@@ -234,26 +226,26 @@ __global__ void CUNEIGH_CLUSTER(Plan::kCluster) __launch_bounds__(kThreads<Plan>
                 "'shared_bytes' in cuneigh/_backends/hopper/plan.py counts what it holds");
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& smem = *reinterpret_cast<Smem*>(memory);
-  constexpr int kConsumers = 128 * Plan::kWarpgroups;
-  // Through a shuffle, the compiler knows that all threads of a warp do the same
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  if (warp >= kConsumers / 32) {
+  constexpr int kKeyLoader = 128 * Plan::kWarpgroups, kQueryLoader = kKeyLoader + 32;  // threads
+  if (threadIdx.x == 0) prefetch_map(query);
+  if (threadIdx.x == 32) prefetch_map(key);
+  if (threadIdx.x == 64) prefetch_map(value);
+  const Walk walk = walk_of_block<Plan>(problem);
+  // Loads begin before others know of the barriers
+  if (threadIdx.x == kKeyLoader) {
+    make_key_barriers(smem);
+    load_keys(problem, key, value, walk, smem, 0, smaller(walk.boxes, 1));
+  }
+  if (threadIdx.x == kQueryLoader) load_queries(problem, query, walk, smem);
+  __syncthreads();
+  if (threadIdx.x >= kKeyLoader) {
     set_registers<false, kProducerRegisters<Plan>>();
-    if (warp == kConsumers / 32)
-      load_keys(problem, key, value, smem);
-    else if (warp == kConsumers / 32 + 1)
-      load_queries(problem, query, smem);
-    else
-      sync_roles<kThreads<Plan>>();
+    if (threadIdx.x == kKeyLoader) load_keys(problem, key, value, walk, smem, 1, walk.boxes);
     return;
   }
 
   set_registers<true, kConsumerRegisters<Plan>>();
-  if (threadIdx.x == 0) prefetch_map(query);
-  if (threadIdx.x == 32) prefetch_map(key);
-  if (threadIdx.x == 64) prefetch_map(value);
-  ChunkConsumer<Plan> me(smem, problem);
-  sync_roles<kThreads<Plan>>();
+  ChunkConsumer<Plan> me(smem, problem, walk);
   me.sum_up();
 
   const auto store = [&](int row, int first, const auto& output, int half,

@@ -102,6 +102,9 @@ struct Cleaner<Plan, true> {
       }
       fence_shared();
     }
+    // Consumers do not wait for boxes without hidden columns; synccheck asks that somebody does.
+    // The phase before this one is over.
+    smem.clean(box.slot()).wait(box.parity() ^ 1);
     smem.clean(box.slot()).arrive_as_warp();
     hidden = kNoBox;
   }
