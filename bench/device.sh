@@ -33,8 +33,12 @@ tests() {
 }
 
 # Of the backends in $BACKENDS (default: all). The tools run side by side, and so do the ranks.
+# Kernels are compiled before that, on all processors.
 sanitizer() {
   local tool rank status=0 jobs=()
+  python3 tests/helpers/small_shapes.py --compile ${BACKENDS:-} &
+  RACECHECK=1 python3 tests/helpers/small_shapes.py --compile ${BACKENDS:-}
+  wait $!
   for tool in memcheck racecheck synccheck; do
     for rank in 1 2 3; do
       RACECHECK=$([ $tool = racecheck ] && echo 1) compute-sanitizer --tool $tool --error-exitcode 1 \

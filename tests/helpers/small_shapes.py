@@ -2,7 +2,8 @@
 
 compute-sanitizer --tool memcheck python tests/helpers/small_shapes.py [BACKEND .. RANK ..]
 
-With RACECHECK=1 the kernels are compiled for racecheck (cuda/hopper/barrier.cuh says what for).
+With --compile it only compiles the kernels, side by side. With RACECHECK=1 they are compiled for
+racecheck (cuda/hopper/barrier.cuh says what for).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +21,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers.accuracy import check_backend
+from helpers.accuracy import check_backend, run_backend
+from helpers.attack_calls import architecture
 from helpers.few_queries import few_queries
 from helpers.few_queries import plans as plans_for_few_queries
 from helpers.gpu_arrays import NATIVE
 from helpers.strategies import OPERATIONS, inputs
 
-from cuneigh import _device
+from cuneigh import _device, _jit
 from cuneigh._backends import fused, gemm, hopper, naive
 from cuneigh._backends.fused import launch
 from cuneigh._backends.fused import plan as fused_plan
@@ -33,6 +36,7 @@ from cuneigh._backends.fused.choice import Plan
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._backends.hopper.plan import ways
 from cuneigh._gpu.passes import FORWARD, Pass
+from cuneigh._gpu.program import Program
 from cuneigh._jit import _compiler
 from cuneigh._parameters import Window
 from cuneigh._problem import DTYPES, Problem, Spec
@@ -173,7 +177,20 @@ def take(way: tuple[Pass, ...], problem: Problem, device: _device.Device) -> tup
     return way
 
 
-def main(names: list[str], ranks: list[int]) -> None:
+def compile_all(names: list[str], ranks: list[int]) -> None:
+    found: dict[_jit.Kernel, None] = {}
+
+    def collect(program: Program, addresses: Sequence[int], stream: int) -> None:
+        found.update(dict.fromkeys(program.kernels))
+
+    Program.run = collect
+    run_all(names, ranks, run_backend)
+    _jit.precompile(found, [architecture()])
+    print(f"{len(found)} kernels compiled")
+
+
+def run_all(names: list[str], ranks: list[int], run: Callable[..., object]) -> int:
+    """Call ``run(backend, problem, inputs, ..)`` for all of them, and return how many there are."""
     cupy.cuda.set_allocator(None)
     if os.environ.get("RACECHECK") == "1":
         _compiler.OPTIONS += ("-DCUNEIGH_ALL_LANES_ARRIVE",)
@@ -209,13 +226,16 @@ def main(names: list[str], ranks: list[int]) -> None:
                     continue
                 for way in ways(problem) if backend is hopper else [()]:
                     hopper.launch.passes = partial(take, way)
-                    check_backend(backend, problem, given, **NATIVE)
+                    run(backend, problem, given, **NATIVE)
                     count += 1
-    print(f"{count} results agree with the oracle")
+    return count
 
 
 if __name__ == "__main__":
-    main(
-        [name for name in sys.argv[1:] if not name.isdigit()] or [one.NAME for one in BACKENDS],
-        [int(rank) for rank in sys.argv[1:] if rank.isdigit()] or list(WINDOWS),
-    )
+    given = sys.argv[1:]
+    names = [one.NAME for one in BACKENDS if one.NAME in given] or [one.NAME for one in BACKENDS]
+    ranks = [rank for rank in WINDOWS if str(rank) in given] or list(WINDOWS)
+    if "--compile" in given:
+        compile_all(names, ranks)
+    else:
+        print(f"{run_all(names, ranks, check_backend)} results agree with the oracle")
