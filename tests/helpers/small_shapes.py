@@ -220,7 +220,7 @@ def run_all(names: list[str], ranks: list[int], run: Callable[..., object]) -> i
             given = inputs(problem, np.random.default_rng(rank), layout)
             kind = "small windows" if problem in small else "few queries" if problem in few else ""
             launch.choose_plan = partial(choose_plan, kind, count)
-            only = {"few queries": (fused,)}.get(kind, BACKENDS)
+            only = {"few queries": (hopper, fused)}.get(kind, BACKENDS)
             for backend in (hopper,) if problem in long else only:
                 if backend.NAME not in names or backend.unsupported(problem, device) is not None:
                     continue
