@@ -145,7 +145,9 @@ class Axis:
         """
         if not self.is_part:
             return self
-        queries, keys = ((self.layout - length) // 2 for length in (self.length, self.key_length))
+        keys = (self.layout - self.key_length) // 2
+        # Not the first of them: if these see all keys, that would be taken for cross attention
+        queries = (self.layout - self.length + 1) // 2
         if self.is_causal:
             queries = max(keys + self.key_length - self.length, 0)
         there = self.at(queries, keys)

@@ -159,10 +159,17 @@ def test_parts(axis):
     check_slots(axis)
 
 
+def test_what_serves_other_starts_of_every_small_axis_is_a_part():
+    """Kernels of whole layouts do not know where a part starts."""
+    for axis in itertools.islice(all_parts(longest=4), 0, None, 61):
+        assert axis.anywhere().is_ordinary == axis.is_ordinary, axis
+
+
 @given(parts())
 def test_what_serves_other_starts_keeps_the_same_promises(axis):
     there = axis.anywhere()
     assert there.promises == axis.promises
+    assert there.is_ordinary == axis.is_ordinary
     assert there.at(axis.query_start, axis.key_start) == axis
     assert there.anywhere() == there
 

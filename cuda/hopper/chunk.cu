@@ -52,6 +52,7 @@ __device__ void load_queries(const HopperProblem<1>& problem, const TensorMap& q
 template <typename Plan>
 __device__ void make_key_barriers(ChunkMemory<Plan>& smem) {
   smem.shares_full.init(1);
+  for (int w = 0; w < Plan::kWarpgroups; ++w) smem.turn[w].init(0, 4);
 #pragma unroll
   for (int i = 0; i < Plan::kStages; ++i) {
     smem.key_full[i].init(1);
@@ -189,6 +190,10 @@ struct ChunkConsumer {
           logit[0], queries, keys_at + box.slot() * (sizeof(smem.key[0]) / kDescriptorBytes));
     };
 
+    // Warpgroups take turns at issuing products: left to themselves they stay as they begin, at the
+    // same thing at the same time. One turn is there at first, and none is left in the end.
+    const int turns = walk.boxes - 1;
+    if (w == 1 && turns > 0) smem.turn[0].arrive_as_warp();
     multiply_keys();
     wait_for_products<0>();
     bool is_new = true;
@@ -202,11 +207,13 @@ struct ChunkConsumer {
 
       // O += P V, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
       smem.value_full[box.slot()].wait(box.parity());
+      if (i < turns) smem.turn[w].wait(i % 2);
       accumulate<Element, Plan::kValueColumns>(
           output[0], weight, values_at + box.slot() * (sizeof(smem.value[0]) / kDescriptorBytes));
       if (++i == walk.boxes) break;
       box.advance();
       multiply_keys();
+      if (w == 0 || i < turns) smem.turn[1 - w].arrive_as_warp();
       wait_for_products<0>();
       hold(output[0]);
       smem.value_empty[box.before().slot()].arrive_as_warp();

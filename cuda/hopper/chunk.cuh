@@ -36,7 +36,8 @@ struct ChunkMemory {
   Barrier query_full;
   Barrier key_full[Plan::kStages], key_empty[Plan::kStages];
   Barrier value_full[Plan::kStages], value_empty[Plan::kStages];
-  Barrier shares_full;  // of `ChunkShares::owned`
+  Barrier turn[Plan::kWarpgroups];  // of a warpgroup to issue products
+  Barrier shares_full;              // of `ChunkShares::owned`
 };
 
 // What a block does.

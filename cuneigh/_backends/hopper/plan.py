@@ -183,7 +183,7 @@ def _chunk_bytes(problem: Problem, form: Form) -> int:
     """Bytes of `ChunkMemory` of cuda/hopper/chunk.cuh."""
     qk_lines, vo_lines = (math.ceil(dim / LINE) for dim in (problem.head_dim, problem.value_dim))
     lines = form.row_slots * ROWS * qk_lines + form.stages * form.columns * (qk_lines + vo_lines)
-    return 128 * lines + 8 * (2 + 4 * form.stages)
+    return 128 * lines + 8 * (2 + form.warpgroups + 4 * form.stages)
 
 
 def has_masked_columns(problem: Problem, pass_: Pass) -> bool:
