@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from contextvars import ContextVar
+from functools import cached_property, partial
 from itertools import compress
 from typing import Any, TypeVar
 
@@ -35,6 +36,13 @@ from cuneigh._programs import compile_gradient, known_backends, perform, program
 
 KEPT = 4096
 """Calls that are kept, and programs of each."""
+
+WITH_KEY_GRADIENTS: ContextVar[Callable[[Sequence[Any]], None] | None] = ContextVar(
+    "WITH_KEY_GRADIENTS", default=None
+)
+"""Called by a backward, with all its results, once what fills the gradients of keys and values is
+launched and before the rest is. Not called where these come with the rest or are computed at once,
+on the CPU."""
 
 Examine = Callable[[tuple[Any, ...], Sequence[Any]], tuple["Call", Sequence[Any]]]
 """From the parameters and the array arguments of a public function, None for those not given, to
@@ -174,7 +182,9 @@ class Call:
             program = self._programs.get(layouts) or self._program(device, layouts)
             made = adapter.allocate(own_device, (*self.results, *program.workspace), addresses)
             addresses.extend(self._start_words)
-            program.run(addresses, adapter.stream(own_device))
+            early = WITH_KEY_GRADIENTS.get()
+            after_keys = None if early is None else partial(early, made[: len(self.results)])
+            program.run(addresses, adapter.stream(own_device), after_keys)
         del owners  # whose memory goes only to what comes after these launches
         return made[: len(self.results)]
 
@@ -234,7 +244,7 @@ class Call:
 
         It runs the programs of this one, so that nothing is planned.
         """
-        if starts == self.starts and type(starts[0]) is type(starts[1]) is int:
+        if starts == self.starts:  # and of the same types, for these belong to the signature
             return self
         movable = self._movable
         if movable is None:

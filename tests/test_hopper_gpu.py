@@ -24,6 +24,7 @@ from cuneigh._backends import choose, fused, hopper
 from cuneigh._backends.hopper import launch
 from cuneigh._backends.hopper.choice import make_plan
 from cuneigh._backends.hopper.plan import HopperPlan, ways
+from cuneigh._call import WITH_KEY_GRADIENTS
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._gpu.tensor_map import KEPT
 from cuneigh._parameters import window_arguments
@@ -476,3 +477,22 @@ def test_a_video_decoder_with_4_billion_elements():
         delta = np.einsum("qhd,qhd->hq", grad_outputs, at(output, seeing))
         grad_logits = weights * (grad_weights - delta) * problem.scale
         check(gradients[1], here, np.einsum("hq,qhd->hd", grad_logits, queries), "grad key")
+
+
+def test_gradients_of_keys_are_told_of_before_that_of_the_query():
+    torch = pytest.importorskip("torch")
+    query, key, value, grad_output = torch.randn(
+        (4, 1, 24, 24, 2, 64), device="cuda", dtype=torch.bfloat16
+    )
+    output, lse = cuneigh.na2d(query, key, value, 9, return_lse=True, backend="hopper")
+    told: list[Any] = []
+    before = WITH_KEY_GRADIENTS.set(told.append)
+    try:
+        gradients = cuneigh.na2d_backward(
+            grad_output, query, key, value, output, lse, 9, backend="hopper"
+        )
+    finally:
+        WITH_KEY_GRADIENTS.reset(before)
+    [(_, of_key, of_value, *_)] = told
+    assert of_key is gradients.key
+    assert of_value is gradients.value

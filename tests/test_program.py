@@ -25,7 +25,7 @@ from cuneigh._backends import BACKENDS, fused, gemm, hopper, naive
 from cuneigh._backends.hopper.forms import forms_of
 from cuneigh._backends.hopper.plan import ways
 from cuneigh._gpu.arrays import Array, Pointer, contiguous
-from cuneigh._gpu.program import Program, Record
+from cuneigh._gpu.program import Launch, Program, Record, _Clear
 from cuneigh._gpu.records import PART_AXIS, start_words
 from cuneigh._gpu.tensor_map import TensorMap
 from cuneigh._gpu.views import Views, load_width
@@ -323,6 +323,40 @@ def test_two_threads_may_run_one_program(launched):
     program.run([1], 0)
     program.run([2], 0)
     assert [words(parameter(call, 0, 8)) for call in launched] == [[1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape", "last"),
+    [
+        ("hopper", (1, 96, 48, 2, 128), ["hopper/dkv", None, "hopper/dq"]),
+        ("hopper", (1, 8192, 2, 128), ["sums/delta", "hopper/backward", "hopper/dq_of_sums"]),
+        ("fused", (1, 96, 48, 2, 128), ["sums/delta", "fused/backward", None, "fused/backward"]),
+        ("fused", (8, 28, 28, 2, 64), ["fused/small/backward", "fused/small/backward"]),
+    ],
+)
+def test_gradients_of_keys_are_told_of_before_that_of_the_query_is_launched(
+    backend, shape, last, monkeypatch
+):
+    """Where kernels compute them in this order."""
+    noted: list[Any] = []
+
+    def noting(recorded: Any, device: Any) -> Any:
+        return lambda addresses, stream: noted.append(recorded.kernel.name)
+
+    monkeypatch.setattr(Launch, "load", noting)
+    monkeypatch.setattr(_Clear, "load", lambda recorded, device: lambda addresses, stream: None)
+    monkeypatch.setattr(Program, "compile", lambda program: None)
+    query = Spec(shape, "bfloat16")
+    axes = window_arguments("test", len(shape) - 3, shape[1] // 4, 1, 1, False)
+    problem = attention_problem("test", "backward", query, query, query, axes, None)
+    device = dataclasses.replace(H200, memory=141 << 30)
+    program, _ = _programs.rehearse(problem, device, backend)
+    program.run([], 0)
+    plain = noted.copy()
+    noted.clear()
+    program.run([], 0, lambda: noted.append(None))
+    assert [name for name in noted if name] == plain
+    assert noted[-len(last) :] == last
 
 
 # Problems as keys

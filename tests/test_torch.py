@@ -102,6 +102,20 @@ def test_a_call_like_one_before_is_not_examined_again(monkeypatch):
         cuneigh.na2d(*given, (3, 2))
 
 
+@pytest.mark.parametrize("border", ["shift", "wrap"])
+def test_a_part_that_starts_as_one_before_is_not_examined_again(border, monkeypatch):
+    """Also where other starts would be: a part along one of several axes, or on a ring."""
+    query = torch.randn(1, 4, 6, 1, 4)
+    given = {"kernel_size": 3, "border": border, "layout": (12, 6), "query_start": (4, 0)}
+    cuneigh.na2d(query, query, query, 1)  # A type of array must have been met.
+    wanted = cuneigh.na2d(query, query, query, **given, key_start=(4, 0))
+    monkeypatch.setattr("cuneigh._ops.compute.examine", None)
+    assert_equal([cuneigh.na2d(query, query, query, **given, key_start=(4, 0))], [wanted])
+    for starts in ((3, 0), (4, False)):
+        with pytest.raises(TypeError, match="NoneType"):
+            cuneigh.na2d(query, query, query, **given, key_start=starts)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [

@@ -56,17 +56,31 @@ class Program:
         """Arrays to allocate for each run, contiguous; their addresses follow all others."""
         self._arrays = 0
         self._recorded: list[Recorded] = []
+        self._until_keys: int | None = None
+        """How many of them the gradients of keys and values take, if others follow."""
         self._steps: list[Step] = []
         """What is recorded, loaded."""
 
-    def run(self, addresses: Sequence[int], stream: int) -> None:
+    def run(
+        self,
+        addresses: Sequence[int],
+        stream: int,
+        after_keys: Callable[[], None] | None = None,
+    ) -> None:
         """Launch everything on the CUDA stream `stream`; the device is current.
 
         `addresses` are those of arguments, results and workspace, in the order in which these were
         added, and after them the words that records take (`cuneigh._gpu.records.start_words`). All
-        memory must stay as it is until the stream has come that far.
+        memory must stay as it is until the stream has come that far. `after_keys` is called where
+        the backend has said `keys_are_complete`, and not at all if it has not.
         """
-        for step in self._steps or self.load():
+        steps = self._steps or self.load()
+        if after_keys is not None and self._until_keys is not None:
+            for step in steps[: self._until_keys]:
+                step(addresses, stream)
+            after_keys()
+            steps = steps[self._until_keys :]
+        for step in steps:
             step(addresses, stream)
 
     @property
@@ -132,6 +146,13 @@ class Program:
         if 0 in grid:
             return
         self._recorded.append(Launch(kernel, grid, threads, parameters, shared_bytes))
+
+    def keys_are_complete(self) -> None:
+        """Say that what was added until now fills the gradients of keys and values.
+
+        Who waits for these gradients is then told before the rest is launched.
+        """
+        self._until_keys = len(self._recorded)
 
     def add(self, step: Step) -> None:
         """Add anything that can be launched and needs no kernel of ours."""

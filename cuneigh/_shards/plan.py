@@ -139,6 +139,11 @@ class Plan:
         ranks = range(self.ranks)
         return any(self.seen_of(rank).tokens > self.own_of(rank).tokens for rank in ranks)
 
+    @property
+    def receives(self) -> bool:
+        """Whether the rank needs keys of another one."""
+        return self.seen.tokens > self.own.tokens
+
     # What is computed
 
     @cached_property

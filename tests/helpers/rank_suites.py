@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cuneigh
 import cuneigh.torch
+from cuneigh._call import WITH_KEY_GRADIENTS
 from cuneigh.torch import distributed
-from cuneigh.torch.distributed import _task
+from cuneigh.torch.distributed import _attention, _keys, _task
 
 WHOLE = {1: cuneigh.na1d, 2: cuneigh.na2d, 3: cuneigh.na3d}
 SHARDED = {1: distributed.na1d, 2: distributed.na2d, 3: distributed.na3d}
@@ -77,7 +78,7 @@ def draw_case(draw: random.Random, grid: tuple[int, ...]) -> Case:
 def arrays_of(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     """Those of the whole layout, alike on all ranks."""
     torch.manual_seed(hash((case.layout, case.sizes)) % 1000)
-    (heads, kv_heads), batch, dim, value_dim = case.heads, 2, 3, 2
+    (heads, kv_heads), batch, dim, value_dim = case.heads, 1 + sum(case.layout) % 2, 3, 2
     arrays = {
         "query": torch.randn(batch, *case.layout, heads, dim),
         "key": torch.randn(batch, *case.layout, kv_heads, dim),
@@ -173,18 +174,34 @@ def plain(rank: int, world: int) -> None:
         for _ in range(EXAMPLES):
             case = draw_case(draw, grid)
             _task.WORTH_SPLITTING = mine.choice([0, 10**11])
+            _attention.BACKWARD = mine.choice([BACKWARD, EARLY])
             check(case, distributed.Sharding(mesh, mesh_axes(grid), sizes=case.sizes), place)
+
+
+def early(call: Any) -> Any:
+    """A backward whose gradients of keys are known first, as on a GPU."""
+
+    def backward(*arrays: Any, **named: Any) -> Any:
+        made = call(*arrays, **named)
+        WITH_KEY_GRADIENTS.get()(made)
+        return made
+
+    return backward
+
+
+BACKWARD = _attention.BACKWARD
+EARLY = {rank: early(call) for rank, call in BACKWARD.items()}
 
 
 def nothing_to_send(mesh: DeviceMesh, world: int) -> None:
     """Blocked windows that end where shards do: no rank waits for another."""
     sharding = distributed.Sharding(mesh, ("x",), layout=(6 * world,))
     query = torch.ones(1, 6, 1, 4, device=DEVICE, requires_grad=True)
-    exchange, dist.all_to_all_single = dist.all_to_all_single, None
+    exchange, _keys.Exchange = _keys.Exchange, None
     try:
         distributed.na1d(query, query, query, 3, stride=3, sharding=sharding).sum().backward()
     finally:
-        dist.all_to_all_single = exchange
+        _keys.Exchange = exchange
 
 
 def halves(rank: int, world: int) -> None:

@@ -23,7 +23,7 @@ from cuneigh._gpu import sums, tuned
 from cuneigh._gpu.announce import announce
 from cuneigh._gpu.arrays import Array
 from cuneigh._gpu.boxes import count_walk
-from cuneigh._gpu.passes import DKV, DV, FORWARD, HVP_DKV, HVP_DV, JVP, Pass
+from cuneigh._gpu.passes import DKV, DQ, DV, FORWARD, HVP_DKV, HVP_DV, JVP, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.views import Views, load_width, readable
@@ -75,12 +75,23 @@ def backward(
     # In the words of cuda/fused/backward.cu: both vectors of the rows and of the columns, and the
     # gradients of the rows
     of_queries, of_keys = (query, grad_output), (key, value)
+    planned: dict[Pass, tuple[Plan, tuple[Any, ...]]] = {}
     for pass_ in passes(problem):
-        by_keys = pass_.rows_are_keys
-        rows, columns = (of_keys, of_queries) if by_keys else (of_queries, of_keys)
-        results = (gradients.key, gradients.value) if by_keys else (gradients.query, None)
-        vectors = (*rows, *columns, *results, None if by_keys else output)
+        if pass_.rows_are_keys:
+            vectors = (*of_keys, *of_queries, gradients.key, gradients.value, None)
+        else:
+            vectors = (*of_queries, *of_keys, gradients.query, None, output)
         plan = plan_of(program, problem, pass_, vectors, operands.key_mask)
+        planned[pass_] = plan, vectors
+    # The kernel for small windows computes the statistics itself
+    query_first = isinstance(planned[DQ][0], SmallPlan)
+    if not query_first:
+        sums.delta(problem, grad_output, output, lse, grad_lse, statistics, program)
+    for pass_ in sorted(planned, key=lambda pass_: pass_.rows_are_keys == query_first):
+        by_keys = pass_.rows_are_keys
+        if not by_keys and not query_first:
+            program.keys_are_complete()
+        plan, vectors = planned[pass_]
         if isinstance(plan, SmallPlan):
             # `BackwardArguments` of cuda/fused/small/backward.cu
             arrays: list[Viewed] = [(array, "vectors") for array in vectors]
@@ -89,18 +100,16 @@ def backward(
             small.launch(program, problem, pass_, plan, [*mask_of(problem, operands), *arrays])
             continue
         assert isinstance(plan, FusedPlan), "there is no other kernel for it"
-        if not by_keys:  # the kernels for small windows compute the statistics themselves
-            sums.delta(problem, grad_output, output, lse, grad_lse, statistics, program)
         views = Views(problem.rank)  # `BackwardArguments` of cuda/fused/backward.cu
         views.mask(operands.key_mask)
-        views.vectors(*rows, *columns)
+        views.vectors(*vectors[:4])
         if by_keys:  # additional keys are rows of no box
             views.additional(None, None)
         else:
             views.additional(operands.additional_keys, operands.additional_values)
         views.bias(operands.rpb)
         views.pairs(statistics)
-        views.vectors(*results)
+        views.vectors(*vectors[4:6])
         launch_pass(program, problem, pass_, plan, key_bytes, value_bytes, views)
 
     if problem.additional or operands.rpb is not None:

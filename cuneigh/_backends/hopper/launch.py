@@ -97,13 +97,14 @@ def backward(
             program, problem, of_keys, of_queries, of_rows_that_are_keys, gradients.query
         )
         return
+    # `DkvArguments` of cuda/hopper/dkv.cu
+    _launch(program, problem, DKV, of_keys, of_queries, None, of_rows_that_are_keys)
+    program.keys_are_complete()
     views = Views(problem.rank)  # `DqArguments` of cuda/hopper/dq.cu
     _look_at_boxes(program, problem, DQ, operands.key_mask, views)
     views.pairs(statistics)
     views.vectors(gradients.query)
     _launch(program, problem, DQ, of_queries, of_keys, _additional(problem, operands), views)
-    # `DkvArguments` of cuda/hopper/dkv.cu
-    _launch(program, problem, DKV, of_keys, of_queries, None, of_rows_that_are_keys)
     if problem.additional:
         sums.attention_gradients(
             problem, operands, grad_output, lse, statistics.component(1), gradients, program

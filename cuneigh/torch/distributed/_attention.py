@@ -2,16 +2,20 @@
 
 Queries that see none but the rank's own keys are computed while messages are under way; the others
 follow. In the backward pass the others come first, so that the gradients of other ranks' keys are
-sent back while the rest is computed.
+sent back while the rest is computed, the gradient of their queries among it where the backend
+computes that last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from cuneigh._call import WITH_KEY_GRADIENTS
 from cuneigh._ops.neighborhood import (
+    Gradients,
     na1d,
     na1d_backward,
     na2d,
@@ -34,32 +38,31 @@ SHARED = "additional_keys", "additional_values", "rpb"
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def forward(task: Task, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, lse, and the numbers that came from other ranks, which the gradient needs again."""
+def forward(task: Task, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, Operands]:
+    """Output, lse, and for `backward` the operands with all keys that the queries see."""
     plan, query = task.plan, operands.query
     if task.group:
         terms = task.terms(operands)
         agreement_of(task.process_group).require(task.call, terms, query.device)
     keys = Keys(task, operands)
-    exchange = keys.send() if plan.exchanges else None
+    seen = keys.among(operands)
     works = task.works(operands)
     if len(works) != 1:
         output = query.new_empty((*query.shape[:-1], operands.value.shape[-1]))
         lse = query.new_empty(query.shape[:-1], dtype=lse_dtype(query))
     for work in works:
-        if exchange is not None and not work.keys.within(plan.own):
-            exchange.wait()
-            exchange = None
-        where = of_tokens(work.queries, plan.own)
-        arrays = _arrays_of(work, task, operands, keys)
-        made = FORWARD[task.rank](**arrays, **task.parameters(work), return_lse=True)
+        if not work.keys.within(plan.own):
+            keys.complete()
+        made = FORWARD[task.rank](
+            **_arrays_of(work, task, seen), **task.parameters(work), return_lse=True
+        )
         if len(works) == 1:
             output, lse = made
         else:
+            where = of_tokens(work.queries, plan.own)
             output[where], lse[where] = made
-    if exchange is not None:
-        exchange.wait()
-    return output, lse, keys.received.numbers
+    keys.complete()
+    return output, lse, seen
 
 
 def lse_dtype(query: torch.Tensor) -> torch.dtype:
@@ -69,65 +72,87 @@ def lse_dtype(query: torch.Tensor) -> torch.dtype:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def backward(
     task: Task,
-    operands: Operands,
+    seen: Operands,
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor | None,
     output: torch.Tensor,
     lse: torch.Tensor,
-    received: torch.Tensor,
 ) -> Operands:
     """The gradients of `forward`: of the rank's own keys from all ranks, of the rest from its own.
 
     Gradients of what all ranks share are those of the rank's queries; their sum is the whole.
     """
     plan = task.plan
-    keys, key_gradients = Keys(task, operands, received), KeyGradients(task, operands)
-    works = task.works(operands)
+    key_gradients = KeyGradients(task, seen)
+    works = task.works(seen)
     if len(works) != 1:
-        grad_query = torch.empty_like(operands.query, memory_format=torch.contiguous_format)
+        grad_query = torch.empty_like(seen.query, memory_format=torch.contiguous_format)
     shared: dict[str, list[torch.Tensor]] = {name: [] for name in SHARED}
 
-    def differentiate(work: Work) -> None:
+    def differentiate(work: Work, is_last_to_send: bool) -> None:
         nonlocal grad_query
         where = of_tokens(work.queries, plan.own)
-        made = BACKWARD[task.rank](
-            grad_output[where],
-            **_arrays_of(work, task, operands, keys),
-            output=output[where],
-            lse=lse[where],
-            grad_lse=None if grad_lse is None else grad_lse[where],
-            **task.parameters(work),
-        )
+        are_known = False
+
+        def add(gradients: Sequence[Any]) -> None:
+            """Those of the keys, which may come before that of the query."""
+            nonlocal are_known
+            are_known = True
+            of = Gradients(*gradients)
+            key_gradients.add(work.keys, of.key, of.value)
+            if is_last_to_send:
+                key_gradients.send()
+
+        before = WITH_KEY_GRADIENTS.set(add)
+        try:
+            made = BACKWARD[task.rank](
+                grad_output[where],
+                **_arrays_of(work, task, seen),
+                output=output[where],
+                lse=lse[where],
+                grad_lse=None if grad_lse is None else grad_lse[where],
+                **task.parameters(work),
+            )
+        finally:
+            WITH_KEY_GRADIENTS.reset(before)
+        if not are_known:
+            add(made)
         if len(works) == 1:
             grad_query = made.query
         else:
             grad_query[where] = made.query
-        key_gradients.add(work.keys, (made.key, made.value))
         for name in SHARED:
             if getattr(made, name) is not None:
                 shared[name].append(getattr(made, name))
 
     alone = [work for work in works if work.keys.within(plan.own)]
-    for work in works:
-        if work not in alone:
-            differentiate(work)
-    exchange = key_gradients.send() if plan.exchanges else None
+    others = [work for work in works if work not in alone]
+    for work in others:
+        differentiate(work, plan.exchanges and work is others[-1])
+    if plan.exchanges and not others:
+        key_gradients.send()
     for work in alone:
-        differentiate(work)
-    grad_key, grad_value = key_gradients.total(None if exchange is None else exchange.wait())
+        differentiate(work, False)
+    grad_key, grad_value = key_gradients.total()
     of_shared = {
-        name: _sum(shared[name], getattr(operands, name))
+        name: _sum(shared[name], getattr(seen, name))
         for name in SHARED
-        if getattr(operands, name) is not None
+        if getattr(seen, name) is not None
     }
     return Operands(query=grad_query, key=grad_key, value=grad_value, **of_shared)
 
 
-def _arrays_of(work: Work, task: Task, operands: Operands, keys: Keys) -> dict[str, Any]:
+def _arrays_of(work: Work, task: Task, seen: Operands) -> dict[str, Any]:
     """The arrays of a call for `work`."""
-    key, value, key_mask = keys.of(work.keys)
-    query = operands.query[of_tokens(work.queries, task.plan.own)]
-    return operands._replace(query=query, key=key, value=value, key_mask=key_mask)._asdict()
+    queries = of_tokens(work.queries, task.plan.own)
+    keys = of_tokens(work.keys, task.plan.seen)
+    mask = seen.key_mask
+    return seen._replace(
+        query=seen.query[queries],
+        key=seen.key[keys],
+        value=seen.value[keys],
+        key_mask=None if mask is None else mask[keys],
+    )._asdict()
 
 
 def _sum(gradients: list[torch.Tensor], of: torch.Tensor) -> torch.Tensor:

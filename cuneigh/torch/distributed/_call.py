@@ -40,7 +40,7 @@ def attend(parameters: tuple[Any, ...], sharding: str, *arrays: Any) -> list[Any
         if grid.group and not torch.compiler.is_compiling():
             agreement_of(group_of(grid.group)).refuse(error)
         raise
-    output, lse, _ = SHARDED(*given, task.encoded())
+    output, lse, *_ = SHARDED(*given, task.encoded())
     return [output, lse if return_lse else None]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,61 +16,40 @@ from cuneigh._shards.plan import Box, Boxes
 from cuneigh.torch.distributed._agreement import agreement_of
 
 
-class Format(NamedTuple):
-    """What belongs to each token: the axes of every array but those of the tokens."""
-
-    batch: int
-    rests: tuple[tuple[int, ...], ...]
-    """The axes after those of the tokens."""
-
-    @property
-    def each(self) -> int:
-        """Numbers for one token."""
-        return self.batch * sum(map(math.prod, self.rests))
+def of_tokens(box: Box, origin: Box) -> tuple[slice, ...]:
+    """The index of a box into an array ``[batch, tokens of origin.., and the rest]``."""
+    return (slice(None), *box.slices(origin))
 
 
-def format_of(arrays: Sequence[torch.Tensor], rank: int) -> Format:
-    """That of arrays with `rank` token axes."""
-    rests = tuple(tuple(array.shape[1 + rank :]) for array in arrays)
-    return Format(arrays[0].shape[0], rests)
-
-
-def tokens_in(messages: Sequence[Boxes]) -> int:
-    return sum(box.tokens for boxes in messages for box in boxes)
+def shape_with(box: Box, array: torch.Tensor) -> tuple[int, ...]:
+    """The shape of `array`, whose token axes are those after the first, with other tokens."""
+    return (array.shape[0], *box.shape, *array.shape[1 + len(box.shape) :])
 
 
 class Message:
     """Numbers for, or from, all ranks of a group, and where they belong."""
 
-    def __init__(self, messages: Sequence[Boxes], form: Format, numbers: torch.Tensor) -> None:
-        """`messages` has the boxes for every rank of the group."""
+    def __init__(self, messages: Sequence[Boxes], arrays: Sequence[torch.Tensor]) -> None:
+        """`messages` has the boxes for every rank, of arrays like `arrays` but for the tokens."""
         self._boxes = [box for boxes in messages for box in boxes]
-        self._form = form
-        self.numbers = numbers
-        self.splits = [form.each * sum(box.tokens for box in boxes) for boxes in messages]
+        self._arrays = arrays
+        self.splits = [
+            sum(math.prod(shape_with(box, one)) for box in boxes for one in arrays)
+            for boxes in messages
+        ]
+        self.numbers = arrays[0].new_empty(sum(self.splits))
 
     def parts(self) -> Iterator[tuple[Box, list[torch.Tensor]]]:
         """Every box, and the numbers in it that belong to each array."""
         at = 0
         for box in self._boxes:
-            arrays = []
-            for rest in self._form.rests:
-                shape = (self._form.batch, *box.shape, *rest)
-                size = math.prod(shape)
-                arrays.append(self.numbers[at : at + size].view(shape))
-                at += size
-            yield box, arrays
-
-    def fill(self, arrays: Sequence[torch.Tensor], origin: Box) -> None:
-        """Put in the numbers of `arrays`, which have the tokens of `origin`."""
-        for box, places in self.parts():
-            for array, place in zip(arrays, places, strict=True):
-                place.copy_(array[of_tokens(box, origin)])
-
-
-def of_tokens(box: Box, origin: Box) -> tuple[slice, ...]:
-    """The index of a box into an array ``[batch, tokens of origin.., and the rest]``."""
-    return (slice(None), *box.slices(origin))
+            places = []
+            for array in self._arrays:
+                shape = shape_with(box, array)
+                end = at + math.prod(shape)
+                places.append(self.numbers[at:end].view(shape))
+                at = end
+            yield box, places
 
 
 class Exchange:

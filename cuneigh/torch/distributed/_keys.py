@@ -2,105 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from cuneigh._problem import Operands
 from cuneigh._shards.plan import Box
-from cuneigh.torch.distributed._exchange import (
-    Exchange,
-    Message,
-    format_of,
-    of_tokens,
-    tokens_in,
-)
+from cuneigh.torch.distributed._exchange import Exchange, Message, of_tokens, shape_with
 from cuneigh.torch.distributed._task import Task
 
 
 class Keys:
-    """Keys, values and the mask of a rank, and those that other ranks send it."""
+    """Keys, values and the mask of `plan.seen`: of all tokens that a rank's queries see.
 
-    def __init__(self, task: Task, operands: Operands, received: torch.Tensor | None = None):
-        """`received` has the numbers of an earlier exchange, if there was one."""
-        key, value, mask = operands.key, operands.value, operands.key_mask
-        self._task, self._given = task, (key, value, mask)
-        self._own = [key, value] if mask is None else [key, value, mask.to(key.dtype)]
-        self._form = format_of(self._own, task.rank)
-        if received is None:
-            received = key.new_empty(self._form.each * tokens_in(task.received))
-        self.received = Message(task.received, self._form, received)
+    They are the rank's own arrays if it needs none of another rank.
+    """
 
-    def send(self) -> Exchange:
+    def __init__(self, task: Task, operands: Operands) -> None:
         """Begin to send what other ranks need, and to receive what this one does."""
-        task = self._task
-        numbers = self._own[0].new_empty(self._form.each * tokens_in(task.sent))
-        sent = Message(task.sent, self._form, numbers)
-        sent.fill(self._own, task.plan.own)
-        return Exchange(task.call, task.process_group, sent, self.received)
+        own = [operands.key, operands.value]
+        if operands.key_mask is not None:
+            own.append(operands.key_mask)
+        plan = task.plan
+        self._task, self._arrays, self._exchange = task, own, None
+        if plan.exchanges:
+            sent = Message(task.sent, own)
+            for box, places in sent.parts():
+                for array, place in zip(own, places, strict=True):
+                    place[...] = array[of_tokens(box, plan.own)]
+            received = Message(task.received, own)
+            self._exchange = Exchange(task.call, task.process_group, sent, received)
+        if plan.receives:  # own ones are copied while the others are under way
+            self._arrays = [one.new_empty(shape_with(plan.seen, one)) for one in own]
+            self._put(plan.own, own)
 
-    def of(self, box: Box) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Key, value and mask of the tokens of a box."""
-        own = self._task.plan.own
-        if box.within(own):
-            where = of_tokens(box, own)
-            key, value, mask = (None if one is None else one[where] for one in self._given)
-            return key, value, mask
-        batch, rests = self._form
-        made = [self._own[0].new_empty((batch, *box.shape, *rest)) for rest in rests]
-        for source, arrays in ((own, self._own), *self.received.parts()):
-            shared = source.meet(box)
-            for array, into in zip(arrays, made, strict=True):
-                into[of_tokens(shared, box)] = array[of_tokens(shared, source)]
-        key, value, *masks = made
-        return key, value, masks[0] != 0 if masks else None
+    def _put(self, box: Box, arrays: Sequence[torch.Tensor]) -> None:
+        where = of_tokens(box, self._task.plan.seen)
+        for array, into in zip(arrays, self._arrays, strict=True):
+            into[where] = array  # of a mask, any number but 0 becomes True
+
+    def complete(self) -> None:
+        """Wait for what other ranks send."""
+        if self._exchange is None:
+            return
+        for box, arrays in self._exchange.wait().parts():
+            self._put(box, arrays)
+        self._exchange = None
+
+    def among(self, operands: Operands) -> Operands:
+        """`operands` with these keys, values and mask in place of the rank's own."""
+        key, value, *mask = self._arrays
+        return operands._replace(key=key, value=value, key_mask=mask[0] if mask else None)
 
 
 class Part(NamedTuple):
-    """The gradients of some of a rank's own keys and values, from some of the queries."""
+    """The gradients of the keys and values of a box, from some of the queries."""
 
     box: Box
     arrays: Sequence[torch.Tensor]
+
+    def cut(self, box: Box) -> Part:
+        """What of it belongs to another box."""
+        shared = self.box.meet(box)
+        where = of_tokens(shared, self.box)
+        return Part(shared, [array[where] for array in self.arrays])
 
 
 class KeyGradients:
     """The gradients of keys and values: of the rank's own ones, and of those of other ranks."""
 
-    def __init__(self, task: Task, operands: Operands) -> None:
-        self._task, self._given = task, (operands.key, operands.value)
-        self._form = format_of(self._given, task.rank)
-        numbers = operands.key.new_zeros(self._form.each * tokens_in(task.received))
-        self._for_others = Message(task.received, self._form, numbers)
-        self._own: list[Part] = []
+    def __init__(self, task: Task, seen: Operands) -> None:
+        """`seen` has the keys and values of `plan.seen`."""
+        self._task, self._seen = task, (seen.key, seen.value)
+        self._parts: list[Part] = []
+        self._exchange: Exchange | None = None
 
-    def add(self, box: Box, arrays: Sequence[torch.Tensor]) -> None:
+    def add(self, box: Box, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add those of the keys and values of a box that some of the queries see."""
-        for source, places in self._for_others.parts():
-            shared = source.meet(box)
-            for array, place in zip(arrays, places, strict=True):
-                place[of_tokens(shared, source)] += array[of_tokens(shared, box)]
-        own = self._task.plan.own.meet(box)
-        self._own.append(Part(own, [array[of_tokens(own, box)] for array in arrays]))
+        self._parts.append(Part(box, (key, value)))
 
-    def send(self) -> Exchange:
-        """Begin to send those of other ranks' keys, and to receive those of the rank's own."""
+    def send(self) -> None:
+        """Begin to send those of other ranks' keys, and to receive those of the rank's own.
+
+        What is added afterwards must belong to own keys.
+        """
         task = self._task
-        numbers = self._given[0].new_empty(self._form.each * tokens_in(task.sent))
-        back = Message(task.sent, self._form, numbers)
-        return Exchange(task.call, task.process_group, self._for_others, back)
+        sent = Message(task.received, self._seen)
+        for box, places in sent.parts():
+            for array, place in zip(self._sum(box), places, strict=True):
+                place[...] = array
+        back = Message(task.sent, self._seen)
+        self._exchange = Exchange(task.call, task.process_group, sent, back)
 
-    def total(self, came: Message | None) -> list[torch.Tensor]:
+    def total(self) -> list[torch.Tensor]:
         """Those of the rank's own keys and values: of its own queries and those that came."""
         own = self._task.plan.own
-        parts = sorted(self._own, key=lambda part: part.box != own)
-        if parts and parts[0].box == own:
-            sums = [array.contiguous() for array in parts.pop(0).arrays]
-        else:
-            sums = [
-                torch.zeros_like(one, memory_format=torch.contiguous_format) for one in self._given
-            ]
-        for box, arrays in (*parts, *(came.parts() if came else ())):
-            for total, array in zip(sums, arrays, strict=True):
-                total[of_tokens(box, own)] += array
+        sums = [array.contiguous() for array in self._sum(own)]
+        if self._exchange is not None:
+            _add(self._exchange.wait().parts(), sums, own)
         return sums
+
+    def _sum(self, box: Box) -> Sequence[torch.Tensor]:
+        """Those of the tokens of a box, by the rank's own queries."""
+        cuts = [part.cut(box) for part in self._parts]
+        parts = sorted((cut for cut in cuts if cut.box.tokens), key=lambda cut: cut.box != box)
+        if not parts or parts[0].box != box:
+            sums = [one.new_zeros(shape_with(box, one)) for one in self._seen]
+        elif len(parts) == 1:
+            return parts[0].arrays
+        else:
+            sums = [one.clone(memory_format=torch.contiguous_format) for one in parts.pop(0).arrays]
+        _add(parts, sums, box)
+        return sums
+
+
+def _add(
+    parts: Iterable[tuple[Box, Sequence[torch.Tensor]]], sums: Sequence[torch.Tensor], box: Box
+) -> None:
+    """Add the arrays of other boxes to those of a box, in which these lie."""
+    for of, arrays in parts:
+        for total, array in zip(sums, arrays, strict=True):
+            total[of_tokens(of, box)] += array
