@@ -28,7 +28,7 @@ from cuneigh._shards.axis import Shards
 from cuneigh._shards.plan import Plan
 from cuneigh._window import Axis
 from cuneigh.torch import distributed
-from cuneigh.torch.distributed import _exchange
+from cuneigh.torch.distributed import _keys
 
 RANKS = 8
 GRIDS = [(8, 1, 1), (4, 2, 1), (2, 2, 2)]
@@ -79,13 +79,13 @@ def run_rank(rank: int, folder: str) -> None:
     method = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=RANKS)
     handed: list[list[int]] = []
-    plain = dist.all_to_all_single
+    plain = _keys.Exchange
 
-    def counting(into: Any, numbers: Any, into_splits: Any, splits: Any, **named: Any) -> Any:
-        handed.append([split * numbers.itemsize for split in splits])
-        return plain(into, numbers, into_splits, splits, **named)
+    def counting(call: Any, group: Any, sent: Any, received: Any) -> Any:
+        handed.append([split * sent.numbers.itemsize for split in sent.splits])
+        return plain(call, group, sent, received)
 
-    _exchange.dist.all_to_all_single = counting
+    _keys.Exchange = counting
     document = []
     for grid in GRIDS:
         mesh = init_device_mesh("cpu", grid, mesh_dim_names=("x", "y", "z"))

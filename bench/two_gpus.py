@@ -3,12 +3,13 @@
     python bench/two_gpus.py --output bench/results/two-gpus.json
 
 Each case is cut in two along its first token axis. Every rank computes the whole layout on its own
-GPU and then its shard, forward and backward in bfloat16; a time is the median of the slower rank.
+GPU and then its shard, forward and backward in bfloat16; a time is that of one of three steps in a
+row, the median of the slower rank.
 `speedup` is one GPU's time over that of two. `part` is the attention of a rank's queries with all
-their keys at hand, so that the rest of two GPUs' time is the exchange. `together` computes all
-queries of a rank after the exchange, and `apart` those that need no message beside it. `bytes` is
-what a rank sends in the forward pass, and `floor` what of the other's keys and values its queries
-see. Errors are the largest of both ranks, in proportion to the largest number.
+their keys at hand, so that the rest of two GPUs' time is the exchange. With `--pieces`, `together`
+computes all queries of a rank after the exchange, and `apart` those that need no message beside it.
+`bytes` is what a rank sends in the forward pass, and `floor` what of the other's keys and values
+its queries see. Errors are the largest of both ranks, in proportion to the largest number.
 
 A rank that fails ends the other, and what was measured until then is printed. Nothing runs for
 longer than `--seconds`.
@@ -36,12 +37,14 @@ from cuneigh._device import cuda
 from cuneigh._measure.provenance import provenance
 from cuneigh._window import Axis
 from cuneigh.torch import distributed
-from cuneigh.torch.distributed import _exchange, _task
+from cuneigh.torch.distributed import _keys, _task
 
 VOLUME = {"name": "volume", "tokens": [64, 128, 256], "heads": 16, "dim": 64, "kernel": [9, 17, 17]}
 CASES = ["flux4k-na", "volume"]
 CALLS = {2: (cuneigh.na2d, distributed.na2d), 3: (cuneigh.na3d, distributed.na3d)}
 RANKS = 2
+STEPS = 3
+"""Steps that are timed together, as in a program: the host prepares one beside the one before."""
 PATIENCE = timedelta(seconds=120)
 """How long ranks wait for each other: one may compile a kernel that the other does not need."""
 
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write every figure to this JSON file")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--backend", help="of both; the best one that runs it if not given")
+    parser.add_argument("--pieces", action="store_true", help="time queries in pieces as well")
     parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--seconds", type=int, default=480, help="end after so many; default 480")
     options = parser.parse_args()
@@ -149,10 +153,11 @@ def measured(case: dict[str, Any], mesh: Any, rank: int, options: Any) -> dict[s
     entry["part_ms"] = part_ms
     entry["two_gpus_ms"] = milliseconds(two, options.repeats)
     entry["speedup"] = entry["one_gpu_ms"] / entry["two_gpus_ms"]
-    worth = _task.WORTH_SPLITTING
-    for name, _task.WORTH_SPLITTING in (("together_ms", 1 << 100), ("apart_ms", 0)):
-        entry[name] = milliseconds(two, options.repeats)
-    _task.WORTH_SPLITTING = worth
+    if options.pieces:
+        worth = _task.WORTH_SPLITTING
+        for name, _task.WORTH_SPLITTING in (("together_ms", 1 << 100), ("apart_ms", 0)):
+            entry[name] = milliseconds(two, options.repeats)
+        _task.WORTH_SPLITTING = worth
     entry["bytes"] = sent[0]
     entry["floor"] = floor(case, own)
     return entry
@@ -171,17 +176,18 @@ def step(call: Callable[..., Any], arrays: list[Any], given: dict[str, Any]) -> 
 
 
 def milliseconds(run_step: Callable[[], Any], repeats: int) -> float:
-    """The median over repeats of the slowest rank's time."""
+    """Of a step: the median over repeats of the slowest rank's time."""
     times = []
     for _ in range(repeats + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         dist.barrier()
         torch.cuda.synchronize()
         begin.record()
-        run_step()
+        for _ in range(STEPS):
+            run_step()
         end.record()
         torch.cuda.synchronize()
-        times.append(largest(begin.elapsed_time(end)))
+        times.append(largest(begin.elapsed_time(end) / STEPS))
     return median(times[2:])
 
 
@@ -196,17 +202,17 @@ def largest(number: Any) -> float:
 def counted() -> Iterator[list[int]]:
     """Bytes that this rank sends by every exchange."""
     sent: list[int] = []
-    plain = dist.all_to_all_single
+    plain = _keys.Exchange
 
-    def counting(received: Any, numbers: Any, *rest: Any, **named: Any) -> Any:
-        sent.append(numbers.numel() * numbers.itemsize)
-        return plain(received, numbers, *rest, **named)
+    def counting(call: Any, group: Any, message: Any, received: Any) -> Any:
+        sent.append(message.numbers.nbytes)
+        return plain(call, group, message, received)
 
-    _exchange.dist.all_to_all_single = counting
+    _keys.Exchange = counting
     try:
         yield sent
     finally:
-        _exchange.dist.all_to_all_single = plain
+        _keys.Exchange = plain
 
 
 def halo(case: dict[str, Any], own: int) -> int:
