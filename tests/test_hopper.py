@@ -342,6 +342,18 @@ def test_the_kernel_of_all_gradients_does_not_spill_with_a_mask_and_a_negative_s
     assert compiled.resources.advice == ()
 
 
+@needs_nvrtc
+def test_gradients_of_keys_that_multiply_ahead_do_not_spill(tmp_path):
+    """Along two axes, for which all flags are set above, so that producers keep their registers."""
+    problem = long_windows((64, 64), 32, operation="backward", scale=-1.0)
+    (form,) = forms_of(problem, H200, DKV)
+    kernel = launch.kernel(problem, form, DKV)
+    assert "kAhead = true" in kernel.plan
+    ((_, compiled),) = _jit.precompile([kernel], ["sm_90a"], tmp_path).items()
+    assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0
+    assert compiled.resources.advice == ()
+
+
 @pytest.mark.parametrize(
     ("problem", "memory", "expected"),
     [

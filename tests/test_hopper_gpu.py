@@ -25,7 +25,7 @@ from cuneigh._backends.hopper import launch
 from cuneigh._backends.hopper.choice import make_plan
 from cuneigh._backends.hopper.plan import HopperPlan, ways
 from cuneigh._call import WITH_KEY_GRADIENTS
-from cuneigh._gpu.passes import FORWARD, Pass
+from cuneigh._gpu.passes import DKV, DQ, FORWARD, Pass
 from cuneigh._gpu.tensor_map import KEPT
 from cuneigh._parameters import window_arguments
 from cuneigh._problem import Operands, Problem, Spec
@@ -140,6 +140,27 @@ def test_windows_and_layouts_of_extreme_sizes(dtype, tokens, kernel_size):
     for operation in OPERATIONS:
         problem = problem_of(tokens, kernel_size, (64, 128), dtype, operation)
         check_backend(hopper, problem, inputs(problem, np.random.default_rng(0)), **NATIVE)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "kernel_size"),
+    [((48, 64), (9, 41)), ((64, 48), (41, 9)), ((12, 16, 40), (3, 5, 33))],
+)
+def test_more_boxes_are_passed_over_than_memory_holds(tokens, kernel_size, is_causal):
+    """By a warpgroup whose neighbor in the tile sees them: a whole line of boxes, or many lines."""
+    along_first = (is_causal,) + (False,) * (len(tokens) - 1)
+    problem = problem_of(
+        tokens, kernel_size, (128, 128), operation="backward", is_causal=along_first
+    )
+    given_inputs = inputs(problem, np.random.default_rng(0))
+    box = {2: (8, 8), 3: (4, 4, 4)}[problem.rank]
+    of_keys = [each for each in plans(problem, DKV) if each.row_box == each.column_box == box]
+    assert len(of_keys) == problem.rank  # warpgroups side by side along each axis
+    for plan in of_keys:
+        with pytest.MonkeyPatch.context() as patch:
+            takes(patch, {DQ: make_plan(problem, _device.cuda(0), DQ), DKV: plan})
+            check_backend(hopper, problem, given_inputs, **NATIVE)
 
 
 @pytest.mark.parametrize("dtype", hopper.DTYPES)

@@ -53,14 +53,26 @@ struct Consumer {
   // if there is none. (In the caller's loop, with a `continue` for a box that is passed over, the
   // compiler would have two versions of the sums, and serialize the products.)
   __device__ bool begin_box() {
-    for (; left > 0; end_box()) {
-      smem.qk_full[boxes.slot()].wait(boxes.parity());
-      if (smem.visibility[boxes.slot()][w] != kNone) return true;
-      wait_for_vo();
-      release_qk();
-      release_vo();
-    }
+    for (; left > 0; pass_over())
+      if (sees_box()) return true;
     return false;
+  }
+  // The same beside a box that this warpgroup still holds, whose place is `held`. False also if
+  // that place comes next: what is loaded there would wait for this warpgroup.
+  __device__ bool begin_box_beside(Ring<Plan::kStages> held) {
+    for (; left > 0 && boxes.slot() != held.slot(); pass_over())
+      if (sees_box()) return true;
+    return false;
+  }
+  __device__ bool sees_box() const {
+    smem.qk_full[boxes.slot()].wait(boxes.parity());
+    return smem.visibility[boxes.slot()][w] != kNone;
+  }
+  __device__ void pass_over() {
+    wait_for_vo();
+    release_qk();
+    release_vo();
+    end_box();
   }
   // Whether columns of the box are being set to zero. Until that is done its qk must not be
   // released: what comes in its place overwrites the answer, and is clean as soon as it has come.
@@ -73,8 +85,14 @@ struct Consumer {
     if constexpr (kMaskedColumns<Plan>)
       if (has_holes) smem.clean(boxes.slot()).wait(boxes.parity());
   }
-  __device__ void release_qk() const { smem.qk_empty[boxes.slot()].arrive_as_warp(); }
-  __device__ void release_vo() const { smem.vo_empty[boxes.slot()].arrive_as_warp(); }
+  __device__ void release_qk() const { release_qk(boxes); }
+  __device__ void release_vo() const { release_vo(boxes); }
+  __device__ void release_qk(Ring<Plan::kStages> box) const {
+    smem.qk_empty[box.slot()].arrive_as_warp();
+  }
+  __device__ void release_vo(Ring<Plan::kStages> box) const {
+    smem.vo_empty[box.slot()].arrive_as_warp();
+  }
   __device__ void end_box() {
     --left;
     boxes.advance();

@@ -3,8 +3,10 @@
 // each query head that reads its keys,
 //   S^T = K Q^T, dP^T = V dO^T, P^T and dS^T, dV += P^T dO, dK += dS^T Q,
 // and multiplies dK by the scale in the end. The transposed weights stay in registers: they are
-// left operands. The probabilities are computed while dP^T is, dS^T while dV is. Roles, tiles and
-// barriers are those of the forward pass (forward.cu).
+// left operands. The probabilities are computed while dP^T is, dS^T while dV is. If kAhead, dK of a
+// box is left until S^T of the next is issued, so that the tensor cores have that to do while S^T
+// is waited for. Until then the warpgroup holds the queries of the box. Roles, tiles and barriers
+// are those of the forward pass (forward.cu).
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
 #include "hopper/gradients.cuh"
@@ -43,38 +45,63 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     float grad_value[Plan::kValueColumns / 8][4] = {};  // dV [64, kValueColumns]
 
     while (me.begin_box()) {
-      const unsigned stage = me.boxes.slot();
-      const unsigned qk = stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
-      const unsigned vo = stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
-      // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
-      // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
-      float logit[kTiles][4], grad_weight[kTiles][4];
-      multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
-      me.wait_for_vo();
-      multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
-      wait_for_products<1>();
-      hold(logit);
-      if (Plan::kSigned) multiply_by(logit, problem.sign);
-      me.hide_invisible(logit);
-      const float4* statistics = statistics_of_box(me);
-      exponentiate(logit, problem.scale, statistics);  // P^T, in place of S^T
-      // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
-      unsigned weight[kSteps][4];  // P^T [64, kColumns]
-      pack_weights<Element>(logit, 0, weight);
-      accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
-      wait_for_products<1>();
-      hold(grad_weight);
-      multiply_by_weights<Element>(grad_weight, weight, statistics);  // dS^T, in place of dP^T
+      constexpr unsigned kQkBox = sizeof(smem.column_qk[0]) / kDescriptorBytes;
+      constexpr unsigned kVoBox = sizeof(smem.column_vo[0]) / kDescriptorBytes;
+      unsigned grad_logit[kSteps][4] = {};  // dS^T of the last box [64, kColumns]
+      Ring<Plan::kStages> last = me.boxes;  // its place; at first the next one's, for zeros
       // dK += dS^T Q, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
-      unsigned grad_logit[kSteps][4];  // dS^T [64, kColumns]
-      pack_weights<Element>(grad_weight, 0, grad_logit);
-      accumulate<Element, Plan::kHeadColumns>(grad_key, grad_logit, query_columns_at + qk);
+      const auto accumulate_keys = [&] {
+        accumulate<Element, Plan::kHeadColumns>(grad_key, grad_logit,
+                                                query_columns_at + last.slot() * kQkBox);
+      };
+      do {
+        const unsigned qk = me.boxes.slot() * kQkBox, vo = me.boxes.slot() * kVoBox;
+        float logit[kTiles][4], grad_weight[kTiles][4];
+        // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
+        const auto multiply_values = [&] {
+          me.wait_for_vo();
+          multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values,
+                                                             grad_outputs_at + vo);
+        };
+        // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
+        multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
+        if constexpr (Plan::kAhead)
+          accumulate_keys();
+        else
+          multiply_values();
+        wait_for_products<1>();
+        hold(logit);
+        if (Plan::kSigned) multiply_by(logit, problem.sign);
+        me.hide_invisible(logit);
+        if constexpr (Plan::kAhead) multiply_values();
+        const float4* statistics = statistics_of_box(me);
+        exponentiate(logit, problem.scale, statistics);  // P^T, in place of S^T
+        // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
+        unsigned weight[kSteps][4];  // P^T [64, kColumns]
+        pack_weights<Element>(logit, 0, weight);
+        accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
+        wait_for_products<1>();
+        hold(grad_weight);
+        if constexpr (Plan::kAhead) {
+          hold(grad_key);
+          if (last.slot() != me.boxes.slot()) me.release_qk(last);
+        }
+        multiply_by_weights<Element>(grad_weight, weight, statistics);  // dS^T, in place of dP^T
+        pack_weights<Element>(grad_weight, 0, grad_logit);
+        if constexpr (Plan::kAhead) {
+          wait_for_products<0>();
+          hold(grad_value);
+          me.release_vo();
+        }
+        last = me.boxes;
+        me.end_box();
+      } while (Plan::kAhead && me.begin_box_beside(last));
+      accumulate_keys();
       wait_for_products<0>();
       hold(grad_value);
       hold(grad_key);
-      me.release_vo();
-      me.release_qk();
-      me.end_box();
+      if (!Plan::kAhead) me.release_vo(last);
+      me.release_qk(last);
     }
 
     me.release_rows();

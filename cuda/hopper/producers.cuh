@@ -153,14 +153,15 @@ __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsi
   Ring<Plan::kRowSlots> rows;
   const unsigned untaken = Plan::kSums ? 0 : gridDim.x;  // tiles that are not counted
   int number = Plan::kSums ? atomicAdd(taken, 1u) : blockIdx.x;
-  for (int next = 0;; number = next, tiles.advance()) {
+  for (;; number = smem.tile[tiles.slot()].next, tiles.advance()) {
     smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
     AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
+    tile.position = tiles.position;
     const bool end = number >= problem.block_tiles;
     if (end) {
       tile.boxes = kNoTile;
     } else {
-      next = taken ? untaken + atomicAdd(taken, 1u) : number + gridDim.x;
+      tile.next = taken ? untaken + atomicAdd(taken, 1u) : number + gridDim.x;
       tile.place(mask, find_tile<Plan>(problem, number, tile));
       if constexpr (Plan::kKeyMask && Plan::kRowsAreKeys && !Plan::kSums) {
         bool seen = false;

@@ -21,6 +21,7 @@
 //   static constexpr bool kSigned;       scale is not positive
 //   static constexpr bool kSums;         tiles add to sums of the columns, too (sums.cuh)
 //   static constexpr bool kKeyMask;      there is a key mask
+//   static constexpr bool kAhead;        dK of a box is multiplied beside S of the next (dkv.cu)
 //   using Element;                       float16 or bfloat16
 // };
 #pragma once
@@ -42,11 +43,11 @@ template <typename Plan>
 constexpr bool kFew = Plan::kWarpgroups == 3 && Plan::kValueColumns <= 64 &&
                       (!Plan::kBackward || (Axis::kIsPart && !Plan::kRowsAreKeys));
 template <typename Plan>
-constexpr int kConsumerRegisters = Plan::kWarpgroups == 2 ? 232
+constexpr int kConsumerRegisters = Plan::kWarpgroups == 2 ? (Plan::kAhead ? 240 : 232)
                                    : kFew<Plan>           ? 152
                                                           : 160;
 template <typename Plan>
-constexpr int kProducerRegisters = Plan::kWarpgroups == 2 ? 40
+constexpr int kProducerRegisters = Plan::kWarpgroups == 2 ? (Plan::kAhead ? 24 : 40)
                                    : kFew<Plan>           ? 56
                                                           : 32;
 
@@ -119,14 +120,17 @@ constexpr int kMaskLanes = Plan::kSums ? 32 : 64;
 // if kWarp, else by one.
 template <bool kWarp, typename Plan, typename Visit>
 __device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
-  for (Ring<2> ring;; ring.advance()) {
+  for (Ring<2> ring;;) {
+    const AnnouncedTile<Plan>& tile = smem.tile[ring.slot()];
     smem.tile_full[ring.slot()].wait(ring.parity());
-    if (smem.tile[ring.slot()].boxes == kNoTile) break;
-    visit(smem.tile[ring.slot()]);
+    if (tile.boxes == kNoTile) break;
+    visit(tile);
+    ring = {tile.position};
     if (kWarp)
       smem.tile_empty[ring.slot()].arrive_as_warp();
     else
       smem.tile_empty[ring.slot()].arrive();
+    ring.advance();
   }
 }
 

@@ -25,6 +25,7 @@ from cuneigh._backends.hopper.plan import (
     has_masked_columns,
     head_sums,
     is_dilated,
+    multiplies_ahead,
     padded,
     pieces,
     shared_bytes,
@@ -292,6 +293,7 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kSigned": problem.scale <= 0,
         "kSums": pass_ == BACKWARD,
         "kKeyMask": problem.has_key_mask,
+        "kAhead": multiplies_ahead(problem, form, pass_),
     }
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
     macros = ((PARTS,) if has_parts(problem) else ()) + ((CLUSTERS,) if form.cluster > 1 else ())

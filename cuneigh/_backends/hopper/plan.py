@@ -127,7 +127,9 @@ def form_of(problem: Problem, device: Device, pass_: Pass, warpgroups: int) -> F
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
     # Where warpgroups read each other's rows, those of a tile come together
     slots = warpgroups if pass_ == BACKWARD else 1
-    for bigger, by in (("row_slots", slots),) * (warpgroups // slots) + (("stages", 1),) * 2:
+    rows, boxes = (("row_slots", slots),) * (warpgroups // slots), (("stages", 1),) * 2
+    # Gradients of keys release queries late: more boxes are better than the next tile's keys
+    for bigger, by in boxes + rows if pass_ == DKV else rows + boxes:
         candidate = form._replace(**{bigger: getattr(form, bigger) + by})
         if shared_bytes(problem, candidate, pass_) <= device.shared_memory:
             form = candidate
@@ -144,6 +146,17 @@ def _producers_have_registers(problem: Problem, pass_: Pass) -> bool:
     if pass_ == DKV:
         return problem.rank == 1
     return pass_ == FORWARD or problem.rank == 1 or max(problem.head_dim, problem.value_dim) <= 64
+
+
+def multiplies_ahead(problem: Problem, form: Form, pass_: Pass) -> bool:
+    """Whether products of a box begin before the last one of the box before it.
+
+    For that consumers take registers from the producers, who need them for dilation, the windows
+    of parts, and masks. Along three axes it gains nothing (bench/NOTES.md).
+    """
+    if pass_ != DKV or form.warpgroups > 2 or problem.rank == 3:
+        return False
+    return not (is_dilated(problem) or has_parts(problem) or problem.has_key_mask)
 
 
 def _aligned(size: int) -> int:
@@ -168,7 +181,7 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     # MaskTables: prefixes, their bases, numbers, coordinates, window unions
     tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
     size += _aligned(tables)
-    size += 2 * (20 + 16 * rank + 4 * masked)  # tiles
+    size += 2 * (28 + 16 * rank + 4 * masked)  # tiles
     size += 4 * form.stages * form.warpgroups  # visibility
     axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
     # The problem, the last box of columns, and barriers begin at multiples of 16
@@ -268,6 +281,8 @@ OF_CHUNK = Cycles(
 OF_BACKWARD = Cycles(1 / 2400, logit=0.0, copy=0.0, box=2_400, row=0.0, block=5_000, mask=0.05)
 OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, mask=0.0491)
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
+OF_DKV_AHEAD = OF_DKV._replace(box=1_100)
+"""Of those that `multiplies_ahead` names."""
 OF_SHORT_JVP = Cycles(1 / 2290, logit=0.043, copy=0.0, box=1_130, row=0.0, block=2_120, mask=0.0281)
 """Of vectors of at most 64 elements."""
 OF_JVP = Cycles(1 / 2690, logit=0.0, copy=0.0, box=1_790, row=0.0, block=2_750, mask=0.0528)
@@ -283,6 +298,7 @@ class Rates(NamedTuple):
     backward: Cycles = OF_BACKWARD
     dq: Cycles = OF_DQ
     dkv: Cycles = OF_DKV
+    dkv_ahead: Cycles = OF_DKV_AHEAD
     short_jvp: Cycles = OF_SHORT_JVP
     jvp: Cycles = OF_JVP
 
@@ -290,6 +306,8 @@ class Rates(NamedTuple):
         """The fit for a kernel."""
         if form.cluster:
             return self.chunk
+        if multiplies_ahead(problem, form, pass_):
+            return self.dkv_ahead
         if pass_ in (BACKWARD, DQ, DKV):
             return {BACKWARD: self.backward, DQ: self.dq, DKV: self.dkv}[pass_]
         longest = max(problem.head_dim, problem.value_dim)
