@@ -40,7 +40,7 @@ def test_parts_and_masks_agree_with_the_oracle(backend, family, tmp_path):
 def test_tangents_of_small_windows_agree_with_the_oracle(tmp_path, monkeypatch):
     """With a mask, whose hidden keys and values have tangents that must not count either."""
 
-    def choose_plan(problem, device, pass_, small_windows, few_queries):
+    def choose_plan(problem, device, pass_, small_windows=True, *_):
         plan = small_plan.make_plan(problem, device, pass_)
         assert plan is not None
         return plan

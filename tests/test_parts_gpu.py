@@ -60,9 +60,9 @@ def test_small_windows_of_parts_agree_with_the_oracle(family, operation, has_mas
 
     chosen = launch.choose_plan
 
-    def small(problem, device, pass_=FORWARD, small_windows=True, few_queries=True):
+    def small(problem, device, pass_=FORWARD, small_windows=True, *others):
         plan = small_plan.make_plan(problem, device, pass_) if small_windows else None
-        return plan or chosen(problem, device, pass_, small_windows, few_queries)
+        return plan or chosen(problem, device, pass_, small_windows, *others)
 
     monkeypatch.setattr(launch, "choose_plan", small)
     device = _device.cuda(0)

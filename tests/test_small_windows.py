@@ -21,6 +21,7 @@ from cuneigh._backends.fused import launch
 from cuneigh._backends.fused.choice import choose_plan
 from cuneigh._backends.fused.passes import passes
 from cuneigh._backends.fused.plan import make_plan
+from cuneigh._backends.fused.small import forms as small_forms
 from cuneigh._backends.fused.small import launch as small_launch
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._gpu.boxes import count_unions
@@ -39,7 +40,7 @@ def small(draw, operations=("forward", "backward", "jvp"), **arguments):
     problem = draw(
         problems(operations=operations, dtypes=("float16", "bfloat16"), budget=20_000, **arguments)
     )
-    head_dim, value_dim = (draw(st.sampled_from(small_plan.DIMS)) for _ in range(2))
+    head_dim, value_dim = (draw(st.sampled_from(small_forms.DIMS)) for _ in range(2))
     return replace(
         problem,
         head_dim=head_dim,
@@ -65,7 +66,7 @@ def plans(problem, pass_):
 def takes(patch, plans):
     """Make `fused` take these plans, by pass, where the kernels can read the arrays."""
 
-    def choose_plan(problem, device, pass_, small_windows, few_queries):
+    def choose_plan(problem, device, pass_, small_windows=True, *_):
         return plans[pass_] if small_windows else make_plan(problem, device, pass_)
 
     patch.setattr(launch, "choose_plan", choose_plan)
@@ -133,7 +134,7 @@ def test_a_plan_fits_the_device(problem, device):
             taken = small_plan.shared_bytes(problem, plan, pass_)
             assert taken + small_plan.static_bytes(problem, plan, pass_) <= device.shared_memory
             assert 1 <= plan.batch_heads <= small_plan.sizes(problem, pass_)[0]
-            assert math.prod(plan.warp_box) <= small_plan.ROWS
+            assert math.prod(plan.warp_box) <= small_forms.ROWS
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 7, 9, 13])
@@ -175,11 +176,11 @@ def test_kernels_do_not_spill(capability, rank, dim, has_mask, tmp_path):
                 continue
             others = [(True, True)] if pass_ == JVP else [(False, False)]
             for one_stage, lse in flags if pass_ == FORWARD else others:
-                forms = small_plan.forms(problem, capability, pass_, one_stage)
+                forms = small_forms.forms(problem, capability, pass_, one_stage)
                 by_blocks = sorted(forms.items(), key=lambda item: item[0].blocks)
                 fullest = {max(slots): form for form, slots in by_blocks}
                 for columns, form in fullest.items():
-                    has_tma = small_plan.has_tma(problem, capability, pass_, form, columns)
+                    has_tma = small_forms.has_tma(problem, capability, pass_, form, columns)
                     kernels += [
                         small_launch.kernel(problem, pass_, form, columns, one_stage, lse, by_tma)
                         for by_tma in {False, has_tma}
@@ -195,7 +196,7 @@ def test_the_fullest_kernel_does_not_spill_with_a_mask(tmp_path):
     """Of short vectors, four blocks of which a multiprocessor works on."""
     axes = (Axis(1, 1, 1, 1, 1, False),) * 2
     problem = Problem("backward", "bfloat16", 1, 1, 1, 32, 32, axes, 1.0, has_key_mask=True)
-    ((form, slots),) = small_plan.forms(problem, (9, 0), DQ, False).items()
+    ((form, slots),) = small_forms.forms(problem, (9, 0), DQ, False).items()
     kernel = small_launch.kernel(problem, DQ, form, max(slots))
     ((_, compiled),) = _jit.precompile([kernel], ["sm_90"], tmp_path).items()
     assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0

@@ -1,14 +1,10 @@
 // Tensor core instructions: one instruction a function, named after it.
 #pragma once
 
+#include "cuneigh/smem.cuh"
 #include "cuneigh/types.cuh"
 
 namespace cuneigh::fused {
-
-// The 32-bit shared memory address that PTX takes.
-__device__ inline unsigned shared_address(const void* pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
 
 // Four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8.
 __device__ inline void ldmatrix_x4(unsigned (&matrix)[4], unsigned address) {

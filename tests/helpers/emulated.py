@@ -67,10 +67,16 @@ REPLACED = {
             "address += (unsigned long long)units * (kUnit<Element> * int(sizeof(Element)));",
         )
     ],
-    "fused/small/tma.cuh": [
+    "cuneigh/barrier.cuh": [
+        (
+            r"// Lanes that arrive for a warp.*(?=\n}  // namespace)",
+            "using emulator::Barrier, emulator::fence_barrier_init;\n",
+        ),
+    ],
+    "cuneigh/tma.cuh": [
         (
             r"// What cuTensorMapEncodeTiled writes.*(?=\n}  // namespace)",
-            "using namespace emulator;\n",
+            "using emulator::TensorMap, emulator::load_box;\n",
         ),
     ],
     "cuneigh/cluster.cuh": [

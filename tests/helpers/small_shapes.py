@@ -3,7 +3,7 @@
 compute-sanitizer --tool memcheck python tests/helpers/small_shapes.py [BACKEND .. RANK ..]
 
 With --compile it only compiles the kernels, side by side. With RACECHECK=1 they are compiled for
-racecheck (cuda/hopper/barrier.cuh says what for).
+racecheck (cuda/cuneigh/barrier.cuh says what for).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from cuneigh._backends.fused import launch
 from cuneigh._backends.fused import plan as fused_plan
 from cuneigh._backends.fused.choice import Plan
 from cuneigh._backends.fused.small import plan as small_plan
+from cuneigh._backends.fused.small import whole
 from cuneigh._backends.hopper.plan import ways
 from cuneigh._gpu.passes import FORWARD, Pass
 from cuneigh._gpu.program import Program
@@ -91,7 +92,7 @@ def plain_problem_of(operation: str, dtype: str, rank: int) -> Problem:
 def small_window_problems_of(operation: str, dtype: str, rank: int) -> list[Problem]:
     """Some that `fused` has kernels of their own for, with borders, dilation and a causal axis.
 
-    The last has a key mask.
+    One has a key mask; the gradients after it are those of whole dilation groups.
     """
     tokens = {1: (37,), 2: (11, 14), 3: (6, 5, 9)}[rank]
     causal = (False,) * (rank - 1) + (True,)
@@ -106,7 +107,11 @@ def small_window_problems_of(operation: str, dtype: str, rank: int) -> list[Prob
         query, key = (Spec((3, *tokens, heads, head_dim), dtype) for heads in (4, 2))
         value = Spec((3, *tokens, 2, value_dim), dtype)
         problems.append(attention_problem("small", operation, query, key, value, window, 0.5))
-    return [*problems, replace(problems[0], has_key_mask=True)]
+    problems.append(replace(problems[0], has_key_mask=True))
+    if operation == "backward":  # whole dilation groups
+        array = Spec((3, *tokens, 2, 32), dtype)
+        problems.append(attention_problem("small", operation, array, array, array, window, 0.5))
+    return problems
 
 
 def long_window_problems_of(operation: str, dtype: str, rank: int) -> list[Problem]:
@@ -153,6 +158,7 @@ def choose_plan(
     pass_: Pass,
     small_windows: bool,
     few_queries: bool,
+    whole_groups: bool,
 ) -> Plan:
     """Instead of the plan that `fused` would choose: one of the kind that is to be tested.
 
@@ -165,7 +171,10 @@ def choose_plan(
         return plans[number % len(plans)]
     if kind == "small windows":
         assert small_windows
-        plan = small_plan.make_plan(problem, device, pass_)
+        plan: Plan | None = None
+        if whole_groups:
+            plan = whole.make_plan(problem, device)
+        plan = plan or small_plan.make_plan(problem, device, pass_)
         assert plan is not None
         return plan
     other = fused_plan.make_plan(problem, device, pass_)

@@ -15,6 +15,7 @@
 
 #include "cuneigh/softmax.cuh"
 #include "fused/small/boxes.cuh"
+#include "fused/small/gradients.cuh"
 #include "fused/small/hidden.cuh"
 #include "fused/small/tiles.cuh"
 #include "fused/small/warp_rows.cuh"
@@ -54,45 +55,6 @@ struct Rows : RowMask<Plan> {
   Origin<const float> lse, grad_lse;
   Offsets offsets[SmallTables<Plan>::kRows];
 };
-
-// product = rows columns^T, with rows [16, kDim] and sixteen columns [16, kDim].
-// row_operand(d, operand) makes the left operand of dimensions d to d + 15. address(d) is that of
-// dimension d + lane / 8 % 2 * 8 of column lane / 16 * 8 + lane % 8.
-template <int kDim, typename RowOperand, typename Address, typename Element>
-__device__ void gemm_nt_16(RowOperand row_operand, Address address, float (&product)[2][4],
-                           Element) {
-#pragma unroll
-  for (int d = 0; d < kDim; d += 16) {
-    unsigned row[4], columns[4];
-    row_operand(d, row);
-    ldmatrix_x4(columns, address(d));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (d == 0)
-        mma_m16n8k16_zero(product[i], row, columns[2 * i], columns[2 * i + 1], Element());
-      else
-        mma_m16n8k16(product[i], row, columns[2 * i], columns[2 * i + 1], Element());
-    }
-  }
-}
-
-// sum += weights columns, with weights [16, 16], sixteen columns [16, kDim] and sum [16, kDim].
-// address(d) is that of dimension d + lane / 16 * 8 of column lane % 16.
-template <int kDim, typename Address, typename Element>
-__device__ void gemm_nn_16(const float (&weight)[2][4], Address address, float (&sum)[kDim / 8][4],
-                           Element) {
-  unsigned weights[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    weights[i] = pack(weight[i / 2][i % 2 * 2], weight[i / 2][i % 2 * 2 + 1], Element());
-#pragma unroll
-  for (int d = 0; d < kDim; d += 16) {
-    unsigned columns[4];
-    ldmatrix_x4_trans(columns, address(d));
-    mma_m16n8k16(sum[d / 8], weights, columns[0], columns[1], Element());
-    mma_m16n8k16(sum[d / 8 + 1], weights, columns[2], columns[3], Element());
-  }
-}
 
 // sum(grad_output * output) of rows lane / 4 and lane / 4 + 8: the diagonal of dO O^T [16, 16],
 // with the arguments of gemm_nt_16.
@@ -145,7 +107,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   using Offsets = typename Rows<Plan>::Offsets;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (kByTma && threadIdx.x == 0) full.init(1 + Plan::kWarps);
+  if (kByTma && threadIdx.x == 0) {
+    full.init(1 + Plan::kWarps);
+    fence_barrier_init();
+  }
   fill_row_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
     Offsets& offsets = rows.offsets[row];
     offsets.qk = offset_of(arguments.row_qk, token);
@@ -210,8 +175,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     if constexpr (Plan::kRowsAreKeys) {
       const float2* source = first_column_of(problem, tables.extra, stage, tables);
       for (int i = threadIdx.x; i < tables.stage_columns; i += Plan::kWarps * 32) {
-        copy_8_bytes(&smem.statistics()[i], offset_by(source, smem.column_offsets()[i].extra),
-                     true);
+        copy_8_bytes(&smem.statistics()[i], offset_by(source, smem.extra_offset(i)), true);
       }
     }
     if (!kByTma && stage.is_first()) {
@@ -236,8 +200,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   float grad_qk[kHeadDim / 8][4] = {};  // [16, kHeadDim]
   float grad_v[kValueDim / 8][4] = {};  // [16, kValueDim]
 
-  float2
-      statistics[2];  // {lse * log2(e), delta} of the rows if they are queries, else of 2 columns
+  PairStatistics of_rows;  // if they are queries
   while (true) {
     const bool is_first = stage.is_first();
     if constexpr (!Plan::kRowsAreKeys) {
@@ -250,7 +213,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
               rows.grad_lse.data == nullptr
                   ? 0.0f
                   : *offset_by(in_batch(rows.grad_lse, stage.batch), offsets.grad_lse);
-          statistics[half] = {kLog2E * finite_lse(lse), -grad_lse};
+          of_rows.of[half] = {kLog2E * finite_lse(lse), -grad_lse};
         }
       }
     }
@@ -271,14 +234,14 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
                             lane / 8 % 2 * 8);
         };
         const float2 delta = delta_of_rows<Plan>(grad_output, output_address, lane);
-        statistics[0].y += delta.x;
-        statistics[1].y += delta.y;
+        of_rows.of[0].y += delta.x;
+        of_rows.of[1].y += delta.y;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = first_row + half * 8;
           if (lane % 4 == 0 && tables.exists[row])
             *offset_by(in_batch(rows.statistics, stage.batch), rows.offsets[row].statistics) =
-                statistics[half];
+                of_rows.of[half];
         }
       }
     }
@@ -306,52 +269,22 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const auto row_vo = [&](int d, unsigned (&operand)[4]) { row_qk(kHeadDim + d, operand); };
       const float2* of_first =  // statistics of the tile's first column
           smem.statistics() + (kByTma ? first : first / kColumnBytes<Plan>);
-      const TileAddresses<Plan> tile(smem.stage_address(0), first, tables, lane);
+      const TileAddresses<Plan> tile(smem.stage_address(0), first, tables.tile_offset, lane);
 #pragma unroll(kLong ? 1 : Plan::kColumns / 16)
       for (int n = 0; n < Plan::kColumns; n += 16) {
         // Near a border keys are seen by more queries than elsewhere, where tiles are not full
         const unsigned any = (visible[0] | visible[1]) >> (n / 4) & 0xf;
         if (Plan::kRowsAreKeys && !__any_sync(0xffffffffu, any)) continue;
 
-        // S = row_qk column_qk^T and dP = row_vo column_vo^T, [16, 16]
-        const unsigned nt = tile.nt(n);
-        const auto qk_nt = [&](int d) { return chunk_address<Plan>(problem, nt, d / 8); };
-        const auto vo_nt = [&](int d) {
-          return chunk_address<Plan>(problem, nt, (kHeadDim + d) / 8);
+        const auto statistics_of = [&](int n) {
+          if constexpr (!Plan::kRowsAreKeys) return of_rows;
+          const uint2 offset = tile.pair(n);
+          const float2 low = of_first[offset.x / kColumnBytes<Plan>];
+          const float2 high = of_first[offset.y / kColumnBytes<Plan>];
+          return PairStatistics{{low, high}};
         };
-        float weight[2][4], grad_weight[2][4];
-        gemm_nt_16<kHeadDim>(row_qk, qk_nt, weight, Element());
-        gemm_nt_16<kValueDim>(row_vo, vo_nt, grad_weight, Element());
-
-        // P = exp(scale * S - lse) and dS = P * (dP - delta). What is hidden stays 0 whatever it is
-        // multiplied with
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          if constexpr (Plan::kRowsAreKeys) {
-            const auto offset =
-                *reinterpret_cast<const uint2*>(&tables.tile_offset[n + t * 8 + lane % 4 * 2]);
-            statistics[0] = of_first[offset.x / kColumnBytes<Plan>];
-            statistics[1] = of_first[offset.y / kColumnBytes<Plan>];
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const auto [lse, delta] = statistics[Plan::kRowsAreKeys ? i % 2 : i / 2];
-            const bool sees = visible[i / 2] >> (n / 4 + t * 2 + i % 2) & 1;
-            const float p = sees ? ex2_approx(fmaf(weight[t][i], scale, -lse)) : 0.0f;
-            const float ds = sees ? p * (grad_weight[t][i] - delta) : 0.0f;
-            weight[t][i] = p;
-            grad_weight[t][i] = ds;
-          }
-        }
-
-        // grad_v += P column_vo and grad_qk += dS column_qk
-        const unsigned nn = tile.nn(n);
-        const auto qk_nn = [&](int d) { return chunk_address<Plan>(problem, nn, d / 8); };
-        const auto vo_nn = [&](int d) {
-          return chunk_address<Plan>(problem, nn, (kHeadDim + d) / 8);
-        };
-        if constexpr (Plan::kRowsAreKeys) gemm_nn_16<kValueDim>(weight, vo_nn, grad_v, Element());
-        gemm_nn_16<kHeadDim>(grad_weight, qk_nn, grad_qk, Element());
+        add_columns(problem, tile, n, row_qk, row_vo, scale, masks, n / 4, statistics_of, grad_qk,
+                    grad_v);
       }
     }
 

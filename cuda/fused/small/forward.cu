@@ -81,7 +81,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   using Offsets = typename QueryRows<Plan>::Offsets;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (kByTma && threadIdx.x < Plan::kBuffers) full[threadIdx.x].init(1);
+  if (kByTma && threadIdx.x < Plan::kBuffers) {
+    full[threadIdx.x].init(1);
+    fence_barrier_init();
+  }
   fill_row_tables<Plan>(problem, smem.tables, [&](int row, const int (&token)[Plan::kRank]) {
     rows.offsets[row] = {offset_of(arguments.query, token), offset_of(arguments.output, token),
                          offset_of(arguments.lse, token)};
@@ -159,7 +162,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
     const unsigned first = smem.tile(stage.index, warp);
     if ((Plan::kOneStage || first != kNoTile) && (hidden != kEveryColumn || kWritesParts)) {
-      const TileAddresses<Plan> tile(smem.stage_address(buffer), first, tables, lane);
+      const TileAddresses<Plan> tile(smem.stage_address(buffer), first, tables.tile_offset, lane);
 
       // S = Q K^T
       float logit_rmem[kColumnTiles][4];  // S [16, kColumns]

@@ -120,7 +120,7 @@ struct SeenColumns<Plan, true> {
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
         const int column = begin + i * 32;
-        is_seen[i] = column < columns && *offset_by(mask, smem.column_offsets()[column].extra);
+        is_seen[i] = column < columns && *offset_by(mask, smem.extra_offset(column));
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     cp_async_wait<0>();
     const Hidden hidden = seen.wait(smem, stage, 0, true);
     if constexpr (kMaskedColumns<Plan>) seen.wait(smem, stage, 1, true);
-    const TileAddresses<Plan> tile(smem.stage_address(0), first, tables, lane);
+    const TileAddresses<Plan> tile(smem.stage_address(0), first, tables.tile_offset, lane);
 
     // S = Q K^T,  dS = dQ K^T + Q dK^T. Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are
     // this thread's, in columns 2 * (lane % 4) and the one after of every 8 keys or dimensions

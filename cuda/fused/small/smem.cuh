@@ -1,9 +1,9 @@
 // The shared memory of a block of the small-window kernels, and how columns lie in it.
 #pragma once
 
+#include "cuneigh/tma.cuh"
 #include "fused/mma.cuh"
 #include "fused/rows.cuh"
-#include "fused/small/tma.cuh"
 #include "fused/small/units.cuh"
 #include "fused/vectors.cuh"
 
@@ -118,7 +118,7 @@ struct SmallSmem {
   using Element = typename Plan::Element;
   static_assert(
       sizeof(SmallTables<Plan>) == Plan::kTableBytes,
-      "`table_bytes` in cuneigh/_backends/fused/small/plan.py counts what SmallTables holds");
+      "`table_bytes` in cuneigh/_backends/fused/small/forms.py counts what SmallTables holds");
 
   static constexpr int kRows = SmallTables<Plan>::kRows;
   // Whether TMA brings rows, too: it does where they have several vectors
@@ -148,10 +148,16 @@ struct SmallSmem {
     return reinterpret_cast<ColumnOffsets*>(stage + (kByTma ? kBoxAlignment : 0) +
                                             Plan::kBuffers * tables.stage_bytes);
   }
+  // Of a column; where TMA brings the vectors, that is all there is of the offsets.
+  __device__ unsigned& extra_offset(int column) {
+    return kByTma ? reinterpret_cast<unsigned*>(column_offsets())[column]
+                  : column_offsets()[column].extra;
+  }
   // Of the columns of the stage at hand, where they are queries: [stage_columns].
   __device__ float2* statistics() {
-    constexpr bool kNeedsOffsets = !kByTma || Plan::kRowsAreKeys;
-    return reinterpret_cast<float2*>(column_offsets() + (kNeedsOffsets ? tables.stage_columns : 0));
+    const int columns = tables.stage_columns;
+    const int units = !kByTma ? columns : Plan::kRowsAreKeys ? ceil_div(columns, 4) : 0;
+    return reinterpret_cast<float2*>(column_offsets() + units);
   }
   // What is visible to a lane's rows of the warp's tile in a stage: [stages, kWarps, 32].
   __device__ LaneMasks<Plan>& visible(int stage, int warp, int lane) {

@@ -14,18 +14,14 @@ __device__ int inner_columns(const SmallWindowProblem<kRank>& problem) {
   return inner;
 }
 
-// Fills `rows`, `block_union`, `warp_union`, `window`, `exists`, `tile_offset`, `prefix_mask` and
-// the sizes of stages. Calls keep(row, token) for every row, with a valid token also where there is
-// no row.
-template <typename Plan, typename Keep>
-__device__ void fill_row_tables(const SmallWindowProblem<Plan::kRank>& problem,
-                                SmallTables<Plan>& tables, Keep keep) {
-  constexpr int kRank = Plan::kRank, kThreads = Plan::kWarps * 32;
-  const int lane = threadIdx.x % 32;
-  const RowBox<kRank> rows = row_box<Plan>(problem);
+// Finds the window union of a block's rows, and how many stages it is cut into.
+template <typename Plan>
+__device__ void fill_block_union(const SmallWindowProblem<Plan::kRank>& problem,
+                                 const RowBox<Plan::kRank>& rows, SmallTables<Plan>& tables) {
 #pragma unroll
-  for (int r = 0; r < kRank; ++r) {
-    if (threadIdx.x != kThreads - 32 * (r + 1)) continue;  // warps that mostly have no rows below
+  for (int r = 0; r < Plan::kRank; ++r) {
+    if (threadIdx.x != Plan::kWarps * 32 - 32 * (r + 1))
+      continue;  // warps that mostly have no rows
     const Range range = union_of_block<Plan>(problem.axes[r], rows.first[r],
                                              problem.warp_box[r] * problem.warps[r]);
     tables.block_union[r] = range;
@@ -38,46 +34,56 @@ __device__ void fill_row_tables(const SmallWindowProblem<Plan::kRank>& problem,
     if (r == 0)
       tables.stages = Plan::kOneStage ? 1 : ceil_div(range.end - range.begin, problem.stage[0]);
   }
+}
 
-  // Rows: every warp takes a box of its own
-  if (threadIdx.x < SmallTables<Plan>::kRows) {
-    const int row = threadIdx.x;
-    int in_warp = row % 16, warp = row / 16, index[kRank], token[kRank];
-    bool exists = true;
+// Fills `warp_union`, `window` and `exists` for a row; every warp takes a box of its own. Calls
+// keep(row, token) with a valid token also where there is no row. All lanes of a warp must call it.
+template <typename Plan, typename Keep>
+__device__ void fill_row(const SmallWindowProblem<Plan::kRank>& problem,
+                         const RowBox<Plan::kRank>& rows, int row, SmallTables<Plan>& tables,
+                         Keep keep) {
+  constexpr int kRank = Plan::kRank;
+  int in_warp = row % 16, warp = row / 16, index[kRank], token[kRank];
+  bool exists = true;
 #pragma unroll
-    for (int r = kRank - 1; r >= 0; --r) {
-      const FastDivmod box = problem.warp_box[r], warps = problem.warps[r];
-      const int inside = r == 0 ? in_warp : box.remainder(in_warp);
-      const int length = rows_of_group<Plan>(problem.axes[r], rows.first[r].group);
-      index[r] = rows.first[r].index + (r == 0 ? warp : warps.remainder(warp)) * box + inside;
-      exists &= inside < box && index[r] < length;
-      index[r] = smaller(index[r], length - 1);
-      in_warp = box.quotient(in_warp);
-      warp = warps.quotient(warp);
-    }
-    tables.exists[row] = exists;
-#pragma unroll
-    for (int r = 0; r < kRank; ++r) {
-      const Axis& axis = problem.axes[r];
-      const int group = rows.first[r].group;
-      const Range window = window_of_row<Plan>(axis, index[r], group);
-      token[r] = axis.token({group, index[r]});
-      tables.window[row][r] = exists ? window : Range{0, 0};
-      int begin = exists ? window.begin : 1 << 30, end = exists ? window.end : 0;
-#pragma unroll
-      for (int step = 8; step > 0; step /= 2) {
-        begin = smaller(begin, __shfl_xor_sync(0xffffffffu, begin, step));
-        end = larger(end, __shfl_xor_sync(0xffffffffu, end, step));
-      }
-      tables.warp_union[row / 16][r] = {begin, end};
-    }
-    keep(row, token);
+  for (int r = kRank - 1; r >= 0; --r) {
+    const FastDivmod box = problem.warp_box[r], warps = problem.warps[r];
+    const int inside = r == 0 ? in_warp : box.remainder(in_warp);
+    const int length = rows_of_group<Plan>(problem.axes[r], rows.first[r].group);
+    index[r] = rows.first[r].index + (r == 0 ? warp : warps.remainder(warp)) * box + inside;
+    exists &= inside < box && index[r] < length;
+    index[r] = smaller(index[r], length - 1);
+    in_warp = box.quotient(in_warp);
+    warp = warps.quotient(warp);
   }
+  tables.exists[row] = exists;
+#pragma unroll
+  for (int r = 0; r < kRank; ++r) {
+    const Axis& axis = problem.axes[r];
+    const int group = rows.first[r].group;
+    const Range window = window_of_row<Plan>(axis, index[r], group);
+    token[r] = axis.token({group, index[r]});
+    tables.window[row][r] = exists ? window : Range{0, 0};
+    int begin = exists ? window.begin : 1 << 30, end = exists ? window.end : 0;
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) {
+      begin = smaller(begin, __shfl_xor_sync(0xffffffffu, begin, step));
+      end = larger(end, __shfl_xor_sync(0xffffffffu, end, step));
+    }
+    tables.warp_union[row / 16][r] = {begin, end};
+  }
+  keep(row, token);
+}
 
-  // The columns of a tile come in raster order
+// Fills `tile_offset` and `prefix_mask`. The columns of a tile come in raster order.
+template <typename Plan, int kWarps = Plan::kWarps>
+__device__ void fill_tile_tables(const SmallWindowProblem<Plan::kRank>& problem,
+                                 SmallTables<Plan>& tables) {
+  constexpr int kRank = Plan::kRank;
+  const int lane = threadIdx.x % 32;
   const int area = problem.tile[0] * inner_columns(problem);
 #pragma unroll 1
-  for (int column = threadIdx.x; column < Plan::kColumns; column += kThreads) {
+  for (int column = threadIdx.x; column < Plan::kColumns; column += kWarps * 32) {
     int rest = column < area ? column : column % 8, bytes = 0, pitch = kColumnBytes<Plan>;
 #pragma unroll
     for (int r = kRank - 1; r >= 0; --r) {
@@ -87,14 +93,6 @@ __device__ void fill_row_tables(const SmallWindowProblem<Plan::kRank>& problem,
       pitch *= problem.stage[r];
     }
     tables.tile_offset[column] = bytes;
-  }
-  if (threadIdx.x == 0) {
-    int columns = 1;
-#pragma unroll
-    for (int r = 0; r < kRank; ++r) columns *= problem.stage[r];
-    tables.rows = rows;
-    tables.stage_columns = columns;
-    tables.stage_bytes = kByTma ? 2 * problem.vo_offset : columns * kColumnBytes<Plan>;
   }
 
   // A ballot gathers the bits of one lane, of 128 columns
@@ -113,7 +111,7 @@ __device__ void fill_row_tables(const SmallWindowProblem<Plan::kRank>& problem,
       coordinate[i] = column < area ? size.remainder(rest) : size;
     }
 #pragma unroll 1
-    for (int index = threadIdx.x / 32; index <= size; index += Plan::kWarps)
+    for (int index = threadIdx.x / 32; index <= size; index += kWarps)
 #pragma unroll
       for (int i = 0; i < 4 * kBallots; ++i) {
         const unsigned bits = __ballot_sync(0xffffffffu, coordinate[i] < index);
@@ -122,6 +120,26 @@ __device__ void fill_row_tables(const SmallWindowProblem<Plan::kRank>& problem,
       }
     first += size + 1;
   }
+}
+
+// Fills `rows`, `block_union`, `warp_union`, `window`, `exists`, `tile_offset`, `prefix_mask` and
+// the sizes of stages. Calls keep(row, token) as `fill_row` does.
+template <typename Plan, typename Keep>
+__device__ void fill_row_tables(const SmallWindowProblem<Plan::kRank>& problem,
+                                SmallTables<Plan>& tables, Keep keep) {
+  const RowBox<Plan::kRank> rows = row_box<Plan>(problem);
+  fill_block_union<Plan>(problem, rows, tables);
+  if (threadIdx.x < SmallTables<Plan>::kRows)
+    fill_row<Plan>(problem, rows, threadIdx.x, tables, keep);
+  if (threadIdx.x == 0) {
+    int columns = 1;
+#pragma unroll
+    for (int r = 0; r < Plan::kRank; ++r) columns *= problem.stage[r];
+    tables.rows = rows;
+    tables.stage_columns = columns;
+    tables.stage_bytes = kByTma ? 2 * problem.vo_offset : columns * kColumnBytes<Plan>;
+  }
+  fill_tile_tables<Plan>(problem, tables);
 }
 
 // The origin of an array of the columns: the first column of the block.
@@ -174,6 +192,10 @@ __device__ void fill_column_tables(const SmallWindowProblem<Plan::kRank>& proble
       if (Axis::kIsPart) last = larger(last, 0);
       tokens[r] = smaller(coordinate, last) * problem.axes[r].dilation;
       rest = size.quotient(rest);
+    }
+    if (kByTma) {
+      smem.extra_offset(i) = offset_of(extra, tokens);
+      continue;
     }
     smem.column_offsets()[i] = {unsigned(i * kColumnBytes<Plan> + phase % 8 * 16),
                                 offset_of(qk, tokens), offset_of(vo, tokens),

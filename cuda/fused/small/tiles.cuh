@@ -15,9 +15,9 @@ __device__ LaneBits<Plan> bits_below(int count, int lane) {
 }
 
 // Fills the tiles of every stage: where a warp's tile begins, and what is visible of it.
-template <typename Plan, int kRowDim>
+template <typename Plan, typename Smem>
 __device__ void fill_tiles(const SmallWindowProblem<Plan::kRank>& problem, int warp, int lane,
-                           SmallSmem<Plan, kRowDim>& smem) {
+                           Smem& smem) {
   const auto& tables = smem.tables;
   const int inner = inner_columns(problem);
 #pragma unroll 1
@@ -73,12 +73,13 @@ __device__ void fill_tiles(const SmallWindowProblem<Plan::kRank>& problem, int w
 template <typename Plan>
 struct TileAddresses {
   unsigned nt_first, nn_first;
-  const int *nt_offset, *nn_offset;
+  const int *nt_offset, *nn_offset, *pair_offset;
 
-  __device__ TileAddresses(unsigned stage, unsigned first, const SmallTables<Plan>& tables,
-                           int lane)
-      : nt_offset(&tables.tile_offset[lane / 16 * 8 + lane % 8]),
-        nn_offset(&tables.tile_offset[lane % 16]) {
+  // tile_offset: [kColumns], that of SmallTables.
+  __device__ TileAddresses(unsigned stage, unsigned first, const int* tile_offset, int lane)
+      : nt_offset(&tile_offset[lane / 16 * 8 + lane % 8]),
+        nn_offset(&tile_offset[lane % 16]),
+        pair_offset(&tile_offset[lane % 4 * 2]) {
     const unsigned column = stage + (kByTma ? first * kColumnBytes<Plan> : first & ~127u);
     unsigned phase = ((kByTma ? first : first / 16) + lane) % 8;
     if (kByTma && Plan::kHeadDim == 32) phase /= 2;
@@ -89,6 +90,24 @@ struct TileAddresses {
   __device__ unsigned nt(int n) const { return nt_first + nt_offset[n]; }
   // From column n on two matrices [16 columns, 8 dimensions]: right operands of O += P V.
   __device__ unsigned nn(int n) const { return nn_first + nn_offset[n]; }
+  // Offsets of the lane's two of the eight columns from column n on.
+  __device__ uint2 pair(int n) const { return *reinterpret_cast<const uint2*>(&pair_offset[n]); }
+};
+
+// Likewise of a tile whose columns follow each other in the stage, too, which TMA brings.
+template <typename Plan>
+struct ContiguousTile {
+  unsigned nt_first, nn_first;
+
+  __device__ ContiguousTile(unsigned stage, unsigned first, int lane) {
+    unsigned phase = (first + lane) % 8;
+    if (Plan::kHeadDim == 32) phase /= 2;
+    nt_first = stage + (first + lane / 16 * 8 + lane % 8) * kColumnBytes<Plan> +
+               (phase ^ lane / 8 % 2) * 16;
+    nn_first = stage + (first + lane % 16) * kColumnBytes<Plan> + (phase ^ lane / 16) * 16;
+  }
+  __device__ unsigned nt(int n) const { return nt_first + n * kColumnBytes<Plan>; }
+  __device__ unsigned nn(int n) const { return nn_first + n * kColumnBytes<Plan>; }
 };
 
 }  // namespace cuneigh::fused::small

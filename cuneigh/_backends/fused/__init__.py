@@ -11,11 +11,12 @@ A jvp of values of more than 128 elements, 64 in float32, computes the logits on
 of them.
 
 There are kernels for windows of any size (`plan`, `launch`), kernels for small windows of half
-types (`small`), which compute tangents where a block's keys lie in shared memory at once, and
-kernels for few queries of half types along one axis (`split`), which neither take key masks nor the
-seam of a ring. `choice` compares them. With small windows the last bits of the output depend on
-whether lse is asked for, as derivatives do: with lse the weights are summed before they are
-rounded, without it after.
+types (`small`), which compute tangents where a block's keys lie in shared memory at once, and all
+gradients in one launch where a block holds a whole dilation group (`small.whole`), and kernels for
+few queries of half types along one axis (`split`), which neither take key masks nor the seam of a
+ring. `choice` compares them. With small windows the last bits of the output depend on whether lse
+is asked for, as derivatives do: with lse the weights are summed before they are rounded, without it
+after.
 
 Of hidden keys neither key nor value is read, and boxes that hold no others are left out.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,17 +10,20 @@ from cuneigh._backends.fused import plan as fused_plan
 from cuneigh._backends.fused.passes import parts, passes
 from cuneigh._backends.fused.plan import FusedPlan
 from cuneigh._backends.fused.small import plan as small_plan
+from cuneigh._backends.fused.small import whole
 from cuneigh._backends.fused.small.plan import SmallPlan
+from cuneigh._backends.fused.small.whole import WholePlan
 from cuneigh._backends.fused.split import plan as split_plan
 from cuneigh._backends.fused.split.plan import SplitPlan
 from cuneigh._device import Device
 from cuneigh._gpu import rates as gpu_rates
-from cuneigh._gpu.passes import FORWARD, Pass
+from cuneigh._gpu.passes import DKV, DQ, FORWARD, Pass
 from cuneigh._gpu.rates import CYCLES, LAUNCH_MS
 from cuneigh._problem import Problem
 
 NAME = "fused"
-Plan = FusedPlan | SmallPlan | SplitPlan
+Plan = FusedPlan | SmallPlan | SplitPlan | WholePlan
+"""A `WholePlan` of dQ is one of all gradients: the passes after it are not launched."""
 
 
 class Rates(NamedTuple):
@@ -47,12 +49,15 @@ def choose_plan(
     pass_: Pass = FORWARD,
     small_windows: bool = True,
     few_queries: bool = True,
+    whole_groups: bool = True,
 ) -> Plan:
     """The plan for `device`.
 
-    `small_windows` and `few_queries`: whether the kernels for these can read the arrays.
+    `small_windows`, `few_queries` and `whole_groups`: whether the kernels for these can read the
+    arrays.
     """
-    return _choose_plan(problem, device, pass_, small_windows, few_queries, rates_of(device))
+    readable = small_windows, few_queries, whole_groups
+    return _choose_plan(problem, device, pass_, *readable, rates_of(device))
 
 
 @lru_cache(maxsize=1024)
@@ -62,6 +67,7 @@ def _choose_plan(
     pass_: Pass,
     small_windows: bool,
     few_queries: bool,
+    whole_groups: bool,
     rates: Rates,
 ) -> Plan:
     small = split = None
@@ -84,6 +90,10 @@ def _choose_plan(
         blocks = fused_plan.count(problem, plan, pass_).blocks * problem.batch * problem.heads
         cycles *= max(multiprocessors / blocks, 1.0)
         others.append((split_plan.cost(problem, split, device, rates.split), split))
+    if pass_ == DQ and whole_groups and (all_ := whole.make_plan(problem, device, rates.small)):
+        after = _choose_plan(problem, device, DKV, small_windows, few_queries, False, rates)
+        saved = _pass_ms(problem, device, DKV, after, rates) * CYCLES
+        others.append((whole.cost(problem, all_, device, rates.small) - saved, all_))
     return min([*others, (cycles, plan)], key=lambda pair: pair[0])[1]
 
 
@@ -98,16 +108,23 @@ def plans_to_try(problem: Problem, device: Device, pass_: Pass) -> tuple[Plan, .
 
 @lru_cache(maxsize=1024)
 def _plans_to_try(problem: Problem, device: Device, pass_: Pass, rates: Rates) -> tuple[Plan, ...]:
-    plans: list[Plan] = [_choose_plan(problem, device, pass_, True, True, rates)]
+    plans: list[Plan] = [_choose_plan(problem, device, pass_, True, True, True, rates)]
     plans += split_plan.plans_to_try(problem, device, pass_, TRIED, rates.split)
     plans += fused_plan.plans_to_try(problem, device, pass_, TRIED, rates.walks)
     plans += small_plan.plans_to_try(problem, device, pass_, TRIED, rates.small)
+    if pass_ == DQ:
+        plans += whole.plans_to_try(problem, device, TRIED, rates.small)
     return tuple(dict.fromkeys(plans))
 
 
 def plans(problem: Problem, device: Device) -> dict[str, tuple[Plan, ...]]:
-    """`plans_to_try` of every pass of an operation, by its name."""
-    return {pass_.name: plans_to_try(problem, device, pass_) for pass_ in passes(problem)}
+    """`plans_to_try` of every pass of an operation that is launched, by its name."""
+    found = {}
+    for pass_ in passes(problem):
+        found[pass_.name] = plans_to_try(problem, device, pass_)
+        if isinstance(found[pass_.name][0], WholePlan):
+            break
+    return found
 
 
 def predicted_ms(problem: Problem, device: Device) -> float:
@@ -115,25 +132,33 @@ def predicted_ms(problem: Problem, device: Device) -> float:
     rates, milliseconds = rates_of(device), 0.0
     if problem.operation == "hvp":
         milliseconds += predicted_ms(problem.but("jvp"), device)
-    of = [part for _, part in parts(problem)]
-    for part, pass_ in itertools.product(of, passes(problem)):
-        plan = _choose_plan(part, device, pass_, True, True, rates)
-        milliseconds += _pass_ms(part, device, pass_, plan, rates)
+    for _, part in parts(problem):
+        of = {
+            pass_.name: _choose_plan(part, device, pass_, True, True, True, rates)
+            for pass_ in passes(problem)
+        }
+        milliseconds += model(part, device, of, rates)
     return milliseconds
 
 
 def model(problem: Problem, device: Device, plans: Mapping[str, Any], rates: Rates) -> Any:
     """`predicted_ms` of attention or its gradients with these plans, by pass, and these rates."""
-    return sum(
-        _pass_ms(problem, device, pass_, plans[pass_.name], rates) for pass_ in passes(problem)
-    )
+    milliseconds: Any = 0
+    for pass_ in passes(problem):
+        plan = plans[pass_.name]
+        milliseconds = milliseconds + _pass_ms(problem, device, pass_, plan, rates)
+        if isinstance(plan, WholePlan):
+            break
+    return milliseconds
 
 
 def _pass_ms(problem: Problem, device: Device, pass_: Pass, plan: Plan, rates: Rates) -> Any:
     """Milliseconds of one pass."""
     if isinstance(plan, SplitPlan):
         return split_plan.predicted_ms(problem, plan, device, rates.split)
-    if isinstance(plan, SmallPlan):
+    if isinstance(plan, WholePlan):
+        cycles = whole.cost(problem, plan, device, rates.small)
+    elif isinstance(plan, SmallPlan):
         cycles = small_plan.cost(problem, plan, device, pass_, rates.small)
     else:
         cycles = _walk_cycles(problem, device, plan, pass_, rates.walks)

@@ -16,6 +16,7 @@ from cuneigh._backends.fused.passes import parts, passes
 from cuneigh._backends.fused.plan import Area, FusedPlan
 from cuneigh._backends.fused.small import launch as small
 from cuneigh._backends.fused.small.plan import SmallPlan
+from cuneigh._backends.fused.small.whole import WholePlan
 from cuneigh._backends.fused.split import launch as split
 from cuneigh._backends.fused.split.plan import SplitPlan
 from cuneigh._device import Device
@@ -41,6 +42,7 @@ def forward(problem: Problem, operands: Operands, output: Any, lse: Any, program
         arrays = [*mask_of(problem, operands), *((array, "vectors") for array in vectors)]
         small.launch(program, problem, FORWARD, plan, [*arrays, (lse, "scalars")])
         return
+    assert isinstance(plan, FusedPlan), "there is no other kernel for it"
     key_bytes = load_width((operands.query, operands.key, operands.additional_keys))
     value_bytes = load_width((operands.value, operands.additional_values, output))
     views = Views(problem.rank)  # `ForwardArguments` of cuda/fused/forward.cu
@@ -70,7 +72,6 @@ def backward(
     value_bytes = load_width(
         (value, operands.additional_values, grad_output, output, gradients.value)
     )
-    statistics = program.allocate((*lse.shape, 2), "float32")
 
     # In the words of cuda/fused/backward.cu: both vectors of the rows and of the columns, and the
     # gradients of the rows
@@ -81,8 +82,13 @@ def backward(
             vectors = (*of_keys, *of_queries, gradients.key, gradients.value, None)
         else:
             vectors = (*of_queries, *of_keys, gradients.query, None, output)
-        plan = plan_of(program, problem, pass_, vectors, operands.key_mask)
+        plan = plan_of(program, problem, pass_, vectors, operands.key_mask, gradients)
+        if isinstance(plan, WholePlan):
+            about = operands, grad_output, output, lse, grad_lse, gradients
+            small.launch_whole(program, problem, plan, *about)
+            return
         planned[pass_] = plan, vectors
+    statistics = program.allocate((*lse.shape, 2), "float32")
     # The kernel for small windows computes the statistics itself
     query_first = isinstance(planned[DQ][0], SmallPlan)
     if not query_first:
@@ -158,10 +164,16 @@ def plan_of(
     pass_: Pass,
     vectors: Sequence[Array | None],
     key_mask: Array | None = None,
+    gradients: Operands | None = None,
 ) -> Plan:
-    """The plan of a pass over these arrays, which is announced."""
+    """The plan of a pass over these arrays, which is announced.
+
+    `gradients` are all that the passes of an operation write.
+    """
     arrays = [array for array in vectors if array is not None]
-    readable_by = small.can_read(arrays, key_mask), split.can_read(arrays)
+    written = [array for array in gradients or () if array is not None]
+    whole = gradients is not None and small.can_read_whole(arrays, written)
+    readable_by = small.can_read(arrays, key_mask), split.can_read(arrays), whole
     device = program.device
 
     def by_planner() -> Plan:
@@ -171,7 +183,7 @@ def plan_of(
         return plans_to_try(problem, device, pass_)
 
     plan = tuned.plan(NAME, pass_.name, problem, device, to_try, by_planner)
-    for kind, is_readable in zip((SmallPlan, SplitPlan), readable_by, strict=True):
+    for kind, is_readable in zip((SmallPlan, SplitPlan, WholePlan), readable_by, strict=True):
         if isinstance(plan, kind) and not is_readable:
             plan = by_planner()
     announce(NAME, pass_.name, problem, plan)

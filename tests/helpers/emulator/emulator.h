@@ -263,7 +263,6 @@ void mma_m16n8k16_zero(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsig
   d[0] = d[1] = d[2] = d[3] = 0;
   mma<E>(d, a, b0, b1);
 }
-
 // Boxes by TMA. `tensor_map` of tests/helpers/emulated.py packs what a map says.
 struct alignas(64) TensorMap {
   const char* array;
@@ -273,11 +272,21 @@ struct alignas(64) TensorMap {
   unsigned char steps[5], swizzle;
   char padding[128 - 8 - 32 - 20 - 10 - 6];
 };
+// Boxes arrive at once: a phase is complete when all threads have arrived.
 struct Barrier {
-  void init(int) {}
-  void arrive_and_expect(unsigned) {}
-  void wait(unsigned) {}
+  unsigned short threads, arrived;
+  unsigned phase;
+  void init(int expected) { *this = {(unsigned short)expected, 0, 0}; }
+  void arrive_and_expect(unsigned) {
+    if (++arrived < threads) return;
+    arrived = 0;
+    ++phase;
+  }
+  void wait(unsigned parity) {
+    while (phase % 2 == parity) yield();
+  }
 };
+inline void fence_barrier_init() {}
 inline void load_box(unsigned target, const TensorMap& map, Barrier&, const int (&c)[5]) {
   const int line = 2 * map.box[0], mask = map.swizzle / 16 - 1;
   int x[5];

@@ -11,17 +11,20 @@ from typing import Any, Literal
 import numpy as np
 
 from cuneigh import _jit
+from cuneigh._backends.fused.small import forms as small_forms
 from cuneigh._backends.fused.small import plan as small_plan
-from cuneigh._backends.fused.small import tma
-from cuneigh._backends.fused.small.plan import Form, SmallPlan
+from cuneigh._backends.fused.small import tma, whole
+from cuneigh._backends.fused.small.forms import Form
+from cuneigh._backends.fused.small.plan import SmallPlan
+from cuneigh._backends.fused.small.whole import WholeForm, WholePlan
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array
-from cuneigh._gpu.passes import FORWARD, JVP, Pass
+from cuneigh._gpu.passes import DKV, DQ, FORWARD, JVP, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.tensor_map import TensorMap
 from cuneigh._gpu.views import Views, load_width
-from cuneigh._problem import Problem
+from cuneigh._problem import Operands, Problem
 
 UNIT = 16
 """Bytes of a load, in which kernels count offsets."""
@@ -36,6 +39,11 @@ def can_read(arrays: Sequence[Array], key_mask: Array | None) -> bool:
     if key_mask is not None and not _offsets_fit(of_heads(key_mask, 1), 1):
         return False
     return load_width(arrays) == UNIT and all(_offsets_fit(array, UNIT) for array in arrays)
+
+
+def can_read_whole(arrays: Sequence[Array], written: Sequence[Array]) -> bool:
+    """Whether the kernel for whole dilation groups can read `arrays` and write the gradients."""
+    return can_read([*arrays, *written], None) and all(map(tma.can_read, arrays))
 
 
 def of_heads(key_mask: Array, heads: int) -> Array:
@@ -76,6 +84,61 @@ def launch(
     )
 
 
+def launch_whole(
+    program: Program,
+    problem: Problem,
+    plan: WholePlan,
+    operands: Operands,
+    grad_output: Array,
+    output: Array,
+    lse: Array,
+    grad_lse: Array | None,
+    gradients: Operands,
+) -> None:
+    """Launch the kernel for all gradients of whole dilation groups."""
+    inner = small_plan.inner(problem)
+    views = Views(problem.rank)  # `WholeArguments` of cuda/fused/small/whole.cu
+    for array in gradients[:3]:
+        views.vectors(_heads_first(array, -2) if inner == "heads" else array)
+    for array in (lse, grad_lse):
+        views.scalars(_heads_first(array, -1) if array is not None and inner == "heads" else array)
+    loaded = (operands.key, operands.value, operands.query, grad_output, output)
+    length, outer = small_plan.sizes(problem, DQ)
+    records = [_record(problem, plan.of_pass(pass_), pass_).copy() for pass_ in (DQ, DKV)]
+    for record in records:
+        record["vo_offset"] = whole.array_bytes(problem, plan)
+    blocks = int(records[0]["boxes"].prod()) * outer * math.ceil(length / plan.batch_heads)
+    program.launch(
+        whole_kernel(problem, plan.form),
+        (blocks, 1),
+        plan.form.warps * 32,
+        *map(with_starts, records),
+        views.words,
+        *(tma.map_of(problem, array, plan.stage, inner) for array in loaded),
+        shared_bytes=whole.shared_bytes(problem, plan),
+    )
+
+
+@lru_cache(maxsize=1024)
+def whole_kernel(problem: Problem, form: WholeForm) -> _jit.Kernel:
+    """The kernel of all gradients of whole dilation groups."""
+    constants = {
+        "kRank": problem.rank,
+        "kWarps": form.warps,
+        "kBlocks": form.blocks,
+        "kBuffers": form.buffers,
+        "kBoxes": form.boxes,
+        "kColumns": form.columns,
+        "kHeadDim": problem.head_dim,
+        "kValueDim": problem.value_dim,
+        "kTileExtents": small_forms.tile_extents(problem.rank),
+        "kTableBytes": whole.table_bytes(problem, form),
+    }
+    flags = {"kContiguous": form.contiguous}
+    source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
+    return _jit.Kernel("fused/small/whole", source, macros=(TMA,))
+
+
 def _maps(
     problem: Problem, pass_: Pass, plan: SmallPlan, vectors: Sequence[Array]
 ) -> list[TensorMap]:
@@ -108,8 +171,8 @@ def kernel(
         "kBuffers": form.buffers,
         "kHeadDim": problem.head_dim,
         "kValueDim": problem.value_dim,
-        "kTileExtents": small_plan.tile_extents(problem.rank),
-        "kTableBytes": small_plan.table_bytes(problem, columns, form.warps),
+        "kTileExtents": small_forms.tile_extents(problem.rank),
+        "kTableBytes": small_forms.table_bytes(problem, columns, form.warps),
     }
     flags = {"kRowsAreKeys": pass_.rows_are_keys, "kOneStage": one_stage, "kLse": lse}
     flags["kKeyMask"] = problem.has_key_mask
@@ -132,13 +195,16 @@ def kernels(problem: Problem, device: Device, pass_: Pass) -> list[_jit.Kernel]:
     """All that `problem` may need, whatever its windows."""
     if not small_plan.takes(problem, pass_) or device.capability < (8, 0):
         return []
-    return [
+    of_whole = []
+    if pass_ == DQ and whole.takes(problem, device.capability):
+        of_whole = [whole_kernel(problem, form) for form in whole.FORMS]
+    return of_whole + [
         kernel(problem, pass_, form, columns, one_stage, lse, by_tma)
         for one_stage, lse in _flags(pass_)
-        for form, slots in small_plan.forms(problem, device.capability, pass_, one_stage).items()
+        for form, slots in small_forms.forms(problem, device.capability, pass_, one_stage).items()
         for columns in slots
         for by_tma in (False, True)
-        if not by_tma or small_plan.has_tma(problem, device.capability, pass_, form, columns)
+        if not by_tma or small_forms.has_tma(problem, device.capability, pass_, form, columns)
     ]
 
 

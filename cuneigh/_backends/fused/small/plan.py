@@ -19,6 +19,17 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from cuneigh._backends.fused.small import tma
+from cuneigh._backends.fused.small.forms import (
+    DIMS,
+    ROWS,
+    TILE_EXTENTS,
+    Form,
+    bit_bytes,
+    column_bytes,
+    forms,
+    has_tma,
+    table_bytes,
+)
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import (
     Box,
@@ -34,8 +45,6 @@ from cuneigh._gpu.passes import DQ, FORWARD, JVP, Pass
 from cuneigh._problem import Problem
 from cuneigh._window import Promise
 
-ROWS = 16
-"""Rows of a warp: those of one tensor core instruction."""
 SMALLEST_SCALE = 1e-37
 """Smaller scales are 0 in float32, where hidden logits would not stay hidden."""
 LINE = 128
@@ -47,25 +56,6 @@ LARGEST_QUOTIENT = 1 << 20
 """`FastDivmod` of cuda/fused/small/problem.cuh takes a dividend times its divisor below this."""
 MASKED_ELEMENTS = 8
 """`kMaskedElements` of cuda/fused/small/smem.cuh."""
-TILE_EXTENTS = 48
-"""Length of the table that has one element more along each axis than a tile has columns."""
-
-
-DIMS = (32, 64, 128)
-"""Head dimensions that the kernels are made for."""
-
-
-class Form(NamedTuple):
-    """What is compiled into a kernel beside dtype, dimensions and the slots of a tile."""
-
-    warps: int
-    buffers: int
-    """Stages in shared memory; of two, one arrives while the other is worked on.
-
-    Of a jvp's two, one is for the tangents.
-    """
-    blocks: int
-    """Blocks of a multiprocessor that registers are left for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,90 +349,11 @@ def warp_boxes(problem: Problem, pass_: Pass) -> list[Box]:
     return mostly_full(boxes, ROWS)
 
 
-# What is compiled into kernels
-
-
-def forms(
-    problem: Problem, capability: tuple[int, int], pass_: Pass, one_stage: bool
-) -> dict[Form, tuple[int, ...]]:
-    """The forms that were fast, and the slots that a tile can have in each.
-
-    The compiler reports what registers allow, of which its code needs more from sm_100 on, and with
-    a key mask. Where there is more than `one_stage`, running sums need registers.
-    """
-    longest = max(problem.head_dim, problem.value_dim)
-    newer = capability[0] > 9
-    largest_fits = not (newer and problem.has_key_mask)
-    if pass_ == JVP:
-        has_room = capability[0] == 9 and not problem.has_key_mask
-        return _forms_of_jvp(longest, has_room, largest_fits) if one_stage else {}
-    if pass_ != FORWARD:
-        beside = {32: (4,), 64: (3,) if pass_ == DQ else (2, 3), 128: (2,)}[longest]
-        return {Form(4, 1, blocks): (64, 80, 112, 128) for blocks in beside}
-    if longest <= 32:
-        if not one_stage:
-            return {Form(4, 2, 3): (64,)}
-        if not largest_fits:
-            return {Form(4, 2, 4): (48, 64, 80), Form(4, 1, 3): (112, 144)}
-        return {Form(4, 2, 4): (48, 64, 80, 112), Form(4, 1, 3): (144,)}
-    if longest <= 64:
-        if not one_stage:
-            larger: dict[Form, tuple[int, ...]] = {Form(4, 1, 3): (64, 80)}
-            return larger if newer else {Form(4, 1, 4): (64,), **larger}
-        fits = problem.head_dim == problem.value_dim and not newer
-        fits &= capability[0] == 9 or not problem.has_key_mask
-        of_eight = (48, 64, 80, 112) if fits else (48, 64, 80) if largest_fits else (48, 64)
-        of_four = (48, 64, 80, 112, 144) if largest_fits else (48, 64, 80, 112)
-        return {Form(8, 1, 2): of_eight, Form(4, 1, 3): of_four}
-    if one_stage:
-        return {Form(4, 1, 3): (48, 64, 80, 112) if largest_fits else (48, 64, 80)}
-    return {Form(4, 1, 2): (64, 80)} if newer else {Form(4, 1, 3): (64,), Form(4, 1, 2): (80,)}
-
-
-def _forms_of_jvp(longest: int, has_room: bool, largest_fits: bool) -> dict[Form, tuple[int, ...]]:
-    """Those of a jvp, whose logits take twice the registers."""
-    if longest <= 32:
-        if has_room:
-            return {Form(4, 2, 3): (48, 64, 80, 112), Form(4, 2, 2): (144,)}
-        return {Form(4, 2, 3): (48, 64, 80), Form(4, 2, 2): (112, 144)}
-    slots = (48, 64, 80, 112) if longest <= 64 or largest_fits else (48, 64, 80)
-    return {Form(4, 2, 2): slots, Form(8, 2, 1): slots} if longest <= 64 else {Form(4, 2, 2): slots}
-
-
-def has_tma(
-    problem: Problem, capability: tuple[int, int], pass_: Pass, form: Form, columns: int
-) -> bool:
-    """Whether there is a kernel of a form that has TMA bring stages."""
-    spills = problem.rank == 3 and form.warps == 8 and columns > 80
-    return tma.takes(problem, capability, pass_) and not spills
+# Shared memory
 
 
 def has_masked_columns(problem: Problem, pass_: Pass) -> bool:
     return problem.has_key_mask and not pass_.rows_are_keys
-
-
-def tile_extents(rank: int) -> int:
-    """Length of `prefix_mask` of `SmallTables`. The first axis needs none of it."""
-    return 1 if rank == 1 else TILE_EXTENTS
-
-
-def bit_bytes(columns: int) -> int:
-    """Bytes of `LaneBits`, a bit for each fourth of a tile's columns."""
-    return 4 if columns <= 128 else 8
-
-
-def table_bytes(problem: Problem, columns: int, warps: int) -> int:
-    """Bytes of `SmallTables` of cuda/fused/small/smem.cuh."""
-    rank, rows = problem.rank, ROWS * warps
-    size = bit_bytes(columns) * 4 * tile_extents(rank) + 4 * columns  # prefix_mask, tile_offset
-    size += 8 * rank * (1 + warps + rows) + rows  # block_union, warp_union, window, exists
-    size += 8 + 8 * rank + 12  # rows, the sizes and the number of stages
-    return math.ceil(size / 8) * 8 + 3 * 24  # qk, vo, statistics
-
-
-def column_bytes(problem: Problem) -> int:
-    """Bytes of `kColumnBytes` of cuda/fused/small/smem.cuh."""
-    return math.ceil((problem.head_dim + problem.value_dim) / 64) * 128
 
 
 def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> int:
@@ -456,7 +367,7 @@ def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> in
     arrays = math.ceil(tables / LINE) * LINE + buffers * rows * pitch
     if plan.by_tma:
         vectors = tma.ALIGNMENT + buffers * 2 * tma.vo_offset(problem, plan.stage)
-        of_columns = columns * 24 * pass_.rows_are_keys
+        of_columns = (math.ceil(columns / 4) * 16 + columns * 8) * pass_.rows_are_keys
     else:
         vectors = columns * buffers * column_bytes(problem)
         of_columns = columns * (16 + 8 * pass_.rows_are_keys)
