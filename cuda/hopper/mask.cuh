@@ -98,17 +98,25 @@ __device__ void fill_mask_tables(const HopperProblem<kRank>& problem,
   }
 }
 
-// Writes to the tables which columns each coordinate of a tile's rows sees, and which the warpgroup
-// `w` as a whole. `kLanes` lanes share the work. Rows past the end of an axis see nothing; if
-// kSums, their logits must be hidden, since they count in sums of columns. So it is with keys that
-// `mask` hides; returns whether there are any.
+// The lane in the team of warps that make masks, asked for anew each time: their registers are few.
+__device__ inline int lane_of_team() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread - 64;
+}
+
+// Writes to the tables which columns each coordinate of a tile's rows sees, and which a warpgroup
+// as a whole: lane w of each warp looks after warpgroup w, and the other lanes repeat it. `kLanes`
+// lanes share the work. Rows past the end of an axis see nothing; if kSums, their logits must be
+// hidden, since they count in sums of columns. So it is with keys that `mask` hides; returns
+// whether there are any.
 template <typename Plan, int kLanes>
 __device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenKeys<Plan>& mask,
-                        const Tile<Plan::kRank>& tile, int lane, int w,
+                        const Tile<Plan::kRank>& tile,
                         MaskTables<Plan::kRank, Plan::kWarpgroups>& tables) {
   bool hides = false;
 #pragma unroll 1
-  for (int i = lane; i < Plan::kWarpgroups * problem.coordinates; i += kLanes) {
+  for (int i = lane_of_team(); i < Plan::kWarpgroups * problem.coordinates; i += kLanes) {
     Coordinate& coordinate = tables.coordinate[i];
     const int r = coordinate.axis, base = tile.columns[r].begin;
     const Axis axis = axis_of<Plan>(problem, r);
@@ -126,6 +134,8 @@ __device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenK
   if constexpr (kMaskedRows<Plan>) hides = __any_sync(0xffffffffu, hides);
 #pragma unroll 1
   for (int r = 0; r < Plan::kRank; ++r) {
+    asm volatile("" : "+r"(r));  // registers are few: no address is kept from axis to axis
+    const int w = smaller(lane_of_team() % 32, Plan::kWarpgroups - 1);
     const Axis axis = axis_of<Plan>(problem, r);
     const int group = tile.first[r].group, base = tile.columns[r].begin;
     const int first = tile.first[r].index + problem.warpgroup[w][1 + r];
@@ -138,7 +148,7 @@ __device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenK
       windows = {{low.begin - base, high.end - base}, {high.begin - base, low.end - base}};
       if (Plan::kSums && (hides || first + problem.row_box[r] > end)) windows.all = {0, 0};
     }
-    tables.windows[r][lane] = windows;
+    tables.windows[r][lane_of_team()] = windows;
   }
   return hides;
 }

@@ -233,14 +233,7 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups, kLanes = kMaskLanes<Plan>;
   const auto& problem = smem.problem;
   Ring<Plan::kStages> ring;
-  // The lane of the team, asked for anew each time: registers are few
-  auto lane = [] {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread - 64;
-  };
-  // Lane w of each warp says what warpgroup w does; the other lanes repeat it
-  auto looked_after = [&] { return smaller(lane() % 32, kWarpgroups - 1); };
+  const auto lane = lane_of_team;
   Ring<Plan::kRowSlots> rows;
   Cleaner<Plan> cleaner;
   auto wait = [&] {
@@ -258,8 +251,7 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   };
   for_each_tile<true>(smem, [&](const AnnouncedTile<Plan>& tile) {
     const QuadWords* next = tile.seen(mask);
-    const bool hides =
-        look_up<Plan, kLanes>(problem, mask, tile, lane(), looked_after(), smem.mask);
+    const bool hides = look_up<Plan, kLanes>(problem, mask, tile, smem.mask);
     if constexpr (kMaskedRows<Plan>) {
       if (hides) clear_rows<Plan>(smem, rows, lane());
       rows.advance(kWarpgroups);

@@ -143,9 +143,11 @@ def _producers_have_registers(problem: Problem, pass_: Pass) -> bool:
     """
     if is_dilated(problem) or (problem.has_key_mask and pass_ != FORWARD):
         return False
-    if pass_ == DKV:
-        return problem.rank == 1
-    return pass_ == FORWARD or problem.rank == 1 or max(problem.head_dim, problem.value_dim) <= 64
+    return (
+        pass_ in (FORWARD, DKV)
+        or problem.rank == 1
+        or max(problem.head_dim, problem.value_dim) <= 64
+    )
 
 
 def multiplies_ahead(problem: Problem, form: Form, pass_: Pass) -> bool:
