@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from skimage import data
 from skimage.restoration import denoise_nl_means
 
 from cuneigh import cli
+from cuneigh._backends.cpu.threads import thread_count
 from cuneigh.cli import demo
 
 PATCH, WINDOW, SIGMA = 5, 13, 0.1
@@ -106,6 +108,8 @@ def test_runs_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert facts["backend"] == "cpu on the CPU"
     assert facts["query"] == "[1, 300, 451, 1, 76] float32"
     assert facts["value"] == "[1, 300, 451, 1, 3] float32"
+    assert facts["compared"].startswith("128 x 128 pixels in the middle (with --compare: all), on ")
+    assert {"total", "exact", "fast"} <= facts.keys()
     before, after = decibels(facts)
     assert after > before + 8
     picture = np.asarray(PIL.Image.open(tmp_path / "cuneigh-demo.png"))
@@ -113,10 +117,25 @@ def test_runs_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert picture.shape[1] > 3 * 451
 
 
-def test_compares_with_scikit_image(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compares_with_scikit_image_on_one_thread(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole image with --compare; the middle of 128 x 128 pixels is tried above."""
+    threads, whole = [], demo.seconds_of_scikit_image
+
+    def seconds_of_scikit_image(*given: Any) -> dict[str, float]:
+        threads.append(thread_count())
+        return whole(*given)
+
+    monkeypatch.setattr(demo, "seconds_of_scikit_image", seconds_of_scikit_image)
+    monkeypatch.setattr(demo, "COMPARED_SIDE", 16)
+    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "3")
     PIL.Image.fromarray(data.chelsea()[:24, :20]).save("small.png")
     assert cli.main(["demo", "small.png", "--backend=cpu", "--compare"]) == 0
+    assert threads == [1]
+    assert thread_count() == 3
     facts = facts_of(capsys.readouterr().out)
+    assert facts["compared"] == "24 x 20 pixels, on one core each"
     total, exact = (float(facts[word].split()[0]) for word in ("total", "exact"))
     printed = float(facts["exact"].split(", ")[1].split()[0])
     assert printed == pytest.approx(exact / total, rel=0.02)

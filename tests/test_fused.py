@@ -319,8 +319,8 @@ ROOMY = {
     (LARGE, "float16", "forward", 32, 64, 2),
     (LARGE, "float16", "forward", 128, 64, 1),
 }
-"""Kernels that have 48 registers left or more: before they spilled, others of the same device, dtype
-and operation would."""
+"""Kernels that have 48 registers left or more: others of the same device, dtype and operation have
+fewer, and would spill first."""
 
 
 def is_full(kernel, device):
