@@ -114,7 +114,7 @@ def main() -> None:
         "neighbors": lambda: [side_by_side(cases, few) for cases in NEIGHBORS],
         "halves": lambda: [side_by_side(cases, rounds, ["forward"]) for cases in HALVES],
         "rate": lambda: rate(CASES[1], rounds),
-        "photographs": lambda: elsewhere(photographs, SIDES),
+        "photographs": lambda: [elsewhere(photograph, side) for side in SIDES],
         "scikit-image": lambda: elsewhere(scikit_image, SIDES[-1]),
     }
     for part in arguments.only:
@@ -132,7 +132,7 @@ def joined(whole: dict[str, Any], apart: dict[str, Any]) -> dict[str, Any]:
     about = {
         name: value
         for name, value in apart.items()
-        if name not in parts and value != whole.get(name)
+        if name in ("commit", "date") or (name not in parts and value != whole.get(name))
     }
     kept = {**whole.get("measured apart", {}), **dict.fromkeys(parts, about)}
     return {**whole, **parts, "measured apart": kept}
@@ -272,34 +272,33 @@ def noisy_photograph(side: int) -> np.ndarray:
     return image + noise.astype(np.float32)
 
 
-def photographs(sides: Sequence[int]) -> list[dict[str, Any]]:
+def photograph(side: int) -> dict[str, Any]:
     """Of the demo's denoising: seconds, by the clock and of the processor, and the workspace."""
     demo.denoise(demo.tensors_of(noisy_photograph(64), 5, np), 13, 0.1, "cpu")  # compiles
-    results = []
-    for side in sides:
-        image, rounds = noisy_photograph(side), []
-        for _ in range(3):
-            begin, busy = time.perf_counter(), time.process_time()
-            tensors = demo.tensors_of(image, 5, np)
-            made, busy_made = time.perf_counter(), time.process_time()
-            demo.denoise(tensors, 13, 0.1, "cpu")
-            rounds.append((
-                made - begin, time.perf_counter() - made,
-                busy_made - busy, time.process_time() - busy_made,
-            ))  # fmt: skip
-        least = [round(min(each), 3) for each in zip(*rounds, strict=True)]
-        tracemalloc.start()
-        output = demo.denoise(tensors, 13, 0.1, "cpu")
-        beyond = tracemalloc.get_traced_memory()[1] - output.nbytes
-        tracemalloc.stop()
-        results.append({
-            "side": side,
-            "s": dict(zip(("query and key", "na2d"), least[:2], strict=True)),
-            "processor s": dict(zip(("query and key", "na2d"), least[2:], strict=True)),
-            "MiB beyond the result": round(beyond / 2**20, 1),
-            "bytes a pixel": round(beyond / side**2, 1),
-        })  # fmt: skip
-    return results
+    image = noisy_photograph(side)
+    tensors = demo.tensors_of(image, 5, np)
+    tracemalloc.start()
+    output = demo.denoise(tensors, 13, 0.1, "cpu")
+    beyond = tracemalloc.get_traced_memory()[1] - output.nbytes
+    tracemalloc.stop()
+    del tensors, output
+    rounds = []
+    for _ in range(3):
+        begin, busy = time.perf_counter(), time.process_time()
+        tensors = demo.tensors_of(image, 5, np)
+        made, busy_made = time.perf_counter(), time.process_time()
+        demo.denoise(tensors, 13, 0.1, "cpu")
+        done, busy_done = time.perf_counter(), time.process_time()
+        rounds.append((made - begin, done - made, busy_made - busy, busy_done - busy_made))
+        del tensors
+    least = [round(min(each), 3) for each in zip(*rounds, strict=True)]
+    return {
+        "side": side,
+        "s": {"query and key": least[0], "na2d": least[1]},
+        "processor s": {"query and key": least[2], "na2d": least[3]},
+        "MiB beyond the result": round(beyond / 2**20, 1),
+        "bytes a pixel": round(beyond / side**2, 1),
+    }
 
 
 def scikit_image(side: int) -> dict[str, float]:
