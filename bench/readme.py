@@ -185,7 +185,22 @@ def on_a_cpu() -> str:
             *parts,
             "Growth with the tokens:\n\n" + "\n".join(growth),
             f"Memory beyond the results, 1-D 65536 tokens, k = 129: {memory}.",
+            of_photographs(results),
         ]
+    )
+
+
+def of_photographs(results: Any) -> str:
+    rows = []
+    for entry in results["photographs"]:
+        side, seconds = entry["side"], entry["processor s"]
+        times = (f"{1e6 * seconds[part] / side**2:.2f}" for part in ("query and key", "na2d"))
+        rows.append([f"{side} x {side}", *times, str(entry["bytes a pixel"])])
+    about = results["measured apart"]["photographs"]
+    columns = ["pixels", "query and key, us", "na2d, us", "workspace, bytes"]
+    return (
+        f"The demo's denoising, 13 x 13 windows and 5 x 5 patches, a pixel: time of the processor, "
+        f"and memory beyond\nthe results (commit {about['commit']}):\n\n" + table(columns, rows)
     )
 
 

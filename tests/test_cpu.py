@@ -27,7 +27,7 @@ from helpers.strategies import (
     token_counts,
     windows,
 )
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_window import parts
 from threadpoolctl import threadpool_info
@@ -191,6 +191,7 @@ def test_problems_of_many_tiles_agree_with_the_oracle(
 
 # Here and below, cuts are to be many, for which small problems will do.
 @pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=settings().max_examples // 2)  # of each of many layouts
 @given(problem=problems(budget=5_000), rng=generators(), name=cuts())
 def test_memory_layout_changes_no_bit(layout, problem, rng, name):
     strided = inputs(problem, rng, layout)

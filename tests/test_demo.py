@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from skimage import data
 from skimage.restoration import denoise_nl_means
 
 from cuneigh import cli
+from cuneigh._backends.cpu.threads import thread_count
 from cuneigh.cli import demo
 
 PATCH, WINDOW, SIGMA = 5, 13, 0.1
@@ -53,19 +55,20 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_is_non_local_means(channels: int, dtype: str) -> None:
+def test_is_non_local_means(channels: int) -> None:
     image = noisy_photograph(20, 17, channels)
-    tensors = demo.tensors_of(image.astype(dtype), PATCH, np)
-    result = demo.denoise(tensors, WINDOW, SIGMA)
+    expected = brute_force(image, SIGMA)
+    for dtype in ("float32", "float64"):
+        tensors = demo.tensors_of(image.astype(dtype), PATCH, np)
+        result = demo.denoise(tensors, WINDOW, SIGMA)
 
-    # A dot product of n terms errs by n eps |query| |key| at most, a mean of n pixels by n eps.
-    query, key = (np.linalg.norm(tensor, axis=-1).max() for tensor in tensors[:2])
-    terms = tensors.query.shape[-1] * 2 / SIGMA**2 * query * key + WINDOW**2
-    bound = np.finfo(dtype).eps * terms * abs(image).max()
-    assert result.dtype == dtype
-    assert abs(result - brute_force(image, SIGMA)).max() <= bound
+        # A dot product of n terms errs by n eps |query| |key| at most, a mean of n pixels by n eps.
+        query, key = (np.linalg.norm(tensor, axis=-1).max() for tensor in tensors[:2])
+        terms = tensors.query.shape[-1] * 2 / SIGMA**2 * query * key + WINDOW**2
+        bound = np.finfo(dtype).eps * terms * abs(image).max()
+        assert result.dtype == dtype
+        assert abs(result - expected).max() <= bound
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -105,6 +108,8 @@ def test_runs_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert facts["backend"] == "cpu on the CPU"
     assert facts["query"] == "[1, 300, 451, 1, 76] float32"
     assert facts["value"] == "[1, 300, 451, 1, 3] float32"
+    assert facts["compared"].startswith("128 x 128 pixels in the middle (with --compare: all), on ")
+    assert {"total", "exact", "fast"} <= facts.keys()
     before, after = decibels(facts)
     assert after > before + 8
     picture = np.asarray(PIL.Image.open(tmp_path / "cuneigh-demo.png"))
@@ -112,10 +117,25 @@ def test_runs_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert picture.shape[1] > 3 * 451
 
 
-def test_compares_with_scikit_image(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compares_with_scikit_image_on_one_thread(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole image with --compare; the middle of 128 x 128 pixels is tried above."""
+    threads, whole = [], demo.seconds_of_scikit_image
+
+    def seconds_of_scikit_image(*given: Any) -> dict[str, float]:
+        threads.append(thread_count())
+        return whole(*given)
+
+    monkeypatch.setattr(demo, "seconds_of_scikit_image", seconds_of_scikit_image)
+    monkeypatch.setattr(demo, "COMPARED_SIDE", 16)
+    monkeypatch.setenv("CUNEIGH_NUM_THREADS", "3")
     PIL.Image.fromarray(data.chelsea()[:24, :20]).save("small.png")
     assert cli.main(["demo", "small.png", "--backend=cpu", "--compare"]) == 0
+    assert threads == [1]
+    assert thread_count() == 3
     facts = facts_of(capsys.readouterr().out)
+    assert facts["compared"] == "24 x 20 pixels, on one core each"
     total, exact = (float(facts[word].split()[0]) for word in ("total", "exact"))
     printed = float(facts["exact"].split(", ")[1].split()[0])
     assert printed == pytest.approx(exact / total, rel=0.02)

@@ -309,10 +309,28 @@ def kernels_to_compile(device, dtype, operation):
 IN_TURN = {OLDEST: (False, True), SMALL: (True, False), LARGE: (True, True)}
 
 
+ROOMY = {
+    # device, dtype, operation, longest vector, columns, blocks
+    (OLDEST, "float16", "forward", 128, 32, 1),
+    (OLDEST, "float16", "backward", 128, 16, 1),
+    (OLDEST, "float32", "forward", 64, 16, 3),
+    (SMALL, "float32", "forward", 128, 16, 1),
+    (LARGE, "float16", "forward", 32, 32, 3),
+    (LARGE, "float16", "forward", 32, 64, 2),
+    (LARGE, "float16", "forward", 128, 64, 1),
+}
+"""Kernels that have 48 registers left or more: others of the same device, dtype and operation have
+fewer, and would spill first."""
+
+
 def is_full(kernel, device):
     """Whether `kernel` may use up the registers of `device` where others like it do not."""
     sizes, rest = sizes_of(kernel)
     longest = max(sizes["kHeadDim"], sizes["kValueDim"])
+    dtype, operation = re.search(r"Element = (\w+)", rest)[1], kernel.name.removeprefix("fused/")
+    boxes = longest, sizes["kColumns"], sizes["kBlocks"]
+    if (device, dtype, operation, *boxes) in ROOMY and sizes["kRowTiles"] == 1:
+        return False
     if kernel.name == "fused/backward" and longest == 256 and "float16" in rest:
         return all(
             f"{flag} = {str(value).lower()}" in rest
@@ -363,6 +381,7 @@ needs_nvrtc = pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit
 )
 def test_kernels_do_not_spill(device, dtype, operation, tmp_path):
     _, kernels = kernels_to_compile(device, dtype, operation)
+    assert kernels
     for (kernel, _), compiled in _jit.precompile(kernels, [device.arch], tmp_path).items():
         resources = compiled.resources
         spilled = resources.spill_stores + resources.spill_loads

@@ -244,6 +244,13 @@ def test_every_visible_pair_is_met_once(walk):
         boxes = boxes_of(tile, plan.column_box) if is_first else []
         blocks, loads = blocks + is_first, loads + len(boxes)
         boxes_of_tiles[number // work.shares] += len(boxes)
+        begin_of_tile = [begin for begin, _ in tile.columns]
+        columns = [
+            token_numbers(
+                problem.axes, column_tokens, column_groups, begins + begin_of_tile, plan.column_box
+            )
+            for begins in boxes
+        ]
         for w in range(plan.form.warpgroups):
             head, *offset = record["warpgroup"][w].tolist()
             first = np.add(tile.first, offset)
@@ -256,11 +263,7 @@ def test_every_visible_pair_is_met_once(walk):
                 query_head, key_head = reversed(pair) if pass_.rows_are_keys else pair
                 assert query_head // problem.group_size == key_head
             windows = list(windows_of(problem, pass_, record, tile, w)) if is_first else []
-            for begins in boxes:
-                begin = begins + [begin for begin, _ in tile.columns]
-                column = token_numbers(
-                    problem.axes, column_tokens, column_groups, begin, plan.column_box
-                )
+            for begins, column in zip(boxes, columns, strict=True):
                 visibility, visible = visit(pass_, windows, begins, record, words)
                 assert visibility != NONE or not plan.form.cluster
                 visits += head == 0 and visibility != NONE

@@ -33,7 +33,6 @@ COMPILED = [
     ("sm_75", "bfloat16", 3, 64, 64, "bfloat16", 1),
     ("sm_80", "float16", 3, 128, 128, "float32", 1),
     ("sm_86", "float32", 2, 32, 32, "float32", 1),
-    ("sm_90", "float16", 3, 64, 64, "float16", 1),
     ("sm_90", "float16", 1, 64, 64, "float16", 1),
     ("sm_90", "bfloat16", 3, 63, 20, None, None),
     ("sm_90", "float32", 3, 64, 64, "float32", 1),
