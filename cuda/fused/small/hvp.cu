@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
 
   SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage) {
-    const int thread = forgotten(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int thread = forgotten(threadIdx.x);
     load_stage(problem, stage, tables.qk, tables.vo, smem, 0, thread);
     load_stage<Plan, kColumnVoMoves>(problem, stage, rows.d_column_qk, rows.d_column_vo, smem, 1,
                                      thread);
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       const auto d_row_qk = operands(1, 0), d_row_vo = operands(1, kHeadDim);
       const unsigned to_tangents = tables.stage_bytes;  // from a column to its tangent
       const auto addresses = [&](int thread) -> TileAddresses<Plan> {
-        return {smem.stage_address(0), first, tables, thread % 32};
+        return {smem.stage_address(0), first, tables.tile_offset, thread % 32};
       };
       const TileAddresses<Plan> tile = addresses(thread);
       // Of sixteen columns: S and S', dP and dP'
@@ -303,8 +303,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
           // What is hidden stays 0 whatever it is multiplied with
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
-            const auto offset =
-                *reinterpret_cast<const uint2*>(&tables.tile_offset[n + t * 8 + lane % 4 * 2]);
+            const uint2 offset = tile.pair(n + t * 8);
             const unsigned column[2] = {offset.x / kColumnBytes<Plan>,
                                         offset.y / kColumnBytes<Plan>};
             const float2 statistics[2] = {of_first[column[0]], of_first[column[1]]};
