@@ -4,8 +4,9 @@
 
 A jvp is compared with a forward, and a gradient penalty (the gradient of the squared gradients)
 with a step, which is a forward and its backward; all in bfloat16. "along" is the gradient of the
-gradients along given directions: a penalty without PyTorch's arithmetic for the squares. Memory is
-the peak of PyTorch's allocations beyond what was there before, in units of the output.
+gradients along given directions: a penalty without PyTorch's arithmetic for the squares, which
+"squares" has alone, with its gradient. Memory is the peak of PyTorch's allocations beyond what was
+there before, in units of the output.
 """
 
 from __future__ import annotations
@@ -76,6 +77,12 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         total = sum(gradient.float().square().sum() for gradient in gradients)
         return torch.autograd.grad(total, leaves)
 
+    directions = [array.clone().requires_grad_() for array in ways]
+
+    def squares() -> Any:
+        total = sum(direction.float().square().sum() for direction in directions)
+        return torch.autograd.grad(total, directions)
+
     def along(backend: str | None) -> Any:
         return torch.autograd.grad(step(backend, create_graph=True), leaves, ways)
 
@@ -91,6 +98,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         found[f"jvp {backend}"] = {**made, "forwards": round(made["ms"] / forward["ms"], 2)}
     if case["name"] in SECOND:
         found["step"] = first = figure(step, unit)
+        found["squares"] = figure(squares, unit)
         for backend in (None, "fused", "naive"):
             for name, compute in (("second order", penalty), ("second order along", along)):
                 second = figure(lambda compute=compute, backend=backend: compute(backend), unit)

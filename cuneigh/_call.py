@@ -131,6 +131,8 @@ class Call:
         """`query_start` and `key_start` of the public function, if they are known."""
         self._programs: dict[tuple[Layout, ...], Program] = {}
         self._gradients: dict[tuple[bool, ...], Call] = {}
+        self.derived: dict[Any, Call] = {}
+        """Calls that derivatives of this one take, by what they are told."""
 
     def compute(self, arrays: Sequence[Any]) -> list[Any]:
         """Arrays of the caller's framework for the results, None where not wanted.
@@ -272,6 +274,7 @@ class Call:
             starts=starts,
             _parts=(self, query, key),
             _gradients={},
+            derived={},
             _start_words=tuple(words),
         )
         return moved

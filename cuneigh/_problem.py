@@ -268,7 +268,16 @@ class Problem:
 
     def but(self, operation: Operation, **changes: Any) -> Problem:
         """The problem of another operation on the same windows."""
-        return replace(self, operation=operation, **changes)
+        if changes:
+            return replace(self, operation=operation, **changes)
+        if operation not in self._of_others:
+            self._of_others[operation] = replace(self, operation=operation)
+        return self._of_others[operation]
+
+    @cached_property
+    def _of_others(self) -> dict[Operation, Problem]:
+        """Those of other operations that were asked for."""
+        return {}
 
     @cached_property
     def _specs(self) -> dict[str, Spec]:

@@ -171,7 +171,7 @@ def perform(
                 Operands(*map(given.get, TANGENTS)),
                 OfResults(given.get("tangent_grad_output"), given.get("tangent_grad_lse")),
                 gradients,
-                OfResults(results["tangent_output"], results["tangent_lse"]),
+                OfResults(results.get("tangent_output"), results.get("tangent_lse")),
                 space,
             )
         case "qk":

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,6 +167,17 @@ def test_every_operation_agrees_with_the_oracle(operation, data, rng, layout, na
     problem = data.draw(problems(operations=(operation,), ordinary=data.draw(st.booleans())))
     with cut(name):
         check_backend(cpu, problem, inputs(problem, rng, layout))
+
+
+@pytest.mark.parametrize("operation", ["backward", "jvp", "hvp", "qk", "qk_backward"])
+@settings(max_examples=8)
+@given(data=st.data(), rng=generators(), name=cuts(), scale=st.sampled_from([1.2e-38, -1e-40]))
+def test_tiny_scales_cost_no_digits(operation, data, rng, name, scale):
+    """Results are subnormal numbers; terms that are, too, would add up their errors."""
+    problem = data.draw(problems(operations=(operation,), dtypes=("float32",), budget=3_000))
+    problem = replace(problem, scale=float(np.float32(scale)))
+    with cut(name):
+        check_backend(cpu, problem, inputs(problem, rng))
 
 
 # The cut does not depend on the dtype: any dtype of sums will do.

@@ -228,6 +228,48 @@ def test_second_order_holds_no_logits_in_pytorch(operations):
         assert set(operations) <= {"forward", "backward", "jvp", "hvp"}
 
 
+def test_only_derivatives_that_are_needed_are_computed_in_pytorch(monkeypatch):
+    """The tangent of the output is, where somebody asks how the gradients change with theirs."""
+    made, hvp = [], cpu.hvp
+
+    def noting(*given):
+        made.append(given[7].output is not None)
+        hvp(*given)
+
+    monkeypatch.setattr(cpu, "hvp", noting)
+    query, grad_output = torch.randn(2, 1, 6, 1, 2, dtype=torch.float64)
+    for needs in (False, True):
+        leaves = [query.clone().requires_grad_(), grad_output.clone().requires_grad_(needs)]
+        output = cuneigh.na1d(leaves[0], query, leaves[0], 3)
+        (gradient,) = torch.autograd.grad(output, leaves[0], leaves[1], create_graph=True)
+        gradient.square().sum().backward()
+        assert (leaves[1].grad is not None) == needs
+    assert made == [False, True]
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_what_is_computed_without_gradients_is_constant_in_pytorch(around):
+    """Its tangents as well, for transformations around it."""
+    query, key, way = torch.randn(3, 1, 4, 1, 2, dtype=torch.float64)
+    without = torch.no_grad()
+
+    def both(query, outer, inner):
+        function = inner(lambda key: cuneigh.na1d(query, key, key, 3))
+        return outer(lambda: torch.func.jvp(function, (key,), (way,)))()
+
+    outer, inner = (without, lambda same: same)[:: 1 if around else -1]
+    for number, part in enumerate(both(query, outer, inner)):
+
+        def product(query, number=number):
+            return (both(query, outer, inner)[number] * query).sum()
+
+        assert torch.equal(torch.func.grad(product)(query), part)
+        twice = torch.func.vmap(torch.func.grad(product))(torch.stack([query, query]))
+        torch.testing.assert_close(twice[1], part)
+        _, along = torch.func.jvp(product, (query,), (query,))  # forward mode goes on
+        assert (along - (part * query).sum()).abs() > 1e-6
+
+
 def test_second_order_holds_no_logits_in_jax(operations):
     def function(query):
         return cuneigh.na1d(query, query * 2, query, 3)

@@ -13,6 +13,7 @@ from helpers.strategies import inputs
 
 from cuneigh._backends import fused, naive
 from cuneigh._backends.fused import launch
+from cuneigh._backends.fused import plan as fused_plan
 from cuneigh._backends.fused.small import plan as small_plan
 from cuneigh._gpu.passes import FORWARD, JVP
 from cuneigh._parameters import window_arguments
@@ -56,6 +57,23 @@ def test_tangents_of_small_windows_agree_with_the_oracle(tmp_path, monkeypatch):
             emulator.check(fused, problem, seed)
             checked += 1
     assert checked > 1
+
+
+def test_second_order_of_small_windows_agrees_with_the_oracle(tmp_path, monkeypatch):
+    """With a mask, and queries in several stages."""
+    window = window_arguments("test", 1, 33, 1, 1, False)
+    query, key = (Spec((2, 70, heads, 32), "float16") for heads in (2, 1))
+    mask = Spec((2, 70), "bool")
+    problem = attention_problem("test", "hvp", query, key, key, window, *(None,) * 5, mask)
+
+    def choose_plan(problem, device, pass_, *_):
+        if pass_ == JVP:
+            return fused_plan.make_plan(problem, device, pass_)
+        plans = small_plan.plans_to_try(problem, device, pass_, 1000)
+        return next(plan for plan in plans if plan.one_stage != pass_.rows_are_keys)
+
+    monkeypatch.setattr(launch, "choose_plan", choose_plan)
+    Emulator(tmp_path).check(fused, problem, 0)
 
 
 def test_a_block_of_small_windows_looks_at_masks_ahead(tmp_path, monkeypatch):

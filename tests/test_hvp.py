@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from helpers.accuracy import check_backend, run_backend
 from helpers.calls import framework
+from helpers.expected import forward_results
 from helpers.gpu_arrays import NATIVE
 from helpers.illegal import call_of
-from helpers.strategies import array, generators, inputs, layouts, problems
+from helpers.strategies import array, generators, inputs, layouts, numpy_dtype, problems
 from helpers.tensors import DEVICES
 from helpers.toy_kernel import needs_nvrtc
 from hypothesis import assume, given, settings
@@ -21,6 +22,9 @@ from hypothesis import strategies as st
 import cuneigh
 from cuneigh import _device, _jit, reference
 from cuneigh._backends import cpu, fused, gemm, naive, serving
+from cuneigh._backends.fused.small import launch as small_launch
+from cuneigh._backends.fused.small import plan as small_plan
+from cuneigh._gpu.passes import HVP_DQ
 from cuneigh._problem import DIFFERENTIATED, OfResults, Operands, Problem, Spec
 from cuneigh._programs import rehearse
 from cuneigh._window import Axis
@@ -144,6 +148,33 @@ def test_the_kernels_of_fused_keep_all_in_registers(capability, dtype, dim, tmp_
         resources = compiled.resources
         assert resources.registers > 0
         assert resources.spill_stores + resources.spill_loads == 0
+
+
+@needs_nvrtc
+def test_the_fullest_kernel_for_small_windows_does_not_spill(tmp_path):
+    problem = replace(line(70, 9), dtype="bfloat16", head_dim=64, value_dim=64, has_key_mask=True)
+    problem = replace(problem, axes=problem.axes * 3)
+    form, columns = small_plan.Form(4, 2, 2), small_plan.MOST_KEPT
+    assert columns in small_plan.forms(problem, (9, 0), HVP_DQ, True)[form]
+    kernel = small_launch.kernel(problem, HVP_DQ, form, columns, one_stage=True, grad_moves=True)
+    ((_, compiled),) = _jit.precompile([kernel], ["sm_90"], tmp_path).items()
+    assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0
+
+
+@given(problem=hvps(budget=500), rng=generators())
+@settings(max_examples=20)
+def test_tangents_of_results_are_made_where_they_are_wanted(problem, rng):
+    asked = inputs(problem, rng)
+    whole = run_backend(cpu, problem, asked)
+    specs = problem.gradient_specs
+    gradients = Operands(*(s and np.empty(s.shape, numpy_dtype(s.dtype)) for s in specs))
+    results = OfResults(*forward_results(problem, asked.operands))
+    incoming = OfResults(asked.grad_output, asked.grad_lse)
+    given = problem, asked.operands, results, incoming, asked.tangents, asked.tangents_incoming
+    cpu.hvp(*given, gradients, OfResults(), np.empty)
+    for name, gradient in gradients._asdict().items():
+        if gradient is not None:
+            np.testing.assert_array_equal(gradient, whole[f"grad {name}"])
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cuneigh import _device, _jit, reference
-from cuneigh._backends import cpu, fused, gemm, naive, serving
+from cuneigh._backends import choose, cpu, fused, gemm, naive, serving
 from cuneigh._problem import JvpResults, Operands, Problem
 from cuneigh._window import Axis
 
@@ -91,6 +91,24 @@ def test_only_what_is_wanted_is_computed(problem, rng):
         wanted = JvpResults(**{name: np.full_like(whole[name], np.nan)})
         cpu.jvp(problem, asked.operands, asked.tangents, wanted, np.empty)
         np.testing.assert_array_equal(getattr(wanted, name), whole[name])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kernel_size", "dim", "backend"),
+    [
+        ((4096,), 65, 64, "fused"),
+        ((56, 56), 7, 32, "fused"),
+        ((128, 128), 7, 64, "fused"),
+        ((64, 64), 13, 64, "hopper"),
+        ((256, 256), 80, 128, "hopper"),
+    ],
+)
+def test_the_faster_kernel_is_chosen(tokens, kernel_size, dim, backend):
+    """As they were measured on an H200 (bench/NOTES.md)."""
+    axes = tuple(Axis(length, length, kernel_size, 1, 1, False) for length in tokens)
+    problem = Problem("jvp", "bfloat16", 8, 8, 8, dim, dim, axes, dim**-0.5)
+    device = replace(_device.of_capability((9, 0)), sm_count=132)
+    assert backend == choose(problem, device, None).NAME
 
 
 @needs_nvrtc

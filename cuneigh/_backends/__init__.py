@@ -140,6 +140,7 @@ class Backend(Protocol):
     ) -> None:
         """Fill `gradients`, with the tangents of a backward's, and `tangents_of_results`.
 
+        These are None where they are not wanted.
         `results` are those of the forward and `incoming` their gradients, of which that of lse may
         be None. So may either of `tangents_incoming`, where it is 0.
         """

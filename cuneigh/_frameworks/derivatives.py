@@ -99,7 +99,7 @@ def tangents_of(
         if not any(tangents.get(name) is not None for name in DIFFERENTIATED):
             changed = {name: tangents.get(name) for name in INCOMING}
             return apply(problem, {**arrays, **changed, **filled(problem, changed, INCOMING[:1])})
-        return hvp(problem, arrays, tangents, calculus)
+        return hvp(problem, arrays, tangents, calculus, of_results=False)
     if operation == "qk":
         return {"logits": _logits(problem, arrays, tangents, calculus)}
     if operation == "av":
@@ -113,11 +113,17 @@ def tangents_of(
 
 
 def gradients_of(
-    problem: Problem, arrays: Named, results: Named, incoming: Named, calculus: Calculus
+    problem: Problem,
+    arrays: Named,
+    results: Named,
+    incoming: Named,
+    calculus: Calculus,
+    needed: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The gradients of the arguments of an operation that is not composed.
 
-    `incoming` has those of the results, by their names, at least one of them.
+    `incoming` has those of the results, by their names, at least one of them. Those of arguments
+    that are not `needed` may be absent.
     """
     operation = problem.operation
     if operation == "forward":
@@ -142,8 +148,9 @@ def gradients_of(
         back = {f"tangent_{name}": gradient for name, gradient in made.items()}
         return {**back, **gradients_of_operands(problem, arrays, results, incoming, calculus)}
     if operation == "backward":
-        made = hvp(problem, arrays, incoming, calculus)
-        back = {f"grad_{name}": made[f"tangent_{name}"] for name in OfResults._fields}
+        of_results = needed is None or any(name in needed for name in INCOMING)
+        made = hvp(problem, arrays, incoming, calculus, of_results)
+        back = {f"grad_{name}": made.get(f"tangent_{name}") for name in OfResults._fields}
         return {**made, **back}
     (name,) = (name for name in arrays if name.startswith("grad_"))
     if operation == "qk_backward":
@@ -171,15 +178,21 @@ def gradients_of_operands(
         return calculus.apply(problem.but("backward"), {**given, **of_results})
     given |= {**of_tangents, **calculus.filled(problem, of_tangents, INCOMING[:1])}
     directions = {name: arrays.get(f"tangent_{name}") for name in DIFFERENTIATED}
-    return hvp(problem, given, {**directions, **of_results}, calculus)
+    return hvp(problem, given, {**directions, **of_results}, calculus, of_results=False)
 
 
-def hvp(problem: Problem, arrays: Named, moved: Named, calculus: Calculus) -> dict[str, Any]:
-    """The results of an hvp at the arguments of a backward, some of which move."""
+def hvp(
+    problem: Problem, arrays: Named, moved: Named, calculus: Calculus, of_results: bool
+) -> dict[str, Any]:
+    """The results of an hvp at the arguments of a backward, some of which move.
+
+    `of_results` says whether the tangents of output and lse are wanted, too.
+    """
     directions = calculus.filled(problem, moved, DIFFERENTIATED)
     directions |= {name: moved[name] for name in INCOMING if moved.get(name) is not None}
     given = {f"tangent_{name}": array for name, array in directions.items()}
-    return calculus.apply(problem.but("hvp"), {**arrays, **given})
+    wanted = None if of_results else DIFFERENTIATED
+    return calculus.apply(problem.but("hvp"), {**arrays, **given}, wanted)
 
 
 def _logits(problem: Problem, arrays: Named, moved: Named, calculus: Calculus) -> Any:

@@ -1,18 +1,33 @@
-"""What the kernels of an hvp that give every token to a group of lanes have in common."""
+"""What an hvp of several backends has in common."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.program import Program
 from cuneigh._gpu.rows import RowPlan, attention_plan
 from cuneigh._gpu.views import Views
-from cuneigh._problem import Operands, Problem
+from cuneigh._problem import OfResults, Operands, Problem
+
+
+def all_of(problem: Problem, wanted: OfResults, program: Program) -> OfResults:
+    """The tangents of both results, in workspace where they are not wanted."""
+    specs = problem.output, problem.lse
+    return OfResults(
+        *(
+            program.allocate(*spec) if array is None else array
+            for array, spec in zip(wanted, specs, strict=True)
+        )
+    )
 
 
 @dataclass(frozen=True)
 class HvpArrays:
-    """The arrays of an hvp, its head vectors contiguous, and what it computes of every query."""
+    """What kernels take that give every token to a group of lanes.
+
+    They are the arrays of an hvp, its head vectors contiguous, and what it computes of every query.
+    """
 
     operands: Operands
     tangents: Operands

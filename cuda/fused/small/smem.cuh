@@ -153,7 +153,7 @@ struct SmallSmem {
     return kByTma ? reinterpret_cast<unsigned*>(column_offsets())[column]
                   : column_offsets()[column].extra;
   }
-  // Of the columns of the stage at hand, where they are queries: [stage_columns].
+  // Of the columns of the stage at hand, where they are queries, in each buffer: [stage_columns].
   __device__ float2* statistics() {
     const int columns = tables.stage_columns;
     const int units = !kByTma ? columns : Plan::kRowsAreKeys ? ceil_div(columns, 4) : 0;
@@ -162,7 +162,7 @@ struct SmallSmem {
   // What is visible to a lane's rows of the warp's tile in a stage: [stages, kWarps, 32].
   __device__ LaneMasks<Plan>& visible(int stage, int warp, int lane) {
     auto* masks = reinterpret_cast<LaneMasks<Plan>*>(
-        statistics() + (Plan::kRowsAreKeys ? tables.stage_columns : 0));
+        statistics() + (Plan::kRowsAreKeys ? Plan::kBuffers * tables.stage_columns : 0));
     return masks[(stage * Plan::kWarps + warp) * 32 + lane];
   }
   // Where the first column of a warp's tile lies in a stage, plus 16 times its phase, or by TMA its

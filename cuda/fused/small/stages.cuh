@@ -60,8 +60,9 @@ __device__ Element* first_column_of(const SmallWindowProblem<Plan::kRank>& probl
   return offset_by(origin.data, units);
 }
 
-// Copies both vectors of every column of a stage, out of arrays with these origins.
-template <typename Plan, int kRowDim>
+// Copies both vectors of every column of a stage, or the qk vectors alone, out of arrays with these
+// origins.
+template <typename Plan, bool kVo = true, int kRowDim>
 __device__ void load_stage(const SmallWindowProblem<Plan::kRank>& problem, const StageOf& stage,
                            const Origin<const typename Plan::Element>& qk_origin,
                            const Origin<const typename Plan::Element>& vo_origin,
@@ -91,12 +92,12 @@ __device__ void load_stage(const SmallWindowProblem<Plan::kRank>& problem, const
       if (i * kStride >= left) continue;
       const ColumnOffsets column = {offset[i].x, offset[i].y, offset[i].z, offset[i].w};
       const unsigned address = target + column.in_stage;
-      if constexpr (kTogether) {
+      if constexpr (kTogether && kVo) {
         const unsigned units = of_qk ? column.qk : column.vo;
         copy_16_bytes(chunk_address(address, chunk), offset_by(either, units));
       } else {
         if (of_qk) copy_16_bytes(chunk_address(address, chunk), offset_by(qk, column.qk));
-        if (chunk < kVoChunks)
+        if (kVo && chunk < kVoChunks)
           copy_16_bytes(chunk_address(address, kQkChunks + chunk), offset_by(vo, column.vo));
       }
     }

@@ -132,13 +132,12 @@ def backward(
         keys = read_halo(box, inputs, "key", masked, space, vectors=True)
         values = read_halo(box, inputs, "value", masked, space, vectors=False)
         query = read_tile(box, inputs.query, space, "query")
-        query *= problem.scale
         grad_out = read_tile(box, grad_rows, space, "grad output")
         delta = row_sums(grad_out, read_tile(box, out_rows, space, "output"))
         if grad_lse_rows is not None:
             delta -= read_tile(box, grad_lse_rows, space, "grad lse")[..., 0]
 
-        columns = transposed(box, query, 1, space, "query columns")
+        columns = transposed(box, query, problem.scale, space, "query columns")
         weights = space("weights", *box.lead, box.tile.keys, box.tile.width)
         row_lse = read_tile(box, lse_rows, space, "lse")[..., 0]
         row_lse[row_lse == -np.inf] = 0
@@ -179,6 +178,11 @@ def flat_bias(problem: Problem, rpb: Array | None) -> Array | None:
 def fill_logits(box: Box, keys: Halo, columns: Array, bias: Array | None, logits: Array) -> None:
     """Fill ``logits[lead, keys, width]`` from scaled queries ``columns[lead, dim, width]``."""
     keys.times(columns, logits)
+    add_bias(box, bias, logits)
+
+
+def add_bias(box: Box, bias: Array | None, logits: Array) -> None:
+    """Add `bias`, if there is any, to ``logits[lead, keys, width]``."""
     if bias is not None:
         grouped = logits.reshape(*box.lead, box.tile.keys, box.tile.group_size, box.tile.queries)
         grouped[..., : box.tile.halo, :, :] += tile_bias(box, bias)

@@ -72,10 +72,15 @@ def bias_gradient(box: Box, grad_logits: Array) -> Array:
 
 
 class Sums:
-    """The gradients that boxes share, to which every box adds."""
+    """The gradients that boxes share, to which every box adds.
+
+    Those of keys lack the factor `scale` until they are stored. It may be so small that products
+    with it are subnormal numbers, of which sums would have lost most digits.
+    """
 
     def __init__(self, problem: Problem, gradients: Operands, allocate: Any) -> None:
         self._gradients = gradients._replace(query=None)
+        self._scale = problem.scale
         self._sums = Operands(
             *(
                 None if gradient is None else self._zeros(gradient, problem, allocate)
@@ -115,6 +120,9 @@ class Sums:
 
     def store(self) -> None:
         """Bring the sums to where they belong."""
+        for total in (self._sums.key, self._sums.additional_keys):
+            if total is not None and self._scale != 1:
+                total *= self._scale
         for gradient, total in zip(self._gradients, self._sums, strict=True):
             if gradient is not None and gradient is not total:
                 gradient[...] = total

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cuneigh._backends.cpu.attention import fill_logits, flat_bias, row_sums
+from cuneigh._backends.cpu.attention import add_bias, fill_logits, flat_bias, row_sums
 from cuneigh._backends.cpu.boxes import (
     Workspace,
     column_sums,
@@ -72,18 +72,12 @@ def hvp(
             read_tile(box, of.query, where, "query")
             for of, where in ((primal, space), (moved, beside))
         )
-        query *= problem.scale
-        query_tangent *= problem.scale
-        columns, column_tangents = (
-            transposed(box, tile, 1, where, "query columns")
-            for tile, where in ((query, space), (query_tangent, beside))
-        )
-
         # P
         shape = *box.lead, box.tile.keys, box.tile.width
         weights = space("weights", *shape)
         row_lse = read_tile(box, lse_rows, space, "lse")[..., 0]
         row_lse[row_lse == -np.inf] = 0
+        columns = transposed(box, query, problem.scale, space, "query columns")
         fill_logits(box, keys, columns, bias, weights)
         weights -= row_lse[..., None, :]
         hide(box, weights)
@@ -92,19 +86,27 @@ def hvp(
 
         # lse' and P'
         moving, half = beside("weights", *shape), space("term", *shape)
-        fill_logits(box, keys, column_tangents, bias_tangent, moving)
+        columns, column_tangents = (
+            transposed(box, of, 1, where, "query columns")
+            for of, where in ((query, space), (query_tangent, beside))
+        )
+        keys.times(column_tangents, moving)
         moving += key_tangents.times(columns, half)
+        moving *= problem.scale  # of numbers scaled before most digits may be lost
+        add_bias(box, bias_tangent, moving)
         moving *= weights
         clear_hidden(box, masked, moving)
         lse_tangent = column_sums(moving)
         moving -= np.multiply(weights, lse_tangent[..., None, :], out=half)
-        write_tile(box, lse_tangent_rows, lse_tangent[..., None])
+        if lse_tangent_rows is not None:
+            write_tile(box, lse_tangent_rows, lse_tangent[..., None])
 
         # O'
         dims = *box.lead, box.tile.width, problem.value_dim
         output_tangent = values.sums(box, moving, space("output tangent", *dims))
         output_tangent += value_tangents.sums(box, weights, space("sums of tangents", *dims))
-        write_tile(box, out_tangent_rows, output_tangent)
+        if out_tangent_rows is not None:
+            write_tile(box, out_tangent_rows, output_tangent)
 
         # dV', delta and delta'
         grad_out = read_tile(box, grad_rows, space, "grad output")

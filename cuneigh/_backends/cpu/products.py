@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cuneigh._backends.cpu.attention import fill_logits, flat_bias
+from cuneigh._backends.cpu.attention import add_bias, flat_bias
 from cuneigh._backends.cpu.boxes import (
     Workspace,
     fill_masked,
@@ -88,9 +88,11 @@ def qk(problem: Problem, operands: Operands, logits: Array, allocate: Any) -> No
         masked = masked_keys(box, inputs)
         keys = read_halo(box, inputs, "key", masked, space, vectors=False)
         tile = view_tile(box, inputs.query, space, "query")
-        columns = transposed(box, tile, problem.scale, space, "query columns")
+        columns = transposed(box, tile, 1, space, "query columns")
         slots = Slots(box, space)
-        fill_logits(box, keys, columns, bias, slots.dense)
+        dense = keys.times(columns, slots.dense)
+        dense *= problem.scale  # of numbers scaled before most digits may be lost
+        add_bias(box, bias, dense)
         fill_masked(masked, slots.dense, -np.inf)
         write_tile(box, logit_rows, slots.select(-np.inf))
 
@@ -114,7 +116,6 @@ def qk_backward(
         grad_query = keys.sums(box, dense, tile_space(box, space, "grad query", problem.head_dim))
         grad_query *= problem.scale
         write_tile(box, query_gradient, grad_query)
-        query *= problem.scale
         key, additional_keys = halo_gradients(box, dense, query, masked, space, "grad key")
         rpb = None if operands.rpb is None else bias_gradient(box, dense)
         return BoxGradients(box, key=key, additional_keys=additional_keys, rpb=rpb)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cuneigh._backends.cpu.attention import fill_logits, flat_bias
+from cuneigh._backends.cpu.attention import add_bias, fill_logits, flat_bias
 from cuneigh._backends.cpu.boxes import (
     Workspace,
     column_sums,
@@ -55,20 +55,15 @@ def jvp(
             read_halo(box, of, "value", masked, where, vectors=True)
             for of, where in ((primal, space), (moved, beside))
         )
-        columns, column_tangents = (
-            transposed(
-                box,
-                read_tile(box, of.query, space, name),
-                problem.scale,
-                space,
-                f"{name} columns",
-            )
-            for of, name in ((primal, "query"), (moved, "query tangent"))
+        query, query_tangent = (
+            read_tile(box, of.query, where, "query")
+            for of, where in ((primal, space), (moved, beside))
         )
 
         # The exponentials of the logits less the maximum of their row: P, but for their sum
         shape = *box.lead, box.tile.keys, box.tile.width
         weights = space("weights", *shape)
+        columns = transposed(box, query, problem.scale, space, "query columns")
         fill_logits(box, keys, columns, bias, weights)
         hide(box, weights)
         fill_masked(masked, weights, -np.inf)
@@ -81,8 +76,14 @@ def jvp(
 
         # P dS
         moving, half = space("weight tangents", *shape), space("logit tangents", *shape)
-        fill_logits(box, keys, column_tangents, bias_tangent, moving)
+        columns, column_tangents = (
+            transposed(box, of, 1, where, "query columns")
+            for of, where in ((query, space), (query_tangent, beside))
+        )
+        keys.times(column_tangents, moving)
         moving += key_tangents.times(columns, half)
+        moving *= problem.scale  # of numbers scaled before most digits may be lost
+        add_bias(box, bias_tangent, moving)
         moving *= weights
         if not np.isfinite(column_sums(moving)).all():  # not 0 * inf
             np.copyto(moving[..., : box.tile.halo, :], 0, where=~visible(box))

@@ -17,7 +17,7 @@ from cuneigh._backends.fused.split import plan as split_plan
 from cuneigh._backends.fused.split.plan import SplitPlan
 from cuneigh._device import Device
 from cuneigh._gpu import rates as gpu_rates
-from cuneigh._gpu.passes import DKV, DQ, FORWARD, Pass
+from cuneigh._gpu.passes import DKV, DQ, FORWARD, HVP_DQ, JVP, Pass
 from cuneigh._gpu.rates import CYCLES, LAUNCH_MS
 from cuneigh._problem import Problem
 
@@ -77,6 +77,7 @@ def _choose_plan(
         split = split_plan.make_plan(problem, device, pass_, rates.split)
     plan = fused_plan.make_plan(problem, device, pass_, rates.walks)
     cycles: float = _walk_cycles(problem, device, plan, pass_, rates.walks)
+    cycles += CYCLES * _ms_before(problem, device, pass_, plan, rates)
     multiprocessors = max(device.sm_count, 1)
     others: list[tuple[float, Plan]] = []
     if small is not None:
@@ -130,14 +131,25 @@ def plans(problem: Problem, device: Device) -> dict[str, tuple[Plan, ...]]:
 def predicted_ms(problem: Problem, device: Device) -> float:
     """How long a call with the plans for `device` is expected to take, in milliseconds."""
     rates, milliseconds = rates_of(device), 0.0
-    if problem.operation == "hvp":
-        milliseconds += predicted_ms(problem.but("jvp"), device)
     for _, part in parts(problem):
         of = {
             pass_.name: _choose_plan(part, device, pass_, True, True, True, rates)
             for pass_ in passes(problem)
         }
         milliseconds += model(part, device, of, rates)
+        if HVP_DQ.name in of:
+            milliseconds += _ms_before(part, device, HVP_DQ, of[HVP_DQ.name], rates)
+    return milliseconds
+
+
+def _ms_before(problem: Problem, device: Device, pass_: Pass, plan: Plan, rates: Rates) -> float:
+    """Milliseconds of what the kernels of a pass need: an hvp of any windows begins with a jvp."""
+    if pass_ != HVP_DQ or not isinstance(plan, FusedPlan):
+        return 0.0
+    of, milliseconds = problem.but("jvp"), 0.0
+    for _, part in parts(of):
+        jvp = _choose_plan(part, device, JVP, True, True, True, rates)
+        milliseconds += _pass_ms(part, device, JVP, jvp, rates)
     return milliseconds
 
 

@@ -79,69 +79,85 @@ def hvp(
         operands._replace(query=query),
         tangents._replace(query=tangent_query),
     )
+    mask = operands.key_mask
     grad_output, tangent_grad_output = _alike_in_memory(
         readable(incoming.output, program), readable(tangents_incoming.output, program), program
     )
-    moved = JvpResults(None, None, *tangents_of_results)
-    jvp(problem.but("jvp"), operands, tangents, moved, program)
+    tangent_output, tangent_lse = tangents_of_results
+    if tangent_lse is None:
+        tangent_lse = program.allocate(*problem.lse)
     statistics, tangent_statistics = (
         program.allocate((*results.lse.shape, 2), "float32") for _ in range(2)
     )
-    outputs = readable(results.output, program), tangents_of_results.output
-    sums.hvp_delta(
-        problem,
-        OfResults(grad_output, incoming.lse),
-        OfResults(tangent_grad_output, tangents_incoming.lse),
-        OfResults(outputs[0], results.lse),
-        tangents_of_results,
-        (statistics, tangent_statistics),
-        program,
+    both = (
+        (operands, grad_output, statistics),
+        (tangents, tangent_grad_output, tangent_statistics),
     )
-
-    both = operands, tangents
     key_bytes = load_width(
-        [each for of in (*both, gradients) for each in (of.query, of.key)]
-        + [of.additional_keys for of in both]
+        [each for of in (operands, tangents, gradients) for each in (of.query, of.key)]
+        + [of.additional_keys for of in (operands, tangents)]
     )
     value_bytes = load_width(
-        [of.value for of in (*both, gradients)]
-        + [of.additional_values for of in both]
+        [of.value for of in (operands, tangents, gradients)]
+        + [of.additional_values for of in (operands, tangents)]
         + [grad_output, tangent_grad_output]
     )
+    grad_moves = tangent_grad_output is not None
     for pass_ in passes(problem):
         by_keys = pass_.rows_are_keys
+        made = (gradients.key, gradients.value) if by_keys else (gradients.query, None)
+        # Both vectors of the rows, and of the columns
+        vectors = [
+            (of.key, of.value, of.query, grad) if by_keys else (of.query, grad, of.key, of.value)
+            for of, grad, _ in both
+        ]
+        plan = plan_of(program, problem, pass_, [*vectors[0], *vectors[1], *made], mask)
+        if isinstance(plan, SmallPlan):  # `HvpArguments` of cuda/fused/small/hvp.cu
+            arrays = mask_of(problem, operands)
+            for each, (_, _, numbers) in zip(vectors, both, strict=True):
+                arrays += [*((array, "vectors") for array in each), (numbers, "pairs")]
+            arrays += ((array, "vectors") for array in made)
+            of_queries = tangent_lse, results.lse, incoming.lse, tangents_incoming.lse
+            arrays += ((None if by_keys else array, "scalars") for array in of_queries)
+            small.launch(program, problem, pass_, plan, arrays, grad_moves)
+            if not by_keys and tangent_output is not None:
+                moved = JvpResults(tangent_output=tangent_output)
+                jvp(problem.but("jvp"), operands, tangents, moved, program)
+            continue
+        assert isinstance(plan, FusedPlan), "there is no other kernel for it"
+        if not by_keys:  # the kernels for small windows compute the statistics themselves
+            if tangent_output is None:
+                tangent_output = program.allocate(*problem.output)
+            moved = JvpResults(tangent_output=tangent_output, tangent_lse=tangent_lse)
+            jvp(problem.but("jvp"), operands, tangents, moved, program)
+            sums.hvp_delta(
+                problem,
+                OfResults(grad_output, incoming.lse),
+                OfResults(tangent_grad_output, tangents_incoming.lse),
+                OfResults(readable(results.output, program), results.lse),
+                OfResults(tangent_output, tangent_lse),
+                (statistics, tangent_statistics),
+                program,
+            )
         views = Views(problem.rank)  # `HvpArguments` of cuda/fused/hvp.cu
-        views.mask(operands.key_mask)
-        for of, grad, numbers in (
-            (operands, grad_output, statistics),
-            (tangents, tangent_grad_output, tangent_statistics),
-        ):
-            of_queries, of_keys = (of.query, grad), (of.key, of.value)
-            rows, columns = (of_keys, of_queries) if by_keys else (of_queries, of_keys)
-            views.vectors(*rows, *columns)
+        views.mask(mask)
+        for each, (of, _, numbers) in zip(vectors, both, strict=True):
+            views.vectors(*each)
             if by_keys:
                 views.additional(None, None)
             else:
                 views.additional(of.additional_keys, of.additional_values)
             views.bias(of.rpb)
             views.pairs(numbers)
-        views.vectors(*(gradients.key, gradients.value) if by_keys else (gradients.query, None))
-        plan = plan_of(program, problem, pass_, ())
-        assert isinstance(plan, FusedPlan), "there is no other kernel for it"
-        grad_moves = tangent_grad_output is not None
+        views.vectors(*made)
         launch_pass(program, problem, pass_, plan, key_bytes, value_bytes, views, grad_moves)
 
-    arrays = HvpArrays(
-        operands,
-        tangents,
-        grad_output,
-        tangent_grad_output,
-        results.lse,
-        tangents_of_results.lse,
-        statistics.component(1),
-        tangent_statistics.component(1),
+    of_rows = HvpArrays(
+        *(operands, tangents, grad_output, tangent_grad_output),
+        *(results.lse, tangent_lse),
+        *(statistics.component(1), tangent_statistics.component(1)),
     )
-    sums.hvp_gradients(problem, arrays, gradients, program)
+    sums.hvp_gradients(problem, of_rows, gradients, program)
 
 
 def _alike(operands: Operands, tangents: Operands, program: Program) -> tuple[Operands, Operands]:

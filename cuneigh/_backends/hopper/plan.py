@@ -285,9 +285,11 @@ OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, ma
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
 OF_DKV_AHEAD = OF_DKV._replace(box=1_100)
 """Of those that `multiplies_ahead` names."""
-OF_SHORT_JVP = Cycles(1 / 2290, logit=0.043, copy=0.0, box=1_130, row=0.0, block=2_120, mask=0.0281)
+OF_SHORT_JVP = Cycles(
+    1 / 2400, logit=0.0997, copy=0.0, box=297, row=0.0, block=2_660, mask=0.0332, start=23_000
+)
 """Of vectors of at most 64 elements."""
-OF_JVP = Cycles(1 / 2690, logit=0.0, copy=0.0, box=1_790, row=0.0, block=2_750, mask=0.0528)
+OF_JVP = Cycles(1 / 1815, logit=0.0, copy=0.0, box=576, row=0.0, block=6_010, mask=0.0785)
 
 
 class Rates(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 from cuneigh import _jit
 from cuneigh._device import Device
 from cuneigh._gpu import sums
-from cuneigh._gpu.hvp import HvpArrays
+from cuneigh._gpu.hvp import HvpArrays, all_of
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.rows import (
     RowPlan,
@@ -178,6 +178,7 @@ def hvp(
 ) -> None:
     operands = Operands(*(readable(array, program) for array in operands))
     tangents = Operands(*(readable(array, program) for array in tangents))
+    tangents_of_results = all_of(problem, tangents_of_results, program)
     moved = JvpResults(None, None, *tangents_of_results)
     jvp(problem, operands, tangents, moved, program)
 

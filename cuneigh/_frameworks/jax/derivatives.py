@@ -251,8 +251,9 @@ def _transposed(
         return {f"tangent_{name}": gradient for name, gradient in of.items()}
     if problem.operation == "hvp":  # which is symmetric
         moved = {f"grad_{name}": given.get(f"tangent_{name}") for name in KEPT}
-        made = hvp(problem, arrays, {**given, **moved}, calculus)
-        moved = {f"tangent_grad_{name}": made[f"tangent_{name}"] for name in KEPT}
+        of_results = any(f"tangent_{name}" in unknown for name in INCOMING)
+        made = hvp(problem, arrays, {**given, **moved}, calculus, of_results)
+        moved = {f"tangent_grad_{name}": made.get(f"tangent_{name}") for name in KEPT}
         return {**{f"tangent_{name}": made.get(name) for name in DIFFERENTIATED}, **moved}
     if problem.operation == "backward" and call.follows:
         # The product of the gradients with `given` is that of `unknown` with tangents along it.

@@ -76,7 +76,7 @@ class Cuneigh(torch.autograd.Function):  # type: ignore[misc]
             dict(zip(call.arguments, tensors, strict=False)),
             dict(zip(names, tensors[count:], strict=True)),
             dict(zip(call.arguments, moved, strict=True)),
-            calculus_of(call.name, call.backend, tensors[0].device),
+            calculus_of(call.name, call.backend, tensors[0].device, calls=call.derived),
             call.follows,
         )
         turned = tuple(map(made.get, names))
@@ -123,7 +123,7 @@ def _second(
         dict(zip(results, arrays[count:], strict=False)),
         dict(zip(results, incoming, strict=True)),
         list(compress(call.arguments, needs)),
-        calculus_of(call.name, call.backend, arrays[0].device),
+        calculus_of(call.name, call.backend, arrays[0].device, calls=call.derived),
         call.follows,
     )
     return [made.get(name) for name in call.arguments]

@@ -34,26 +34,37 @@ RECORDING: list[Adapter] = []
 
 
 def calculus_of(
-    name: str, backend: str | None, device: torch.device, follows: bool = True
+    name: str,
+    backend: str | None,
+    device: torch.device,
+    follows: bool = True,
+    calls: dict[Any, Call] | None = None,
 ) -> Calculus:
     """For derivatives of the call `name`, by the backend that it was given where that will do.
 
-    `follows` says whether a backward does that from its forward.
+    `follows` says whether a backward does that from its forward. `calls` keeps what is called.
     """
 
     def apply(
         problem: Problem, arrays: Named, wanted: Sequence[str] | None = None
     ) -> dict[str, Any]:
-        (adapter,) = RECORDING
         names, results, _ = ARRAYS[problem.operation]
         given = {name: arrays[name] for name in names if arrays.get(name) is not None}
-        of = serving(backend, problem)
-        pairs = zip(results, problem.results, strict=True)
+        if calls is None:
+            call = call_of(problem, tuple(given), wanted)
+        else:
+            told = problem, tuple(given), wanted
+            call = calls.get(told) or calls.setdefault(told, call_of(*told))
+        return dict(zip(results, call.compute(list(given.values())), strict=True))
+
+    def call_of(problem: Problem, given: tuple[str, ...], wanted: Sequence[str] | None) -> Call:
+        (adapter,) = RECORDING
+        pairs = zip(ARRAYS[problem.operation].results, problem.results, strict=True)
         asked = [None if wanted and name not in wanted else spec for name, spec in pairs]
-        call = Call(name, adapter, device, tuple(given), problem, of, asked)
+        of = serving(backend, problem)
+        call = Call(name, adapter, device, given, problem, of, asked)
         call.follows = follows and problem.operation == "backward"
-        made = call.compute(list(given.values()))
-        return dict(zip(results, made, strict=True))
+        return call
 
     def change(problem: Problem, arrays: Named) -> torch.Tensor:
         made = apply(problem, arrays)["logits"]
@@ -80,7 +91,7 @@ def gradients(
     """
     incoming = {name: array for name, array in incoming.items() if array is not None}
     if not is_composed(problem.operation, follows, forwards=False):
-        return gradients_of(problem, arrays, results, incoming, calculus)
+        return gradients_of(problem, arrays, results, incoming, calculus, needed)
 
     def compute(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         made = composed(problem, {**arrays, **dict(zip(needed, given, strict=True))}, calculus)
@@ -242,6 +253,10 @@ def in_one_pass(
         for i, array in enumerate(made):
             if is_mapped(array):
                 made[i] = _held(array, _level(array))[0]
+    if not torch.is_grad_enabled():
+        # PyTorch turns that on again where a transformation around this one sees our functions.
+        # `make_dual` makes a view of the primal, which is constant there; so is one of the tangent.
+        turned = [None if tangent is None else tangent.view_as(tangent) for tangent in turned]
     return [
         None if array is None else forward_ad.make_dual(array, tangent, level=LEVEL)
         for array, tangent in zip(made, turned, strict=True)

@@ -317,7 +317,7 @@ def kernels(head_dim: int, value_dim: int, dtype: str, lanes: int, rows: int) ->
                         key_dots(keys + key, at_places, runs, count, columns, weights)
                         soften(weights, counts, at_bounds, shifts, sums)
                         value_dots(values + value, at_places, runs, count, grad_columns, gradients)
-                        differentiate(weights, gradients, counts, at_bounds, deltas, scale)
+                        differentiate(weights, gradients, counts, at_bounds, deltas)
                         if finite_values(grad_columns):
                             spread_values(
                                 weights, grads, at_places, runs, count, grad_values + value
@@ -339,7 +339,7 @@ def kernels(head_dim: int, value_dim: int, dtype: str, lanes: int, rows: int) ->
                             visible_key_sums(
                                 gradients, keys + key, at_places, counts, at_bounds, columns
                             )
-                        key_rows(columns, ones, queries)
+                        key_rows(columns, scales, queries)
                         for i in range(lanes):
                             if is_query[0, i] and is_query[1, i] and is_query[2, i]:
                                 a, b, c = tokens[0, i], tokens[1, i], tokens[2, i]

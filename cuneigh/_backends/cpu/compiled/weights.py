@@ -25,8 +25,8 @@ class WeightSteps(NamedTuple):
     """``soften(logits, counts, bounds, shifts, sums)``: exp(logit - shift) in their place, 0 for
     keys that a query does not see; the sum of each query."""
     differentiate: Any
-    """``differentiate(weights, gradients, counts, bounds, deltas, scale)``: the gradients of the
-    weights become those of unscaled logits, scale * weight * (gradient - delta)."""
+    """``differentiate(weights, gradients, counts, bounds, deltas)``: the gradients of the weights
+    become those of the logits, weight * (gradient - delta)."""
     need_no_maximum: Any
     """``need_no_maximum(sums)``: whether these sums of exponentials tell that of all queries."""
     read: Any
@@ -64,14 +64,13 @@ def steps_of_weights(bits: int, lanes: int) -> WeightSteps:
 
     @step(bits, lanes, types.void)
     def differentiate(
-        v: Vectors, weights: Value, gradients: Value, counts: Value, bounds: Value, deltas: Value,
-        scale: Value,
-    ) -> None:  # fmt: skip
-        b, delta, scale = v.builder, v.load(v.pointer(deltas), 0), v.splat(scale)
+        v: Vectors, weights: Value, gradients: Value, counts: Value, bounds: Value, deltas: Value
+    ) -> None:
+        b, delta = v.builder, v.load(v.pointer(deltas), 0)
         weights, gradients = map(v.pointer, (weights, gradients))
         with each_key(v, counts, bounds) as (key, _, _, mask):
             shifted = b.fsub(v.load(gradients, place(v, key)), delta)
-            product = b.fmul(b.fmul(v.load(weights, place(v, key)), scale), shifted)
+            product = b.fmul(v.load(weights, place(v, key)), shifted)
             v.store(b.select(mask, product, v.constant(0.0)), gradients, place(v, key))
 
     @step(bits, lanes, types.boolean)

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from cuneigh._backends.fused.small import tma
-from cuneigh._gpu.passes import DQ, FORWARD, JVP, Pass
+from cuneigh._gpu.passes import DQ, FORWARD, HVP_DKV, HVP_DQ, JVP, Pass
 from cuneigh._problem import Problem
 
 ROWS = 16
@@ -15,6 +15,8 @@ TILE_EXTENTS = 48
 """Length of the table that has one element more along each axis than a tile has columns."""
 DIMS = (32, 64, 128)
 """Head dimensions that the kernels are made for."""
+MOST_KEPT = 80
+"""`kMostKept` of cuda/fused/small/hvp.cu."""
 
 
 class Form(NamedTuple):
@@ -24,7 +26,7 @@ class Form(NamedTuple):
     buffers: int
     """Stages in shared memory; of two, one arrives while the other is worked on.
 
-    Of a jvp's two, one is for the tangents.
+    Of the two of a jvp or an hvp, one is for the tangents.
     """
     blocks: int
     """Blocks of a multiprocessor that registers are left for."""
@@ -41,6 +43,11 @@ def forms(
     longest = max(problem.head_dim, problem.value_dim)
     newer = capability[0] > 9
     largest_fits = not (newer and problem.has_key_mask)
+    if pass_ == HVP_DQ:
+        return _forms_of_hvp_dq(longest) if one_stage else {}
+    if pass_ == HVP_DKV:
+        blocks = 3 if longest <= 32 else 2
+        return dict.fromkeys((Form(4, 2, blocks), Form(8, 2, 1)), (64, 80, 112, 128))
     if pass_ == JVP:
         has_room = capability[0] == 9 and not problem.has_key_mask
         return _forms_of_jvp(longest, has_room, largest_fits) if one_stage else {}
@@ -75,6 +82,14 @@ def _forms_of_jvp(longest: int, has_room: bool, largest_fits: bool) -> dict[Form
         return {Form(4, 2, 3): (48, 64, 80), Form(4, 2, 2): (112, 144)}
     slots = (48, 64, 80, 112) if longest <= 64 or largest_fits else (48, 64, 80)
     return {Form(4, 2, 2): slots, Form(8, 2, 1): slots} if longest <= 64 else {Form(4, 2, 2): slots}
+
+
+def _forms_of_hvp_dq(longest: int) -> dict[Form, tuple[int, ...]]:
+    """Those of an hvp's queries, of which registers keep `MOST_KEPT` columns at most."""
+    kept = (64, MOST_KEPT)
+    if longest > 32:
+        return dict.fromkeys((Form(4, 2, 2), Form(8, 2, 1)), (*kept, 112))
+    return {Form(4, 2, 2): kept, Form(4, 2, 3): (112, 144), Form(8, 2, 1): (*kept, 112, 144)}
 
 
 def has_tma(

@@ -19,7 +19,7 @@ from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._backends.fused.small.whole import WholeForm, WholePlan
 from cuneigh._device import Device
 from cuneigh._gpu.arrays import Array
-from cuneigh._gpu.passes import DKV, DQ, FORWARD, JVP, Pass
+from cuneigh._gpu.passes import DKV, DQ, FORWARD, HVP_DKV, HVP_DQ, JVP, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import PARTS, axis_type, fill_axes, has_parts, with_starts
 from cuneigh._gpu.tensor_map import TensorMap
@@ -58,8 +58,12 @@ def launch(
     pass_: Pass,
     plan: SmallPlan,
     arrays: Sequence[tuple[Array | None, Literal["vectors", "scalars", "pairs"]]],
+    grad_moves: bool = False,
 ) -> None:
-    """Launch the kernel of a pass on `arrays`, each with the method of `Views` that takes it."""
+    """Launch the kernel of a pass on `arrays`, each with the method of `Views` that takes it.
+
+    `grad_moves` as in `kernel`.
+    """
     vectors = [array for array, kind in arrays if kind == "vectors" and array is not None]
     if plan.by_tma and not all(tma.can_read(array) for array in vectors):
         plan = replace(plan, by_tma=False)  # `candidates` has seen that it fits
@@ -74,7 +78,7 @@ def launch(
     record = _record(problem, plan, pass_)
     boxes = int(record["boxes"].prod())
     program.launch(
-        kernel(problem, pass_, plan.form, plan.columns, *flags, plan.by_tma),
+        kernel(problem, pass_, plan.form, plan.columns, *flags, plan.by_tma, grad_moves),
         (boxes * outer * math.ceil(length / plan.batch_heads), 1),
         plan.form.warps * 32,
         with_starts(record),
@@ -161,8 +165,12 @@ def kernel(
     one_stage: bool = False,
     lse: bool = False,
     by_tma: bool = False,
+    grad_moves: bool = False,
 ) -> _jit.Kernel:
-    """The kernel of a pass, with the plan that cuda/fused/small/forward.cu describes."""
+    """The kernel of a pass, with the plan that cuda/fused/small/forward.cu describes.
+
+    `grad_moves` says whether an hvp is given a tangent of the gradient of the output.
+    """
     constants = {
         "kRank": problem.rank,
         "kWarps": form.warps,
@@ -176,9 +184,10 @@ def kernel(
     }
     flags = {"kRowsAreKeys": pass_.rows_are_keys, "kOneStage": one_stage, "kLse": lse}
     flags["kKeyMask"] = problem.has_key_mask
-    name = {FORWARD: "fused/small/forward", JVP: "fused/small/jvp"}.get(
-        pass_, "fused/small/backward"
-    )
+    gradient = "fused/small/backward"
+    if pass_ in (HVP_DQ, HVP_DKV):
+        gradient, flags["kGradMoves"] = "fused/small/hvp", grad_moves
+    name = {FORWARD: "fused/small/forward", JVP: "fused/small/jvp"}.get(pass_, gradient)
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
     macros = ((PARTS,) if has_parts(problem) else ()) + ((TMA,) if by_tma else ())
     return _jit.Kernel(name, source, macros=macros)
@@ -188,7 +197,7 @@ def _flags(pass_: Pass) -> list[tuple[bool, bool]]:
     """`one_stage` and `lse` of the kernels that there are for a pass."""
     if pass_ == FORWARD:
         return [(one_stage, lse) for one_stage in (True, False) for lse in (True, False)]
-    return [(True, True)] if pass_ == JVP else [(False, False)]
+    return [{JVP: (True, True), HVP_DQ: (True, False)}.get(pass_, (False, False))]
 
 
 def kernels(problem: Problem, device: Device, pass_: Pass) -> list[_jit.Kernel]:
@@ -199,12 +208,13 @@ def kernels(problem: Problem, device: Device, pass_: Pass) -> list[_jit.Kernel]:
     if pass_ == DQ and whole.takes(problem, device.capability):
         of_whole = [whole_kernel(problem, form) for form in whole.FORMS]
     return of_whole + [
-        kernel(problem, pass_, form, columns, one_stage, lse, by_tma)
+        kernel(problem, pass_, form, columns, one_stage, lse, by_tma, grad_moves)
         for one_stage, lse in _flags(pass_)
         for form, slots in small_forms.forms(problem, device.capability, pass_, one_stage).items()
         for columns in slots
         for by_tma in (False, True)
         if not by_tma or small_forms.has_tma(problem, device.capability, pass_, form, columns)
+        for grad_moves in ((False, True) if pass_ in (HVP_DQ, HVP_DKV) else (False,))
     ]
 
 

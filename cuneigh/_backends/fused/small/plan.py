@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 from cuneigh._backends.fused.small import tma
 from cuneigh._backends.fused.small.forms import (
     DIMS,
+    MOST_KEPT,
     ROWS,
     TILE_EXTENTS,
     Form,
@@ -41,7 +42,7 @@ from cuneigh._gpu.boxes import (
 )
 from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
 from cuneigh._gpu.linear import Speed
-from cuneigh._gpu.passes import DQ, FORWARD, JVP, Pass
+from cuneigh._gpu.passes import DKV, DQ, FORWARD, HVP_DKV, HVP_DQ, JVP, Pass
 from cuneigh._problem import Problem
 from cuneigh._window import Promise
 
@@ -56,6 +57,8 @@ LARGEST_QUOTIENT = 1 << 20
 """`FastDivmod` of cuda/fused/small/problem.cuh takes a dividend times its divisor below this."""
 MASKED_ELEMENTS = 8
 """`kMaskedElements` of cuda/fused/small/smem.cuh."""
+LONGEST = {FORWARD: 128, JVP: 128, DQ: 128, DKV: 128, HVP_DQ: 64, HVP_DKV: 64}
+"""The longest head dimensions that there are kernels of a pass for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,18 @@ def stages(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
     return math.ceil(count(problem, plan, pass_)[0].widest_block / plan.stage[0])
 
 
+def usual_columns(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
+    """Columns along the first axis in the window union of a block away from borders.
+
+    The fits of kernels without tangents count the widest union for all.
+    """
+    widest = count(problem, plan, pass_)[0].widest_block
+    if pass_ != HVP_DKV:
+        return widest
+    axis, rows = problem.axes[0], plan.warp_box[0] * plan.warps[0]
+    return min(widest, math.ceil((rows - 1 + axis.kernel_size) / axis.stride))
+
+
 def inner(problem: Problem) -> Literal["heads", "batch"]:
     """The axis that blocks go along with one set of tables.
 
@@ -118,6 +133,12 @@ FORWARD_CYCLES = Cycles(
 BACKWARD_CYCLES = Cycles(
     1 / 290, logit=0.0, copy=0.096, box=479, row=0.528, warp=100, block=432, start=19_100
 )
+JVP_CYCLES = Cycles(
+    1 / 600, logit=0.684, copy=0.096, box=471, row=0.379, warp=403, block=0, start=22_500
+)
+HVP_CYCLES = Cycles(
+    1 / 600, logit=0.615, copy=0.0, box=666, row=0.38, warp=564, block=0, start=23_400
+)
 TMA_COPIES = 0.7
 """What TMA takes to bring a column, of what copies take."""
 BYTES = Speed(17)
@@ -125,15 +146,19 @@ BYTES = Speed(17)
 
 
 class Rates(NamedTuple):
-    """The fits of both kernels, those of an H200 unless others are given."""
+    """The fits of all kernels, those of an H200 unless others are given."""
 
     forward: Cycles = FORWARD_CYCLES
     backward: Cycles = BACKWARD_CYCLES
+    jvp: Cycles = JVP_CYCLES
+    hvp: Cycles = HVP_CYCLES
     bytes: Speed = BYTES
 
     def cycles_of(self, pass_: Pass) -> Cycles:
         """The fit for a kernel."""
-        return self.forward if pass_ in (FORWARD, JVP) else self.backward
+        if pass_ in (HVP_DQ, HVP_DKV):
+            return self.hvp
+        return {FORWARD: self.forward, JVP: self.jvp}.get(pass_, self.backward)
 
 
 H200 = Rates()
@@ -142,7 +167,7 @@ H200 = Rates()
 def batch_head_cost(problem: Problem, plan: SmallPlan, pass_: Pass, cycles: Cycles) -> Any:
     """Cycles that a block takes for one batch-head."""
     counts = count(problem, plan, pass_)
-    loads = stages(problem, plan, pass_)
+    loads = math.ceil(usual_columns(problem, plan, pass_) / plan.stage[0])
     blocks = math.prod(count.blocks for count in counts)
     active = math.prod(count.warps for count in counts) / blocks
     # A warp whose window union does not begin with a stage may end in one more
@@ -154,6 +179,8 @@ def batch_head_cost(problem: Problem, plan: SmallPlan, pass_: Pass, cycles: Cycl
         mean = min(counts[0].warp_columns / counts[0].warps, plan.tile[0])
         columns = min(columns, 16 * math.ceil(mean * math.prod(plan.tile[1:]) / 16))
     visit = ROWS * columns * (dims * cycles.product * pass_.products + cycles.logit)
+    if pass_ == HVP_DQ and plan.columns > MOST_KEPT:  # most is computed twice
+        visit *= 12 / 7
     chunks = dims / 8 * (2 if pass_.moves else 1)
     copy = cycles.copy * TMA_COPIES if plan.by_tma else cycles.copy
     load = math.prod(plan.stage) * chunks * copy + cycles.box
@@ -193,13 +220,15 @@ def costs(
     tables = cycles.warp * plan.form.warps + cycles.block
     multiprocessors = max(device.sm_count, 1)
     beside = resident(problem, plan, device, pass_)
+    # The fits of kernels without tangents count those of all blocks alike
+    fours = plan.form.warps / 4 if pass_.moves else 1.0
     at_least = transfers(problem, pass_) / rates.bytes / multiprocessors
 
     def cost_with(batch_heads: int) -> Any:
         blocks = math.ceil(boxes * math.ceil(length / batch_heads) / multiprocessors)
         rounds, last = divmod(blocks, beside)
         block = tables + batch_heads * of_one
-        busy = (rounds * waiting(beside) + (waiting(last) if last else 0)) * block
+        busy = (rounds * waiting(beside, fours) + (waiting(last, fours) if last else 0)) * block
         rounds += last > 0
         # The fewer rounds there are, the more do blocks begin at once in each
         start = cycles.start * (1 + 1 / (rounds - 1) if rounds > 1 else 1)
@@ -208,14 +237,18 @@ def costs(
     return [cost_with(batch_heads) for batch_heads in choices]
 
 
-def waiting(blocks: int) -> float:
-    """How often longer blocks take together than one would if it never waited for anything."""
-    return blocks + 1 / blocks
+def waiting(blocks: int, fours: float = 1.0) -> float:
+    """How often longer blocks take together than one would if it never waited for anything.
+
+    While a warp of theirs waits others go on, which have `fours` times four warps a block.
+    """
+    return blocks + 1 / (blocks * fours)
 
 
 def transfers(problem: Problem, pass_: Pass) -> int:
     """Bytes of all that is read and written, each once."""
-    queries, keys = {FORWARD: (1, 1), DQ: (2, 1), JVP: (2, 2)}.get(pass_, (1, 2))
+    special = {FORWARD: (1, 1), DQ: (2, 1), DKV: (1, 2), HVP_DKV: (2, 3)}
+    queries, keys = special.get(pass_, (2, 2))
     vectors = queries * math.prod(problem.tokens) * problem.heads
     vectors += keys * math.prod(problem.key_tokens) * problem.kv_heads
     return 2 * problem.batch * vectors * (problem.head_dim + problem.value_dim)
@@ -227,7 +260,7 @@ def transfers(problem: Problem, pass_: Pass) -> int:
 def takes(problem: Problem, pass_: Pass) -> bool:
     """Whether there is a kernel for this kind of problem."""
     return (
-        (pass_ == JVP or not pass_.moves)
+        max(problem.head_dim, problem.value_dim) <= LONGEST.get(pass_, 0)
         and problem.dtype in ("float16", "bfloat16")
         and {problem.head_dim, problem.value_dim} <= {*DIMS}
         and not problem.rpb_dtype
@@ -302,7 +335,10 @@ def _with_tiles(
     tile_inner = tuple(count.widest_warp for count in others)
     stage_inner = tuple(count.widest_block for count in others)
     cuts = (1,) if plan.one_stage else range(2, MOST_STAGES + 1)
-    for height in sorted({math.ceil(first.widest_block / count) for count in cuts}):
+    heights = {math.ceil(first.widest_block / count) for count in cuts}
+    if not plan.one_stage:  # blocks at borders may take two
+        heights.add(usual_columns(problem, plan, pass_))
+    for height in sorted(heights):
         tile = (min(height, first.widest_warp), *tile_inner)
         stage = (height, *stage_inner)
         if sum(tile_inner) + len(tile_inner) > TILE_EXTENTS:
@@ -370,7 +406,7 @@ def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> in
         of_columns = (math.ceil(columns / 4) * 16 + columns * 8) * pass_.rows_are_keys
     else:
         vectors = columns * buffers * column_bytes(problem)
-        of_columns = columns * (16 + 8 * pass_.rows_are_keys)
+        of_columns = columns * (16 + 8 * buffers * pass_.rows_are_keys)
     tiles = plan.form.warps * (64 * bit_bytes(plan.columns) + 4)
     tiles *= stages(problem, plan, pass_)
     if has_masked_columns(problem, pass_):
@@ -380,13 +416,13 @@ def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> in
 
 
 def static_bytes(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
-    """Bytes of the static shared memory: `QueryRows`, `Rows` and `MovingRows`.
+    """Bytes of the static shared memory: `QueryRows`, `Rows`, `MovingRows` and `HvpRows`.
 
     And what rows that are keys have for a mask: `RowMask` of hidden.cuh.
     """
     rows = ROWS * plan.form.warps
-    origins = 3 if pass_ == FORWARD else 8
-    offsets = {FORWARD: 3, DQ: 7}.get(pass_, 4)
+    origins = {FORWARD: 3, HVP_DQ: 14, HVP_DKV: 14}.get(pass_, 8)
+    offsets = {FORWARD: 3, DQ: 7, HVP_DQ: 8}.get(pass_, 4)
     mask = 0
     if problem.has_key_mask and pass_.rows_are_keys:
         mask = 24 + 4 * rows + 4 * plan.form.warps
