@@ -42,7 +42,7 @@ struct SeenColumns {
 template <typename Plan>
 struct SeenColumns<Plan, true> {
   static constexpr int kRank = Plan::kRank, kThreads = 32 * Plan::kWarps;
-  static constexpr int kAhead = 2;
+  static constexpr int kAhead = kByTma || Plan::kOneStage ? 2 : 1;  // registers are few
   bool is_seen[kAhead];  // what the mask says of the columns threadIdx.x + i * kThreads, on its way
 
   // When the tables of rows are filled.
@@ -133,7 +133,7 @@ struct SeenColumns<Plan, true> {
 
  private:
   // Units from the mask of a stage's first column to that of another one, where TMA brings stages;
-  // the thread alone writes and reads it. Registers are few.
+  // the thread alone writes and reads it.
   __device__ static unsigned& offset_ahead(int column) {
     __shared__ unsigned offsets[kByTma ? kAhead * kThreads : 1];
     return offsets[column];

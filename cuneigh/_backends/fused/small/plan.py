@@ -55,7 +55,7 @@ MOST_STAGES = 8
 LARGEST_QUOTIENT = 1 << 20
 """`FastDivmod` of cuda/fused/small/problem.cuh takes a dividend times its divisor below this."""
 MASKED_AHEAD = 2
-"""`kAhead` of cuda/fused/small/hidden.cuh."""
+"""`kAhead` of cuda/fused/small/hidden.cuh, where TMA brings stages."""
 
 
 @dataclass(frozen=True, slots=True)
