@@ -25,10 +25,11 @@ from cuneigh._problem import Operands, Spec
 from cuneigh._validate import attention_problem
 
 
-def problem_of(tokens, kernel_size, dim, heads=2, dilation=1):
+def problem_of(tokens, kernel_size, dim, heads=2, dilation=1, has_mask=False):
     query = Spec((2, *tokens, heads, dim), "bfloat16")
+    mask = Spec((2, *tokens), "bool") if has_mask else None
     window = window_arguments("test", len(tokens), kernel_size, 1, dilation, False)
-    return attention_problem("test", "forward", query, query, query, window, None)
+    return attention_problem("test", "forward", query, query, query, window, *(None,) * 5, mask)
 
 
 def plan_by_tma(problem, pass_):
@@ -54,14 +55,15 @@ def test_phases_of_a_padded_stage_are_those_of_the_tile(axes):
 
 def test_tma_brings_stages_where_it_was_measured():
     problem = problem_of((56, 56), 7, 32)
-    for pass_ in passes(problem) + passes(problem.gradient):
-        plan = small_plan.make_plan(problem, H100, pass_)
+    for of, pass_ in itertools.product(
+        (problem, replace(problem, has_key_mask=True)), passes(problem) + passes(problem.gradient)
+    ):
+        plan = small_plan.make_plan(of, H100, pass_)
         assert plan is not None
         assert plan.by_tma
     others = [
         replace(problem, head_dim=64),
         replace(problem, head_dim=128, value_dim=128),
-        replace(problem, has_key_mask=True),
     ]
     assert not any(tma.takes(other, (9, 0), FORWARD) for other in others)
     assert not any(tma.takes(problem, each, FORWARD) for each in ((8, 0), (10, 0), (12, 0)))
@@ -93,14 +95,19 @@ def test_what_tma_cannot_read_is_copied(tokens, monkeypatch):
     reason="needs g++ on x86-64 Linux",
 )
 @pytest.mark.parametrize(
-    ("operation", "tokens", "dilation"),
-    [("forward", (23, 9), (2, 1)), ("backward", (60,), 1)],
-    ids=["forward", "backward"],
+    ("operation", "tokens", "dilation", "has_mask"),
+    [
+        ("forward", (23, 9), (2, 1), False),
+        ("backward", (60,), 1, False),
+        ("forward", (23, 9), (2, 1), True),
+        ("backward", (60,), 1, True),
+    ],
+    ids=["forward", "backward", "masked-forward", "masked-backward"],
 )
-def test_boxes_agree_with_the_oracle(operation, tokens, dilation, tmp_path, monkeypatch):
+def test_boxes_agree_with_the_oracle(operation, tokens, dilation, has_mask, tmp_path, monkeypatch):
     def choose_plan(problem, device, pass_=FORWARD, *_):
         return plan_by_tma(problem, pass_)
 
     monkeypatch.setattr(launch, "choose_plan", choose_plan)
-    problem = problem_of(tokens, 5, 32, dilation=dilation).but(operation)
+    problem = problem_of(tokens, 5, 32, dilation=dilation, has_mask=has_mask).but(operation)
     Emulator(tmp_path).check(fused, problem, seed=0)

@@ -198,14 +198,17 @@ def test_kernels_do_not_spill(capability, rank, dim, has_mask, tmp_path):
 
 
 @pytest.mark.skipif(_jit.unavailable() is not None, reason=str(_jit.unavailable()))
-def test_the_fullest_kernel_does_not_spill_with_a_mask(tmp_path):
+def test_the_fullest_kernels_do_not_spill_with_a_mask(tmp_path):
     """Of short vectors, four blocks of which a multiprocessor works on."""
     axes = (Axis(1, 1, 1, 1, 1, False),) * 2
     problem = Problem("backward", "bfloat16", 1, 1, 1, 32, 32, axes, 1.0, has_key_mask=True)
     ((form, slots),) = small_forms.forms(problem, (9, 0), DQ, False).items()
-    kernel = small_launch.kernel(problem, DQ, form, max(slots))
-    ((_, compiled),) = _jit.precompile([kernel], ["sm_90"], tmp_path).items()
-    assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0
+    kernels = [
+        small_launch.kernel(problem, DQ, form, max(slots)),
+        small_launch.kernel(problem, DQ, form, 80, by_tma=True),
+    ]
+    for compiled in _jit.precompile(kernels, ["sm_90"], tmp_path).values():
+        assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1e-46, 1e39])

@@ -27,4 +27,9 @@ __device__ inline void load_box(unsigned target, const TensorMap& map, Barrier& 
       : "memory");
 }
 
+// Orders what this thread reads and writes by itself in shared memory, and what TMA and wgmma do.
+__device__ inline void fence_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 }  // namespace cuneigh

@@ -45,11 +45,7 @@ __device__ inline void wait_until_written() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// Orders what this thread reads and writes by itself, and what TMA and wgmma do: in shared memory,
-// or in global memory.
-__device__ inline void fence_shared() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+// What `fence_shared` does, in global memory.
 __device__ inline void fence_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 }  // namespace cuneigh::hopper

@@ -76,7 +76,7 @@ REPLACED = {
     "cuneigh/tma.cuh": [
         (
             r"// What cuTensorMapEncodeTiled writes.*(?=\n}  // namespace)",
-            "using emulator::TensorMap, emulator::load_box;\n",
+            "using emulator::TensorMap, emulator::load_box, emulator::fence_shared;\n",
         ),
     ],
     "cuneigh/cluster.cuh": [

@@ -145,6 +145,8 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   else
     fill_column_tables<Plan>(problem, arguments.column_qk, arguments.column_vo,
                              arguments.statistics, smem);
+  SeenColumns<Plan> seen;
+  seen.begin(problem, arguments, smem);
   fill_tiles<Plan>(problem, warp, lane, smem);
   __syncthreads();
 
@@ -157,7 +159,6 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     else
       load_row_operand(rows_smem, d, lane, operand);
   };
-  SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage) {
 #ifdef CUNEIGH_TMA
     if (threadIdx.x == 0)
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     if (is_first) rows.look(stage.batch);
     cp_async_wait<0>();
     if (kByTma) full.wait(stages_before(problem, stage, tables) % 2);
-    const Hidden hidden = seen.wait(smem, stage, 0);
+    const Hidden hidden = seen.wait(problem, arguments, stage, smem, 0, kQk);
     if constexpr (!Plan::kRowsAreKeys) {
       if (is_first) {
         // delta = sum(dO * O) - grad_lse
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     if (meet) {
       masks = smem.visible(stage.index, warp, lane);
       if (hidden) {
-        masks &= seen.of_tile(smem, stage, first, lane);
+        masks &= seen.of_tile(smem, first);
         meet = __any_sync(0xffffffffu, masks.row[0] | masks.row[1]);
       }
     }

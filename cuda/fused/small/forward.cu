@@ -100,12 +100,13 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     fill_column_tables<Plan>(problem, arguments.key, arguments.value, arguments.key_mask, smem);
   else
     fill_column_tables<Plan>(problem, arguments.key, arguments.value, arguments.lse, smem);
+  SeenColumns<Plan> seen;
+  seen.begin(problem, arguments, smem);
   fill_tiles<Plan>(problem, warp, lane, smem);
   __syncthreads();
 
   // The rows of a batch-head come with its first stage, in the buffers for rows by turns
   int row_buffer = 0;
-  SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage, int buffer, int row_buffer) {
 #ifdef CUNEIGH_TMA
     if (threadIdx.x == 0)
@@ -118,6 +119,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
                                                       &rows.offsets[warp * 16], lane,
                                                       &smem.row[row_buffer][warp * 16], 0);
     cp_async_commit();
+    if (Plan::kBuffers == 2) seen.look(problem, stage, smem);
   };
   StageOf stage = {tables.rows.batch * problem.batch_heads, 0, 0};
   load(stage, 0, 0);
@@ -149,10 +151,10 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
   };
 
   for (int buffer = 0;; buffer ^= Plan::kBuffers - 1) {
-    seen.look(problem, stage, smem);
+    if (Plan::kBuffers == 1) seen.look(problem, stage, smem);  // not before the last was written
     cp_async_wait<0>();
     if (kByTma) full[buffer].wait(stages_before(problem, stage, tables) / Plan::kBuffers % 2);
-    const Hidden hidden = seen.wait(smem, stage, buffer, kWritesParts);
+    const Hidden hidden = seen.wait(problem, arguments, stage, smem, buffer, kVo);
     StageOf next = stage;
     bool more;
     if (Plan::kBuffers == 2) {
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       }
 
       LaneMasks<Plan> visible = smem.visible(stage.index, warp, lane);
-      if (hidden) visible &= seen.of_tile(smem, stage, first, lane);
+      if (hidden) visible &= seen.of_tile(smem, first);
       softmax.rescale(logit_rmem, visible, problem.scale, output_rmem);
 
       // P = exp(scale * S - row_max), and O += P V, kPart dimensions of it at a time

@@ -14,84 +14,114 @@ namespace cuneigh::fused::small {
 // Which columns of a stage are hidden.
 enum Hidden : int { kNoColumn, kSomeColumns, kEveryColumn };
 
-// What a block knows of masked columns. It looks at the mask for some elements of the batch at
-// once, or where it is the same for all, once, and keeps that in shared memory.
+// Vectors of a column.
+enum Vectors : int { kQk = 1, kVo = 2, kBoth = 3 };
+
+// What a block knows of masked columns. Each thread looks after some columns of a stage: it asks
+// for what the mask says of them when the stage is asked for.
 template <typename Plan, bool kMasked = kMaskedColumns<Plan>>
 struct SeenColumns {
+  template <typename Problem, typename Arguments, typename Smem>
+  __device__ void begin(const Problem&, const Arguments&, Smem&) {}
   template <typename Problem, typename Smem>
   __device__ void look(const Problem&, const StageOf&, Smem&) {}
-  // Waits for all threads of the block. `buffer` holds the stage, which has arrived. Of a stage all
-  // of which is hidden nothing may be used, unless it `is_used`.
-  template <typename Smem>
-  __device__ Hidden wait(Smem&, const StageOf&, int, bool = false) {
+  // Waits for all threads of the block. The stage has arrived in `buffer`, and perhaps its tangents
+  // in the next one. Of hidden columns those vectors are set to zero that are multiplied by weights
+  // that are 0.
+  template <typename Problem, typename Arguments, typename Smem>
+  __device__ Hidden wait(const Problem&, const Arguments&, const StageOf&, Smem&, int, Vectors,
+                         int = 1) {
     __syncthreads();
     return kNoColumn;
   }
   template <typename Smem>
-  __device__ LaneBits<Plan> of_tile(Smem&, const StageOf&, unsigned, int) const {
+  __device__ LaneBits<Plan> of_tile(Smem&, unsigned) const {
     return 0;
   }
 };
 template <typename Plan>
 struct SeenColumns<Plan, true> {
-  static constexpr int kThreads = Plan::kWarps * 32;
-  int first_batch = 0;  // of the elements that were looked at
+  static constexpr int kRank = Plan::kRank, kThreads = 32 * Plan::kWarps;
+  static constexpr int kAhead = kByTma || Plan::kOneStage ? 2 : 1;  // registers are few
+  bool is_seen[kAhead];  // what the mask says of the columns threadIdx.x + i * kThreads, on its way
 
-  // Before the first stage of each element. All threads of the block must call it.
-  template <typename Problem, typename Smem>
-  __device__ void look(const Problem& problem, const StageOf& stage, Smem& smem) {
+  // When the tables of rows are filled.
+  template <typename Smem>
+  __device__ void begin(const SmallWindowProblem<kRank>& problem, const KeyMask<Plan>& given,
+                        Smem& smem) {
+    if (!kByTma) return;
+    for (int column = threadIdx.x; column < kAhead * kThreads; column += kThreads)
+      offset_ahead(column) = offset_of_column(problem, given, smem, column);
+  }
+
+  template <typename Smem>
+  __device__ void look(const SmallWindowProblem<kRank>& problem, const StageOf& stage, Smem& smem) {
     const auto& tables = smem.tables;
-    const int begin = tables.rows.batch * problem.batch_heads;
-    const bool is_due = tables.extra.batch == 0 ? stage.batch == begin
-                                                : (stage.batch - begin) % kMaskedElements == 0;
-    if (!stage.is_first() || !is_due) return;
-    first_batch = stage.batch;
-    const int end = smaller(begin + problem.batch_heads, problem.batch);
-    const int elements = tables.extra.batch == 0 ? 1 : smaller(kMaskedElements, end - stage.batch);
-    __syncthreads();  // the words may be in use
-    const int thread = forgotten(threadIdx.x), lane = thread % 32;
-#pragma unroll 1
-    for (int i = thread / 32; i < elements * tables.stages; i += Plan::kWarps) {
-      const StageOf of = {stage.batch + i / tables.stages, 0, i % tables.stages};
-      look_at(first_column_of(problem, tables.extra, of, tables), lane,
-              smem.seen(i / tables.stages, of.index), smem);
+    const bool* mask = first_column_of(problem, tables.extra, stage, tables);
+    const int thread = forgotten(threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int column = thread + i * kThreads;
+      const unsigned offset =
+          kByTma ? offset_ahead(column)
+                 : smem.column_offsets()[smaller(column, tables.stage_columns - 1)].extra;
+      is_seen[i] = *offset_by(mask, offset);
     }
   }
 
   template <typename Smem>
-  __device__ Hidden wait(Smem& smem, const StageOf& stage, int buffer, bool is_used = false) {
+  __device__ Hidden wait(const SmallWindowProblem<kRank>& problem, const KeyMask<Plan>& given,
+                         const StageOf& stage, Smem& smem, int buffer, Vectors vectors,
+                         int buffers = 1) {
     const auto& tables = smem.tables;
-    __syncthreads();
-    const unsigned* words = words_of(smem, stage);
-    const Hidden hidden = Hidden(words[-1]);
-    if (hidden == kNoColumn || (hidden == kEveryColumn && !is_used)) return hidden;
-    constexpr int kChunks = (Plan::kHeadDim + Plan::kValueDim) / 8;
-#pragma unroll 1
-    for (int column = forgotten(threadIdx.x); column < tables.stage_columns; column += kThreads) {
-      if (words[column / 32] >> column % 32 & 1) continue;
-      const unsigned address = smem.stage_address(buffer) + smem.column_offsets()[column].in_stage;
+    const int columns = tables.stage_columns;
+    const auto shows = [&](int column) {
+      const bool* mask = first_column_of(problem, tables.extra, stage, tables);
+      return *offset_by(mask, offset_of_column(problem, given, smem, column));
+    };
+    bool all = true, any = false;
 #pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk)
-        *static_cast<uint4*>(__cvta_shared_to_generic(chunk_address(address, chunk))) = {};
+    for (const bool each : is_seen) all &= each;
+    // Stages rarely have more. Rounds are the same for all threads, and so are the results of
+    // votes: so the compiler sees that warps stay together
+#pragma unroll 1
+    for (int first = kAhead * kThreads; first < columns; first += kThreads)
+      all &= shows(first + forgotten(threadIdx.x));
+    if (!__any_sync(0xffffffffu, __syncthreads_or(!all))) return kNoColumn;
+
+#pragma unroll 1
+    for (int first = 0; first < columns; first += kThreads) {
+      const int thread = forgotten(threadIdx.x), column = first + thread;
+      const bool is_seen = shows(column);
+      any |= is_seen;
+      const unsigned word = __ballot_sync(0xffffffffu, is_seen);
+      if (column >= columns) continue;
+      if (thread % 32 == 0) smem.seen()[column / 32] = word;
+      if (is_seen) continue;
+#pragma unroll 1
+      for (int i = 0; i < buffers; ++i)
+        clear(problem, smem.stage_address(buffer + i), column, vectors, smem);
     }
-    __syncthreads();
-    return hidden;
+    if (kByTma) fence_shared();
+    const bool sees = __any_sync(0xffffffffu, __syncthreads_or(any));
+    return sees ? kSomeColumns : kEveryColumn;
   }
 
   // The lane's bits of the columns of a tile that may be seen; `first` is what SmallSmem::tile
   // says.
   template <typename Smem>
-  __device__ LaneBits<Plan> of_tile(Smem& smem, const StageOf& stage, unsigned first,
-                                    int lane) const {
-    const unsigned* words = words_of(smem, stage);
+  __device__ LaneBits<Plan> of_tile(Smem& smem, unsigned first) const {
+    const int lane = forgotten(threadIdx.x) % 32;
     LaneBits<Plan> bits = 0;
 #pragma unroll
     for (int n = 0; n < Plan::kColumns; n += 32) {
       const int slot = n + lane;
       bool is_seen = false;
       if (slot < Plan::kColumns) {
-        const unsigned column = (first + smem.tables.tile_offset[slot]) / kColumnBytes<Plan>;
-        is_seen = words[column / 32] >> column % 32 & 1;
+        const unsigned offset = smem.tables.tile_offset[slot];
+        const unsigned column =
+            kByTma ? first + offset / kColumnBytes<Plan> : (first + offset) / kColumnBytes<Plan>;
+        is_seen = smem.seen()[column / 32] >> column % 32 & 1;
       }
       // Of every eight of the 32 columns the lane has two
       unsigned mine = __ballot_sync(0xffffffffu, is_seen) >> lane % 4 * 2 & 0x03030303;
@@ -102,38 +132,49 @@ struct SeenColumns<Plan, true> {
   }
 
  private:
-  // A bit for each column of a stage that may be seen, after the number that says how many.
-  template <typename Smem>
-  __device__ const unsigned* words_of(Smem& smem, const StageOf& stage) const {
-    const int element = smem.tables.extra.batch == 0 ? 0 : stage.batch - first_batch;
-    return smem.seen(element, stage.index) + 1;
+  // Units from the mask of a stage's first column to that of another one, where TMA brings stages;
+  // the thread alone writes and reads it.
+  __device__ static unsigned& offset_ahead(int column) {
+    __shared__ unsigned offsets[kByTma ? kAhead * kThreads : 1];
+    return offsets[column];
   }
-  // Writes what the mask says of a stage, as a warp. `mask` is where it is for the first column.
+  // Likewise, of any column; past the end, of the last.
   template <typename Smem>
-  __device__ static void look_at(const bool* mask, int lane, unsigned* seen, Smem& smem) {
-    constexpr int kUnroll = 8;
-    const int columns = smem.tables.stage_columns;
-    bool hides = false, shows = false;
-#pragma unroll 1
-    for (int begin = lane; begin - lane < columns; begin += 32 * kUnroll) {
-      bool is_seen[kUnroll];  // all loaded before the first ballot
+  __device__ static unsigned offset_of_column(const SmallWindowProblem<kRank>& problem,
+                                              const KeyMask<Plan>& given, Smem& smem, int column) {
+    const auto& tables = smem.tables;
+    column = smaller(column, tables.stage_columns - 1);
+    if (!kByTma) return smem.column_offsets()[column].extra;
+    int token[kRank];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const int column = begin + i * 32;
-        is_seen[i] = column < columns && *offset_by(mask, smem.extra_offset(column));
-      }
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const int column = begin + i * 32;
-        const unsigned word = __ballot_sync(0xffffffffu, is_seen[i]);
-        if (lane == 0 && column < columns) seen[1 + column / 32] = word;
-        hides |= column < columns && !is_seen[i];
-        shows |= is_seen[i];
-      }
+    for (int r = kRank - 1; r >= 0; --r) {
+      const FastDivmod size = problem.stage[r];
+      const Axis& axis = problem.axes[r];
+      const int group = column_group<Plan>(axis, tables.rows.first[r].group);
+      const int first = axis.token({group, tables.block_union[r].begin});
+      // TMA brings all tokens of its box, those past the union of windows, too
+      token[r] = smaller((r == 0 ? column : size.remainder(column)) * axis.dilation,
+                         axis.key_length - 1 - first);
+      column = size.quotient(column);
     }
-    hides = __any_sync(0xffffffffu, hides);
-    shows = __any_sync(0xffffffffu, shows);
-    if (lane == 0) seen[0] = !hides ? kNoColumn : shows ? kSomeColumns : kEveryColumn;
+    return offset_of(given.key_mask, token);
+  }
+  // Sets vectors of a column to zero. Lanes write to different banks, as columns have phases.
+  template <typename Smem>
+  __device__ static void clear(const SmallWindowProblem<kRank>& problem, unsigned stage, int column,
+                               Vectors vectors, Smem& smem) {
+    constexpr int kQkChunks = Plan::kHeadDim / 8, kChunks = kQkChunks + Plan::kValueDim / 8;
+    unsigned in_stage;
+    if (kByTma)
+      in_stage =
+          column * kColumnBytes<Plan> + (Plan::kHeadDim == 32 ? column / 2 % 4 : column % 8) * 16;
+    else
+      in_stage = smem.column_offsets()[column].in_stage;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk)
+      if (vectors & (chunk < kQkChunks ? kQk : kVo))
+        *static_cast<uint4*>(
+            __cvta_shared_to_generic(chunk_address<Plan>(problem, stage + in_stage, chunk))) = {};
   }
 };
 

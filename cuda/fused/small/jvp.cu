@@ -108,10 +108,11 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     fill_column_tables<Plan>(problem, arguments.key, arguments.value, arguments.key_mask, smem);
   else
     fill_column_tables<Plan>(problem, arguments.key, arguments.value, arguments.lse, smem);
+  SeenColumns<Plan> seen;
+  seen.begin(problem, arguments, smem);
   fill_tiles<Plan>(problem, warp, lane, smem);
   __syncthreads();
 
-  SeenColumns<Plan> seen;
   auto load = [&](const StageOf& stage) {
     const int thread = forgotten(threadIdx.x), lane = thread % 32, warp = thread / 32;
     load_stage(problem, stage, tables.qk, tables.vo, smem, 0, thread);
@@ -132,8 +133,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     const unsigned to_tangents = tables.stage_bytes;  // from a column to its tangent
     seen.look(problem, stage, smem);
     cp_async_wait<0>();
-    const Hidden hidden = seen.wait(smem, stage, 0, true);
-    if constexpr (kMaskedColumns<Plan>) seen.wait(smem, stage, 1, true);
+    const Hidden hidden = seen.wait(problem, arguments, stage, smem, 0, kBoth, 2);
     const TileAddresses<Plan> tile(smem.stage_address(0), first, tables.tile_offset, lane);
 
     // S = Q K^T,  dS = dQ K^T + Q dK^T. Rows lane / 4 and lane / 4 + 8 of the warp's sixteen are
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     float d_output_rmem[kPart / 8][4] = {};  // kPart dimensions of P dS V + P dV
     float d_sum[2] = {};                     // sum(P dS) of this lane's columns
     LaneMasks<Plan> visible = smem.visible(0, warp, lane);
-    if (hidden) visible &= seen.of_tile(smem, stage, first, lane);
+    if (hidden) visible &= seen.of_tile(smem, first);
     softmax.rescale(logit_rmem, visible, problem.scale, output_rmem);
 
     // O /= sum(P), and dO likewise: writes the parts from the dimension `begin` on

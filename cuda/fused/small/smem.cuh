@@ -49,9 +49,6 @@ struct alignas(16) ColumnOffsets {
 template <typename Plan>
 constexpr bool kMaskedColumns = Plan::kKeyMask && !Plan::kRowsAreKeys;
 
-// Elements of the batch for which a block looks at a mask at once.
-constexpr int kMaskedElements = 8;
-
 // What there is of every column beside its vectors.
 template <bool kMasked>
 struct ExtraOf {
@@ -171,12 +168,8 @@ struct SmallSmem {
     auto* tiles = reinterpret_cast<unsigned*>(&visible(tables.stages, 0, 0));
     return tiles[stage * Plan::kWarps + warp];
   }
-  // Of masked columns, in a stage of one of the elements of the batch that a block has looked at:
-  // how many are hidden (`Hidden`), and then a bit for each column that may be seen.
-  __device__ unsigned* seen(int element, int stage) {
-    const int words = 1 + ceil_div(tables.stage_columns, 32);
-    return &tile(tables.stages, 0) + (element * tables.stages + stage) * words;
-  }
+  // Of masked columns: a bit for each one of the stage at hand that may be seen.
+  __device__ unsigned* seen() { return &tile(tables.stages, 0); }
 };
 
 }  // namespace cuneigh::fused::small

@@ -171,13 +171,13 @@ __device__ void fill_column_tables(const SmallWindowProblem<Plan::kRank>& proble
                                    const Vectors& qk, const Vectors& vo, const Extras& extra,
                                    SmallSmem<Plan, kRowDim>& smem) {
   constexpr int kRank = Plan::kRank;
-  constexpr bool kExtra = Plan::kRowsAreKeys || kMaskedColumns<Plan>;
   auto& tables = smem.tables;
-  if (kByTma && !kExtra) return;
-  if (threadIdx.x == 0) tables.qk = origin_of_columns<Plan>(problem, qk, tables);
-  if (threadIdx.x == 32) tables.vo = origin_of_columns<Plan>(problem, vo, tables);
+  constexpr bool kExtra = Plan::kRowsAreKeys || kMaskedColumns<Plan>;
   if constexpr (kExtra)
     if (threadIdx.x == 64) tables.extra = origin_of_columns<Plan>(problem, extra, tables);
+  if (kByTma && !Plan::kRowsAreKeys) return;
+  if (threadIdx.x == 0) tables.qk = origin_of_columns<Plan>(problem, qk, tables);
+  if (threadIdx.x == 32) tables.vo = origin_of_columns<Plan>(problem, vo, tables);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tables.stage_columns; i += Plan::kWarps * 32) {
     int rest = i, tokens[kRank], phase = 0, pitch = 1;

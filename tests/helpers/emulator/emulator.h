@@ -287,6 +287,7 @@ struct Barrier {
   }
 };
 inline void fence_barrier_init() {}
+inline void fence_shared() {}
 inline void load_box(unsigned target, const TensorMap& map, Barrier&, const int (&c)[5]) {
   const int line = 2 * map.box[0], mask = map.swizzle / 16 - 1;
   int x[5];

@@ -55,8 +55,8 @@ SHORTEST_TILE = 8
 MOST_STAGES = 8
 LARGEST_QUOTIENT = 1 << 20
 """`FastDivmod` of cuda/fused/small/problem.cuh takes a dividend times its divisor below this."""
-MASKED_ELEMENTS = 8
-"""`kMaskedElements` of cuda/fused/small/smem.cuh."""
+MASKED_AHEAD = 2
+"""`kAhead` of cuda/fused/small/hidden.cuh, where TMA brings stages."""
 LONGEST = {FORWARD: 128, JVP: 128, DQ: 128, DKV: 128, HVP_DQ: 64, HVP_DKV: 64}
 """The longest head dimensions that there are kernels of a pass for."""
 
@@ -410,15 +410,14 @@ def shared_bytes(problem: Problem, plan: SmallPlan, pass_: Pass = FORWARD) -> in
     tiles = plan.form.warps * (64 * bit_bytes(plan.columns) + 4)
     tiles *= stages(problem, plan, pass_)
     if has_masked_columns(problem, pass_):
-        seen = 4 + 4 * math.ceil(columns / 32)
-        tiles += MASKED_ELEMENTS * stages(problem, plan, pass_) * seen
+        tiles += 4 * math.ceil(columns / 32)
     return math.ceil(arrays / LINE) * LINE + vectors + of_columns + tiles
 
 
 def static_bytes(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
     """Bytes of the static shared memory: `QueryRows`, `Rows`, `MovingRows` and `HvpRows`.
 
-    And what rows that are keys have for a mask: `RowMask` of hidden.cuh.
+    And what there is for a mask: `RowMask` of hidden.cuh, or what `SeenColumns` has for TMA.
     """
     rows = ROWS * plan.form.warps
     origins = {FORWARD: 3, HVP_DQ: 14, HVP_DKV: 14}.get(pass_, 8)
@@ -426,5 +425,7 @@ def static_bytes(problem: Problem, plan: SmallPlan, pass_: Pass) -> int:
     mask = 0
     if problem.has_key_mask and pass_.rows_are_keys:
         mask = 24 + 4 * rows + 4 * plan.form.warps
+    if plan.by_tma and has_masked_columns(problem, pass_):
+        mask = 4 * MASKED_AHEAD * 32 * plan.form.warps
     barriers = plan.by_tma * (plan.form.buffers if pass_ == FORWARD else 1)
     return mask + 24 * origins + 4 * offsets * rows + 8 * barriers

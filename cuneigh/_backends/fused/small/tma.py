@@ -42,7 +42,6 @@ def takes(problem: Problem, capability: tuple[int, int], pass_: Pass) -> bool:
         and pass_ in (FORWARD, DQ, DKV)
         and problem.head_dim == problem.value_dim
         and problem.head_dim in DIMS
-        and not problem.has_key_mask
         and not has_parts(problem)
     )
 

@@ -102,6 +102,7 @@ def takes(problem: Problem, capability: tuple[int, int]) -> bool:
         problem.operation == "backward"
         and all(small_plan.takes(problem, pass_) for pass_ in (DQ, DKV))
         and tma.takes(problem, capability, DQ)
+        and not problem.has_key_mask
         and problem.head_dim in DIMS
         and problem.group_size == 1
         and problem.tokens == problem.key_tokens
