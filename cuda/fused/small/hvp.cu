@@ -223,8 +223,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
       }
     }
     cp_async_wait<0>();
-    const Hidden hidden = seen.wait(smem, stage, 0, true);
-    if constexpr (kMaskedColumns<Plan>) seen.wait(smem, stage, 1, true);
+    const Hidden hidden = seen.wait(problem, arguments, stage, smem, 0, kBoth, 2);
 
     // Registers take the rows, whose memory then takes the next
     if (stage.is_first()) {
@@ -242,7 +241,7 @@ __global__ void __launch_bounds__(Plan::kWarps * 32, Plan::kBlocks)
     bool meet = (Plan::kOneStage || first != kNoTile) && rows.any_is_seen();
     if (meet) {
       masks = smem.visible(stage.index, warp, lane);
-      if (hidden) masks &= seen.of_tile(smem, stage, first, lane);
+      if (hidden) masks &= seen.of_tile(smem, first);
     }
     if (meet) {
       const auto& visible = masks.row;
