@@ -56,7 +56,8 @@ def kernels(head_dim: int, value_dim: int, dtype: str, lanes: int, rows: int) ->
     value_columns, value_rows = of_values.to_columns, of_values.to_rows
     finite_lanes, value_dot = of_values.finite_lanes, of_values.dot
     maximum, need_no_maximum = weights_of.maximum, weights_of.need_no_maximum
-    soften_step, read, write = weights_of.soften, weights_of.read, weights_of.write
+    soften_step, differentiate_step = weights_of.soften, weights_of.differentiate
+    read, write = weights_of.read, weights_of.write
 
     number, integer = np.dtype(accumulator).type, np.dtype(f"i{itemsize}").type
     vector_bytes = lanes * itemsize
@@ -89,7 +90,11 @@ def kernels(head_dim: int, value_dim: int, dtype: str, lanes: int, rows: int) ->
     def soften(logits, counts, bounds, shifts, sums):  # type: ignore[no-untyped-def]
         soften_step(logits, counts, bounds, shifts, sums)
 
-    differentiate = once("differentiate", weights_of.differentiate)
+    @numba.njit(**INNER)
+    @named
+    def differentiate(weights, gradients, counts, bounds, deltas):  # type: ignore[no-untyped-def]
+        differentiate_step(weights, gradients, counts, bounds, deltas)
+
     finite_keys, finite_values = of_keys.is_finite, of_values.is_finite
 
     @numba.njit(**INNER)
