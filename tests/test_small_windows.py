@@ -15,7 +15,7 @@ from helpers.strategies import generators, inputs, layouts, problems
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cuneigh import _device, _jit
+from cuneigh import _device, _jit, _programs
 from cuneigh._backends import fused
 from cuneigh._backends.fused import launch
 from cuneigh._backends.fused.choice import choose_plan
@@ -24,10 +24,12 @@ from cuneigh._backends.fused.plan import make_plan
 from cuneigh._backends.fused.small import forms as small_forms
 from cuneigh._backends.fused.small import launch as small_launch
 from cuneigh._backends.fused.small import plan as small_plan
+from cuneigh._gpu.arrays import contiguous
 from cuneigh._gpu.boxes import count_unions
 from cuneigh._gpu.passes import DQ, FORWARD, JVP
+from cuneigh._gpu.program import Launch, Program
 from cuneigh._parameters import window_arguments
-from cuneigh._problem import Problem, Spec
+from cuneigh._problem import ARRAYS, Problem, Spec
 from cuneigh._validate import attention_problem
 from cuneigh._window import Axis
 
@@ -218,6 +220,30 @@ def test_only_scales_that_float32_has_are_taken(scale):
     problem = attention_problem("test", "forward", query, query, query, window, scale)
     assert not small_plan.takes(problem, FORWARD)
     assert small_plan.make_plan(problem, H200) is None
+
+
+@pytest.mark.parametrize("side", [14, 40])
+@pytest.mark.parametrize("operation", ["backward", "hvp"])
+def test_numbers_of_queries_may_lie_backwards_in_memory(operation, side):
+    """The kernels count offsets from the first query, so that they get a copy."""
+    window = window_arguments("test", 2, 7, 1, 1, False)
+    query = Spec((8, side, side, 4, 32), "float16")
+    problem = attention_problem("test", operation, query, query, query, window, 1.0)
+    names = (*_programs.taken(problem), "grad_lse")
+    strides = {name: contiguous(problem.spec(name).shape) for name in names}
+    turned = {name: tuple(-step for step in steps) for name, steps in strides.items()}
+    copies = []
+    for layouts_of in (strides, strides | {"grad_lse": turned["grad_lse"]}):
+        layouts = tuple((layouts_of[name], 0) for name in names)
+        made = Program(H200)
+        given = {n: made.array(problem.spec(n), *at) for n, at in zip(names, layouts, strict=True)}
+        wanted = {
+            name: None if spec is None else made.array(spec)
+            for name, spec in zip(ARRAYS[operation].results, problem.results, strict=True)
+        }
+        _programs.perform(fused, problem, given, wanted, made)
+        copies.append(sum(not isinstance(each, Launch) for each in made._recorded))
+    assert copies == [0, 1]
 
 
 # Kernels

@@ -102,7 +102,9 @@ def backward(
             # `BackwardArguments` of cuda/fused/small/backward.cu
             arrays: list[Viewed] = [(array, "vectors") for array in vectors]
             arrays.insert(4, (statistics, "pairs"))
-            arrays += [(None if by_keys else array, "scalars") for array in (lse, grad_lse)]
+            for array in (lse, grad_lse):
+                given = None if by_keys else small.readable_numbers(array, program)
+                arrays.append((given, "scalars"))
             small.launch(program, problem, pass_, plan, [*mask_of(problem, operands), *arrays])
             continue
         assert isinstance(plan, FusedPlan), "there is no other kernel for it"

@@ -117,8 +117,9 @@ def hvp(
             for each, (_, _, numbers) in zip(vectors, both, strict=True):
                 arrays += [*((array, "vectors") for array in each), (numbers, "pairs")]
             arrays += ((array, "vectors") for array in made)
-            of_queries = tangent_lse, results.lse, incoming.lse, tangents_incoming.lse
-            arrays += ((None if by_keys else array, "scalars") for array in of_queries)
+            for array in (tangent_lse, results.lse, incoming.lse, tangents_incoming.lse):
+                given = None if by_keys else small.readable_numbers(array, program)
+                arrays.append((given, "scalars"))
             small.launch(program, problem, pass_, plan, arrays, grad_moves)
             if not by_keys and tangent_output is not None:
                 moved = JvpResults(tangent_output=tangent_output)

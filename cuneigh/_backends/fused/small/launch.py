@@ -46,6 +46,13 @@ def can_read_whole(arrays: Sequence[Array], written: Sequence[Array]) -> bool:
     return can_read([*arrays, *written], None) and all(map(tma.can_read, arrays))
 
 
+def readable_numbers(array: Array | None, program: Program) -> Any:
+    """`array`, of a number for each query and head, or a copy of it that the kernels can read."""
+    if array is None or _offsets_fit(of_heads(array, 1), array.itemsize):
+        return array
+    return program.copied(array)
+
+
 def of_heads(key_mask: Array, heads: int) -> Array:
     """A key mask as an array [batch, x1..xr, heads]."""
     shape, strides = (*key_mask.shape, heads), (*key_mask.strides, 0)
@@ -104,7 +111,8 @@ def launch_whole(
     views = Views(problem.rank)  # `WholeArguments` of cuda/fused/small/whole.cu
     for array in gradients[:3]:
         views.vectors(_heads_first(array, -2) if inner == "heads" else array)
-    for array in (lse, grad_lse):
+    for given in (lse, grad_lse):
+        array = readable_numbers(given, program)
         views.scalars(_heads_first(array, -1) if array is not None and inner == "heads" else array)
     loaded = (operands.key, operands.value, operands.query, grad_output, output)
     length, outer = small_plan.sizes(problem, DQ)
