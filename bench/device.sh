@@ -36,9 +36,11 @@ tests() {
 # Kernels are compiled before that, on all processors.
 sanitizer() {
   local tool rank status=0 jobs=()
-  python3 tests/helpers/small_shapes.py --compile ${BACKENDS:-} &
-  RACECHECK=1 python3 tests/helpers/small_shapes.py --compile ${BACKENDS:-}
-  wait $!
+  for rank in 1 2 3; do
+    python3 tests/helpers/small_shapes.py --compile $rank ${BACKENDS:-} &
+    RACECHECK=1 python3 tests/helpers/small_shapes.py --compile $rank ${BACKENDS:-} &
+  done
+  wait
   for tool in memcheck racecheck synccheck; do
     for rank in 1 2 3; do
       RACECHECK=$([ $tool = racecheck ] && echo 1) compute-sanitizer --tool $tool --error-exitcode 1 \
