@@ -193,14 +193,15 @@ def on_a_cpu() -> str:
 def of_photographs(results: Any) -> str:
     rows = []
     for entry in results["photographs"]:
-        side, seconds = entry["side"], entry["processor s"]
-        times = (f"{1e6 * seconds[part] / side**2:.2f}" for part in ("query and key", "na2d"))
-        rows.append([f"{side} x {side}", *times, str(entry["bytes a pixel"])])
+        side, seconds = entry["side"], entry["s"]
+        of_pixel = f"{1e6 * sum(seconds.values()) / side**2:.2f}"
+        workspace = str(entry["MiB beyond the result"])
+        rows.append([f"{side} x {side}", *map(digits, seconds.values()), of_pixel, workspace])
     about = results["measured apart"]["photographs"]
-    columns = ["pixels", "query and key, us", "na2d, us", "workspace, bytes"]
+    columns = ["pixels", "query and key, s", "na2d, s", "both, us a pixel", "workspace, MiB"]
     return (
-        f"The demo's denoising, 13 x 13 windows and 5 x 5 patches, a pixel: time of the processor, "
-        f"and memory beyond\nthe results (commit {about['commit']}):\n\n" + table(columns, rows)
+        f"The demo's denoising, 13 x 13 windows and 5 x 5 patches (commit {about['commit']}):\n\n"
+        + table(columns, rows)
     )
 
 

@@ -1,5 +1,6 @@
 """The demo is non-local means: against a brute force, against scikit-image, and from the shell."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def test_runs_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main(["demo", "--backend=cpu"]) == 0
     facts = facts_of(capsys.readouterr().out)
     assert facts["backend"] == "cpu on the CPU"
+    assert re.search(r"loops that numba|pip install 'cuneigh\[numba\]'", facts["method"])
     assert facts["query"] == "[1, 300, 451, 1, 76] float32"
     assert facts["value"] == "[1, 300, 451, 1, 3] float32"
     assert facts["compared"].startswith("128 x 128 pixels in the middle (with --compare: all), on ")

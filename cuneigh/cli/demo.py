@@ -314,12 +314,16 @@ def _run(options: argparse.Namespace) -> None:
     xp, device = array_library(options.backend)
     tensors = tensors_of(xp.asarray(noisy), options.patch, xp)
     problem = _problem(tensors, options.window)
-    backend = cast(BackendName, choose(problem, device, options.backend).NAME)
+    chosen = choose(problem, device, options.backend)
+    backend = cast(BackendName, chosen.NAME)
     print(f"image    {options.image or 'chelsea.png'}, {' x '.join(map(str, original.shape))}")
     for name, tensor in tensors._asdict().items():
         print(f"{name:8} {list(tensor.shape)} {tensor.dtype}")
     print(f"window   {options.window} x {options.window}")
     print(f"backend  {backend} on {device.name or 'the CPU'}")
+    method = getattr(chosen, "method", None)
+    if method:
+        print(f"method   {method(problem)}")
 
     seconds = []
     with patience("denoising"):

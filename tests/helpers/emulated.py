@@ -129,7 +129,7 @@ class Emulator:
             'extern "C" void run(unsigned x, unsigned y, int threads, void** parameters) {\n'
             f"  emulator::launch(&{kernel.instance}, x, y, threads, parameters, {blocks});\n}}\n"
         )
-        options = ["-std=c++17", "-O1", "-w", "-fpermissive", "-shared", "-fPIC", "-fno-gnu-unique"]
+        options = ["-std=c++17", "-Og", "-w", "-fpermissive", "-shared", "-fPIC", "-fno-gnu-unique"]
         folders = [f"-I{EMULATOR}", f"-I{self.folder / 'cuda'}"]
         subprocess.run(
             [str(compiler()), *options, *folders, str(unit), "-o", str(library)], check=True
