@@ -89,10 +89,12 @@ struct Cleaner<Plan, true> {
   __device__ void clean(Smem& smem, Ring<Plan::kStages> next, int lane) {
     if (hidden == kNoBox) return;
     const Ring<Plan::kStages> box = next.before();
-    // Also of a box without hidden columns: a parity says which phase only to those who miss none
-    smem.qk_full[box.slot()].wait(box.parity());
-    smem.vo_full[box.slot()].wait(box.parity());
     if (__any_sync(0xffffffffu, hidden)) {
+      // A parity says which phase since both barriers are at that of this box: the one before is
+      // over, for consumers release qk after they have waited for vo, and the next does not begin
+      // before they have waited for `clean`. Boxes without hidden columns may be long gone.
+      smem.qk_full[box.slot()].wait(box.parity());
+      smem.vo_full[box.slot()].wait(box.parity());
 #pragma unroll 1
       for (int quad = lane / 32; quad < 4; quad += 2) {
         const int column = lane % 32 / 2 * 8 + 2 * quad + lane % 2;
