@@ -498,7 +498,7 @@ def test_more_elements_than_32_bits_count(small_windows, monkeypatch):
         for operation in ("forward", "backward")
     }
 
-    def choose_plan(problem, device, pass_, small_can_read, few_queries):
+    def choose_plan(problem, device, pass_, small_can_read, *_):
         if small_windows and small_can_read:
             return small_plan.make_plan(long[problem.operation], device, pass_)
         return fused_plan.make_plan(long[problem.operation], device, pass_)

@@ -36,6 +36,11 @@ struct Barrier {
   __device__ void arrive() {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
+  // For others as well, `count` in all.
+  __device__ void arrive(unsigned count) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(count)
+                 : "memory");
+  }
   // The arrival of a warp, after all that its lanes have done. All of them must call it.
   __device__ void arrive_as_warp() {
     __syncwarp();

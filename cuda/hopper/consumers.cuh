@@ -74,15 +74,7 @@ struct Consumer {
     release_vo();
     end_box();
   }
-  // Where columns are masked, qk of the box must not be released before this: what comes in its
-  // place overwrites the answer to whether columns are being set to zero, and is clean as soon as
-  // it has come; and the makers of masks rely on it that vo of a box has come by then.
-  __device__ void wait_for_vo() const {
-    smem.vo_full[boxes.slot()].wait(boxes.parity());
-    if constexpr (kMaskedColumns<Plan>)
-      if (smem.visibility[boxes.slot()][w] >= kPartialHoles)
-        smem.clean(boxes.slot()).wait(boxes.parity());
-  }
+  __device__ void wait_for_vo() const { smem.vo_full[boxes.slot()].wait(boxes.parity()); }
   __device__ void release_qk() const { release_qk(boxes); }
   __device__ void release_vo() const { release_vo(boxes); }
   __device__ void release_qk(Ring<Plan::kStages> box) const {

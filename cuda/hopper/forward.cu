@@ -51,7 +51,7 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
       hold(logit[0]);
       if (Plan::kSigned) multiply_by(logit[0], problem.sign);
       me.hide_invisible(logit[0]);
-      if (!kMaskedColumns<Plan>) me.release_qk();
+      me.release_qk();
       softmax.rescale(logit, problem.scale, output);
 
       // P = 2^(scale S - m), in halves, and for each
@@ -63,10 +63,7 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
         unsigned weight[kHalf / 16][4];  // P [64, kHalf]
         softmax.exponentiate(logit, problem.scale, first / 8, (first + kHalf) / 8);
         pack_weights<Element>(logit[0], first, weight);
-        if (half == 0) {
-          me.wait_for_vo();
-          if (kMaskedColumns<Plan>) me.release_qk();
-        }
+        if (half == 0) me.wait_for_vo();
         accumulate<Element, Plan::kValueColumns>(output[0], weight, values, first);
       }
       wait_for_products<0>();

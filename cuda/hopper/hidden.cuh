@@ -63,23 +63,23 @@ __device__ bool any_row_is_seen(const HopperProblem<Plan::kRank>& problem,
   return false;
 }
 
-// What a lane of the warps that make masks does to the box of columns before the current one, when
-// that has come: it sets its columns that are hidden to zero. Two warps share those of each lane.
+// What a lane of the warps that make masks does to a box of columns of which some are hidden, when
+// that has come: it sets its columns that are hidden to zero, and tells consumers that vo is there.
+// Two warps share those of each lane.
 template <typename Plan, bool kMasked = kMaskedColumns<Plan>>
 struct Cleaner {
   template <typename Smem>
   __device__ void clean(Smem&, Ring<Plan::kStages>, int) {}
-  __device__ void expect_none() {}
   __device__ void expect(const QuadWords&, int) {}
 };
 template <typename Plan>
 struct Cleaner<Plan, true> {
-  static constexpr unsigned kNoBox = ~0u;
-  unsigned hidden = kNoBox;  // bit q stands for the lane's column of quad q
+  static constexpr unsigned kExpected = 16;
+  unsigned hidden = 0;  // bit q stands for the lane's column of quad q, if the box before has some
+  unsigned parity = 0;  // bit s is that of the next phase of `vo_came` of stage s
 
-  __device__ void expect_none() { hidden = 0; }
   __device__ void expect(const QuadWords& seen, int lane) {
-    hidden = 0;
+    hidden = kExpected;
 #pragma unroll
     for (int quad = 0; quad < 4; ++quad) hidden |= (~seen.word[quad] >> lane % 32 & 1) << quad;
   }
@@ -87,28 +87,24 @@ struct Cleaner<Plan, true> {
   // `next` is the place of the current box.
   template <typename Smem>
   __device__ void clean(Smem& smem, Ring<Plan::kStages> next, int lane) {
-    if (hidden == kNoBox) return;
+    if (hidden == 0) return;
     const Ring<Plan::kStages> box = next.before();
-    if (__any_sync(0xffffffffu, hidden)) {
-      // A parity says which phase since both barriers are at that of this box: the one before is
-      // over, for consumers release qk after they have waited for vo, and the next does not begin
-      // before they have waited for `clean`. Boxes without hidden columns may be long gone.
-      smem.qk_full[box.slot()].wait(box.parity());
-      smem.vo_full[box.slot()].wait(box.parity());
+    const unsigned stage = box.slot();
+    // Parities say which phase: this warp arrives at every one of `qk_full`, and awaits all of
+    // `vo_came`
+    if constexpr (Plan::kBackward) smem.qk_full[stage].wait(box.parity());
+    smem.vo_came(stage).wait(parity >> stage & 1);
+    parity ^= 1 << stage;
 #pragma unroll 1
-      for (int quad = lane / 32; quad < 4; quad += 2) {
-        const int column = lane % 32 / 2 * 8 + 2 * quad + lane % 2;
-        if (!(hidden >> quad & 1)) continue;
-        clear(smem.column_vo[box.slot()], column);
-        if constexpr (Plan::kBackward) clear(smem.column_qk[box.slot()], column);
-      }
-      fence_shared();
+    for (int quad = lane / 32; quad < 4; quad += 2) {
+      const int column = lane % 32 / 2 * 8 + 2 * quad + lane % 2;
+      if (!(hidden >> quad & 1)) continue;
+      clear(smem.column_vo[stage], column);
+      if constexpr (Plan::kBackward) clear(smem.column_qk[stage], column);
     }
-    // Consumers do not wait for boxes without hidden columns; synccheck asks that somebody does.
-    // The phase before this one is over.
-    smem.clean(box.slot()).wait(box.parity() ^ 1);
-    smem.clean(box.slot()).arrive_as_warp();
-    hidden = kNoBox;
+    fence_shared();
+    smem.vo_full[stage].arrive_as_warp();
+    hidden = 0;
   }
 };
 

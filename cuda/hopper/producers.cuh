@@ -91,10 +91,17 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
   bool has_last = false;
   auto load_vo = [&](const ColumnBox<kRank>& box) {
     smem.vo_empty[vo.slot()].wait(vo.parity() ^ 1);
+    Barrier* full = &smem.vo_full[vo.slot()];
+    if constexpr (kMaskedColumns<Plan>) {
+      if (box.has_holes)
+        full = &smem.vo_came(vo.slot());
+      else  // for the makers of masks, who have nothing to do; one arrival is `load_columns`'
+        full->arrive(kMaskLanes<Plan> / 32 * kArrivingLanes - 1);
+    }
     load_columns<kMaskedColumns<Plan>, Plan::kTangents>(
         problem, {maps.column_vo, maps.additional_values},
         {tangents.column_vo, tangents.additional_values}, problem.column_vo, box,
-        smem.column_vo[vo.slot()], smem.vo_full[vo.slot()]);
+        smem.column_vo[vo.slot()], *full);
     vo.advance();
   };
   auto load = [&](const ColumnBox<kRank>& box) {
@@ -115,9 +122,11 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
   for_each_tile<false>(smem, [&](const AnnouncedTile<Plan>& tile) {
     const QuadWords* seen = tile.seen(mask);
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
-      ColumnBox<kRank> box = {tile.batch, head, {}, false};
-      if constexpr (kMaskedColumns<Plan>)
-        if ((seen++)->none()) box.batch = kNotLoaded;
+      ColumnBox<kRank> box = {tile.batch, head, {}, false, false};
+      if constexpr (kMaskedColumns<Plan>) {
+        if (seen->none()) box.batch = kNotLoaded;
+        box.has_holes = (seen++)->some();
+      }
 #pragma unroll
       for (int r = 0; r < kRank; ++r) {
         box.token[r] =
@@ -129,7 +138,7 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
     if (Plan::kAdditional)
 #pragma unroll 1
       for (int i = 0; i < problem.additional; i += Plan::kColumns)
-        load({tile.batch, tile.column_head, {i}, true});
+        load({tile.batch, tile.column_head, {i}, true, false});
     // Consumers need the last values of a tile before a later one can be announced, while keys of
     // the next box may be those of a later tile: rows of parts may see no column
     if (Axis::kIsPart && tile.boxes == 0 && has_last) {
@@ -247,7 +256,6 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
     if (__any_sync(0xffffffffu, visibility == kPartial || has_holes)) make(smem.words[ring.slot()]);
     smem.qk_full[ring.slot()].arrive_as_warp();
     ring.advance();
-    cleaner.expect_none();
   };
   for_each_tile<true>(smem, [&](const AnnouncedTile<Plan>& tile) {
     const QuadWords* next = tile.seen(mask);
@@ -284,8 +292,7 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
           visibility = visibility == kAll ? kHoles : kPartialHoles;
         if (lane() == 0) smem.seen(ring.slot()) = seen;
         publish(visibility, make);
-        // Of a box that is passed over by all nothing is awaited
-        if (__any_sync(0xffffffffu, visibility >= kPartialHoles)) cleaner.expect(seen, lane());
+        if (seen.some()) cleaner.expect(seen, lane());
       } else {
         publish(visibility, make);
       }

@@ -13,6 +13,7 @@ struct alignas(16) QuadWords {
 
   __device__ bool none() const { return (word[0] | word[1] | word[2] | word[3]) == 0; }
   __device__ bool all() const { return (word[0] & word[1] & word[2] & word[3]) == ~0u; }
+  __device__ bool some() const { return !none() && !all(); }
 };
 
 template <typename Plan>

@@ -51,11 +51,12 @@ constexpr int kProducerRegisters = Plan::kWarpgroups == 2 ? (Plan::kAhead ? 24 :
                                    : kFew<Plan>           ? 56
                                                           : 32;
 
-// A box of columns: its first token, or the first of the additional keys.
+// A box of columns: its first token, or the first of the additional keys; and whether a mask hides
+// some of its keys, but not all.
 template <int kRank>
 struct ColumnBox {
   int batch, head, token[kRank];
-  bool is_additional;
+  bool is_additional, has_holes;
 };
 
 // What a kernel whose tiles add to sums of columns has beside `SharedMemory`: one contribution, and
@@ -101,7 +102,7 @@ struct SharedMemory : SumMemory<Plan> {
   alignas(16) Barrier tile_full[2], tile_empty[2];
   Barrier row_full[Plan::kRowSlots], row_empty[Plan::kRowSlots];
   Barrier qk_full[Plan::kStages], qk_empty[Plan::kStages];
-  // Those of `vo_full` from kStages on, if columns are masked: hidden ones have been set to zero
+  // If columns are masked, those from kStages on are `vo_came`
   Barrier vo_full[Plan::kStages * (1 + kMaskedColumns<Plan>)], vo_empty[Plan::kStages];
   Barrier sum_full, sum_empty;                      // of `SumMemory::sum`
   Barrier grad_logit_full[2], grad_logit_empty[2];  // of `SumMemory::grad_logit`
@@ -109,7 +110,9 @@ struct SharedMemory : SumMemory<Plan> {
   __device__ QuadWords& seen(unsigned stage) {
     return words[stage][Plan::kWarpgroups * kMostCoordinates<Plan::kRank>];
   }
-  __device__ Barrier& clean(unsigned stage) { return vo_full[Plan::kStages + stage]; }
+  // What TMA completes instead of `vo_full` if a mask hides some of the columns. It is full when
+  // these have been set to zero.
+  __device__ Barrier& vo_came(unsigned stage) { return vo_full[Plan::kStages + stage]; }
 };
 
 // Lanes of the warps that make masks.
@@ -155,8 +158,12 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     }
     for (int i = 0; i < Plan::kStages; ++i) {
       smem.qk_full[i].init(1, kMaskWarps);  // the loader, and the makers of masks
-      smem.vo_full[i].init(1);
-      if (kMaskedColumns<Plan>) smem.clean(i).init(0, kMaskWarps);
+      if (kMaskedColumns<Plan>) {
+        smem.vo_full[i].init(0, kMaskWarps);
+        smem.vo_came(i).init(1);
+      } else {
+        smem.vo_full[i].init(1);
+      }
       smem.qk_empty[i].init(0, kConsumerWarps);
       smem.vo_empty[i].init(0, kConsumerWarps);
     }
