@@ -32,10 +32,11 @@ tests() {
   return "${PIPESTATUS[0]}"
 }
 
-# Of the backends in $BACKENDS (default: all). The tools run side by side, and so do the ranks.
-# Kernels are compiled before that, on all processors.
+# Of the backends in $BACKENDS (default: all). The tools run side by side, and so do the ranks and
+# some of the operations. Kernels are compiled before that, on all processors.
 sanitizer() {
-  local tool rank status=0 jobs=()
+  local tool rank part status=0 jobs=()
+  local -A parts=([a]="forward jvp hvp" [b]="backward" [c]="qk qk_backward av av_backward")
   for rank in 1 2 3; do
     python3 tests/helpers/small_shapes.py --compile $rank ${BACKENDS:-} &
     RACECHECK=1 python3 tests/helpers/small_shapes.py --compile $rank ${BACKENDS:-} &
@@ -43,9 +44,12 @@ sanitizer() {
   wait
   for tool in memcheck racecheck synccheck; do
     for rank in 1 2 3; do
-      RACECHECK=$([ $tool = racecheck ] && echo 1) compute-sanitizer --tool $tool --error-exitcode 1 \
-        python3 tests/helpers/small_shapes.py $rank ${BACKENDS:-} >"$OUT/sanitizer-$tool-$rank.txt" 2>&1 &
-      jobs+=($!)
+      for part in a b c; do
+        RACECHECK=$([ $tool = racecheck ] && echo 1) compute-sanitizer --tool $tool --error-exitcode 1 \
+          python3 tests/helpers/small_shapes.py $rank ${parts[$part]} ${BACKENDS:-} \
+          >"$OUT/sanitizer-$tool-$rank$part.txt" 2>&1 &
+        jobs+=($!)
+      done
     done
   done
   for job in "${jobs[@]}"; do wait "$job" || status=1; done

@@ -1,6 +1,8 @@
 """Every GPU kernel on small shapes, for compute-sanitizer: no pool hides a stray access.
 
-compute-sanitizer --tool memcheck python tests/helpers/small_shapes.py [BACKEND .. RANK ..]
+compute-sanitizer --tool memcheck python tests/helpers/small_shapes.py [NAME ..]
+
+Names are those of backends, numbers of axes and operations; the default is all of each.
 
 With --compile it only compiles the kernels, side by side. With RACECHECK=1 they are compiled for
 racecheck (cuda/cuneigh/barrier.cuh says what for).
@@ -186,26 +188,28 @@ def take(way: tuple[Pass, ...], problem: Problem, device: _device.Device) -> tup
     return way
 
 
-def compile_all(names: list[str], ranks: list[int]) -> None:
+def compile_all(names: list[str], ranks: list[int], operations: list[str]) -> None:
     found: dict[_jit.Kernel, None] = {}
 
     def collect(program: Program, addresses: Sequence[int], stream: int) -> None:
         found.update(dict.fromkeys(program.kernels))
 
     Program.run = collect
-    run_all(names, ranks, run_backend)
+    run_all(names, ranks, operations, run_backend)
     _jit.precompile(found, [architecture()])
     print(f"{len(found)} kernels compiled")
 
 
-def run_all(names: list[str], ranks: list[int], run: Callable[..., object]) -> int:
+def run_all(
+    names: list[str], ranks: list[int], operations: list[str], run: Callable[..., object]
+) -> int:
     """Call ``run(backend, problem, inputs, ..)`` for all of them, and return how many there are."""
     cupy.cuda.set_allocator(None)
     if os.environ.get("RACECHECK") == "1":
         _compiler.OPTIONS += ("-DCUNEIGH_ALL_LANES_ARRIVE",)
     device = _device.cuda(0)
     count = 0
-    for operation, dtype, rank in itertools.product((*OPERATIONS, "jvp", "hvp"), DTYPES, ranks):
+    for operation, dtype, rank in itertools.product(operations, DTYPES, ranks):
         cases = [(problem_of(operation, dtype, rank, (7, 520), False), "packed")]
         cases.append((plain_problem_of(operation, dtype, rank), "contiguous"))
         small: list[Problem] = []
@@ -244,7 +248,10 @@ if __name__ == "__main__":
     given = sys.argv[1:]
     names = [one.NAME for one in BACKENDS if one.NAME in given] or [one.NAME for one in BACKENDS]
     ranks = [rank for rank in WINDOWS if str(rank) in given] or list(WINDOWS)
+    every = [*OPERATIONS, "jvp", "hvp"]
+    operations = [each for each in every if each in given] or every
     if "--compile" in given:
-        compile_all(names, ranks)
+        compile_all(names, ranks, operations)
     else:
-        print(f"{run_all(names, ranks, check_backend)} results agree with the oracle")
+        count = run_all(names, ranks, operations, check_backend)
+        print(f"{count} results agree with the oracle")
