@@ -17,9 +17,10 @@ from cuneigh._measure import arrays, checks, ours, peers
 from cuneigh._measure.cases import problem_of, read
 from cuneigh._measure.clock import Times, _times
 from cuneigh._measure.peers import flex, masks
+from cuneigh._measure.peers.clock import TorchClock
 from cuneigh._problem import Operands
 from cuneigh._window import Axis
-from cuneigh.cli import main
+from cuneigh.cli import main, terminal
 
 CASES = Path(__file__).parents[1] / "bench" / "cases.json"
 SEVEN_FIVE = "-i 64 64 -n 8 -w 9 --dry-run --arch sm_75 --dtype bf16"
@@ -84,6 +85,23 @@ def test_a_peer_that_cuts_windows_is_compared_far_from_the_borders(
         assert row["note"] == "windows are cut"
         assert ("ms" in row) == (told is None)
         assert told is None or told in row["reason"]
+
+
+def test_what_takes_long_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE", 0)
+    assert main(["profile", *PROBLEM.split(), "--backward"]) == 0
+    assert capsys.readouterr().err == "cpu: forward ..\ncpu: forward and backward ..\n"
+
+
+@pytest.mark.gpu
+def test_the_graph_of_a_peer_holds_its_call() -> None:
+    torch = pytest.importorskip("torch")
+    matrix = torch.ones(4096, 4096, device="cuda")
+    times = TorchClock().measure(lambda: matrix @ matrix, budget_ms=20)
+    assert times.graph_ms is not None
+    assert 0.5 < times.graph_ms / times.ms < 1.5
 
 
 def test_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:

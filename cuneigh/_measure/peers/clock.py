@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -25,12 +26,17 @@ class TorchClock(GpuClock):
 
     @staticmethod
     def capture(call: Call, stream: Any) -> Call | None:
-        """A CUDA graph of `call` by PyTorch, whose allocator must know of it; None if it fails."""
+        """A CUDA graph of `call` by PyTorch, whose allocator must know of it; None if it fails.
+
+        It is captured on the stream on which `measure` has the call launch. On another one nothing
+        would be captured, of which PyTorch only warns.
+        """
         import torch
 
         graph = torch.cuda.CUDAGraph()
-        with suppress(RuntimeError):
-            with torch.cuda.graph(graph):
+        with suppress(RuntimeError, UserWarning), warnings.catch_warnings():
+            warnings.filterwarnings("error", "The CUDA Graph is empty")
+            with torch.cuda.graph(graph, stream=torch.cuda.ExternalStream(stream.ptr)):
                 call()
             return lambda: _replay(graph, stream)
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from cuneigh import _backends, _settings
@@ -21,10 +22,13 @@ from cuneigh._measure.peers.clock import TorchClock
 from cuneigh._measure.provenance import provenance
 from cuneigh._problem import Operands, Problem
 from cuneigh._programs import rehearse
+from cuneigh.cli.terminal import patience
 
 Row = dict[str, Any]
 
 FORWARD, STEP = "forward", "forward_backward"
+KINDS = {FORWARD: "forward", STEP: "forward and backward"}
+"""What is timed, and how people are told."""
 
 FAR_SLOWER = 20.0
 """How often longer than the fastest a backend is predicted to take that is not timed unasked."""
@@ -176,6 +180,14 @@ class Bench:
         """The row of a backend, or of (name, reason)."""
         if isinstance(backend, tuple):
             return {"name": backend[0], "kind": self.kind, "reason": backend[1]}
+        with self._patience(backend.NAME):
+            return self._row_of(backend)
+
+    def _patience(self, name: str) -> AbstractContextManager[None]:
+        """Tells who is being timed, if that takes long."""
+        return patience(f"{name}: {KINDS[self.kind]}")
+
+    def _row_of(self, backend: Backend) -> Row:
         row: Row = {
             "name": backend.NAME,
             "kind": self.kind,
@@ -204,7 +216,11 @@ class Bench:
         except peers.UnfitError as error:
             return [{"name": "PyTorch's", "kind": self.kind, "reason": str(error)}]
         expected = ours.step(self.problem, self.operands, self.grad_output, None)
-        return [self._peer(name, peer, given, expected) for name, peer in peers.PEERS.items()]
+        rows = []
+        for name, peer in peers.PEERS.items():
+            with self._patience(name):
+                rows.append(self._peer(name, peer, given, expected))
+        return rows
 
     def _peer(self, name: str, peer: peers.Peer, given: peers.Given, expected: Any) -> Row:
         row: Row = {"name": name, "kind": self.kind}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cuneigh.cli.profile.document import KINDS
 from cuneigh.cli.terminal import print_table
-
-KINDS = {"forward": "forward", "forward_backward": "forward and backward"}
 
 
 def print_heading(made: dict[str, Any]) -> None:
