@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import replace
 from unittest import mock
@@ -487,8 +488,9 @@ def test_more_elements_than_32_bits_count(small_windows, monkeypatch):
     """The end of a long sequence is that of a short one, bit for bit: they are cut alike."""
     import cupy
 
-    dtype, dim, kernel_size, tail = "float16", 128, 5, 1024
-    tokens = (1 << 31) // dim + 4 * tail
+    dtype, dim, kernel_size = "float16", 128, 5
+    tail = 4 * 16 * 13 * 4  # a multiple of what any block covers: four warps of 13 or 16 rows, say
+    tokens = ((1 << 31) // dim // tail + 4) * tail
     if cupy.cuda.runtime.memGetInfo()[0] < 12 * 2 * tokens * dim:
         pytest.skip("not enough memory on the GPU")
     window = window_arguments("test", 1, kernel_size, 1, 1, False)
@@ -500,7 +502,9 @@ def test_more_elements_than_32_bits_count(small_windows, monkeypatch):
 
     def choose_plan(problem, device, pass_, small_can_read, *_):
         if small_windows and small_can_read:
-            return small_plan.make_plan(long[problem.operation], device, pass_)
+            plan = small_plan.make_plan(long[problem.operation], device, pass_)
+            assert tail % math.prod((*plan.warp_box, *plan.warps)) == 0
+            return plan
         return fused_plan.make_plan(long[problem.operation], device, pass_)
 
     monkeypatch.setattr(launch, "choose_plan", choose_plan)
