@@ -221,7 +221,7 @@ def run_all(
         if operation in ("forward", "backward", "jvp", "hvp"):
             for rpb in (False, True):
                 cases.append((problem_of(operation, dtype, rank, (130, 250), rpb), "packed"))
-            if DTYPES[dtype] == 2 and operation != "hvp":
+            if DTYPES[dtype] == 2:
                 small = small_window_problems_of(operation, dtype, rank)
                 cases += [(problem, "contiguous") for problem in small]
             if DTYPES[dtype] == 2 and operation in hopper.LONGEST:
