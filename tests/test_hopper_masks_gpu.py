@@ -89,20 +89,25 @@ def test_boxes_of_hidden_keys_are_passed_over(
 @pytest.mark.parametrize("shown", [True, False], ids=["whole", "empty"])
 def test_a_box_with_holes_may_be_followed_by_one_without(operation, shown):
     """Which takes its place in shared memory, and is not waited for."""
-    query = Spec((1, 3000, 2, 64), "float16")
-    window = window_arguments("test", 1, 1501, 1, 1, False)
-    mask_spec = Spec((1, 3000), "bool")
+    query = Spec((1, 900, 2, 64), "float16")
+    window = window_arguments("test", 1, 451, 1, 1, False)
+    mask_spec = Spec((1, 900), "bool")
     problem = attention_problem(
         "test", operation, query, query, query, window, *(None,) * 5, mask_spec
     )
-    mask = np.full((1, 3000), shown)
-    mask[0, ::487] ^= True  # in a fourth of the boxes of 128 keys
+    mask = np.full((1, 900), shown)
+    mask[0, ::331] ^= True  # in some of the boxes of 128 keys
     given_inputs = with_mask(inputs(problem, np.random.default_rng(0)), mask)
     for way in ways(problem):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(launch, "passes", lambda problem, device, way=way: way)
-            for _ in range(3):
-                check_backend(hopper, problem, given_inputs, **NATIVE)
+            check_backend(hopper, problem, given_inputs, **NATIVE)
+            first, *others = (
+                run_backend(hopper, problem, given_inputs, **NATIVE) for _ in range(20)
+            )
+            for other in others:
+                for name, array in first.items():
+                    np.testing.assert_array_equal(array, other[name])
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -391,7 +391,7 @@ def sum_bytes(problem: Problem) -> int:
 
 # The cost model
 
-GRADIENTS = 1.6
+GRADIENTS = 1.9
 """What gradients take beyond the time of their bytes."""
 
 
