@@ -1,17 +1,20 @@
-"""The kernels of `naive` and `fused` without a GPU: built by the host compiler, run by fibers.
+"""The kernels of `naive`, `fused` and `hopper` without a GPU: built by the host compiler.
 
 python tests/helpers/emulated.py [--backend fused] [--seeds 4] [--longest 9]
 
 Every thread of a block is a fiber, and what threads of a warp or block do together waits for all of
 them (emulator/emulator.h). Instructions of tensor cores are replaced by what they compute, copies
-that run beside the arithmetic by plain ones. So the logic of a kernel is tried, not its timing, its
-synchronization or its registers. Random problems with borders, parts and masks are compared with
-the oracle.
+by plain ones. Those of TMA and wgmma still go on beside the threads (emulator/tma.h, hopper.h), and
+a wait without end is an error. So the logic of a kernel is tried, and who waits for whom, not its
+timing, its fences or its registers. Blocks run one after another. All of cuda/hopper is emulated
+but the kernel for a chunk of queries. Random problems with borders, parts and masks are compared
+with the oracle.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import hashlib
 import re
@@ -21,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -37,7 +41,7 @@ from helpers.strategies import inputs
 
 from cuneigh import _jit
 from cuneigh._backends import fused, naive
-from cuneigh._device import of_capability
+from cuneigh._device import Device, of_capability
 from cuneigh._gpu.arrays import Pointer
 from cuneigh._gpu.program import Launch, Program, Record, _Clear
 from cuneigh._gpu.records import start_words
@@ -69,14 +73,15 @@ REPLACED = {
     ],
     "cuneigh/barrier.cuh": [
         (
-            r"// Lanes that arrive for a warp.*(?=\n}  // namespace)",
+            r"// Whether this lane is the one that the warp elects.*(?=\n}  // namespace)",
             "using emulator::Barrier, emulator::fence_barrier_init;\n",
         ),
     ],
     "cuneigh/tma.cuh": [
         (
             r"// What cuTensorMapEncodeTiled writes.*(?=\n}  // namespace)",
-            "using emulator::TensorMap, emulator::load_box, emulator::fence_shared;\n",
+            "using emulator::TensorMap, emulator::prefetch_map;\n"
+            "using emulator::load_box, emulator::fence_shared;\n",
         ),
     ],
     "cuneigh/cluster.cuh": [
@@ -89,6 +94,36 @@ REPLACED = {
     "fused/split/forward.cu": [(r'asm volatile\("bar.sync[^;]*;[^;]*;', "__syncthreads();")],
     "fused/mma.cuh": [
         (r"// Four 8x8 matrices.*(?=// Two numbers rounded)", "using namespace emulator;\n\n"),
+    ],
+    # Acquire and release, between blocks
+    "hopper/barrier.cuh": [
+        (
+            r"// Counters in global memory.*(?=// Where a ring of)",
+            "using emulator::load_acquire, emulator::add_release;\n\n",
+        ),
+    ],
+    # Bulk copies: store_bulk and what follows
+    "hopper/tma.cuh": [
+        (r"// Copies what lies at.*(?=\n}  // namespace)", "using namespace emulator;\n"),
+    ],
+    # wgmma and its fences, registers that change hands, pairs of elements: all but descriptors
+    "hopper/wgmma.cuh": [
+        (
+            r"__device__ inline void fence_registers.*(?=// Where an operand is)",
+            "using namespace emulator;\n\n",
+        ),
+        (r"// One step of a product.*(?=\n}  // namespace)", ""),
+    ],
+    # stmatrix
+    "hopper/products.cuh": [
+        (
+            r'asm volatile\("stmatrix.*?"memory"\);',
+            "emulator::stmatrix_x4_trans(address + step * 16 * kLineBytes, operand[step]);",
+        )
+    ],
+    # The thread, read anew each time
+    "hopper/mask.cuh": [
+        (r'asm volatile\("mov.u32 %0, %%tid.x;[^;]*;', "thread = threadIdx.x;"),
     ],
 }
 """Patterns in sources, and what the host compiles in their place."""
@@ -111,12 +146,41 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-class Emulator:
-    """Kernels built in a folder."""
+def compile_(*arguments: str) -> None:
+    options = "-std=c++17 -Og -w -Wno-psabi -fpermissive"
+    options += " -fPIC -fno-gnu-unique -fvisibility-inlines-hidden"
+    subprocess.run([str(compiler()), *options.split(), *arguments, f"-I{EMULATOR}"], check=True)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+@cache
+def precompiled() -> Path:
+    """A folder with the compiled header, which units then take half a second less to include."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    header = "emulator.h"
+    compile_("-x", "c++-header", str(EMULATOR / header), "-o", str(folder / f"{header}.gch"))
+    return folder
+
+
+ROLES = {
+    "TMA": (-1, 0),
+    "loaders": (0, 64),
+    "makers of masks": (64, 128),
+    "first consumers": (128, 256),
+    "consumers": (128, 1024),
+}
+"""Threads of kernels in cuda/hopper; TMA is a thread of its own (emulator/fibers.h)."""
+
+
+class Emulator:
+    """Kernels built in a folder, and run with what they need of a device."""
+
+    def __init__(self, folder: Path, device: Device = H100) -> None:
+        self.folder, self.device = folder, device
+        self.slow: str | None = None
+        """One of `ROLES` that goes on only when no other can."""
         sources(folder / "cuda")
+        precompiled()
         self.built = lru_cache(maxsize=None)(self._built)
 
     def _built(self, kernel: _jit.Kernel) -> Any:
@@ -126,15 +190,16 @@ class Emulator:
         blocks = cluster[1] if cluster else 1
         unit.write_text(
             f'#include "emulator.h"\n{kernel.unit}\n'
-            'extern "C" void run(unsigned x, unsigned y, int threads, void** parameters) {\n'
-            f"  emulator::launch(&{kernel.instance}, x, y, threads, parameters, {blocks});\n}}\n"
+            'extern "C" const char* run(unsigned x, unsigned y, int threads, void** parameters,\n'
+            "                           int slow_begin, int slow_end) {\n"
+            f"  return emulator::launch(&{kernel.instance}, x, y, threads, parameters, {blocks},\n"
+            "                          slow_begin, slow_end);\n}\n"
         )
-        options = ["-std=c++17", "-Og", "-w", "-fpermissive", "-shared", "-fPIC", "-fno-gnu-unique"]
-        folders = [f"-I{EMULATOR}", f"-I{self.folder / 'cuda'}"]
-        subprocess.run(
-            [str(compiler()), *options, *folders, str(unit), "-o", str(library)], check=True
-        )
-        return ctypes.CDLL(str(library))
+        folders = (precompiled(), self.folder / "cuda")
+        compile_(*(f"-I{each}" for each in folders), "-shared", str(unit), "-o", str(library))
+        run = ctypes.CDLL(str(library)).run
+        run.restype = ctypes.c_char_p
+        return run
 
     def run(self, program: Program, addresses: Sequence[int]) -> None:
         """`Program.run` on memory of the host."""
@@ -142,6 +207,8 @@ class Emulator:
         def at(pointer: Pointer) -> int:
             return addresses[pointer.slot] + pointer.offset
 
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.built, program.kernels))
         for each in program._recorded:
             if isinstance(each, _Clear):
                 target = each.target
@@ -150,7 +217,13 @@ class Emulator:
             assert isinstance(each, Launch), "arrays are contiguous, so that nothing is copied"
             kept = [ctypes.create_string_buffer(packed(p, at)) for p in each.parameters]
             parameters = (ctypes.c_void_p * len(kept))(*map(ctypes.addressof, kept))
-            self.built(each.kernel).run(*each.grid, each.threads, parameters)
+            run = self.built(each.kernel)
+            error = run(*each.grid, each.threads, parameters, *ROLES.get(self.slow, (0, 0)))
+            assert error is None, self._said(each.kernel, error.decode())
+
+    def _said(self, kernel: _jit.Kernel, error: str) -> str:
+        error = error.replace(f"{self.folder / 'cuda'}/", "")
+        return f"{kernel.name}, {self.slow or 'nobody'} slow: {error}"
 
     def adapt(self, backend: ModuleType) -> Any:
         """`backend` as one that fills NumPy arrays at once."""
@@ -160,7 +233,7 @@ class Emulator:
     def _at_once(self, function: Any) -> Any:
         def call(problem: Problem, *arguments: Any) -> None:
             *arguments, workspace = arguments
-            program, given = Program(H100), []
+            program, given = Program(self.device), []
 
             def described(argument: Any) -> Any:
                 if isinstance(argument, (Operands, JvpResults, OfResults)):
@@ -178,9 +251,12 @@ class Emulator:
 
     def check(self, backend: ModuleType, problem: Problem, seed: int) -> None:
         """Compare the results of a problem with the oracle."""
-        given = inputs(problem, np.random.default_rng(seed))
-        native = {"to_native": aligned, "allocate": allocate, "adapt": self.adapt}
-        check_backend(backend, problem, given, **native)
+        check_backend(backend, problem, inputs(problem, np.random.default_rng(seed)), **self.native)
+
+    @property
+    def native(self) -> dict[str, Any]:
+        """The keyword arguments of `run_backend`."""
+        return {"to_native": aligned, "allocate": allocate, "adapt": self.adapt}
 
 
 def packed(parameter: Any, at: Any) -> bytes:

@@ -1,19 +1,17 @@
-// Runs a kernel on the host: every thread is a fiber, and blocks run one after another.
+// Runs a kernel on the host: every thread is a fiber (fibers.h), and blocks run one after another.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <type_traits>
-#include <utility>
-#include <vector>
+
+#include "fibers.h"
 #undef __device__
 #undef __global__
 #undef __host__
@@ -30,59 +28,6 @@
 #define __builtin_assume(x) ((void)0)
 
 namespace emulator {
-struct Dim {
-  unsigned x, y, z;
-};
-struct Warp {
-  struct Slot {
-    unsigned long long count[32] = {};
-    alignas(16) unsigned char value[2][32][64];
-  };
-  std::map<unsigned, Slot> slots;
-};
-struct State {
-  int threads;
-  Dim block, grid;
-  std::vector<ucontext_t> fibers;
-  std::vector<char> done;
-  std::vector<unsigned long long> syncs;
-  std::vector<Warp> warps;
-  ucontext_t main;
-  int current;
-  char* smem;
-  void (*body)(void*);
-  void* data;
-  long long spins;
-};
-inline State state;
-inline Dim thread_index() { return {unsigned(state.current), 0, 0}; }
-inline void yield() {
-  if (++state.spins > 2000000000ll) {
-    fprintf(stderr, "emulator: deadlock\n");
-    abort();
-  }
-  int me = state.current, next = me;
-  do {
-    next = (next + 1) % state.threads;
-  } while (state.done[next] && next != me);
-  if (next == me) return;
-  state.current = next;
-  swapcontext(&state.fibers[me], &state.fibers[next]);
-}
-inline void sync_threads() {
-  int me = state.current;
-  auto mine = ++state.syncs[me];
-  for (;;) {
-    bool all = true;
-    for (int t = 0; t < state.threads; ++t)
-      if (!state.done[t] && state.syncs[t] < mine) {
-        all = false;
-        break;
-      }
-    if (all) return;
-    yield();
-  }
-}
 // Gathers the values of the lanes in `mask`; read(lane) gives them.
 template <typename T, typename Use>
 auto collective(unsigned mask, const T& value, Use use) {
@@ -91,16 +36,12 @@ auto collective(unsigned mask, const T& value, Use use) {
   auto& slot = state.warps[warp].slots[mask];
   auto mine = ++slot.count[lane];
   memcpy(slot.value[mine % 2][lane], &value, sizeof(T));
-  for (;;) {
-    bool all = true;
+  const auto all_came = [&] {
     for (int l = 0; l < 32; ++l)
-      if (mask >> l & 1 && warp * 32 + l < state.threads && slot.count[l] < mine) {
-        all = false;
-        break;
-      }
-    if (all) break;
-    yield();
-  }
+      if (mask >> l & 1 && warp * 32 + l < state.threads && slot.count[l] < mine) return false;
+    return true;
+  };
+  wait_until(all_came, __FILE__, __LINE__);
   return use([&](int l) {
     T v;
     memcpy(&v, slot.value[mine % 2][l], sizeof(T));
@@ -109,14 +50,15 @@ auto collective(unsigned mask, const T& value, Use use) {
 }
 // Ends a fiber.
 inline void leave() {
-  int me = state.current;
-  state.done[me] = 1;
-  for (int t = 0; t < state.threads; ++t)
-    if (!state.done[t]) {
-      state.current = t;
-      setcontext(&state.fibers[t]);
-    }
-  setcontext(&state.main);
+  fiber().is_done = true;
+  const int next = next_thread();
+  if (next < 0) {
+    for (const Fiber& each : state.fibers)
+      if (!each.is_done) fail_stuck();
+    setcontext(&state.main);
+  }
+  state.current = next;
+  setcontext(&state.fibers[next].context);
 }
 inline void entry() {
   state.body(state.data);
@@ -127,7 +69,8 @@ inline char* low_memory(size_t size) {
                      -1, 0);
 }
 inline void run_block(Dim block, Dim grid, int threads, void (*body)(void*), void* data) {
-  static char* smem = low_memory(1 << 20);
+  // At a multiple of 256 KB, within which operands of wgmma have their addresses
+  static char* smem = (char*)((size_t)low_memory(1 << 19) + 0x3ffff & ~size_t(0x3ffff));
   static char* stacks = (char*)malloc(size_t(1024) * (1 << 18));
   memset(smem, 0xff, 1 << 18);
   state.threads = threads;
@@ -136,20 +79,19 @@ inline void run_block(Dim block, Dim grid, int threads, void (*body)(void*), voi
   state.smem = smem;
   state.body = body;
   state.data = data;
-  state.fibers.assign(threads, ucontext_t());
-  state.done.assign(threads, 0);
-  state.syncs.assign(threads, 0);
+  state.fibers.assign(threads, Fiber());
   state.warps.assign((threads + 31) / 32, Warp());
-  state.spins = 0;
+  state.copies.clear();
   for (int t = 0; t < threads; ++t) {
-    getcontext(&state.fibers[t]);
-    state.fibers[t].uc_stack.ss_sp = stacks + size_t(t) * (1 << 18);
-    state.fibers[t].uc_stack.ss_size = 1 << 18;
-    state.fibers[t].uc_link = nullptr;
-    makecontext(&state.fibers[t], entry, 0);
+    ucontext_t& context = state.fibers[t].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks + size_t(t) * (1 << 18);
+    context.uc_stack.ss_size = 1 << 18;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
   }
   state.current = 0;
-  swapcontext(&state.main, &state.fibers[0]);
+  swapcontext(&state.main, &state.fibers[0].context);
 }
 template <typename... A, size_t... I>
 void call(void (*kernel)(A...), void** parameters, std::index_sequence<I...>) {
@@ -184,9 +126,10 @@ void put(int block, const T* here, T value) {
     cluster.writes[block].push_back(
         {size_t((const char*)here - state.smem), {bytes, bytes + sizeof(T)}});
 }
+// Returns what went wrong; null if nothing did.
 template <typename... A>
-void launch(void (*kernel)(A...), unsigned gx, unsigned gy, int threads, void** parameters,
-            unsigned cluster_size = 1) {
+const char* launch(void (*kernel)(A...), unsigned gx, unsigned gy, int threads, void** parameters,
+                   unsigned cluster_size, int slow_begin, int slow_end) {
   struct Data {
     void (*kernel)(A...);
     void** p;
@@ -201,14 +144,18 @@ void launch(void (*kernel)(A...), unsigned gx, unsigned gy, int threads, void** 
         &data);
   };
   cluster.size = cluster_size;
+  state.slow_begin = slow_begin, state.slow_end = slow_end;
+  state.switches = 0;
+  state.error[0] = 0;
   for (unsigned y = 0; y < gy; ++y)
     for (unsigned first = 0; first < gx; first += cluster_size)
       for (int turn = cluster_size > 1 ? 0 : 1; turn < 2; ++turn) {
         cluster.is_first = turn == 0;
         if (cluster.is_first)
           for (auto& writes : cluster.writes) writes.clear();
-        for (unsigned x = first; x < first + cluster_size; ++x) run(x, y);
+        for (unsigned x = first; x < first + cluster_size && !state.error[0]; ++x) run(x, y);
       }
+  return state.error[0] ? state.error : nullptr;
 }
 // A half product of tensor cores, and matrices that lanes load together
 template <typename E>
@@ -263,66 +210,20 @@ void mma_m16n8k16_zero(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsig
   d[0] = d[1] = d[2] = d[3] = 0;
   mma<E>(d, a, b0, b1);
 }
-// Boxes by TMA. `tensor_map` of tests/helpers/emulated.py packs what a map says.
-struct alignas(64) TensorMap {
-  const char* array;
-  unsigned long long strides[4];  // bytes, of all axes but the innermost
-  unsigned dims[5];
-  unsigned short box[5];
-  unsigned char steps[5], swizzle;
-  char padding[128 - 8 - 32 - 20 - 10 - 6];
-};
-// Boxes arrive at once: a phase is complete when all threads have arrived.
-struct Barrier {
-  unsigned short threads, arrived;
-  unsigned phase;
-  void init(int expected) { *this = {(unsigned short)expected, 0, 0}; }
-  void arrive_and_expect(unsigned) {
-    if (++arrived < threads) return;
-    arrived = 0;
-    ++phase;
-  }
-  void wait(unsigned parity) {
-    while (phase % 2 == parity) yield();
-  }
-};
-inline void fence_barrier_init() {}
-inline void fence_shared() {}
-inline void load_box(unsigned target, const TensorMap& map, Barrier&, const int (&c)[5]) {
-  const int line = 2 * map.box[0], mask = map.swizzle / 16 - 1;
-  int x[5];
-  unsigned offset = 0;
-  for (x[4] = 0; x[4] < map.box[4]; x[4] += map.steps[4])
-    for (x[3] = 0; x[3] < map.box[3]; x[3] += map.steps[3])
-      for (x[2] = 0; x[2] < map.box[2]; x[2] += map.steps[2])
-        for (x[1] = 0; x[1] < map.box[1]; x[1] += map.steps[1])
-          for (x[0] = 0; x[0] < line / 2; x[0] += 8, offset += 16) {
-            bool inside = true;
-            const char* source = map.array + 2 * (c[0] + x[0]);
-            for (int i = 0; i < 5; ++i) {
-              inside &= c[i] + x[i] >= 0 && c[i] + x[i] < int(map.dims[i]);
-              if (i > 0) source += (c[i] + x[i]) * (long long)map.strides[i - 1];
-            }
-            unsigned address = target + offset;
-            address ^= (address >> 7 & mask) << 4;
-            if (inside)
-              memcpy((void*)(size_t)address, source, 16);
-            else
-              memset((void*)(size_t)address, 0, 16);
-          }
-}
 }  // namespace emulator
 
 #define threadIdx emulator::thread_index()
 #define blockIdx emulator::state.block
 #define gridDim emulator::state.grid
-inline void __syncthreads() { emulator::sync_threads(); }
+#define blockDim (emulator::Dim{unsigned(emulator::state.threads), 1, 1})
+#define __syncthreads emulator::sync_threads
 inline bool __syncthreads_or(bool v) {
   static bool votes[1024];
   votes[emulator::state.current] = v;
   emulator::sync_threads();
   bool any = false;
-  for (int t = 0; t < emulator::state.threads; ++t) any |= votes[t] && !emulator::state.done[t];
+  for (int t = 0; t < emulator::state.threads; ++t)
+    any |= votes[t] && !emulator::state.fibers[t].is_done;
   emulator::sync_threads();
   return any;
 }
@@ -374,3 +275,7 @@ template <typename T>
 void __stcs(T* p, T v) {
   *p = v;
 }
+inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
+inline unsigned atomicAdd(unsigned* p, unsigned more) { return std::exchange(*p, *p + more); }
+
+#include "hopper.h"

@@ -1,0 +1,141 @@
+"""Hopper's kernels on the host, whose roles wait for each other, while one of them is slow."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from helpers.accuracy import check_backend, run_backend
+from helpers.emulated import H100, ROLES, Emulator, compiler
+from helpers.strategies import inputs
+
+from cuneigh._backends import hopper
+from cuneigh._backends.hopper import launch
+from cuneigh._gpu.passes import BACKWARD, DKV, DQ
+from cuneigh._gpu.program import Program
+from cuneigh._parameters import Part, window_arguments
+from cuneigh._problem import Spec
+from cuneigh._validate import attention_problem
+
+pytestmark = pytest.mark.skipif(
+    compiler() is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"),
+    reason="needs g++ on x86-64 Linux",
+)
+
+SMALL = replace(H100, sm_count=2, shared_memory=104 << 10)
+"""A block takes several tiles and parts of tiles, and has room for two boxes of keys."""
+
+
+def mixed(shape, rng):
+    """Boxes of keys some of which are hidden, all, and none."""
+    mask, quarter = rng.random(shape) < 0.9, shape[1] // 4
+    mask[:, quarter:] = False
+    mask[:, -quarter:] = True
+    return mask
+
+
+def padded(shape, rng):
+    mask = np.ones(shape, bool)
+    mask[:, shape[1] // 2 :] = False
+    return mask
+
+
+def whole(shape, rng):
+    return np.ones(shape, bool)
+
+
+def problem_of(operation, tokens, kernel_size, dims=(32, 32), dilation=1, has_mask=True):
+    query, value = (Spec((1, *tokens, 1, dim), "bfloat16") for dim in dims)
+    window = window_arguments("test", len(tokens), kernel_size, 1, dilation, False)
+    mask = Spec((1, *tokens), "bool") if has_mask else None
+    return attention_problem("test", operation, query, query, value, window, *(None,) * 5, mask)
+
+
+def with_mask(problem, mask, rng):
+    """Random inputs with this mask; what it hides is NaN."""
+    given = inputs(replace(problem, has_key_mask=False), rng)
+    for tokens in (given.operands.key, given.operands.value):
+        tokens[~mask] = np.nan
+    mask = mask if problem.has_key_mask else None
+    return given._replace(operands=given.operands._replace(key_mask=mask))
+
+
+def check(emulator, problem, *masks):
+    """Compare with the oracle; no bit of the results may depend on who is slow."""
+    rng, shape = np.random.default_rng(0), (problem.batch, *problem.key_tokens)
+    for mask in masks:
+        given, emulator.slow = with_mask(problem, mask(shape, rng), rng), "consumers"
+        check_backend(hopper, problem, given, **emulator.native)
+    results = {}
+    for emulator.slow in ROLES:
+        got = run_backend(hopper, problem, given, **emulator.native)
+        for name, array in got.items():
+            wanted = results.setdefault(name, array)
+            np.testing.assert_array_equal(array, wanted, f"{name}, {emulator.slow} slow")
+
+
+def test_outputs_agree_with_the_oracle_1d(tmp_path):
+    problem = problem_of("forward", (500,), 100)
+    check(Emulator(tmp_path, SMALL), problem, whole, padded, mixed)
+
+
+def test_outputs_agree_with_the_oracle_2d(tmp_path):
+    problem = problem_of("forward", (16, 20), (7, 9), dilation=2)
+    check(Emulator(tmp_path, SMALL), problem, mixed)
+
+
+def test_outputs_agree_with_the_oracle_3d(tmp_path):
+    problem = problem_of("forward", (5, 7, 9), (3, 4, 5), has_mask=False)
+    check(Emulator(tmp_path, SMALL), problem, whole)
+
+
+@pytest.mark.parametrize(
+    ("way", "tokens", "dims"),
+    [((BACKWARD,), 230, (72, 32)), ((DQ, DKV), 390, (32, 32))],
+    ids=["sums", "dq+dkv"],
+)
+def test_gradients_agree_with_the_oracle(way, tokens, dims, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "passes", lambda *_: way)
+    problem = problem_of("backward", (tokens,), 60, dims)
+    check(Emulator(tmp_path, SMALL), problem, padded, mixed)
+
+
+def test_tiles_that_see_nothing_follow_others(tmp_path):
+    """Queries far from the keys that are given."""
+    query, key = Spec((1, 450, 1, 32), "bfloat16"), Spec((1, 100, 1, 32), "bfloat16")
+    window, mask = window_arguments("test", 1, 51, 1, 1, False), Spec((1, 100), "bool")
+    emulator = Emulator(tmp_path, SMALL)
+    for start in (0, 200):
+        part = Part(("cut",), (450,), (0,), (start,))
+        problem = attention_problem(
+            "test", "forward", query, key, key, window, *(None,) * 4, part, mask
+        )
+        check(emulator, problem, mixed)
+
+
+class Stuck(NamedTuple):
+    """A kernel that waits for what nobody does."""
+
+    name = "stuck"
+    plan = ""
+    instance = "stuck"
+    unit = """
+#include "cuneigh/barrier.cuh"
+inline void stuck(unsigned*) {
+  auto& barrier = *reinterpret_cast<cuneigh::Barrier*>(emulator::state.smem);
+  if (threadIdx.x == 0) barrier.init(2);
+  __syncthreads();
+  if (threadIdx.x == 0) barrier.arrive();
+  if (threadIdx.x >= 32) barrier.wait(0);
+}
+"""
+
+
+def test_waits_without_end_are_errors(tmp_path):
+    program = Program(SMALL)
+    program.launch(Stuck(), (1, 1), 64, [0])
+    with pytest.raises(AssertionError, match=r"stuck.*waiting: 32 at .*cpp:9"):
+        Emulator(tmp_path).run(program, [])
