@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs g++ on x86-64 Linux",
 )
 
-SMALL = replace(H100, sm_count=2, shared_memory=104 << 10)
+SMALL = replace(H100, sm_count=2, shared_memory=110 << 10)
 """A block takes several tiles and parts of tiles, and has room for two boxes of keys."""
 
 
