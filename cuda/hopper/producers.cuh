@@ -184,8 +184,9 @@ __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsi
         }
       }
     }
-    // The last tile's rows must have come before this one is announced. A slot may have been another
-    // warpgroup's there: to one that is ahead, rows still on their way would look like its own
+    // The last tile's rows must have come before this one is announced. A slot may have been
+    // another warpgroup's there: to one that is ahead, rows still on their way would look like its
+    // own
     if (Plan::kRowSlots % Plan::kWarpgroups != 0) {
       Ring<Plan::kRowSlots> last = rows;
 #pragma unroll 1
