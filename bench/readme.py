@@ -292,6 +292,8 @@ def of_first_calls() -> str:
     ]
     if rows:
         text += "\n\n![](figures/loads.png)\n\n" + table(["", "cold", "warm"], rows)
+    if "kernels_ms" not in results:  # of a run that was cut short
+        return text
     first = results["kernels_ms"][0]
     others = [find + load for _, find, load in results["kernels_ms"][1:]]
     return (
