@@ -125,6 +125,7 @@ def kernels(tree: Path, budget_ms: float, cases: list[str]) -> Times:
         f"{case} {backend} {kind}": min(figure["ms"], figure["graph_ms"])
         for case, results in document["cases"].items()
         for backend, figures in results.items()
+        if backend != "chosen"
         for kind, figure in figures.items()
     }
 
