@@ -335,7 +335,7 @@ def turn_of(problem, record, tile, head, begin):
 
 
 def queries_of_sum(problem, box):
-    """Batch entry, head and first index of the queries of a sum: dq_of_sums.cu."""
+    """Batch entry, head and first index of the queries of a sum: rounding.cuh."""
     box, index = divmod(box, head_sums(problem))
     return (*divmod(box, problem.heads), index * ROWS)
 

@@ -5,7 +5,7 @@
 // and multiplies dK by the scale in the end. The transposed weights stay in registers: they are
 // left operands of dV and dK. For dQ the warpgroups meet: each writes its dS to shared memory, and
 // makes its columns of dQ from the dS and the keys of both. A producer warp adds that to sums in
-// memory (sums.cuh), which another kernel (dq_of_sums.cu) turns into dQ.
+// memory (sums.cuh), which blocks that find no tile left turn into dQ (rounding.cuh).
 //
 // The probabilities are computed while dP^T is, dS^T while dV is. dQ is that of the box before: by
 // then the other warpgroup has written its dS, though it may be half a box behind, which is where
@@ -15,13 +15,14 @@
 #include "cuneigh/types.cuh"
 #include "hopper/gradients.cuh"
 #include "hopper/producers.cuh"
+#include "hopper/rounding.cuh"
 
 namespace cuneigh::hopper {
 
 template <typename Plan>
 struct BackwardArguments : HiddenKeys<Plan> {
   View<const float2, Plan::kRank> statistics;  // of queries: {lse * log2(e), delta}
-  View<typename Plan::Element, Plan::kRank> grad_key, grad_value;
+  View<typename Plan::Element, Plan::kRank> grad_key, grad_value, grad_query;
   Sums sums;        // of dQ
   unsigned* taken;  // 0 before the launch; see `begin_tiles`
 };
@@ -34,15 +35,17 @@ struct QueryGradient {
   SharedMemory<Plan>& smem;
   const int w;
   Ring<2> exchange;  // of dS: the slot of the current box
-  Ring<1> sums;
+  Ring<2> sums;      // the next contribution, and the first that `add_sums` is not told of
+  Ring<2> untold;
 
   // Writes dS of the current box, given this thread's part of dS^T [64, kColumns].
   template <int kSteps>
-  __device__ void share(const unsigned (&grad_logit)[kSteps][4]) const {
+  __device__ void share(const unsigned (&grad_logit)[kSteps][4]) {
     smem.grad_logit_empty[exchange.slot()].wait(exchange.parity() ^ 1);
     store_transposed(grad_logit, shared_address(smem.grad_logit[exchange.slot()][w]));
     fence_shared();
     smem.grad_logit_full[exchange.slot()].arrive_as_warp();
+    hand_over();
   }
 
   // Until all warpgroups have shared dS of the box before.
@@ -58,18 +61,23 @@ struct QueryGradient {
         grad_query, grad_logits + exchange.before().slot() * kSlot, keys, sizeof(smem.row[0]));
   }
 
-  // Hands dQ of the box before over to `add_sums`.
-  __device__ void hand_over(const float (&grad_query)[kTiles][4]) {
-    smem.sum_empty.wait(sums.parity() ^ 1);
+  // Writes dQ of the box before. `add_sums` is told of it after the next `fence_shared`, which
+  // takes hundreds of cycles: one a box is enough.
+  __device__ void store(const float (&grad_query)[kTiles][4]) {
+    smem.grad_logit_empty[exchange.before().slot()].arrive_as_warp();
+    smem.sum_empty[sums.slot()].wait(sums.parity() ^ 1);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const auto& four = grad_query[i];
-      smem.sum[w][i][threadIdx.x % 128] = make_float4(four[0], four[1], four[2], four[3]);
+      smem.sum[sums.slot()][w][i][threadIdx.x % 128] =
+          make_float4(four[0], four[1], four[2], four[3]);
     }
-    fence_shared();
-    smem.grad_logit_empty[exchange.before().slot()].arrive_as_warp();
-    smem.sum_full.arrive_as_warp();
     sums.advance();
+  }
+  __device__ void hand_over() {
+#pragma unroll 1
+    for (; untold.position != sums.position; untold.advance())
+      smem.sum_full[untold.slot()].arrive_as_warp();
   }
 };
 
@@ -82,7 +90,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
   using Smem = SharedMemory<Plan>;
   constexpr int kTiles = Plan::kColumns / 8, kSteps = Plan::kColumns / 16;
   Consumer<Plan> me(smem, w);
-  QueryGradient<Plan> dq = {smem, w, {}, {}};
+  QueryGradient<Plan> dq = {smem, w};
   const Descriptor rows_at = rows_descriptor(shared_address(smem.row));
   const Descriptor queries_at = rows_descriptor(shared_address(smem.column_qk));
   const Descriptor grad_outputs_at = rows_descriptor(shared_address(smem.column_vo));
@@ -108,24 +116,27 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       const unsigned vo = stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
       // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
       // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
-      float logit[kTiles][4], grad_weight[kTiles][4];
+      float logit[kTiles][4], grad_weight[kTiles][4], lse[2 * kTiles], delta[2 * kTiles];
+      const int visibility = me.visibility();
+      const auto& statistics = smem.statistics[stage];
+      read(statistics.lse[me.quad].of_columns, lse);
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
       me.wait_for_vo();
       multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
       wait_for_products<1>();
       hold(logit);
       if (Plan::kSigned) multiply_by(logit, problem.sign);
-      me.hide_invisible(logit);
-      const float4* statistics = statistics_of_box(me);
-      exponentiate(logit, problem.scale, statistics);  // P^T, in place of S^T
+      me.hide_invisible(logit, visibility);
+      exponentiate(logit, problem.scale, lse);  // P^T, in place of S^T
+      read(statistics.delta[me.quad].of_columns, delta);
       // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
       unsigned weight[kSteps][4];  // P^T [64, kColumns]
       pack_weights<Element>(logit, 0, weight);
       accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
       wait_for_products<1>();
       hold(grad_weight);
-      multiply_by_weights<Element>(grad_weight, weight, statistics);  // dS^T, in place of dP^T
-      unsigned grad_logit[kSteps][4];                                 // dS^T [64, kColumns]
+      multiply_by_weights<Element>(grad_weight, weight, delta);  // dS^T, in place of dP^T
+      unsigned grad_logit[kSteps][4];                            // dS^T [64, kColumns]
       pack_weights<Element>(grad_weight, 0, grad_logit);
       dq.share(grad_logit);
       // dQ of the box before; that of a tile's first box, of nothing, goes nowhere
@@ -138,7 +149,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       hold(grad_value);
       hold(grad_query);
       me.release_vo();
-      if (!is_first) dq.hand_over(grad_query);
+      if (!is_first) dq.store(grad_query);
       wait_for_products<0>();
       hold(grad_key);
       me.release_qk();
@@ -152,7 +163,9 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     wait_for_products<0>();
     hold(grad_query);
     me.release_rows();
-    dq.hand_over(grad_query);
+    dq.store(grad_query);
+    fence_shared();
+    dq.hand_over();
     store_key_gradients(problem, me, arguments, arguments.grad_key, arguments.grad_value, grad_key,
                         grad_value);
     me.end_tile();
@@ -165,7 +178,9 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
              const __grid_constant__ TensorMap key, const __grid_constant__ TensorMap value,
              const __grid_constant__ TensorMap query,
              const __grid_constant__ TensorMap grad_output) {
-  auto& smem = begin_block<Plan>(problem);
+  auto& smem = begin_block<Plan>(problem, arguments.taken);
+  if (smem.first_number >= problem.block_tiles)
+    return round_sums(problem, arguments.sums, arguments.grad_query, smem);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

@@ -66,8 +66,11 @@ struct Consumer {
   }
   __device__ bool sees_box() const {
     smem.qk_full[boxes.slot()].wait(boxes.parity());
-    return smem.visibility[boxes.slot()][w] != kNone;
+    return Plan::kSums || visibility() != kNone;
   }
+  // Of the current box. To be called early, if there is a register for it: while products read
+  // shared memory, it takes hundreds of cycles.
+  __device__ int visibility() const { return smem.visibility[boxes.slot()][w]; }
   __device__ void pass_over() {
     wait_for_vo();
     release_qk();
@@ -90,20 +93,16 @@ struct Consumer {
 
   // Hides the logits S [64, kColumns] of pairs that are not visible.
   template <int kTiles>
-  __device__ void hide_invisible(float (&logit)[kTiles][4]) const {
-    const int visibility = smem.visibility[boxes.slot()][w];
+  __device__ void hide_invisible(float (&logit)[kTiles][4], int visibility) const {
     if (kMaskedColumns<Plan> ? visibility == kAll : visibility != kPartial) return;
     unsigned seen = ~0u;
-    if (kMaskedColumns<Plan> && visibility >= kPartialHoles)
-      seen = smem.seen(boxes.slot()).word[quad];
-    const QuadWords* words = smem.words[boxes.slot()] + w * smem.problem.coordinates;
+    if constexpr (kMaskedColumns<Plan>)
+      if (visibility >= kPartialHoles) seen = smem.mask.seen(boxes.slot()).word[quad];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       unsigned word = seen;
       if (!kMaskedColumns<Plan> || visibility != kHoles)
-#pragma unroll
-        for (int r = 0; r < Plan::kRank; ++r)
-          word &= words[smem.mask.number[r][row + 8 * half]].word[quad];
+        word &= smem.mask.word(smem.problem, boxes.slot(), w, row + 8 * half, quad);
       hide(logit, half, word);
     }
   }

@@ -72,10 +72,12 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
         wait_for_products<1>();
         hold(logit);
         if (Plan::kSigned) multiply_by(logit, problem.sign);
-        me.hide_invisible(logit);
+        me.hide_invisible(logit, me.visibility());
         if constexpr (Plan::kAhead) multiply_values();
-        const float4* statistics = statistics_of_box(me);
-        exponentiate(logit, problem.scale, statistics);  // P^T, in place of S^T
+        const auto& statistics = me.smem.statistics[me.boxes.slot()];
+        const auto& lse = statistics.lse[me.quad].of_columns;
+        const auto& delta = statistics.delta[me.quad].of_columns;
+        exponentiate(logit, problem.scale, lse);  // P^T, in place of S^T
         // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
         unsigned weight[kSteps][4];  // P^T [64, kColumns]
         pack_weights<Element>(logit, 0, weight);
@@ -86,7 +88,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
           hold(grad_key);
           if (last.slot() != me.boxes.slot()) me.release_qk(last);
         }
-        multiply_by_weights<Element>(grad_weight, weight, statistics);  // dS^T, in place of dP^T
+        multiply_by_weights<Element>(grad_weight, weight, delta);  // dS^T, in place of dP^T
         pack_weights<Element>(grad_weight, 0, grad_logit);
         if constexpr (Plan::kAhead) {
           wait_for_products<0>();
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
     dkv(const HopperProblem<Plan::kRank> problem, const DkvArguments<Plan> arguments,
         const __grid_constant__ TensorMap key, const __grid_constant__ TensorMap value,
         const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap grad_output) {
-  auto& smem = begin_block<Plan>(problem);
+  auto& smem = begin_block<Plan>(problem, arguments.taken);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

@@ -56,13 +56,14 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       // S = Q K^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
       // dP = dO V^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
       float logit[Plan::kColumns / 8][4], grad_weight[Plan::kColumns / 8][4];
+      const int visibility = me.visibility();
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, queries, keys_at + qk);
       me.wait_for_vo();
       multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, grad_outputs, values_at + vo);
       wait_for_products<1>();
       hold(logit);
       if (Plan::kSigned) multiply_by(logit, problem.sign);
-      me.hide_invisible(logit);
+      me.hide_invisible(logit, visibility);
       // P = 2^(scale S - lse), in place of S
 #pragma unroll
       for (auto& four : logit)
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
        const __grid_constant__ TensorMap key, const __grid_constant__ TensorMap value,
        const __grid_constant__ TensorMap additional_keys,
        const __grid_constant__ TensorMap additional_values) {
-  auto& smem = begin_block<Plan>(problem);
+  auto& smem = begin_block<Plan>(problem, arguments.taken);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

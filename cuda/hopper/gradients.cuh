@@ -6,23 +6,27 @@
 
 namespace cuneigh::hopper {
 
-// A thread holds the columns 8 n + 2 quad and the next of a box: entry 4 n of its statistics is
-// {lse, delta, lse, delta} of these two queries.
-template <typename Plan>
-__device__ const float4* statistics_of_box(const Consumer<Plan>& me) {
-  return reinterpret_cast<const float4*>(me.smem.statistics[me.boxes.slot()]) + me.quad;
+// Reads numbers of the columns that a thread holds, two of each tile of 8. To be called early:
+// while products read shared memory, it takes hundreds of cycles.
+template <int kNumbers>
+__device__ void read(const float (&from)[kNumbers], float (&numbers)[kNumbers]) {
+#pragma unroll
+  for (int i = 0; i < kNumbers; i += 4) {
+    const float4 four = reinterpret_cast<const float4&>(from[i]);
+    numbers[i] = four.x, numbers[i + 1] = four.y;
+    numbers[i + 2] = four.z, numbers[i + 3] = four.w;
+  }
 }
 
 // P^T = 2^(scale S^T - lse), in place of S^T [64, 8 kTiles].
 template <int kTiles>
-__device__ void exponentiate(float (&logit)[kTiles][4], float scale, const float4* statistics) {
+__device__ void exponentiate(float (&logit)[kTiles][4], float scale,
+                             const float (&lse)[2 * kTiles]) {
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const float4 of_two = statistics[4 * n];
+  for (int n = 0; n < kTiles; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      logit[n][i] = ex2_approx(fmaf(logit[n][i], scale, -(i % 2 ? of_two.z : of_two.x)));
-  }
+      logit[n][i] = ex2_approx(fmaf(logit[n][i], scale, -lse[2 * n + i % 2]));
 }
 
 // dS^T = P^T * (dP^T - delta), in place of dP^T [64, 8 kTiles]. P^T is the rounded one that dV is
@@ -30,17 +34,15 @@ __device__ void exponentiate(float (&logit)[kTiles][4], float scale, const float
 template <typename Element, int kTiles>
 __device__ void multiply_by_weights(float (&grad_weight)[kTiles][4],
                                     const unsigned (&weight)[kTiles / 2][4],
-                                    const float4* statistics) {
+                                    const float (&delta)[2 * kTiles]) {
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const float4 of_two = statistics[4 * n];
+  for (int n = 0; n < kTiles; ++n)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float2 pair = unpack(weight[n / 2][n % 2 * 2 + half], Element());
-      grad_weight[n][2 * half] = pair.x * (grad_weight[n][2 * half] - of_two.y);
-      grad_weight[n][2 * half + 1] = pair.y * (grad_weight[n][2 * half + 1] - of_two.w);
+      grad_weight[n][2 * half] = pair.x * (grad_weight[n][2 * half] - delta[2 * n]);
+      grad_weight[n][2 * half + 1] = pair.y * (grad_weight[n][2 * half + 1] - delta[2 * n + 1]);
     }
-  }
 }
 
 // Writes this thread's rows of dK [64, 8 kKeyTiles] and dV [64, 8 kValueTiles]: zeros for keys that

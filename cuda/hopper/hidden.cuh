@@ -24,18 +24,16 @@ __device__ void clear(Line (&lines)[kLines][kTokens], int token) {
   }
 }
 
-// Sets rows of a tile that see nothing to zero, if kMaskedRows; `rows` is the place of the first
-// warpgroup's. The columns that the calling warp announces next come after that.
+// Sets rows of a tile that a mask hides to zero, where they count in sums of columns; `rows` is the
+// place of the first warpgroup's. The columns that the calling warp announces next come after that.
 template <typename Plan, typename Smem>
 __device__ void clear_rows(Smem& smem, Ring<Plan::kRowSlots> rows, int lane) {
 #pragma unroll 1
   for (int w = 0; w < Plan::kWarpgroups; ++w, rows.advance()) {
     smem.row_full[rows.slot()].wait(rows.parity());
 #pragma unroll 1
-    for (int row = lane; row < kRows; row += 32) {  // along a single axis a row is a coordinate
-      const Range window = smem.mask.coordinate[w * kRows + row].window;
-      if (window.begin == window.end) clear(smem.row[rows.slot()], row);
-    }
+    for (int row = lane; row < kRows; row += 32)
+      if (smem.mask.hides(w * kRows + row)) clear(smem.row[rows.slot()], row);
   }
   fence_shared();
 }

@@ -76,7 +76,7 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
       wait_for_products<2>();
       hold(logit[0]);
       if (Plan::kSigned) multiply_by(logit[0], problem.sign);
-      me.hide_invisible(logit[0]);
+      me.hide_invisible(logit[0], me.visibility());
       softmax.template rescale<kMayLag>(logit, problem.scale, output, d_output, d_sum);
       softmax.exponentiate(logit, problem.scale);
 
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
         const __grid_constant__ TensorMap d_value,
         const __grid_constant__ TensorMap d_additional_keys,
         const __grid_constant__ TensorMap d_additional_values) {
-  auto& smem = begin_block<Plan>(problem);
+  auto& smem = begin_block<Plan>(problem, arguments.taken);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

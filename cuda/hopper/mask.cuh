@@ -21,10 +21,6 @@ enum Visibility : int {
   kHoles,         // every row sees every one
 };
 
-// Whether rows that a key mask hides count for others: in the sums of columns.
-template <typename Plan>
-constexpr bool kMaskedRows = Plan::kKeyMask && Plan::kSums;
-
 // A coordinate is a position along one axis of a warpgroup's box of rows, which has, for 8 x 8
 // rows, 16 of them. Those of all warpgroups are numbered one after another.
 template <int kRank>
@@ -36,17 +32,35 @@ struct Coordinate {
   Range window;  // in columns from the first of the tile on
 };
 
-template <int kRank, int kWarpgroups>
+template <typename Plan>
 struct MaskTables {
+  static constexpr int kRank = Plan::kRank;
+  static constexpr int kCoordinates = Plan::kWarpgroups * kMostCoordinates<kRank>;
+
+  // Of each box of columns; after those of all coordinates, if columns are masked, the columns that
+  // are seen
+  QuadWords words[Plan::kStages][kCoordinates + kMaskedColumns<Plan>];
   // Of the columns of a box: entry `prefix_base[r] + v` has the bits of those before the coordinate
   // v along axis r.
   QuadWords prefix[128 + 2 * kRank];
   // Of a tile. Each lane of the mask warps reads what it wrote itself. (At a multiple of 16 bytes:
   // elsewhere the assembler reads 4 bytes before an entry as well, in one load of 16.)
-  Coordinate coordinate[kWarpgroups * kMostCoordinates<kRank>];
+  Coordinate coordinate[kCoordinates];
   WindowUnion windows[kRank][64];  // of the warpgroup that the lane looks after
   int prefix_base[kRank];
   unsigned char number[kRank][kRows];  // of the coordinates of a row
+
+  __device__ QuadWords& seen(unsigned stage) { return words[stage][kCoordinates]; }
+
+  // The columns of a box that a row of warpgroup `w` sees, of those that lanes `quad` hold.
+  __device__ unsigned word(const HopperProblem<kRank>& problem, unsigned stage, int w, int row,
+                           int quad) const {
+    const QuadWords* own = words[stage] + w * problem.coordinates;
+    unsigned word = ~0u;
+#pragma unroll
+    for (int r = 0; r < kRank; ++r) word &= own[number[r][row]].word[quad];
+    return word;
+  }
 };
 
 // Which axis and row a coordinate stands for.
@@ -65,9 +79,10 @@ __device__ Coordinate coordinate_of(const HopperProblem<kRank>& problem, int num
 }
 
 // Fills the tables. Every thread of the block must call it.
-template <int kRank, int kWarpgroups>
-__device__ void fill_mask_tables(const HopperProblem<kRank>& problem,
-                                 MaskTables<kRank, kWarpgroups>& tables, int columns) {
+template <typename Plan>
+__device__ void fill_mask_tables(const HopperProblem<Plan::kRank>& problem,
+                                 MaskTables<Plan>& tables) {
+  constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups, columns = Plan::kColumns;
   int base = 0, inner = columns;  // columns between neighbors along the axis
 #pragma unroll
   for (int r = 0; r < kRank; ++r) {
@@ -107,14 +122,10 @@ __device__ inline int lane_of_team() {
 
 // Writes to the tables which columns each coordinate of a tile's rows sees, and which a warpgroup
 // as a whole: lane w of each warp looks after warpgroup w, and the other lanes repeat it. `kLanes`
-// lanes share the work. Rows past the end of an axis see nothing; if kSums, their logits must be
-// hidden, since they count in sums of columns. So it is with keys that `mask` hides; returns
-// whether there are any.
+// lanes share the work. Rows past the end of an axis see nothing.
 template <typename Plan, int kLanes>
-__device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenKeys<Plan>& mask,
-                        const Tile<Plan::kRank>& tile,
-                        MaskTables<Plan::kRank, Plan::kWarpgroups>& tables) {
-  bool hides = false;
+__device__ void look_up(const HopperProblem<Plan::kRank>& problem, const HiddenKeys<Plan>&,
+                        const Tile<Plan::kRank>& tile, MaskTables<Plan>& tables) {
 #pragma unroll 1
   for (int i = lane_of_team(); i < Plan::kWarpgroups * problem.coordinates; i += kLanes) {
     Coordinate& coordinate = tables.coordinate[i];
@@ -122,16 +133,9 @@ __device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenK
     const Axis axis = axis_of<Plan>(problem, r);
     const int group = tile.first[r].group, index = tile.first[r].index + coordinate.offset;
     Range window = {base, base};
-    bool exists = index < rows_of_group<Plan>(axis, group);
-    if constexpr (kMaskedRows<Plan>) {
-      const bool is_hidden = exists && mask.hides(tile.batch, {index});
-      hides |= is_hidden;
-      exists &= !is_hidden;
-    }
-    if (exists) window = window_of<Plan>(axis, index, group);
+    if (index < rows_of_group<Plan>(axis, group)) window = window_of<Plan>(axis, index, group);
     coordinate.window = {window.begin - base, window.end - base};
   }
-  if constexpr (kMaskedRows<Plan>) hides = __any_sync(0xffffffffu, hides);
 #pragma unroll 1
   for (int r = 0; r < Plan::kRank; ++r) {
     asm volatile("" : "+r"(r));  // registers are few: no address is kept from axis to axis
@@ -146,18 +150,17 @@ __device__ bool look_up(const HopperProblem<Plan::kRank>& problem, const HiddenK
       const Range low = window_of<Plan>(axis, first, group);
       const Range high = window_of<Plan>(axis, smaller(first + problem.row_box[r], end) - 1, group);
       windows = {{low.begin - base, high.end - base}, {high.begin - base, low.end - base}};
-      if (Plan::kSums && (hides || first + problem.row_box[r] > end)) windows.all = {0, 0};
     }
     tables.windows[r][lane_of_team()] = windows;
   }
-  return hides;
 }
 
 // What the warpgroup that the lane looks after does with the box of columns that begins at `first`.
-template <int kRank, int kWarpgroups>
-__device__ Visibility visibility_of(const HopperProblem<kRank>& problem,
-                                    const MaskTables<kRank, kWarpgroups>& tables, int lane,
-                                    const int (&first)[kRank]) {
+template <typename Plan>
+__device__ Visibility visibility_of(const HopperProblem<Plan::kRank>& problem,
+                                    const MaskTables<Plan>& tables, int lane,
+                                    const int (&first)[Plan::kRank]) {
+  constexpr int kRank = Plan::kRank;
   bool none = false, all = true;
 #pragma unroll
   for (int r = 0; r < kRank; ++r) {
@@ -170,12 +173,14 @@ __device__ Visibility visibility_of(const HopperProblem<kRank>& problem,
 }
 
 // Makes the words of the lane's coordinates for the box of columns that begins at `first`.
-template <int kLanes, int kRank, int kWarpgroups>
-__device__ void make_words(const HopperProblem<kRank>& problem,
-                           const MaskTables<kRank, kWarpgroups>& tables, int lane,
-                           const int (&first)[kRank], QuadWords* words) {
+template <int kLanes, typename Plan>
+__device__ void show(const HopperProblem<Plan::kRank>& problem, const Tile<Plan::kRank>&,
+                     MaskTables<Plan>& tables, unsigned stage, int lane,
+                     const int (&first)[Plan::kRank]) {
+  constexpr int kRank = Plan::kRank;
+  QuadWords* words = tables.words[stage];
 #pragma unroll 1
-  for (int i = lane; i < kWarpgroups * problem.coordinates; i += kLanes) {
+  for (int i = lane; i < Plan::kWarpgroups * problem.coordinates; i += kLanes) {
     const int r = tables.coordinate[i].axis;
     int begin = first[0];
 #pragma unroll

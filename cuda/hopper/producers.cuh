@@ -149,78 +149,124 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
   if (has_last) load_vo(last);
 }
 
-// Warp 1, of which one lane does it all: announces the tiles of this block and loads their rows.
-// `taken` counts tiles beyond the first of each block; null if there are none. If kSums it counts
-// all of them, since tiles must be begun in the order of their numbers.
+// Finds tile `number` of this block, and the number of the one after it, and announces it; false if
+// there is none. `taken` counts tiles beyond the first of each block; null if there are none. If
+// kSums it counts all of them, since tiles must be begun in the order of their numbers. `rows` is
+// the place of the tile's rows.
 template <typename Plan>
-__device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsigned* taken,
-                            SharedMemory<Plan>& smem) {
+__device__ bool announce(const HiddenKeys<Plan>& mask, unsigned* taken, SharedMemory<Plan>& smem,
+                         Ring<2> tiles, Ring<Plan::kRowSlots> rows, int number) {
+  const auto& problem = smem.problem;
+  const unsigned untaken = Plan::kSums ? 0 : gridDim.x;  // tiles that are not counted
+  smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
+  AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
+  tile.position = tiles.position;
+  const bool end = number >= problem.block_tiles;
+  if (end) {
+    tile.boxes = kNoTile;
+  } else {
+    tile.next = taken ? untaken + atomicAdd(taken, 1u) : number + gridDim.x;
+    tile.place(mask, find_tile<Plan>(problem, number, tile));
+    if constexpr (Plan::kKeyMask && Plan::kRowsAreKeys && !Plan::kSums) {
+      bool seen = false;
+#pragma unroll 1
+      for (int w = 0; w < Plan::kWarpgroups && !seen; ++w)
+        seen = tile.active >> w & 1 &&
+               any_row_is_seen<Plan>(problem, mask, tile, w, mask.key_mask.at(tile.batch, 0));
+      if (!seen) {
+        tile.columns[0].end = tile.columns[0].begin;
+        tile.boxes = 0;
+      }
+    }
+  }
+  // The last tile's rows must have come before this one is announced. A slot may have been another
+  // warpgroup's there: to one that is ahead, rows still on their way would look like its own
+  if (Plan::kRowSlots % Plan::kWarpgroups != 0) {
+    Ring<Plan::kRowSlots> last = rows;
+#pragma unroll 1
+    for (int w = 0; w < Plan::kWarpgroups; ++w) {
+      last = last.before();
+      smem.row_full[last.slot()].wait(last.parity());
+    }
+  }
+  smem.tile_full[tiles.slot()].arrive();
+  return !end;
+}
+
+// Loads the rows of a tile, those of the first warpgroup to the place `rows`.
+template <typename Plan>
+__device__ void load_rows(const Maps& maps, const AnnouncedTile<Plan>& tile,
+                          SharedMemory<Plan>& smem, Ring<Plan::kRowSlots>& rows) {
   constexpr int kRank = Plan::kRank;
   using Smem = SharedMemory<Plan>;
   const auto& problem = smem.problem;
+#pragma unroll 1
+  for (int w = 0; w < Plan::kWarpgroups; ++w, rows.advance()) {
+    int token[kRank];
+#pragma unroll
+    for (int r = 0; r < kRank; ++r)
+      token[r] =
+          axis_of<Plan>(problem, r)
+              .token({tile.first[r].group, tile.first[r].index + problem.warpgroup[w][1 + r]});
+    const int head = tile.head + problem.warpgroup[w][0];
+    smem.row_empty[rows.slot()].wait(rows.parity() ^ 1);
+    auto& lines = smem.row[rows.slot()];
+    Barrier& full = smem.row_full[rows.slot()];
+    full.arrive_and_expect(sizeof(lines));
+    load_tokens<Smem::kQkLines, kRank>(maps.row_qk, {problem.row_qk, tile.batch, head, token},
+                                       problem.row_pieces, lines, full);
+    if constexpr (Plan::kTangents)
+      load_tokens<Smem::kQkLines, kRank>(maps.tangents->row_qk,
+                                         {problem.row_qk, tile.batch, head, token},
+                                         problem.row_pieces, lines + Smem::kQkLines, full);
+    if constexpr (Plan::kBackward)
+      load_tokens<Smem::kVoLines, kRank>(maps.row_vo, {problem.row_vo, tile.batch, head, token},
+                                         problem.row_pieces, lines + Smem::kQkLines, full);
+  }
+}
+
+// Announces the tiles of this block and loads their rows, by one lane; calls visit(tile) after
+// each.
+template <typename Plan, typename Visit>
+__device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsigned* taken,
+                            SharedMemory<Plan>& smem, Visit visit) {
   Ring<2> tiles;
   Ring<Plan::kRowSlots> rows;
-  const unsigned untaken = Plan::kSums ? 0 : gridDim.x;  // tiles that are not counted
-  int number = Plan::kSums ? atomicAdd(taken, 1u) : blockIdx.x;
-  for (;; number = smem.tile[tiles.slot()].next, tiles.advance()) {
-    smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
-    AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
-    tile.position = tiles.position;
-    const bool end = number >= problem.block_tiles;
-    if (end) {
-      tile.boxes = kNoTile;
-    } else {
-      tile.next = taken ? untaken + atomicAdd(taken, 1u) : number + gridDim.x;
-      tile.place(mask, find_tile<Plan>(problem, number, tile));
-      if constexpr (Plan::kKeyMask && Plan::kRowsAreKeys && !Plan::kSums) {
-        bool seen = false;
-#pragma unroll 1
-        for (int w = 0; w < Plan::kWarpgroups && !seen; ++w)
-          seen = tile.active >> w & 1 &&
-                 any_row_is_seen<Plan>(problem, mask, tile, w, mask.key_mask.at(tile.batch, 0));
-        if (!seen) {
-          tile.columns[0].end = tile.columns[0].begin;
-          tile.boxes = 0;
-        }
-      }
-    }
-    // The last tile's rows must have come before this one is announced. A slot may have been
-    // another warpgroup's there: to one that is ahead, rows still on their way would look like its
-    // own
-    if (Plan::kRowSlots % Plan::kWarpgroups != 0) {
-      Ring<Plan::kRowSlots> last = rows;
-#pragma unroll 1
-      for (int w = 0; w < Plan::kWarpgroups; ++w) {
-        last = last.before();
-        smem.row_full[last.slot()].wait(last.parity());
-      }
-    }
-    smem.tile_full[tiles.slot()].arrive();
-    if (end) break;
-#pragma unroll 1
-    for (int w = 0; w < Plan::kWarpgroups; ++w, rows.advance()) {
-      int token[kRank];
-#pragma unroll
-      for (int r = 0; r < kRank; ++r)
-        token[r] =
-            axis_of<Plan>(problem, r)
-                .token({tile.first[r].group, tile.first[r].index + problem.warpgroup[w][1 + r]});
-      const int head = tile.head + problem.warpgroup[w][0];
-      smem.row_empty[rows.slot()].wait(rows.parity() ^ 1);
-      auto& lines = smem.row[rows.slot()];
-      Barrier& full = smem.row_full[rows.slot()];
-      full.arrive_and_expect(sizeof(lines));
-      load_tokens<Smem::kQkLines, kRank>(maps.row_qk, {problem.row_qk, tile.batch, head, token},
-                                         problem.row_pieces, lines, full);
-      if constexpr (Plan::kTangents)
-        load_tokens<Smem::kQkLines, kRank>(maps.tangents->row_qk,
-                                           {problem.row_qk, tile.batch, head, token},
-                                           problem.row_pieces, lines + Smem::kQkLines, full);
-      if constexpr (Plan::kBackward)
-        load_tokens<Smem::kVoLines, kRank>(maps.row_vo, {problem.row_vo, tile.batch, head, token},
-                                           problem.row_pieces, lines + Smem::kQkLines, full);
-    }
+  int number = Plan::kSums ? smem.first_number : blockIdx.x;
+  while (announce(mask, taken, smem, tiles, rows, number)) {
+    const AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
+    load_rows(maps, tile, smem, rows);
+    visit(tile);
+    number = tile.next;
+    tiles.advance();
   }
+}
+
+// Does the same, and loads the boxes of each tile, where another warp can be spared for something
+// else and rows have no more room than one tile's: boxes need not be there sooner.
+template <typename Plan>
+__device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
+                                           unsigned* taken, SharedMemory<Plan>& smem) {
+  constexpr int kRank = Plan::kRank;
+  const auto& problem = smem.problem;
+  Ring<Plan::kStages> boxes;
+  begin_tiles(maps, mask, taken, smem, [&](const AnnouncedTile<Plan>& tile) {
+    for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
+      const ColumnBox<kRank> box = {
+          tile.batch, head, {tile.columns[0].begin + first[0]}, false, false};
+      const unsigned stage = boxes.slot();
+      smem.qk_empty[stage].wait(boxes.parity() ^ 1);
+      load_columns<false, false>(problem, {maps.column_qk, maps.additional_keys},
+                                 {maps.column_qk, maps.additional_keys}, problem.column_qk, box,
+                                 smem.column_qk[stage], smem.qk_full[stage]);
+      smem.vo_empty[stage].wait(boxes.parity() ^ 1);
+      load_columns<false, false>(problem, {maps.column_vo, maps.additional_values},
+                                 {maps.column_vo, maps.additional_values}, problem.column_vo, box,
+                                 smem.column_vo[stage], smem.vo_full[stage]);
+      boxes.advance();
+    });
+    smem.tile_empty[Ring<2>{tile.position}.slot()].arrive();
+  });
 }
 
 // {lse * log2(e), delta} of the query that is column number `column` of a box; of one that does not
@@ -260,20 +306,24 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
     cleaner.clean(smem, ring, lane());
     smem.qk_empty[ring.slot()].wait(ring.parity() ^ 1);
   };
-  auto publish = [&](Visibility visibility, auto make) {
+  auto publish = [&](Visibility visibility, auto show) {
     wait();
     if (lane() < kWarpgroups) smem.visibility[ring.slot()][lane()] = visibility;
     const bool has_holes = kMaskedColumns<Plan> && visibility == kPartialHoles;
-    if (__any_sync(0xffffffffu, visibility == kPartial || has_holes)) make(smem.words[ring.slot()]);
+    if (__any_sync(0xffffffffu, visibility == kPartial || has_holes)) show(ring.slot());
     smem.qk_full[ring.slot()].arrive_as_warp();
     ring.advance();
   };
   for_each_tile<true>(smem, [&](const AnnouncedTile<Plan>& tile) {
     const QuadWords* next = tile.seen(mask);
-    const bool hides = look_up<Plan, kLanes>(problem, mask, tile, smem.mask);
-    if constexpr (kMaskedRows<Plan>) {
-      if (hides) clear_rows<Plan>(smem, rows, lane());
-      rows.advance(kWarpgroups);
+    if constexpr (Plan::kSums) {
+      const bool hides = look_up<Plan, kLanes>(problem, mask, tile, smem.mask);
+      if constexpr (Plan::kKeyMask) {
+        if (hides) clear_rows<Plan>(smem, rows, lane());
+        rows.advance(kWarpgroups);
+      }
+    } else {
+      look_up<Plan, kLanes>(problem, mask, tile, smem.mask);
     }
     if (Axis::kIsPart && tile.boxes == 0) cleaner.clean(smem, ring, lane());
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
@@ -284,16 +334,14 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
         };
         const float2 mine = read(0);
         smem.qk_empty[ring.slot()].wait(ring.parity() ^ 1);
-        smem.statistics[ring.slot()][lane()] = mine;
+        smem.statistics[ring.slot()].set(lane(), mine);
 #pragma unroll
         for (int i = 1; i < Plan::kColumns / kLanes; ++i)
-          smem.statistics[ring.slot()][lane() + i * kLanes] = read(i);
+          smem.statistics[ring.slot()].set(lane() + i * kLanes, read(i));
       }
       Visibility visibility = visibility_of(problem, smem.mask, lane(), first);
-      // All warpgroups multiply by the dS of all, and no box is passed over
-      if (Plan::kSums && visibility == kNone) visibility = kPartial;
-      const auto make = [&](QuadWords* words) {
-        make_words<kLanes>(problem, smem.mask, lane(), first, words);
+      const auto show_rows = [&](unsigned stage) {
+        show<kLanes>(problem, tile, smem.mask, stage, lane(), first);
       };
       if constexpr (kMaskedColumns<Plan>) {
         const QuadWords seen = *next++;
@@ -301,14 +349,14 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
         if (seen.none()) visibility = kNone;
         if (visibility != kNone && !seen.all())
           visibility = visibility == kAll ? kHoles : kPartialHoles;
-        if (lane() == 0) smem.seen(ring.slot()) = seen;
-        publish(visibility, make);
+        if (lane() == 0) smem.mask.seen(ring.slot()) = seen;
+        publish(visibility, show_rows);
         if (seen.some()) cleaner.expect(seen, lane());
       } else {
-        publish(visibility, make);
+        publish(visibility, show_rows);
       }
     });
-    if (Plan::kAdditional) {
+    if constexpr (Plan::kAdditional) {
       bool none = false;
 #pragma unroll
       for (int r = 0; r < kRank; ++r)
@@ -317,7 +365,8 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
 #pragma unroll 1
       for (int left = problem.additional; left > 0; left -= Plan::kColumns) {
         const Visibility visibility = none ? kNone : left >= Plan::kColumns ? kAll : kPartial;
-        publish(visibility, [&](QuadWords* words) {
+        publish(visibility, [&](unsigned stage) {
+          QuadWords* words = smem.mask.words[stage];
           for (int i = lane(); i < 4 * kWarpgroups * problem.coordinates; i += kLanes)
             words[i / 4].word[i % 4] = first_columns(left, i % 4);
         });
@@ -338,12 +387,15 @@ __device__ void produce(const Maps& maps, const View<const float2, Plan::kRank>&
     make_masks(statistics, mask, smem);
   } else if (lane != 0) {
     return;
+  } else if constexpr (Plan::kSums) {
+    if (warp == 0)
+      begin_tiles_and_load_boxes(maps, mask, taken, smem);
+    else
+      add_sums(sums, smem, warp / 2);
   } else if (warp == 0) {
     load_boxes(maps, mask, smem);
-  } else if (warp == 1) {
-    begin_tiles(maps, mask, taken, smem);
   } else {
-    if constexpr (Plan::kSums) add_sums(sums, smem);
+    begin_tiles(maps, mask, taken, smem, [](const AnnouncedTile<Plan>&) {});
   }
 }
 

@@ -28,7 +28,7 @@
 
 #include "hopper/barrier.cuh"
 #include "hopper/hidden.cuh"
-#include "hopper/mask.cuh"
+#include "hopper/ranges.cuh"
 #include "hopper/tile.cuh"
 #include "hopper/tma.cuh"
 
@@ -59,9 +59,33 @@ struct ColumnBox {
   bool is_additional, has_holes;
 };
 
-// What a kernel whose tiles add to sums of columns has beside `SharedMemory`: one contribution, and
-// the dS of all warpgroups of which it is made, of two boxes of columns: a warpgroup may be ahead
-// of the others.
+// Of a box of columns that are queries. What a lane of a quad needs lies side by side; four numbers
+// more lie between the lanes' parts, so that they are in different banks.
+template <int kColumns>
+struct Statistics {
+  using Numbers = float[kColumns / 4];
+  struct alignas(16) Lane {
+    Numbers of_columns;
+    float gap[4];
+  };
+  Lane lse[4];  // times log2(e)
+  Lane delta[4];
+
+  __device__ void set(int column, float2 lse_and_delta) {
+    const int quad = column % 8 / 2, place = column / 8 * 2 + column % 2;
+    lse[quad].of_columns[place] = lse_and_delta.x;
+    delta[quad].of_columns[place] = lse_and_delta.y;
+  }
+};
+// Columns that are keys have none.
+template <>
+struct Statistics<0> {
+  float4 nothing;
+};
+
+// What a kernel whose tiles add to sums of columns has beside `SharedMemory`: two contributions,
+// and the dS of all warpgroups of which they are made, of two boxes of columns: a warpgroup may be
+// ahead of the others, and both of what adds contributions.
 template <typename Plan, bool kSums = Plan::kSums>
 struct SumMemory {};
 template <typename Plan>
@@ -71,7 +95,7 @@ struct SumMemory<Plan, true> {
                 "dS of a warpgroup and a box is a tile of lines, and so is its dQ");
 
   typename Plan::Element grad_logit[2][Plan::kWarpgroups][kRows][kLineElements];  // [queries, keys]
-  float4 sum[Plan::kWarpgroups][kLineElements / 8][128];  // of dQ: as a thread has it
+  float4 sum[2][Plan::kWarpgroups][kLineElements / 8][128];  // of dQ: as a thread has it
 };
 
 template <typename Plan>
@@ -87,14 +111,11 @@ struct SharedMemory : SumMemory<Plan> {
   Line row[Plan::kRowSlots][kRowLines][kRows];  // lines of vo, or of the tangent, after those of qk
   Line column_qk[Plan::kStages][kArrays * kQkLines][Plan::kColumns];
   Line column_vo[Plan::kStages][kArrays * kVoLines][Plan::kColumns];
-  // Of columns that are queries: {lse * log2(e), delta}
-  float2 statistics[Plan::kStages][Plan::kRowsAreKeys ? Plan::kColumns : 2];
-  // After those of all coordinates, if columns are masked: the columns that are seen
-  QuadWords words[Plan::kStages]
-                 [Plan::kWarpgroups * kMostCoordinates<Plan::kRank> + kMaskedColumns<Plan>];
-  MaskTables<Plan::kRank, Plan::kWarpgroups> mask;
+  Statistics<Plan::kRowsAreKeys ? Plan::kColumns : 0> statistics[Plan::kStages];
+  Masks<Plan> mask;
   AnnouncedTile<Plan> tile[2];
   int visibility[Plan::kStages][Plan::kWarpgroups];
+  unsigned first_number;  // if kSums: of the first tile of this block, or of sums that it rounds
   // ptxas reads what is read next to each other by 16 bytes at a time, from multiples of 16 on:
   // none of them may be of what other warps write.
   alignas(16) HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
@@ -104,12 +125,9 @@ struct SharedMemory : SumMemory<Plan> {
   Barrier qk_full[Plan::kStages], qk_empty[Plan::kStages];
   // If columns are masked, those from kStages on are `vo_came`
   Barrier vo_full[Plan::kStages * (1 + kMaskedColumns<Plan>)], vo_empty[Plan::kStages];
-  Barrier sum_full, sum_empty;                      // of `SumMemory::sum`
+  Barrier sum_full[2], sum_empty[2];                // of `SumMemory::sum`
   Barrier grad_logit_full[2], grad_logit_empty[2];  // of `SumMemory::grad_logit`
 
-  __device__ QuadWords& seen(unsigned stage) {
-    return words[stage][Plan::kWarpgroups * kMostCoordinates<Plan::kRank>];
-  }
   // What TMA completes instead of `vo_full` if a mask hides some of the columns. It is full when
   // these have been set to zero.
   __device__ Barrier& vo_came(unsigned stage) { return vo_full[Plan::kStages + stage]; }
@@ -137,9 +155,11 @@ __device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
   }
 }
 
-// Prepares the memory of the block. Every thread must call it.
+// Prepares the memory of the block. Every thread must call it. `taken` counts the tiles that blocks
+// have taken.
 template <typename Plan>
-__device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& problem) {
+__device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& problem,
+                                           unsigned* taken) {
   static_assert(
       sizeof(SharedMemory<Plan>) == Plan::kSharedBytes,
       "'shared_bytes' in cuneigh/_backends/hopper/plan.py counts what SharedMemory holds");
@@ -150,7 +170,7 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     for (int i = 0; i < 2; ++i) {
       smem.tile_full[i].init(1);
       // Of the producers, those that load columns or add sums, and those that make masks
-      smem.tile_empty[i].init(Plan::kSums ? 2 : 1, kMaskWarps + kConsumerWarps);
+      smem.tile_empty[i].init(Plan::kSums ? 3 : 1, kMaskWarps + kConsumerWarps);
     }
     for (int i = 0; i < Plan::kRowSlots; ++i) {
       smem.row_full[i].init(1);
@@ -167,16 +187,17 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
       smem.qk_empty[i].init(0, kConsumerWarps);
       smem.vo_empty[i].init(0, kConsumerWarps);
     }
-    smem.sum_full.init(0, kConsumerWarps);
-    smem.sum_empty.init(1);
     for (int i = 0; i < 2; ++i) {
+      smem.sum_full[i].init(0, kConsumerWarps);
+      smem.sum_empty[i].init(1);
       smem.grad_logit_full[i].init(0, kConsumerWarps);
       smem.grad_logit_empty[i].init(0, kConsumerWarps);
     }
     fence_barrier_init();
   }
+  if (Plan::kSums && threadIdx.x == 64) smem.first_number = atomicAdd(taken, 1u);
   if (threadIdx.x == 32) smem.problem = problem;
-  fill_mask_tables(problem, smem.mask, Plan::kColumns);
+  fill_mask_tables(problem, smem.mask);
   __syncthreads();
   return smem;
 }

@@ -14,62 +14,76 @@
 namespace cuneigh::hopper {
 
 struct Sums {
-  float* sum;      // [boxes of queries][floats of a box], in the order of the accumulators
-  unsigned* made;  // [boxes of queries] contributions so far; 0 before the launch
+  float* sum;         // [boxes of queries][floats of a box], in the order of the accumulators
+  unsigned* made;     // [boxes of queries] contributions so far; 0 before the launch
+  unsigned* rounded;  // boxes that blocks have taken to round; 0 before the launch
+  long long count;    // boxes of queries of all heads
 };
 
 // A contribution of a tile to the sum of a box of queries.
 struct Turn {
-  unsigned box;     // the number of the sum, which dq_of_sums.cu takes apart
+  unsigned box;     // the number of the sum, which rounding.cuh takes apart
   unsigned number;  // of the contribution; 0 is the first
 };
 
-// The turn of `tile` at the box of queries of `head` that begins at `begin`. Tiles that meet the
-// box are those with a key in the windows of its queries: one range of them.
+// Tiles that meet the box of queries that begins at `begin`: those with a key in the windows of its
+// queries, which are one range.
+template <typename Plan>
+__device__ Range tiles_of(const HopperProblem<1>& problem, int begin) {
+  constexpr int kTile = Plan::kWarpgroups * kRows;
+  const Axis axis = axis_of<Plan>(problem, 0);
+  const int last = smaller(begin + Plan::kColumns, axis.length) - 1;
+  return {axis.window(begin, 0).begin / kTile, ceil_div(axis.window(last, 0).end, kTile)};
+}
+
+// The turn of `tile` at the box of queries of `head` that begins at `begin`.
 template <typename Plan>
 __device__ Turn turn_of(const HopperProblem<1>& problem, const Tile<1>& tile, unsigned head,
                         int begin) {
   constexpr int kTile = Plan::kWarpgroups * kRows;
-  const Axis axis = axis_of<Plan>(problem, 0);
+  const int earliest = tiles_of<Plan>(problem, begin).begin;
   const unsigned heads = problem.head_groups.divisor * problem.group_size.divisor;
-  const int earliest = axis.window(begin, 0).begin / kTile;
   return {(tile.batch * heads + head) * problem.head_sums + begin / Plan::kColumns,
           static_cast<unsigned>(tile.first[0].index / kTile - earliest)};
 }
 
-// One lane of a producer warp: brings this block's contributions from shared memory to the sums.
-// While one is on its way, the lane works out the turn of the next.
+// One lane of a producer warp: brings this block's contributions from shared memory to the sums,
+// those that come to the place `mine`. Another lane brings the others meanwhile: a contribution is
+// on its way for as long as its box takes. While it is, the lane works out the turn of the next.
 template <typename Plan>
-__device__ void add_sums(const Sums& sums, SharedMemory<Plan>& smem) {
-  constexpr unsigned kFloats = sizeof(smem.sum) / sizeof(float);
+__device__ void add_sums(const Sums& sums, SharedMemory<Plan>& smem, unsigned mine) {
+  constexpr unsigned kBytes = sizeof(smem.sum[0]);
   unsigned* last = nullptr;  // counts the contribution that is on its way
+  Ring<2> ring;
   const auto finish_last = [&] {
     if (!last) return;
     wait_until_read();
-    smem.sum_empty.arrive();
+    smem.sum_empty[mine].arrive();
     wait_until_written();
     fence_global();
     add_release(last, 1);
     last = nullptr;
   };
-  Ring<1> ring;
   for_each_tile<false>(smem, [&](const Tile<1>& tile) {
     for_each_box<Plan>(smem.problem, tile, [&](int head, const int (&first)[1]) {
+      const Ring<2> place = ring;
+      ring.advance();
+      if (place.slot() != mine) return;
       const Turn turn = turn_of<Plan>(smem.problem, tile, head, tile.columns[0].begin + first[0]);
-      float* sum = sums.sum + static_cast<unsigned long long>(turn.box) * kFloats;
+      float* sum = sums.sum + static_cast<unsigned long long>(turn.box) * (kBytes / sizeof(float));
       unsigned* made = sums.made + turn.box;
       finish_last();  // before anything is awaited that may depend on it
       while (load_acquire(made) != turn.number) {
       }
       fence_global();  // what others have added comes before what is added now
-      smem.sum_full.wait(ring.parity());
+      smem.sum_full[mine].wait(place.parity());
+      const unsigned contribution = shared_address(smem.sum[mine]);
       if (turn.number == 0)
-        store_bulk(sum, shared_address(smem.sum), sizeof(smem.sum));
+        store_bulk(sum, contribution, kBytes);
       else
-        add_bulk(sum, shared_address(smem.sum), sizeof(smem.sum));
+        add_bulk(sum, contribution, kBytes);
       commit_bulk();
       last = made;
-      ring.advance();
     });
     finish_last();  // before this block waits for its next tile, or ends
   });

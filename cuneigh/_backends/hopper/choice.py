@@ -104,9 +104,8 @@ def _pass_ms(problem: Problem, device: Device, pass_: Pass, plan: HopperPlan, ra
     launches = 1 if plan.form.cluster else 2
     milliseconds = launches * rates.launch_ms
     milliseconds += cost(problem, plan, device, pass_, rates.walks) / CYCLES
-    if pass_ == BACKWARD:  # sums are cleared, in part, and read; dQ is written
-        moved = sum_bytes(problem) + size_of(problem.specs.query)
-        milliseconds += rates.launch_ms + moved / rates.memory_bytes
+    if pass_ == BACKWARD:  # sums are read, and dQ is written
+        milliseconds += (sum_bytes(problem) + size_of(problem.specs.query)) / rates.memory_bytes
     return milliseconds
 
 

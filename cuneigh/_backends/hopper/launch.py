@@ -118,8 +118,6 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
     for pass_ in itertools.chain(*ways(problem)):
         for form in forms_of(problem, device, pass_):
             needed.append(kernel(problem, form, pass_))
-            if pass_ == BACKWARD:
-                needed.append(kernel(problem, form, pass_, "dq_of_sums"))
             if has_masked_columns(problem, pass_):
                 needed.append(kernel(problem, form, pass_, "seen"))
     if problem.operation == "backward":
@@ -168,29 +166,19 @@ def _launch_backward(
     views: Views,
     grad_query: Any,
 ) -> None:
-    """Launch the kernel that computes all gradients, and the one that rounds the sums of dQ.
+    """Launch the kernel that computes all gradients.
 
-    `views` are `BackwardArguments` of cuda/hopper/backward.cu up to the sums.
+    `views` are `BackwardArguments` of cuda/hopper/backward.cu up to the gradients of queries.
     """
-    plan = make_plan(problem, program.device, BACKWARD)
     count = count_sums(problem)
     sums_of_dq = program.allocate((count, SUM_FLOATS), "float32")
-    # [count + 1] Contributions to each of the sums, and tiles that blocks have taken
-    counters = program.zeros((count + 1,), COUNTER)
-    views.addresses(sums_of_dq, counters)
-    record = _launch(
-        program, problem, BACKWARD, of_keys, of_queries, None, views, counters.component(count)
-    )
-    views = Views(problem.rank)  # `DqOfSumsArguments` of cuda/hopper/dq_of_sums.cu
-    views.addresses(sums_of_dq)
+    # [count + 2] Contributions to each of the sums; sums and tiles that blocks have taken
+    counters = program.zeros((count + 2,), COUNTER)
     views.vectors(grad_query)
-    program.launch(
-        kernel(problem, plan.form, BACKWARD, "dq_of_sums"),
-        (count, 1),
-        128 * plan.form.warpgroups,
-        record,
-        views.words,
-    )
+    views.addresses(sums_of_dq, counters, counters.component(count))
+    views.numbers(count)
+    taken = counters.component(count + 1)
+    _launch(program, problem, BACKWARD, of_keys, of_queries, None, views, taken)
 
 
 def _launch(
@@ -203,13 +191,13 @@ def _launch(
     views: Views,
     taken: Array | None = None,
     tangents: Operands | None = None,
-) -> npt.NDArray[Any]:
+) -> None:
     """Launch the kernel of a pass over `rows` and `columns`, the arrays of qk and then of vo.
 
     `views` are the arguments of the pass but for the last one, the counter of the tiles that blocks
     have taken: `taken`, or one of its own if a block takes more than one. `additional` is None
     where no column is an additional key. `tangents` are those of all arrays, for a pass that takes
-    them. Returns the record that the kernel is given.
+    them.
     """
     plan = make_plan(problem, program.device, pass_)
     form = plan.form
@@ -225,6 +213,8 @@ def _launch(
     work = division(problem, plan, program.device, pass_)
     record = _record(problem, plan, pass_, work, foldings)
     blocks = min(work.blocks, program.device.sm_count)
+    if pass_ == BACKWARD:  # those that find no tile left round sums
+        blocks += min(program.device.sm_count, count_sums(problem))
     if form.cluster:  # blocks take one tile, or share
         blocks, maps = work.blocks, maps[:3]
     else:
@@ -240,7 +230,6 @@ def _launch(
         *maps,
         shared_bytes=shared_bytes(problem, form, pass_),
     )
-    return record
 
 
 def _maps(

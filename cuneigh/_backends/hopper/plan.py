@@ -154,9 +154,10 @@ def multiplies_ahead(problem: Problem, form: Form, pass_: Pass) -> bool:
     """Whether products of a box begin before the last one of the box before it.
 
     For that consumers take registers from the producers, who need them for dilation, the windows
-    of parts, and masks. Along three axes it gains nothing (bench/NOTES.md).
+    of parts, and masks; nor have consumers any for a scale that is not positive. Along three axes
+    it gains nothing (bench/NOTES.md).
     """
-    if pass_ != DKV or form.warpgroups > 2 or problem.rank == 3:
+    if pass_ != DKV or form.warpgroups > 2 or problem.rank == 3 or problem.scale <= 0:
         return False
     return not (is_dilated(problem) or has_parts(problem) or problem.has_key_mask)
 
@@ -176,19 +177,25 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     lines = form.row_slots * ROWS * row_lines + form.stages * form.columns * (qk_lines + vo_lines)
     lines *= 2 if pass_.moves else 1  # as many for tangents
     masked = has_masked_columns(problem, pass_)
-    size = 128 * lines + 16 * form.stages * (coordinates + masked)
-    if pass_ == BACKWARD:  # SumMemory: dS of all warpgroups, twice, and a contribution to dQ
-        size += 2 * form.warpgroups * ROWS * 128 + SUM_FLOATS * 4
-    size += 8 * form.stages * (form.columns if pass_.rows_are_keys else 2)  # statistics
-    # MaskTables: prefixes, their bases, numbers, coordinates, window unions
-    tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
-    size += _aligned(tables)
+    size = 128 * lines
+    size += form.stages * (8 * form.columns + 128 if pass_.rows_are_keys else 16)  # statistics
+    if pass_ == BACKWARD:
+        # SumMemory: dS of all warpgroups and a contribution to dQ, of two boxes
+        size += 2 * (form.warpgroups * ROWS * 128 + SUM_FLOATS * 4)
+        # RangeTables: ranges, window unions, a bit for each row
+        rows = form.warpgroups * ROWS
+        size += 2 * form.stages * rows + 16 * form.warpgroups + rows // 8
+    else:
+        # MaskTables: words, prefixes, their bases, numbers, coordinates, window unions
+        size += 16 * form.stages * (coordinates + masked)
+        tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
+        size += _aligned(tables)
     size += 2 * (28 + 16 * rank + 4 * masked)  # tiles
-    size += 4 * form.stages * form.warpgroups  # visibility
+    size += 4 * form.stages * form.warpgroups + 4  # visibility, the first number
     axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
     # The problem, the last box of columns, and barriers begin at multiples of 16
     size = _aligned(_aligned(_aligned(size) + axes + 196) + 4 * rank + 12)
-    barriers = 4 + 2 * form.row_slots + 4 * form.stages + 6
+    barriers = 4 + 2 * form.row_slots + 4 * form.stages + 8
     if masked:
         barriers += form.stages
     return _aligned(size + 8 * barriers)

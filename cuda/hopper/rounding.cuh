@@ -1,0 +1,69 @@
+// dQ from its sums (sums.cuh): rounds them, times the scale. That is what blocks do which come when
+// all tiles are taken, and find multiprocessors idle while the last tiles are worked on.
+#pragma once
+
+#include "hopper/results.cuh"
+#include "hopper/sums.cuh"
+
+namespace cuneigh::hopper {
+
+// The box of queries that is number `number`. Those at the same place of all heads and batch
+// entries come one after another: they are complete at about the same time.
+struct SumBox {
+  int batch, head, begin;
+  unsigned sum;  // as `turn_of` counts them
+
+  template <typename Problem>
+  __device__ SumBox(const Problem& problem, unsigned number, unsigned count, int columns) {
+    const unsigned heads = problem.head_groups.divisor * problem.group_size.divisor;
+    const unsigned of_all = count / problem.head_sums, place = number / of_all;
+    const unsigned of_head = number - place * of_all;
+    batch = of_head / heads, head = of_head % heads, begin = place * columns;
+    sum = of_head * problem.head_sums + place;
+  }
+};
+
+// Rounds sums by all threads of a block, a box for each warpgroup at a time, until none is left. A
+// thread has what a consumer's thread had of the products.
+template <typename Plan>
+__device__ void round_sums(const HopperProblem<1>& problem, const Sums& sums,
+                           const View<typename Plan::Element, 1>& grad_query,
+                           SharedMemory<Plan>& smem) {
+  const unsigned count = sums.count;
+  constexpr int kAtATime = Plan::kWarpgroups + 1, kTiles = kLineElements / 8;
+  const int w = threadIdx.x / 128, thread = threadIdx.x % 128;
+  const float4* all = reinterpret_cast<const float4*>(sums.sum);
+  for (;;) {
+    __syncthreads();  // all have read the last number
+    if (threadIdx.x == 0) smem.first_number = atomicAdd(sums.rounded, kAtATime);
+    __syncthreads();
+    const unsigned number = smem.first_number + w;
+    if (smem.first_number >= count) return;
+    const SumBox box(problem, number, count, Plan::kColumns);
+    if (thread == 0 && number < count) {
+      const Range tiles = tiles_of<Plan>(problem, box.begin);
+      while (load_acquire(sums.made + box.sum) != unsigned(tiles.end - tiles.begin)) {
+      }
+    }
+    __syncthreads();
+    if (number >= count) continue;
+    float sum[Plan::kWarpgroups][kTiles][4];  // [lines of dQ]
+    const float4* from = all + box.sum * (sizeof(smem.sum[0]) / sizeof(float4)) + thread;
+#pragma unroll
+    for (int i = 0; i < Plan::kWarpgroups * kTiles; ++i) {
+      const float4 four = from[i * 128];
+      auto& numbers = sum[i / kTiles][i % kTiles];
+      numbers[0] = four.x, numbers[1] = four.y, numbers[2] = four.z, numbers[3] = four.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * Plan::kWarpgroups; ++i) {
+      const int line = i / 2, half = i % 2, first = line * kLineElements;
+      const int token[1] = {box.begin + thread / 32 * 16 + thread % 32 / 4 + 8 * half};
+      store_row(sum[line], half, problem.gradient_scale, thread % 4,
+                grad_query.at(box.batch, token, box.head) + first, problem.head_dim - first,
+                token[0] < problem.axes[0].length);
+    }
+  }
+}
+
+}  // namespace cuneigh::hopper
