@@ -7,18 +7,20 @@
 
 namespace cuneigh::hopper {
 
-// The box of queries that is number `number`. Those at the same place of all heads and batch
-// entries come one after another: they are complete at about the same time.
+// The box of queries that is number `number` in the order in which boxes are completed: as tiles,
+// those of heads side by side come one after another.
+template <typename Plan>
 struct SumBox {
   int batch, head, begin;
   unsigned sum;  // as `turn_of` counts them
 
-  template <typename Problem>
-  __device__ SumBox(const Problem& problem, unsigned number, unsigned count, int columns) {
+  __device__ SumBox(const HopperProblem<1>& problem, unsigned number) {
+    const unsigned together = problem.side_by_side.divisor * problem.group_size.divisor;
     const unsigned heads = problem.head_groups.divisor * problem.group_size.divisor;
-    const unsigned of_all = count / problem.head_sums, place = number / of_all;
-    const unsigned of_head = number - place * of_all;
-    batch = of_head / heads, head = of_head % heads, begin = place * columns;
+    const unsigned group = number / (together * problem.head_sums);
+    const unsigned inside = number - group * (together * problem.head_sums);
+    const unsigned of_head = group * together + inside % together, place = inside / together;
+    batch = of_head / heads, head = of_head % heads, begin = place * Plan::kColumns;
     sum = of_head * problem.head_sums + place;
   }
 };
@@ -39,7 +41,7 @@ __device__ void round_sums(const HopperProblem<1>& problem, const Sums& sums,
     __syncthreads();
     const unsigned number = smem.first_number + w;
     if (smem.first_number >= count) return;
-    const SumBox box(problem, number, count, Plan::kColumns);
+    const SumBox<Plan> box(problem, number);
     if (thread == 0 && number < count) {
       const Range tiles = tiles_of<Plan>(problem, box.begin);
       while (load_acquire(sums.made + box.sum) != unsigned(tiles.end - tiles.begin)) {
