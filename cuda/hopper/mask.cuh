@@ -174,9 +174,9 @@ __device__ Visibility visibility_of(const HopperProblem<Plan::kRank>& problem,
 
 // Makes the words of the lane's coordinates for the box of columns that begins at `first`.
 template <int kLanes, typename Plan>
-__device__ void show(const HopperProblem<Plan::kRank>& problem, const Tile<Plan::kRank>&,
-                     MaskTables<Plan>& tables, unsigned stage, int lane,
-                     const int (&first)[Plan::kRank]) {
+__device__ void mark_visible(const HopperProblem<Plan::kRank>& problem, const Tile<Plan::kRank>&,
+                             MaskTables<Plan>& tables, unsigned stage, int lane,
+                             const int (&first)[Plan::kRank]) {
   constexpr int kRank = Plan::kRank;
   QuadWords* words = tables.words[stage];
 #pragma unroll 1

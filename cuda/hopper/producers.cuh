@@ -306,11 +306,11 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
     cleaner.clean(smem, ring, lane());
     smem.qk_empty[ring.slot()].wait(ring.parity() ^ 1);
   };
-  auto publish = [&](Visibility visibility, auto show) {
+  auto publish = [&](Visibility visibility, auto mark) {
     wait();
     if (lane() < kWarpgroups) smem.visibility[ring.slot()][lane()] = visibility;
     const bool has_holes = kMaskedColumns<Plan> && visibility == kPartialHoles;
-    if (__any_sync(0xffffffffu, visibility == kPartial || has_holes)) show(ring.slot());
+    if (__any_sync(0xffffffffu, visibility == kPartial || has_holes)) mark(ring.slot());
     smem.qk_full[ring.slot()].arrive_as_warp();
     ring.advance();
   };
@@ -340,8 +340,8 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
           smem.statistics[ring.slot()].set(lane() + i * kLanes, read(i));
       }
       Visibility visibility = visibility_of(problem, smem.mask, lane(), first);
-      const auto show_rows = [&](unsigned stage) {
-        show<kLanes>(problem, tile, smem.mask, stage, lane(), first);
+      const auto mark_rows = [&](unsigned stage) {
+        mark_visible<kLanes>(problem, tile, smem.mask, stage, lane(), first);
       };
       if constexpr (kMaskedColumns<Plan>) {
         const QuadWords seen = *next++;
@@ -350,10 +350,10 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
         if (visibility != kNone && !seen.all())
           visibility = visibility == kAll ? kHoles : kPartialHoles;
         if (lane() == 0) smem.mask.seen(ring.slot()) = seen;
-        publish(visibility, show_rows);
+        publish(visibility, mark_rows);
         if (seen.some()) cleaner.expect(seen, lane());
       } else {
-        publish(visibility, show_rows);
+        publish(visibility, mark_rows);
       }
     });
     if constexpr (Plan::kAdditional) {
@@ -390,7 +390,7 @@ __device__ void produce(const Maps& maps, const View<const float2, Plan::kRank>&
   } else if constexpr (Plan::kSums) {
     if (warp == 0)
       begin_tiles_and_load_boxes(maps, mask, taken, smem);
-    else
+    else  // warps 1 and 3
       add_sums(sums, smem, warp / 2);
   } else if (warp == 0) {
     load_boxes(maps, mask, smem);

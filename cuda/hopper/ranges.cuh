@@ -79,8 +79,9 @@ __device__ Visibility visibility_of(const HopperProblem<1>&, const RangeTables<P
 
 // Finds the ranges of the lane's rows in the box of columns that begins at `first`.
 template <int kLanes, typename Plan>
-__device__ void show(const HopperProblem<1>& problem, const Tile<1>& tile,
-                     RangeTables<Plan>& tables, unsigned stage, int lane, const int (&first)[1]) {
+__device__ void mark_visible(const HopperProblem<1>& problem, const Tile<1>& tile,
+                             RangeTables<Plan>& tables, unsigned stage, int lane,
+                             const int (&first)[1]) {
   const Axis axis = axis_of<Plan>(problem, 0);
   const int begin = tile.columns[0].begin + first[0];
   const auto clip = [&](int column) {

@@ -137,7 +137,7 @@ struct SharedMemory : SumMemory<Plan> {
 template <typename Plan>
 constexpr int kMaskLanes = Plan::kSums ? 32 : 64;
 
-// Calls visit(tile) for every tile of this block, as warp 1 announces them: by all lanes of a warp
+// Calls visit(tile) for every tile of this block, as they are announced: by all lanes of a warp
 // if kWarp, else by one.
 template <bool kWarp, typename Plan, typename Visit>
 __device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
