@@ -5,7 +5,7 @@
 // and multiplies dK by the scale in the end. The transposed weights stay in registers: they are
 // left operands of dV and dK. For dQ the warpgroups meet: each writes its dS to shared memory, and
 // makes its columns of dQ from the dS and the keys of both. A producer warp adds that to sums in
-// memory (sums.cuh), which blocks that find no tile left turn into dQ (rounding.cuh).
+// memory (sums.cuh), which the last blocks to begin turn into dQ (rounding.cuh).
 //
 // The probabilities are computed while dP^T is, dS^T while dV is. dQ is that of the box before: by
 // then the other warpgroup has written its dS, though it may be half a box behind, which is where
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
              const __grid_constant__ TensorMap key, const __grid_constant__ TensorMap value,
              const __grid_constant__ TensorMap query,
              const __grid_constant__ TensorMap grad_output) {
-  auto& smem = begin_block<Plan>(problem, arguments.taken);
-  if (smem.first_number >= problem.block_tiles)
+  auto& smem = begin_block<Plan>(problem);
+  if (!find_work(problem, arguments.sums, arguments.taken, smem))
     return round_sums(problem, arguments.sums, arguments.grad_query, smem);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
             const __grid_constant__ TensorMap value,
             const __grid_constant__ TensorMap additional_keys,
             const __grid_constant__ TensorMap additional_values) {
-  auto& smem = begin_block<Plan>(problem, arguments.taken);
+  auto& smem = begin_block<Plan>(problem);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

@@ -1,11 +1,26 @@
-// dQ from its sums (sums.cuh): rounds them, times the scale. That is what blocks do which come when
-// all tiles are taken, and find multiprocessors idle while the last tiles are worked on.
+// dQ from its sums (sums.cuh): rounds them, times the scale. That is what blocks do which begin
+// after those that take tiles. There is room for them when a block finds no tile left, while others
+// still work on the last tiles.
 #pragma once
 
 #include "hopper/results.cuh"
 #include "hopper/sums.cuh"
 
 namespace cuneigh::hopper {
+
+// Takes this block's first tile, and writes its number to shared memory; false if the block is to
+// round sums. Every thread must call it. Whoever rounds may wait for every tile, and takes room: so
+// roles go to blocks as they begin, tiles first.
+template <typename Plan>
+__device__ bool find_work(const HopperProblem<1>& problem, const Sums& sums, unsigned* taken,
+                          SharedMemory<Plan>& smem) {
+  if (threadIdx.x == 0) {
+    const bool works = atomicAdd(sums.begun, 1u) < gridDim.x - sums.rounders;
+    smem.first_number = works ? atomicAdd(taken, 1u) : problem.block_tiles;
+  }
+  __syncthreads();
+  return smem.first_number < problem.block_tiles;
+}
 
 // The box of queries that is number `number` in the order in which boxes are completed: as tiles,
 // those of heads side by side come one after another.

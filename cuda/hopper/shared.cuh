@@ -155,11 +155,9 @@ __device__ void for_each_tile(SharedMemory<Plan>& smem, Visit visit) {
   }
 }
 
-// Prepares the memory of the block. Every thread must call it. `taken` counts the tiles that blocks
-// have taken.
+// Prepares the memory of the block. Every thread must call it.
 template <typename Plan>
-__device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& problem,
-                                           unsigned* taken) {
+__device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& problem) {
   static_assert(
       sizeof(SharedMemory<Plan>) == Plan::kSharedBytes,
       "'shared_bytes' in cuneigh/_backends/hopper/plan.py counts what SharedMemory holds");
@@ -195,7 +193,6 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     }
     fence_barrier_init();
   }
-  if (Plan::kSums && threadIdx.x == 64) smem.first_number = atomicAdd(taken, 1u);
   if (threadIdx.x == 32) smem.problem = problem;
   fill_mask_tables(problem, smem.mask);
   __syncthreads();

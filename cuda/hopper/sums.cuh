@@ -14,10 +14,12 @@
 namespace cuneigh::hopper {
 
 struct Sums {
-  float* sum;         // [boxes of queries][floats of a box], in the order of the accumulators
-  unsigned* made;     // [boxes of queries] contributions so far; 0 before the launch
-  unsigned* rounded;  // boxes that blocks have taken to round; 0 before the launch
-  long long count;    // boxes of queries of all heads
+  float* sum;          // [boxes of queries][floats of a box], in the order of the accumulators
+  unsigned* made;      // [boxes of queries] contributions so far; 0 before the launch
+  unsigned* begun;     // blocks that have begun; 0 before the launch
+  unsigned* rounded;   // boxes that blocks have taken to round; 0 before the launch
+  long long count;     // boxes of queries of all heads
+  long long rounders;  // blocks that round sums; the others take tiles
 };
 
 // A contribution of a tile to the sum of a box of queries.

@@ -172,13 +172,14 @@ def _launch_backward(
     """
     count = count_sums(problem)
     sums_of_dq = program.allocate((count, SUM_FLOATS), "float32")
-    # [count + 2] Contributions to each of the sums; sums and tiles that blocks have taken
-    counters = program.zeros((count + 2,), COUNTER)
+    # [count + 3] Contributions to each of the sums; blocks; sums and tiles that they have taken
+    counters = program.zeros((count + 3,), COUNTER)
+    begun, rounded, taken = (counters.component(count + i) for i in range(3))
+    rounders = min(program.device.sm_count, count)
     views.vectors(grad_query)
-    views.addresses(sums_of_dq, counters, counters.component(count))
-    views.numbers(count)
-    taken = counters.component(count + 1)
-    _launch(program, problem, BACKWARD, of_keys, of_queries, None, views, taken)
+    views.addresses(sums_of_dq, counters, begun, rounded)
+    views.numbers(count, rounders)
+    _launch(program, problem, BACKWARD, of_keys, of_queries, None, views, taken, rounders)
 
 
 def _launch(
@@ -190,6 +191,7 @@ def _launch(
     additional: tuple[Any, Any] | None,
     views: Views,
     taken: Array | None = None,
+    more_blocks: int = 0,
     tangents: Operands | None = None,
 ) -> None:
     """Launch the kernel of a pass over `rows` and `columns`, the arrays of qk and then of vo.
@@ -197,7 +199,7 @@ def _launch(
     `views` are the arguments of the pass but for the last one, the counter of the tiles that blocks
     have taken: `taken`, or one of its own if a block takes more than one. `additional` is None
     where no column is an additional key. `tangents` are those of all arrays, for a pass that takes
-    them.
+    them. `more_blocks` are launched that take no tiles.
     """
     plan = make_plan(problem, program.device, pass_)
     form = plan.form
@@ -213,8 +215,6 @@ def _launch(
     work = division(problem, plan, program.device, pass_)
     record = _record(problem, plan, pass_, work, foldings)
     blocks = min(work.blocks, program.device.sm_count)
-    if pass_ == BACKWARD:  # those that find no tile left round sums
-        blocks += min(program.device.sm_count, count_sums(problem))
     if form.cluster:  # blocks take one tile, or share
         blocks, maps = work.blocks, maps[:3]
     else:
@@ -223,7 +223,7 @@ def _launch(
         views.addresses(taken)
     program.launch(
         kernel(problem, form, pass_),
-        (blocks, 1),
+        (blocks + more_blocks, 1),
         128 * (form.warpgroups + 1),
         with_starts(record),
         views.words,
