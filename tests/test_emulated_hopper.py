@@ -18,7 +18,7 @@ from cuneigh._gpu.passes import BACKWARD, DKV, DQ
 from cuneigh._gpu.program import Program
 from cuneigh._parameters import Part, window_arguments
 from cuneigh._problem import Spec
-from cuneigh._validate import attention_problem
+from cuneigh._validate import attention_problem, dense_problem
 
 pytestmark = pytest.mark.skipif(
     compiler() is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"),
@@ -101,6 +101,23 @@ def test_gradients_agree_with_the_oracle(way, tokens, dims, tmp_path, monkeypatc
     monkeypatch.setattr(launch, "passes", lambda *_: way)
     problem = problem_of("backward", (tokens,), 60, dims)
     check(Emulator(tmp_path, SMALL), problem, padded, mixed)
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(70, 200), (200, 70)])
+def test_gradients_of_cross_attention_agree_with_the_oracle(
+    queries, keys, has_mask, tmp_path, monkeypatch
+):
+    """Logits far below 0 show rows that are no keys: they would have weights without end."""
+    monkeypatch.setattr(launch, "passes", lambda *_: (BACKWARD,))
+    query, key = (Spec((2, tokens, 2, 72), "float16") for tokens in (queries, keys))
+    mask = Spec((2, keys), "bool") if has_mask else None
+    problem = dense_problem("test", "backward", query, key, key, False, 0.5, mask)
+    rng, emulator = np.random.default_rng(0), Emulator(tmp_path, SMALL)
+    given = with_mask(problem, mixed((2, keys), rng) if has_mask else whole((2, keys), rng), rng)
+    given.operands.query[:] = abs(given.operands.query)
+    given.operands.key[:] = -abs(given.operands.key)
+    check_backend(hopper, problem, given, **emulator.native)
 
 
 def test_tiles_that_see_nothing_follow_others(tmp_path):

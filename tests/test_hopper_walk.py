@@ -24,7 +24,6 @@ from cuneigh._backends.hopper.plan import (
     count_seen_boxes,
     count_sums,
     division,
-    head_sums,
     shared_bytes,
     ways,
 )
@@ -334,10 +333,21 @@ def turn_of(problem, record, tile, head, begin):
     return box, first // size - axis.window(begin, 0)[0] // size
 
 
-def queries_of_sum(problem, box):
-    """Batch entry, head and first index of the queries of a sum: rounding.cuh."""
-    box, index = divmod(box, head_sums(problem))
-    return (*divmod(box, problem.heads), index * ROWS)
+def tiles_of(problem, record, begin):
+    """How many tiles meet the box of queries that begins at `begin`."""
+    (axis,), size = problem.axes, int(record["tile_box"][0])
+    last = min(begin + ROWS, axis.length) - 1
+    return math.ceil(axis.window(last, 0)[1] / size) - axis.window(begin, 0)[0] // size
+
+
+def sum_box(problem, record, number):
+    """`SumBox` of rounding.cuh: batch entry, head and first index of queries, and their sum."""
+    together = int(record["side_by_side"]["divisor"]) * int(record["group_size"]["divisor"])
+    sums = int(record["head_sums"])
+    group, inside = divmod(number, together * sums)
+    place, of_group = divmod(inside, together)
+    of_head = group * together + of_group
+    return *divmod(of_head, problem.heads), place * ROWS, of_head * sums + place
 
 
 @given(data=st.data())
@@ -351,6 +361,7 @@ def test_tiles_add_to_a_sum_in_their_order(data):
     assert work.parts == 1
     record = _record(problem, plan, BACKWARD, work, NO_FOLDINGS)[0]
     made: Counter[int] = Counter()
+    queries: dict[int, tuple[int, int, int]] = {}
     for number in range(work.blocks):
         tile = find_tile(problem, BACKWARD, record, number)
         ((begin, end),) = tile.columns
@@ -359,11 +370,15 @@ def test_tiles_add_to_a_sum_in_their_order(data):
                 box, turn = turn_of(problem, record, tile, head, box_begin)
                 assert turn == made[box]
                 made[box] += 1
-                wanted = (tile.batch, head, box_begin)
-                assert queries_of_sum(problem, box) == wanted
-    assert max(made) < count_sums(problem)
-    queries = problem.batch * problem.heads * math.prod(problem.tokens)
-    assert len(made) * ROWS >= queries, "every query is of a box"
+                queries[box] = tile.batch, head, box_begin
+    assert len(made) == count_sums(problem), "every query is of a box"
+    rounded = set()
+    for number in range(count_sums(problem)):
+        *box, of_box = sum_box(problem, record, number)
+        assert tuple(box) == queries[of_box]
+        assert tiles_of(problem, record, box[2]) == made[of_box], "what a block waits for"
+        rounded.add(of_box)
+    assert len(rounded) == count_sums(problem)
 
 
 @pytest.mark.parametrize("columns", [64, 128])

@@ -1,4 +1,5 @@
-// The warps that feed the consumers: they load rows and columns, and make masks.
+// The warps that feed the consumers: they load rows and columns, and make masks. If kSums they also
+// take what consumers have made to sums in memory. `produce` says which warp does what.
 #pragma once
 
 #include "cuneigh/layout.cuh"
@@ -149,15 +150,13 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
   if (has_last) load_vo(last);
 }
 
-// Finds tile `number` of this block, and the number of the one after it, and announces it; false if
-// there is none. `taken` counts tiles beyond the first of each block; null if there are none. If
-// kSums it counts all of them, since tiles must be begun in the order of their numbers. `rows` is
-// the place of the tile's rows.
+// Finds tile `number` of this block, and announces it; false if there is none. Unless kSums, the
+// tile says which is next: `taken` counts tiles beyond the first of each block; null if there are
+// none. `rows` is the place of the tile's rows.
 template <typename Plan>
 __device__ bool announce(const HiddenKeys<Plan>& mask, unsigned* taken, SharedMemory<Plan>& smem,
                          Ring<2> tiles, Ring<Plan::kRowSlots> rows, int number) {
   const auto& problem = smem.problem;
-  const unsigned untaken = Plan::kSums ? 0 : gridDim.x;  // tiles that are not counted
   smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
   AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
   tile.position = tiles.position;
@@ -165,7 +164,7 @@ __device__ bool announce(const HiddenKeys<Plan>& mask, unsigned* taken, SharedMe
   if (end) {
     tile.boxes = kNoTile;
   } else {
-    tile.next = taken ? untaken + atomicAdd(taken, 1u) : number + gridDim.x;
+    if (!Plan::kSums) tile.next = gridDim.x + (taken ? atomicAdd(taken, 1u) : number);
     tile.place(mask, find_tile<Plan>(problem, number, tile));
     if constexpr (Plan::kKeyMask && Plan::kRowsAreKeys && !Plan::kSums) {
       bool seen = false;
@@ -226,7 +225,8 @@ __device__ void load_rows(const Maps& maps, const AnnouncedTile<Plan>& tile,
 }
 
 // Announces the tiles of this block and loads their rows, by one lane; calls visit(tile) after
-// each.
+// each. If kSums, `taken` counts all tiles, and one is taken when it is to begin, since others wait
+// for it.
 template <typename Plan, typename Visit>
 __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsigned* taken,
                             SharedMemory<Plan>& smem, Visit visit) {
@@ -237,7 +237,7 @@ __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsi
     const AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
     load_rows(maps, tile, smem, rows);
     visit(tile);
-    number = tile.next;
+    number = Plan::kSums ? atomicAdd(taken, 1u) : tile.next;
     tiles.advance();
   }
 }
@@ -376,8 +376,15 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   cleaner.clean(smem, ring, lane());
 }
 
-// A producer: one of the four warps of the first warpgroup. `statistics` are read if rows are keys,
-// `sums` if kSums.
+// A producer: one of the four warps of the first warpgroup.
+//
+//   warp | otherwise                     | if kSums
+//   0    | loads boxes                   | announces tiles, loads their rows and boxes
+//   1    | announces tiles, loads rows   | adds every other contribution to the sums
+//   2    | makes masks, as one team      | makes masks
+//   3    |   with warp 2                 | adds the other contributions
+//
+// `statistics` are read if rows are keys, `sums` if kSums.
 template <typename Plan>
 __device__ void produce(const Maps& maps, const View<const float2, Plan::kRank>& statistics,
                         const HiddenKeys<Plan>& mask, const Sums& sums, unsigned* taken,
@@ -390,8 +397,8 @@ __device__ void produce(const Maps& maps, const View<const float2, Plan::kRank>&
   } else if constexpr (Plan::kSums) {
     if (warp == 0)
       begin_tiles_and_load_boxes(maps, mask, taken, smem);
-    else  // warps 1 and 3
-      add_sums(sums, smem, warp / 2);
+    else
+      add_sums(sums, smem, warp == 1 ? 0 : 1);
   } else if (warp == 0) {
     load_boxes(maps, mask, smem);
   } else {

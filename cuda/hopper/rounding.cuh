@@ -1,6 +1,7 @@
-// dQ from its sums (sums.cuh): rounds them, times the scale. That is what blocks do which begin
-// after those that take tiles. There is room for them when a block finds no tile left, while others
-// still work on the last tiles.
+// dQ from its sums (sums.cuh): rounds them, times the scale. Blocks that find no tile do that, and
+// the last ones to begin, of which there are as many as multiprocessors: they come when others
+// leave theirs, while the last tiles are still worked on. They may wait for any tile. That is no
+// deadlock: either all blocks that take tiles have begun, or all tiles are taken.
 #pragma once
 
 #include "hopper/results.cuh"
@@ -9,8 +10,7 @@
 namespace cuneigh::hopper {
 
 // Takes this block's first tile, and writes its number to shared memory; false if the block is to
-// round sums. Every thread must call it. Whoever rounds may wait for every tile, and takes room: so
-// roles go to blocks as they begin, tiles first.
+// round sums. Every thread must call it.
 template <typename Plan>
 __device__ bool find_work(const HopperProblem<1>& problem, const Sums& sums, unsigned* taken,
                           SharedMemory<Plan>& smem) {

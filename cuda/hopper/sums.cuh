@@ -19,12 +19,12 @@ struct Sums {
   unsigned* begun;     // blocks that have begun; 0 before the launch
   unsigned* rounded;   // boxes that blocks have taken to round; 0 before the launch
   long long count;     // boxes of queries of all heads
-  long long rounders;  // blocks that round sums; the others take tiles
+  long long rounders;  // blocks that round sums; of the others, those that find no tile do, too
 };
 
 // A contribution of a tile to the sum of a box of queries.
 struct Turn {
-  unsigned box;     // the number of the sum, which rounding.cuh takes apart
+  unsigned box;     // the number of the sum
   unsigned number;  // of the contribution; 0 is the first
 };
 

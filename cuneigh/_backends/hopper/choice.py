@@ -41,7 +41,7 @@ class Rates(NamedTuple):
     walks: hopper_plan.Rates = hopper_plan.H200
     launch_ms: float = LAUNCH_MS
     memory_bytes: Speed = MEMORY_BYTES
-    """Of what computes delta, clears sums and reads them, in a millisecond."""
+    """Of what computes delta and reads sums, in a millisecond."""
 
 
 RATES = Rates()

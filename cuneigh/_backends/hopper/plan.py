@@ -182,9 +182,9 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     if pass_ == BACKWARD:
         # SumMemory: dS of all warpgroups and a contribution to dQ, of two boxes
         size += 2 * (form.warpgroups * ROWS * 128 + SUM_FLOATS * 4)
-        # RangeTables: ranges, window unions, a bit for each row
+        # RangeTables: ranges, what all rows of a warpgroup see, a bit for each row
         rows = form.warpgroups * ROWS
-        size += 2 * form.stages * rows + 16 * form.warpgroups + rows // 8
+        size += 2 * form.stages * rows + 8 * form.warpgroups + rows // 8
     else:
         # MaskTables: words, prefixes, their bases, numbers, coordinates, window unions
         size += 16 * form.stages * (coordinates + masked)
