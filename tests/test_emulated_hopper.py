@@ -103,6 +103,22 @@ def test_gradients_agree_with_the_oracle(way, tokens, dims, tmp_path, monkeypatc
     check(Emulator(tmp_path, SMALL), problem, padded, mixed)
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5])
+def test_no_bit_depends_on_which_block_goes_first(multiprocessors, tmp_path, monkeypatch):
+    """With as many blocks as tiles, fewer and more."""
+    monkeypatch.setattr(launch, "passes", lambda *_: (BACKWARD,))
+    problem = problem_of("backward", (400,), 90, (72, 32), has_mask=False)
+    given = with_mask(problem, np.ones((1, 400), bool), np.random.default_rng(0))
+    emulator = Emulator(tmp_path, replace(SMALL, sm_count=multiprocessors))
+    wanted = run_backend(hopper, problem, given, **emulator.native)
+    emulator.in_turns = True
+    for emulator.slow in ROLES:
+        got = run_backend(hopper, problem, given, **emulator.native)
+        for name, array in got.items():
+            np.testing.assert_array_equal(array, wanted[name], f"{name}, {emulator.slow} slow")
+    check_backend(hopper, problem, given, **emulator.native)
+
+
 @pytest.mark.parametrize("has_mask", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(70, 200), (200, 70)])
 def test_gradients_of_cross_attention_agree_with_the_oracle(

@@ -179,6 +179,8 @@ class Emulator:
         self.folder, self.device = folder, device
         self.slow: str | None = None
         """One of `ROLES` that goes on only when no other can."""
+        self.in_turns = False
+        """Whether blocks go on in turns, where there are few: else one after another."""
         sources(folder / "cuda")
         precompiled()
         self.built = lru_cache(maxsize=None)(self._built)
@@ -191,9 +193,9 @@ class Emulator:
         unit.write_text(
             f'#include "emulator.h"\n{kernel.unit}\n'
             'extern "C" const char* run(unsigned x, unsigned y, int threads, void** parameters,\n'
-            "                           int slow_begin, int slow_end) {\n"
+            "                           int slow_begin, int slow_end, bool in_turns) {\n"
             f"  return emulator::launch(&{kernel.instance}, x, y, threads, parameters, {blocks},\n"
-            "                          slow_begin, slow_end);\n}\n"
+            "                          slow_begin, slow_end, in_turns);\n}\n"
         )
         folders = (precompiled(), self.folder / "cuda")
         compile_(*(f"-I{each}" for each in folders), "-shared", str(unit), "-o", str(library))
@@ -218,7 +220,8 @@ class Emulator:
             kept = [ctypes.create_string_buffer(packed(p, at)) for p in each.parameters]
             parameters = (ctypes.c_void_p * len(kept))(*map(ctypes.addressof, kept))
             run = self.built(each.kernel)
-            error = run(*each.grid, each.threads, parameters, *ROLES.get(self.slow, (0, 0)))
+            slow = ROLES.get(self.slow, (0, 0))
+            error = run(*each.grid, each.threads, parameters, *slow, self.in_turns)
             assert error is None, self._said(each.kernel, error.decode())
 
     def _said(self, kernel: _jit.Kernel, error: str) -> str:

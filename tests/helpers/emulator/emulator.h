@@ -1,4 +1,5 @@
-// Runs a kernel on the host: every thread is a fiber (fibers.h), and blocks run one after another.
+// Runs a kernel on the host: every thread is a fiber (fibers.h), and blocks run one after another
+// or in turns.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -53,10 +54,17 @@ inline void leave() {
   fiber().is_done = true;
   const int next = next_thread();
   if (next < 0) {
-    for (const Fiber& each : state.fibers)
-      if (!each.is_done) fail_stuck();
-    setcontext(&state.main);
+    bool is_done = true;
+    for (int t = 0; t < state.threads; ++t)
+      if (!state.fibers[t].is_done) is_done = false, state.current = t;
+    if (is_done ? other_blocks.empty() : stuck_in_a_row++ >= other_blocks.size()) {
+      if (!is_done) fail_stuck();
+      setcontext(&main_context);
+    }
+    if (is_done) stuck_in_a_row = 0;
+    setcontext(next_block(!is_done));
   }
+  stuck_in_a_row = 0;
   state.current = next;
   setcontext(&state.fibers[next].context);
 }
@@ -68,10 +76,17 @@ inline char* low_memory(size_t size) {
   return (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT,
                      -1, 0);
 }
-inline void run_block(Dim block, Dim grid, int threads, void (*body)(void*), void* data) {
+constexpr int kMostSideBySide = 16;
+// Makes a block the current one, with the memory of number `place`.
+inline void begin_block(int place, Dim block, Dim grid, int threads, void (*body)(void*),
+                        void* data) {
   // At a multiple of 256 KB, within which operands of wgmma have their addresses
-  static char* smem = (char*)((size_t)low_memory(1 << 19) + 0x3ffff & ~size_t(0x3ffff));
-  static char* stacks = (char*)malloc(size_t(1024) * (1 << 18));
+  static char* memory =
+      (char*)((size_t)low_memory((kMostSideBySide + 1) << 18) + 0x3ffff & ~size_t(0x3ffff));
+  static char* of_place[kMostSideBySide];
+  char* smem = memory + (size_t(place) << 18);
+  if (!of_place[place]) of_place[place] = (char*)malloc(size_t(1024) * (1 << 18));
+  char* stacks = of_place[place];
   memset(smem, 0xff, 1 << 18);
   state.threads = threads;
   state.block = block;
@@ -91,7 +106,6 @@ inline void run_block(Dim block, Dim grid, int threads, void (*body)(void*), voi
     makecontext(&context, entry, 0);
   }
   state.current = 0;
-  swapcontext(&state.main, &state.fibers[0].context);
 }
 template <typename... A, size_t... I>
 void call(void (*kernel)(A...), void** parameters, std::index_sequence<I...>) {
@@ -126,34 +140,52 @@ void put(int block, const T* here, T value) {
     cluster.writes[block].push_back(
         {size_t((const char*)here - state.smem), {bytes, bytes + sizeof(T)}});
 }
+// Whether blocks go on in turns, whenever one counts something in global memory: else one after
+// another, unless one waits for others.
+inline bool side_by_side;
 // Returns what went wrong; null if nothing did.
 template <typename... A>
 const char* launch(void (*kernel)(A...), unsigned gx, unsigned gy, int threads, void** parameters,
-                   unsigned cluster_size, int slow_begin, int slow_end) {
+                   unsigned cluster_size, int slow_begin, int slow_end, bool in_turns) {
   struct Data {
     void (*kernel)(A...);
     void** p;
   } data{kernel, parameters};
-  auto run = [&](unsigned x, unsigned y) {
-    run_block(
-        {x, y, 0}, {gx, gy, 1}, threads,
+  auto begin = [&](int place, unsigned x, unsigned y) {
+    begin_block(
+        place, {x, y, 0}, {gx, gy, 1}, threads,
         [](void* d) {
           auto* of = (Data*)d;
           call(of->kernel, of->p, std::index_sequence_for<A...>());
         },
         &data);
+    state.slow_begin = slow_begin, state.slow_end = slow_end;
+    state.switches = 0;
   };
+  auto run = [] { swapcontext(&main_context, &state.fibers[0].context); };
   cluster.size = cluster_size;
-  state.slow_begin = slow_begin, state.slow_end = slow_end;
-  state.switches = 0;
   state.error[0] = 0;
+  other_blocks.clear();
+  stuck_in_a_row = 0;
+  side_by_side = in_turns && cluster_size == 1 && gx * gy <= kMostSideBySide;
+  if (side_by_side) {
+    for (int place = gx * gy; place-- > 0;) {
+      begin(place, place % gx, place / gx);
+      if (place) other_blocks.push_front(std::move(state)), state = State();
+    }
+    run();
+    return state.error[0] ? state.error : nullptr;
+  }
   for (unsigned y = 0; y < gy; ++y)
     for (unsigned first = 0; first < gx; first += cluster_size)
       for (int turn = cluster_size > 1 ? 0 : 1; turn < 2; ++turn) {
         cluster.is_first = turn == 0;
         if (cluster.is_first)
           for (auto& writes : cluster.writes) writes.clear();
-        for (unsigned x = first; x < first + cluster_size && !state.error[0]; ++x) run(x, y);
+        for (unsigned x = first; x < first + cluster_size && !state.error[0]; ++x) {
+          begin(0, x, y);
+          run();
+        }
       }
   return state.error[0] ? state.error : nullptr;
 }
@@ -276,6 +308,9 @@ void __stcs(T* p, T v) {
   *p = v;
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
-inline unsigned atomicAdd(unsigned* p, unsigned more) { return std::exchange(*p, *p + more); }
+inline unsigned atomicAdd(unsigned* p, unsigned more) {
+  if (emulator::side_by_side) emulator::yield_to_blocks();
+  return std::exchange(*p, *p + more);
+}
 
 #include "hopper.h"

@@ -1,11 +1,12 @@
 // The threads of a block as fibers. A fiber goes on until it waits for something that has not come,
 // or lets others go first: which of them comes next never depends on time. If none can go on, the
-// launch ends with an error.
+// next block does; if no block can, the launch ends with an error.
 #pragma once
 #include <ucontext.h>
 
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <functional>
 #include <map>
 #include <utility>
@@ -41,7 +42,6 @@ struct State {
   Dim block, grid;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  ucontext_t main;
   int current;
   char* smem;
   void (*body)(void*);
@@ -53,6 +53,11 @@ struct State {
   char error[1000];  // empty if there is none
 };
 inline State state;
+inline ucontext_t main_context;
+// Blocks that have begun and are not done, or are still to begin, but for the current one; and how
+// many have been found in a row in which no thread can go on
+inline std::deque<State> other_blocks;
+inline size_t stuck_in_a_row;
 constexpr int kTma = -1;  // the number of the thread that TMA is
 
 inline Dim thread_index() { return {unsigned(state.current), 0, 0}; }
@@ -61,7 +66,7 @@ inline Fiber& fiber() { return state.fibers[state.current]; }
 // Ends the launch, from within a fiber.
 [[noreturn]] inline void fail(const char* error) {
   snprintf(state.error, sizeof(state.error), "thread %d: %s", state.current, error);
-  setcontext(&state.main);
+  setcontext(&main_context);
   abort();
 }
 // Where threads wait: the first of several that do so in the same line stands for them.
@@ -98,10 +103,27 @@ inline int next_thread() {
   }
   return -1;
 }
+// The next block, in a circle, becomes the current one; returns the context to go on in.
+inline ucontext_t* next_block(bool comes_back = true) {
+  if (comes_back) other_blocks.push_back(std::move(state));
+  state = std::move(other_blocks.front());
+  other_blocks.pop_front();
+  return &state.fibers[state.current].context;
+}
+// Lets all other blocks go on before this one does.
+inline void yield_to_blocks() {
+  ucontext_t* mine = &fiber().context;  // where it is, wherever the state is
+  if (!other_blocks.empty()) swapcontext(mine, next_block());
+}
 // Lets others go on that can.
 inline void yield() {
-  const int me = state.current, next = next_thread();
-  if (next < 0) fail_stuck();
+  const int me = state.current;
+  int next;
+  while ((next = next_thread()) < 0) {
+    if (stuck_in_a_row++ >= other_blocks.size()) fail_stuck();
+    yield_to_blocks();
+  }
+  stuck_in_a_row = 0;
   if (++state.switches > 1'000'000'000) fail("it takes too long");
   state.current = next;
   if (next != me) swapcontext(&state.fibers[me].context, &state.fibers[next].context);
@@ -114,7 +136,8 @@ void wait_until(const HasCome& has_come, const char* file, int line) {
   Fiber& me = fiber();
   me.has_come = [](const void* awaited) { return (*static_cast<const HasCome*>(awaited))(); };
   me.awaited = &has_come, me.file = file, me.line = line;
-  yield();
+  do yield();
+  while (!has_come());
   me.has_come = nullptr;
 }
 inline void sync_threads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
