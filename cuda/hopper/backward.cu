@@ -36,8 +36,8 @@ struct QueryGradient {
   SharedMemory<Plan>& smem;
   const int w;
   Ring<2> exchange;  // of dS: the slot of the current box
-  Ring<2> sums;      // the next contribution, and the first that `add_sums` is not told of
-  Ring<2> untold;
+  Ring<2> sums;      // the slot of the next contribution
+  Ring<2> untold;    // of the first that `add_sums` is not told of
 
   // Writes dS of the current box, given this thread's part of dS^T [64, kColumns].
   template <int kSteps>
@@ -75,6 +75,7 @@ struct QueryGradient {
     }
     sums.advance();
   }
+  // After `fence_shared`: tells `add_sums` of all that is stored.
   __device__ void hand_over() {
 #pragma unroll 1
     for (; untold.position != sums.position; untold.advance())

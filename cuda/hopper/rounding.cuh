@@ -1,7 +1,7 @@
 // dQ from its sums (sums.cuh): rounds them, times the scale. Blocks that find no tile do that, and
-// the last ones to begin, of which there are as many as multiprocessors: they come when others
-// leave theirs, while the last tiles are still worked on. They may wait for any tile. That is no
-// deadlock: either all blocks that take tiles have begun, or all tiles are taken.
+// the last ones to begin, whose number is `rounders`: they come when others leave a multiprocessor
+// while the last tiles are still worked on. They may wait for any tile. That is no deadlock: either
+// all blocks that take tiles have begun, or all tiles are taken.
 #pragma once
 
 #include "hopper/results.cuh"

@@ -63,9 +63,8 @@ struct ColumnBox {
 // more lie between the lanes' parts, so that they are in different banks.
 template <int kColumns>
 struct Statistics {
-  using Numbers = float[kColumns / 4];
   struct alignas(16) Lane {
-    Numbers of_columns;
+    float of_columns[kColumns / 4];
     float gap[4];
   };
   Lane lse[4];  // times log2(e)
@@ -115,7 +114,8 @@ struct SharedMemory : SumMemory<Plan> {
   Masks<Plan> mask;
   AnnouncedTile<Plan> tile[2];
   int visibility[Plan::kStages][Plan::kWarpgroups];
-  unsigned first_number;  // if kSums: of the first tile of this block, or of sums that it rounds
+  // If kSums: of the first tile of this block, or of the first of the sums that it rounds next
+  unsigned first_number;
   // ptxas reads what is read next to each other by 16 bytes at a time, from multiples of 16 on:
   // none of them may be of what other warps write.
   alignas(16) HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers

@@ -175,8 +175,9 @@ def _launch_backward(
     # [count + 3] Contributions to each of the sums; blocks; sums and tiles that they have taken
     counters = program.zeros((count + 3,), COUNTER)
     begun, rounded, taken = (counters.component(count + i) for i in range(3))
-    # A block rounds one for each of its warpgroups at a time
-    rounders = min(program.device.sm_count, math.ceil(count / 3))
+    plan = make_plan(problem, program.device, BACKWARD)
+    # A block rounds one for each of its warpgroups at a time, the producers' included
+    rounders = min(program.device.sm_count, math.ceil(count / (plan.form.warpgroups + 1)))
     views.vectors(grad_query)
     views.addresses(sums_of_dq, counters, begun, rounded)
     views.numbers(count, rounders)
@@ -200,7 +201,7 @@ def _launch(
     `views` are the arguments of the pass but for the last one, the counter of the tiles that blocks
     have taken: `taken`, or one of its own if a block takes more than one. `additional` is None
     where no column is an additional key. `tangents` are those of all arrays, for a pass that takes
-    them. `more_blocks` are launched that do something else.
+    them. `more_blocks` are launched beside those that take tiles.
     """
     plan = make_plan(problem, program.device, pass_)
     form = plan.form
