@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_window import parts
 
 from cuneigh._gpu import boxes
-from cuneigh._gpu.boxes import _count_unions, _count_walk, count_unions, count_walk
-from cuneigh._gpu.passes import DKV, DQ, FORWARD
+from cuneigh._gpu.boxes import count_unions, count_walk
+from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD
 from cuneigh._window import Axis, Promise
 
 
@@ -29,15 +29,18 @@ def axes(draw) -> Axis:
     warp_box=st.integers(1, 16),
     warps=st.integers(1, 4),
     column_box=st.sampled_from((1, 2, 3, 8, 64)),
-    pass_=st.sampled_from((FORWARD, DQ, DKV)),
+    pass_=st.sampled_from((FORWARD, DQ, DKV, BACKWARD)),
+    is_last=st.booleans(),
 )
-def test_counts_are_those_of_box_by_box(axis, warp_box, warps, column_box, pass_):
-    walk = axis, warp_box, warps, column_box, pass_
+def test_counts_are_those_of_box_by_box(axis, warp_box, warps, column_box, pass_, is_last):
+    walk = axis, warp_box, warps, column_box, pass_, is_last
     unions = axis, warp_box, warps, pass_
+    counts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boxes, "LONG_AXIS", 0)
-        assert count_walk.__wrapped__(*walk) == _count_walk(*walk)
-        assert count_unions.__wrapped__(*unions) == _count_unions(*unions)
+        for long_axis in (0, 1 << 62):
+            patch.setattr(boxes, "LONG_AXIS", long_axis)
+            counts.append((count_walk.__wrapped__(*walk), count_unions.__wrapped__(*unions)))
+    assert counts[0] == counts[1]
 
 
 def test_an_axis_that_is_long_takes_no_longer():

@@ -93,13 +93,18 @@ def test_outputs_agree_with_the_oracle_3d(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("way", "tokens", "dims"),
-    [((BACKWARD,), 230, (72, 32)), ((DQ, DKV), 390, (32, 32))],
-    ids=["sums", "dq+dkv"],
+    ("way", "tokens", "kernel_size", "dims"),
+    [
+        ((BACKWARD,), (230,), 60, (72, 32)),
+        ((BACKWARD,), (13, 21), (6, 9), (72, 32)),
+        ((BACKWARD,), (5, 7, 12), (3, 4, 5), (72, 32)),
+        ((DQ, DKV), (390,), 60, (32, 32)),
+    ],
+    ids=["sums 1-D", "sums 2-D", "sums 3-D", "dq+dkv"],
 )
-def test_gradients_agree_with_the_oracle(way, tokens, dims, tmp_path, monkeypatch):
+def test_gradients_agree_with_the_oracle(way, tokens, kernel_size, dims, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "passes", lambda *_: way)
-    problem = problem_of("backward", (tokens,), 60, dims)
+    problem = problem_of("backward", tokens, kernel_size, dims)
     check(Emulator(tmp_path, SMALL), problem, padded, mixed)
 
 
@@ -134,6 +139,36 @@ def test_gradients_of_cross_attention_agree_with_the_oracle(
     given.operands.query[:] = abs(given.operands.query)
     given.operands.key[:] = -abs(given.operands.key)
     check_backend(hopper, problem, given, **emulator.native)
+
+
+@pytest.mark.parametrize("power", [-100, 0, 100])
+def test_sums_of_small_and_large_gradients_agree_with_the_oracle(power, tmp_path, monkeypatch):
+    """Of queries that differ in that, too."""
+    monkeypatch.setattr(launch, "passes", lambda *_: (BACKWARD,))
+    problem = problem_of("backward", (150,), 40, (72, 32), has_mask=False)
+    given = with_mask(problem, np.ones((1, 150), bool), np.random.default_rng(0))
+    given.operands.value[:] *= 2.0 ** (power // 2)
+    given.grad_output[:] *= 2.0 ** (power // 2)
+    given.grad_output[:, ::3] = 0
+    given.grad_lse[:] *= 2.0**power
+    check_backend(hopper, problem, given, **Emulator(tmp_path, SMALL).native)
+
+
+def test_numbers_that_are_not_finite_reach_who_sees_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "passes", lambda *_: (BACKWARD,))
+    problem = problem_of("backward", (1000,), 64, (72, 32), has_mask=False)
+    emulator = Emulator(tmp_path, SMALL)
+    clean = with_mask(problem, np.ones((1, 1000), bool), np.random.default_rng(0))
+    wanted = run_backend(hopper, problem, clean, **emulator.native)
+    for name, number in (("key", np.nan), ("value", np.inf), ("key", -np.inf)):
+        given = with_mask(problem, np.ones((1, 1000), bool), np.random.default_rng(0))
+        getattr(given.operands, name)[0, 500, 0, 3] = number
+        got = run_backend(hopper, problem, given, **emulator.native)
+        for gradient, array in got.items():
+            far = np.r_[0:300, 700:1000]
+            np.testing.assert_array_equal(array[:, far], wanted[gradient][:, far])
+        of_query = next(array for gradient, array in got.items() if "query" in gradient)
+        assert not np.isfinite(of_query[0, 480:520].astype(float)).any()
 
 
 def test_tiles_that_see_nothing_follow_others(tmp_path):

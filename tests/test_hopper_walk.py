@@ -22,12 +22,13 @@ from cuneigh._backends.hopper.plan import (
     Division,
     count,
     count_seen_boxes,
-    count_sums,
     division,
     shared_bytes,
+    sum_granules,
     ways,
 )
 from cuneigh._backends.hopper.tensor_maps import Folding
+from cuneigh._gpu.boxes import GRANULE
 from cuneigh._gpu.passes import BACKWARD
 
 NO_FOLDINGS = [Folding(0, 0, 0)] * 4
@@ -89,11 +90,10 @@ def find_tile(problem, pass_, record, number, shares=1):
         divided = quotient(record["parts"], number - whole)
         active = int(record["active"][number - whole - divided * int(record["parts"]["divisor"])])
         number = whole + divided
-    groups, first, columns = [], [], []
-    place = int(record["tile_count"]) - 1 - number if record["longest_last"] else number
-    rest = quotient(record["side_by_side"], place)
-    inner_head = place - rest * int(record["side_by_side"]["divisor"])
-    for r in reversed(range(problem.rank)):
+    along: dict[int, tuple[int, int, tuple[int, int]]] = {}
+    rest = int(record["tile_count"]) - 1 - number if record["longest_last"] else number
+    axes = range(problem.rank) if record["first_axis_first"] else reversed(range(problem.rank))
+    for r in axes:
         axis, size = problem.axes[r], int(record["tile_box"][r])
         outer = quotient(record["tiles"][r], rest)
         box = rest - outer * int(record["tiles"][r]["divisor"])
@@ -102,15 +102,12 @@ def find_tile(problem, pass_, record, number, shares=1):
         last = min(index + size, pass_.group_length(axis, group)) - 1
         window = pass_.window(axis)
         begin, end = window(index, group)[0], window(last, group)[1]
-        if pass_.on_grid:
-            begin -= begin % int(record["column_box"][r])
-        groups.append(group)
-        first.append(index)
-        size = int(record["column_box"][r])
-        columns.append(share_of((begin, end), size, block, shares))
-    head_group = rest * int(record["side_by_side"]["divisor"]) + inner_head
-    batch = quotient(record["head_groups"], head_group)
-    head = head_group - batch * int(record["head_groups"]["divisor"])
+        if pass_.adds and r == problem.rank - 1:
+            begin -= (begin + int(record["granule_lead"])) % GRANULE
+        columns = share_of((begin, end), int(record["column_box"][r]), block, shares)
+        along[r] = group, index, columns
+    batch = quotient(record["head_groups"], rest)
+    head = rest - batch * int(record["head_groups"]["divisor"])
     head *= int(record["heads_per_tile"])
     group_size = int(record["group_size"]["divisor"])
     if pass_.rows_are_keys:
@@ -118,8 +115,8 @@ def find_tile(problem, pass_, record, number, shares=1):
     else:
         column_head = quotient(record["group_size"], head)
         column_heads = range(column_head, column_head + 1)
-    along_axes = (tuple(each[::-1]) for each in (groups, first, columns))
-    return Tile(batch, head, column_heads, active, *along_axes)
+    groups, first, columns = zip(*(along[r] for r in range(problem.rank)), strict=True)
+    return Tile(batch, head, column_heads, active, groups, first, columns)
 
 
 def boxes_of(tile, column_box):
@@ -167,7 +164,7 @@ def windows_of(problem, pass_, record, tile, w):
         windows = np.array([window(row, group) if row < length else none for row in rows]) - base
         if first < length and tile.active >> w & 1:
             low, high = windows[0], windows[min(size, length - first) - 1]
-            hides = pass_.on_grid and first + size > length
+            hides = pass_.adds and first + size > length
             yield windows, (low[0], high[1]), (0, 0) if hides else (high[0], low[1])
         else:  # it has no rows
             yield windows, (0, 0), (0, 0)
@@ -186,7 +183,7 @@ def visit(pass_, windows, begins, record, words):
         before, until = np.clip(of_coordinates - begins[r], 0, column_box[r]).T
         shown &= (words[r][until] & ~words[r][before])[of_row[r]]
     columns = math.prod(column_box)
-    if none and not pass_.on_grid:
+    if none and not pass_.adds:
         return NONE, np.zeros((ROWS, columns), bool)
     if covers:
         return ALL, np.ones((ROWS, columns), bool)
@@ -203,8 +200,8 @@ def token_numbers(axes, lengths, groups, first, box):
     index = np.array(np.unravel_index(np.arange(math.prod(box)), box)).T + first
     dilations = [axis.dilation for axis in axes]
     tokens = (index * dilations + groups).T
-    exists = (tokens < np.array(lengths)[:, None]).all(0)
-    clamped = np.minimum(tokens, np.array(lengths)[:, None] - 1)
+    exists = ((tokens >= 0) & (tokens < np.array(lengths)[:, None])).all(0)
+    clamped = np.clip(tokens, 0, np.array(lengths)[:, None] - 1)
     return np.where(exists, np.ravel_multi_index(tuple(clamped), lengths), -1)
 
 
@@ -323,62 +320,79 @@ def test_tiles_at_a_place_have_the_same_boxes(walk):
         assert len(boxes_of(tile, plan.column_box)) <= most
 
 
-# sums.cuh
+# sums.cuh and rounding.cuh
 
 
-def turn_of(problem, record, tile, head, begin):
-    """The sum of a box of queries, and the number of the contribution of a tile to it."""
-    (axis,), (first,), size = problem.axes, tile.first, int(record["tile_box"][0])
-    box = (tile.batch * problem.heads + head) * int(record["head_sums"]) + begin // ROWS
-    return box, first // size - axis.window(begin, 0)[0] // size
+def granules_of(problem, record):
+    return -(-(problem.tokens[-1] + int(record["granule_lead"])) // GRANULE)
 
 
-def tiles_of(problem, record, begin):
-    """How many tiles meet the box of queries that begins at `begin`."""
-    (axis,), size = problem.axes, int(record["tile_box"][0])
-    last = min(begin + ROWS, axis.length) - 1
-    return math.ceil(axis.window(last, 0)[1] / size) - axis.window(begin, 0)[0] // size
+def granules_of_lane(problem, record, tile, head, begins, lane):
+    """`add_sums`: the first of the granules that a lane adds to, and how many."""
+    *box, last = record["column_box"].tolist()
+    run = last // GRANULE
+    if lane * last >= ROWS:
+        return 0, 0
+    inside = np.unravel_index(lane, box) if box else ()
+    *index, first = np.add(begins, [begin for begin, _ in tile.columns])
+    index = np.add(index, inside).astype(int).tolist()
+    if any(i >= n for i, n in zip(index, problem.tokens, strict=False)):
+        return 0, 0
+    at = tile.batch * problem.heads + head
+    for i, n in zip(index, problem.tokens, strict=False):
+        at = at * n + i
+    begin = int(first + record["granule_lead"]) // GRANULE
+    granules = granules_of(problem, record)
+    return at * granules + begin, max(min(run, granules - begin), 0)
 
 
-def sum_box(problem, record, number):
-    """`SumBox` of rounding.cuh: batch entry, head and first index of queries, and their sum."""
-    together = int(record["side_by_side"]["divisor"]) * int(record["group_size"]["divisor"])
-    sums = int(record["head_sums"])
-    group, inside = divmod(number, together * sums)
-    place, of_group = divmod(inside, together)
-    of_head = group * together + of_group
-    return *divmod(of_head, problem.heads), place * ROWS, of_head * sums + place
+def queries_of(problem, record, granule):
+    """`round_granule`: of the rows of a granule batch entry, head and token, if they exist."""
+    rest, along = divmod(granule, granules_of(problem, record))
+    token = []
+    for n in reversed(problem.tokens[:-1]):
+        rest, index = divmod(rest, n)
+        token.insert(0, index)
+    first = along * GRANULE - int(record["granule_lead"])
+    tokens = [(*token, first + row) for row in range(GRANULE)]
+    batch_head = divmod(rest, problem.heads)
+    return [(*batch_head, x) if 0 <= x[-1] < problem.tokens[-1] else None for x in tokens]
 
 
 @given(data=st.data())
-def test_tiles_add_to_a_sum_in_their_order(data):
-    """Each waits for the tiles before it alone, and none is awaited that does not come."""
-    problem = data.draw(supported(("backward",), most_tokens=3000, dims=ALL_DIMS, ranks=(1,)))
-    axes = (replace(problem.axes[0], dilation=1),)
+def test_contributions_go_to_the_sums_of_their_queries(data):
+    problem = data.draw(supported(("backward",), most_tokens=300, dims=ALL_DIMS))
+    axes = tuple(replace(axis, dilation=1) for axis in problem.axes)
     problem = replace(problem, additional=None, axes=axes)
-    (plan,) = plans(problem, BACKWARD)
+    plan = data.draw(st.sampled_from(plans(problem, BACKWARD)))
     work = division(problem, plan, H200, BACKWARD)
     assert work.parts == 1
     record = _record(problem, plan, BACKWARD, work, NO_FOLDINGS)[0]
-    made: Counter[int] = Counter()
-    queries: dict[int, tuple[int, int, int]] = {}
+    count = sum_granules(problem, int(record["granule_lead"]))
+    rounded = [queries_of(problem, record, granule) for granule in range(count)]
+    queries = Counter(query for granule in rounded for query in granule if query is not None)
+    assert len(queries) == problem.batch * problem.heads * math.prod(problem.tokens)
+    assert set(queries.values()) == {1}
     for number in range(work.blocks):
         tile = find_tile(problem, BACKWARD, record, number)
-        ((begin, end),) = tile.columns
-        for head in tile.column_heads:
-            for box_begin in reversed(range(begin, end, ROWS)):
-                box, turn = turn_of(problem, record, tile, head, box_begin)
-                assert turn == made[box]
-                made[box] += 1
-                queries[box] = tile.batch, head, box_begin
-    assert len(made) == count_sums(problem), "every query is of a box"
-    rounded = set()
-    for number in range(count_sums(problem)):
-        *box, of_box = sum_box(problem, record, number)
-        assert tuple(box) == queries[of_box]
-        assert tiles_of(problem, record, box[2]) == made[of_box], "what a block waits for"
-        rounded.add(of_box)
-    assert len(rounded) == count_sums(problem)
+        begin_of_tile = [begin for begin, _ in tile.columns]
+        head, groups = tile.column_heads[-1], [0] * problem.rank
+        for begins in boxes_of(tile, plan.column_box):
+            tokens = token_numbers(
+                axes, problem.tokens, groups, begins + begin_of_tile, plan.column_box
+            )
+            added = set()
+            for lane in range(32):
+                first, granules = granules_of_lane(problem, record, tile, head, begins, lane)
+                for i in range(granules):
+                    box_granule = lane * (plan.column_box[-1] // GRANULE) + i
+                    rows = range(GRANULE * box_granule, GRANULE * (box_granule + 1))
+                    for row, query in zip(rows, rounded[first + i], strict=True):
+                        if tokens[row] >= 0:
+                            token = np.unravel_index(tokens[row], problem.tokens)
+                            assert query == (tile.batch, head, tuple(map(int, token)))
+                            added.add(row)
+            assert added == set(np.flatnonzero(tokens >= 0).tolist()), "every query gets its part"
 
 
 @pytest.mark.parametrize("columns", [64, 128])

@@ -80,6 +80,16 @@ struct Row {
     return sum;
   }
 
+  // This lane's share of the sum of magnitudes, times `factor`.
+  __device__ Number magnitude(Number factor) const {
+    Number sum = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum += factor * fabsf(value[c][i]);
+    return sum;
+  }
+
   // This += factor * other.
   __device__ void add(Number factor, const Row& other) {
 #pragma unroll
@@ -134,6 +144,19 @@ struct Held {
     Row first;
     first.load(other, size);
     return dot(first, other);
+  }
+
+  // This lane's share of the sum of magnitudes, times `factor`.
+  __device__ Number magnitude(Number factor) const {
+    Number sum = row.magnitude(factor);
+    if constexpr (kWide) {
+      for (int begin = Row::kCapacity; begin < size; begin += Row::kCapacity) {
+        Row more;
+        more.load(data + begin, size - begin);
+        sum += more.magnitude(factor);
+      }
+    }
+    return sum;
   }
 };
 

@@ -5,7 +5,7 @@
 // and multiplies dK by the scale in the end. The transposed weights stay in registers: they are
 // left operands of dV and dK. For dQ the warpgroups meet: each writes its dS to shared memory, and
 // makes its columns of dQ from the dS and the keys of both. Producers add that to sums in memory
-// (sums.cuh), which blocks without tiles turn into dQ (rounding.cuh).
+// (sums.cuh), of which the last blocks make dQ (rounding.cuh).
 //
 // The probabilities are computed while dP^T is, dS^T while dV is. dQ is that of the box before: by
 // then the other warpgroup has written its dS, though it may be half a box behind, which is where
@@ -22,7 +22,7 @@ namespace cuneigh::hopper {
 
 template <typename Plan>
 struct BackwardArguments : HiddenKeys<Plan> {
-  View<const float2, Plan::kRank> statistics;  // of queries: {lse * log2(e), delta}
+  OfQueries<Plan> queries;
   View<typename Plan::Element, Plan::kRank> grad_key, grad_value, grad_query;
   Sums sums;        // of dQ
   unsigned* taken;  // 0 before the launch; see `begin_tiles`
@@ -35,9 +35,10 @@ struct QueryGradient {
 
   SharedMemory<Plan>& smem;
   const int w;
-  Ring<2> exchange;  // of dS: the slot of the current box
-  Ring<2> sums;      // the slot of the next contribution
-  Ring<2> untold;    // of the first that `add_sums` is not told of
+  Ring<2> exchange;        // of dS: the slot of the current box
+  Ring<1> sum;             // the next contribution
+  Ring<kUnitSlots> place;  // of the units of the next contribution's queries
+  float units[2];          // of this thread's two, in the next contribution
 
   // Writes dS of the current box, given this thread's part of dS^T [64, kColumns].
   template <int kSteps>
@@ -46,7 +47,6 @@ struct QueryGradient {
     store_transposed(grad_logit, shared_address(smem.grad_logit[exchange.slot()][w]));
     fence_shared();
     smem.grad_logit_full[exchange.slot()].arrive_as_warp();
-    hand_over();
   }
 
   // Until all warpgroups have shared dS of the box before.
@@ -55,31 +55,34 @@ struct QueryGradient {
   }
 
   // Issues dQ = dS K of the box before; `keys` is this warpgroup's line of the keys of all.
-  __device__ void issue(float (&grad_query)[kTiles][4], Descriptor keys) const {
+  __device__ void issue(float (&grad_query)[kTiles][4], Descriptor keys, int row) {
     const Descriptor grad_logits = rows_descriptor(shared_address(smem.grad_logit));
     constexpr int kSlot = sizeof(smem.grad_logit[0]) / kDescriptorBytes;
     multiply_transposed<typename Plan::Element, Plan::kWarpgroups, kLineElements>(
         grad_query, grad_logits + exchange.before().slot() * kSlot, keys, sizeof(smem.row[0]));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) units[half] = smem.units[place.slot()][row + 8 * half];
   }
 
-  // Writes dQ of the box before. `add_sums` is told of it after the next `fence_shared`, which
-  // takes hundreds of cycles: one a box is enough.
-  __device__ void store(const float (&grad_query)[kTiles][4]) {
+  // Hands dQ of the box before to `add_sums`, in units.
+  __device__ void store(const float (&grad_query)[kTiles][4], int thread) {
     smem.grad_logit_empty[exchange.before().slot()].arrive_as_warp();
-    smem.sum_empty[sums.slot()].wait(sums.parity() ^ 1);
+    smem.sum_empty[w].wait(sum.parity() ^ 1);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const auto& four = grad_query[i];
-      smem.sum[sums.slot()][w][i][threadIdx.x % 128] =
-          make_float4(four[0], four[1], four[2], four[3]);
+    for (int half = 0; half < 2; ++half) {  // a row of this lane, and a granule of its warp
+      int4(*granule)[32] = smem.sum[w][thread / 32 * 2 + half];
+      const float unit = units[half];
+#pragma unroll
+      for (int i = 0; i < kTiles; i += 2) {
+        const float *two = grad_query[i] + 2 * half, *next = grad_query[i + 1] + 2 * half;
+        granule[i / 2][thread % 32] =
+            make_int4(__float2int_rn(two[0] * unit), __float2int_rn(two[1] * unit),
+                      __float2int_rn(next[0] * unit), __float2int_rn(next[1] * unit));
+      }
     }
-    sums.advance();
-  }
-  // After `fence_shared`: tells `add_sums` of all that is stored.
-  __device__ void hand_over() {
-#pragma unroll 1
-    for (; untold.position != sums.position; untold.advance())
-      smem.sum_full[untold.slot()].arrive_as_warp();
+    smem.sum_full[w].arrive_as_warp();
+    sum.advance();
+    place.advance();
   }
 };
 
@@ -121,7 +124,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       float logit[kTiles][4], grad_weight[kTiles][4], lse[2 * kTiles], delta[2 * kTiles];
       const int visibility = me.visibility();
       const auto& statistics = smem.statistics[stage];
-      read(statistics.lse[me.quad].of_columns, lse);
+      read(statistics.lse[me.quad()].of_columns, lse);
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
       me.wait_for_vo();
       multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
@@ -130,7 +133,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       if (Plan::kSigned) multiply_by(logit, problem.sign);
       me.hide_invisible(logit, visibility);
       exponentiate(logit, problem.scale, lse);  // P^T, in place of S^T
-      read(statistics.delta[me.quad].of_columns, delta);
+      read(statistics.delta[me.quad()].of_columns, delta);
       // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
       unsigned weight[kSteps][4];  // P^T [64, kColumns]
       pack_weights<Element>(logit, 0, weight);
@@ -144,14 +147,14 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       // dQ of the box before; that of a tile's first box, of nothing, goes nowhere
       float grad_query[QueryGradient<Plan>::kTiles][4];  // [64, 64]
       if (!is_first) dq.wait();
-      dq.issue(grad_query, key_columns);
+      dq.issue(grad_query, key_columns, me.row());
       // dK += dS^T Q, [64, kHeadColumns] += [64, kColumns] [kColumns, kHeadColumns]
       accumulate<Element, Plan::kHeadColumns>(grad_key, grad_logit, query_columns_at + qk);
       wait_for_products<1>();
       hold(grad_value);
       hold(grad_query);
       me.release_vo();
-      if (!is_first) dq.store(grad_query);
+      if (!is_first) dq.store(grad_query, me.thread);
       wait_for_products<0>();
       hold(grad_key);
       me.release_qk();
@@ -161,13 +164,11 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     }
     float grad_query[QueryGradient<Plan>::kTiles][4];
     dq.wait();
-    dq.issue(grad_query, key_columns);
+    dq.issue(grad_query, key_columns, me.row());
     wait_for_products<0>();
     hold(grad_query);
     me.release_rows();
-    dq.store(grad_query);
-    fence_shared();
-    dq.hand_over();
+    dq.store(grad_query, me.thread);
     store_key_gradients(problem, me, arguments, arguments.grad_key, arguments.grad_value, grad_key,
                         grad_value);
     me.end_tile();
@@ -182,13 +183,13 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
              const __grid_constant__ TensorMap grad_output) {
   auto& smem = begin_block<Plan>(problem);
   if (!find_work(problem, arguments.sums, arguments.taken, smem))
-    return round_sums(problem, arguments.sums, arguments.grad_query, smem);
+    return round_sums(problem, arguments.sums, arguments.queries.units, arguments.grad_query, smem);
   // Through a shuffle, the compiler knows that all threads of a warp are of the same warpgroup
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
     // No column is an additional key: the last two maps are never used
-    produce({key, value, query, grad_output, query, grad_output}, arguments.statistics, arguments,
+    produce({key, value, query, grad_output, query, grad_output}, arguments.queries, arguments,
             arguments.sums, arguments.taken, smem);
   } else {
     set_registers<true, kConsumerRegisters<Plan>>();

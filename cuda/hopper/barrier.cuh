@@ -5,7 +5,7 @@
 
 namespace cuneigh::hopper {
 
-// Counters in global memory by which blocks wait for each other: what a block has written before it
+// Counters in global memory by which blocks wait for others: what a thread has written before it
 // adds is seen by those that have loaded the result.
 __device__ inline unsigned load_acquire(const unsigned* counter) {
   unsigned value;

@@ -7,19 +7,26 @@
 
 namespace cuneigh::hopper {
 
-// A consumer: one thread of warpgroup `w`, which holds the rows `row` and `row + 8` of its box.
+// A consumer: thread number `thread` of warpgroup `w`, which holds the rows `row` and `row + 8` of
+// its box.
 template <typename Plan>
 struct Consumer {
   SharedMemory<Plan>& smem;
   const int w;
-  const int quad = threadIdx.x % 4;
-  const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  int thread = threadIdx.x % 128;
   Ring<2> tiles;
   Ring<Plan::kRowSlots> rows;
   Ring<Plan::kStages> boxes;
   int left = 0;  // boxes of the tile, from the current one on
 
-  __device__ Consumer(SharedMemory<Plan>& smem, int w) : smem(smem), w(w) { rows.advance(w); }
+  __device__ Consumer(SharedMemory<Plan>& smem, int w) : smem(smem), w(w) {
+    // Asked for anew, it takes hundreds of cycles while products read shared memory
+    if (Plan::kSums) asm volatile("" : "+r"(thread));
+    rows.advance(w);
+  }
+
+  __device__ int quad() const { return thread % 4; }
+  __device__ int row() const { return thread / 32 * 16 + thread % 32 / 4; }
 
   __device__ const Tile<Plan::kRank>& tile() const { return smem.tile[tiles.slot()]; }
 
@@ -97,12 +104,13 @@ struct Consumer {
     if (kMaskedColumns<Plan> ? visibility == kAll : visibility != kPartial) return;
     unsigned seen = ~0u;
     if constexpr (kMaskedColumns<Plan>)
-      if (visibility >= kPartialHoles) seen = smem.mask.seen(boxes.slot()).word[quad];
+      if (visibility >= kPartialHoles) seen = smem.mask.seen(boxes.slot()).word[quad()];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       unsigned word = seen;
       if (!kMaskedColumns<Plan> || visibility != kHoles)
-        word &= smem.mask.word(smem.problem, boxes.slot(), w, row + 8 * half, quad);
+        word &=
+            smem.mask.word(smem.problem, tiles.slot(), boxes.slot(), w, row() + 8 * half, quad());
       hide(logit, half, word);
     }
   }

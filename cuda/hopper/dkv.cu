@@ -16,7 +16,7 @@ namespace cuneigh::hopper {
 
 template <typename Plan>
 struct DkvArguments : HiddenKeys<Plan> {
-  View<const float2, Plan::kRank> statistics;  // of queries: {lse * log2(e), delta}
+  OfQueries<Plan> queries;
   View<typename Plan::Element, Plan::kRank> grad_key, grad_value;
   unsigned* taken;  // 0 before the launch; see `begin_tiles`
 };
@@ -75,8 +75,8 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
         me.hide_invisible(logit, me.visibility());
         if constexpr (Plan::kAhead) multiply_values();
         const auto& statistics = me.smem.statistics[me.boxes.slot()];
-        const auto& lse = statistics.lse[me.quad].of_columns;
-        const auto& delta = statistics.delta[me.quad].of_columns;
+        const auto& lse = statistics.lse[me.quad()].of_columns;
+        const auto& delta = statistics.delta[me.quad()].of_columns;
         exponentiate(logit, problem.scale, lse);  // P^T, in place of S^T
         // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
         unsigned weight[kSteps][4];  // P^T [64, kColumns]
@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(128 * (Plan::kWarpgroups + 1), 1)
   if (warpgroup == 0) {
     set_registers<false, kProducerRegisters<Plan>>();
     // No column is an additional key: the last two maps are never used
-    produce({key, value, query, grad_output, query, grad_output}, arguments.statistics, arguments,
-            {}, arguments.taken, smem);
+    produce({key, value, query, grad_output, query, grad_output}, arguments.queries, arguments, {},
+            arguments.taken, smem);
   } else {
     set_registers<true, kConsumerRegisters<Plan>>();
     differentiate(problem, arguments, smem, warpgroup - 1);

@@ -42,7 +42,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     for (int half = 0; half < 2; ++half) {
       int token[Plan::kRank];
       float2 statistics = {infinity<float>(), 0};  // of a query that does not exist: no weights
-      if (token_of_row<Plan>(problem, tile, w, me.row + 8 * half, token))
+      if (token_of_row<Plan>(problem, tile, w, me.row() + 8 * half, token))
         statistics = *arguments.statistics.at(tile.batch, token, head);
       lse[half] = statistics.x;
       delta[half] = statistics.y;
@@ -92,8 +92,8 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int token[Plan::kRank];
-      const bool exists = token_of_row<Plan>(problem, tile, w, me.row + 8 * half, token);
-      store_row(grad_query, half, problem.gradient_scale, me.quad,
+      const bool exists = token_of_row<Plan>(problem, tile, w, me.row() + 8 * half, token);
+      store_row(grad_query, half, problem.gradient_scale, me.quad(),
                 arguments.grad_query.at(tile.batch, token, head), problem.head_dim, exists);
     }
     me.end_tile();

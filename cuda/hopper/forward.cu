@@ -78,11 +78,11 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int token[Plan::kRank];
-      const bool exists = token_of_row<Plan>(problem, tile, w, me.row + 8 * half, token);
+      const bool exists = token_of_row<Plan>(problem, tile, w, me.row() + 8 * half, token);
       const float sum = softmax.sum(0, half);
-      store_row(output[0], half, softmax.normalizer(sum), me.quad,
+      store_row(output[0], half, softmax.normalizer(sum), me.quad(),
                 arguments.output.at(tile.batch, token, head), problem.value_dim, exists);
-      if (arguments.lse.data && me.quad == 0 && exists)
+      if (arguments.lse.data && me.quad() == 0 && exists)
         *arguments.lse.at(tile.batch, token, head) = softmax.lse(0, half, sum);
     }
     me.end_tile();

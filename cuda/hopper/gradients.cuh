@@ -58,11 +58,11 @@ __device__ void store_key_gradients(const HopperProblem<Plan::kRank>& problem,
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int token[Plan::kRank];
-    const bool exists = token_of_row<Plan>(problem, tile, me.w, me.row + 8 * half, token);
+    const bool exists = token_of_row<Plan>(problem, tile, me.w, me.row() + 8 * half, token);
     const bool is_hidden = exists && mask.hides(tile.batch, token);
-    store_row(grad_key, half, problem.gradient_scale, me.quad,
+    store_row(grad_key, half, problem.gradient_scale, me.quad(),
               grad_key_view.at(tile.batch, token, head), problem.head_dim, exists, is_hidden);
-    store_row(grad_value, half, 1.0f, me.quad, grad_value_view.at(tile.batch, token, head),
+    store_row(grad_value, half, 1.0f, me.quad(), grad_value_view.at(tile.batch, token, head),
               problem.value_dim, exists, is_hidden);
   }
 }

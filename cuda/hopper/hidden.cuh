@@ -8,6 +8,7 @@
 #pragma once
 
 #include "hopper/mask.cuh"
+#include "hopper/results.cuh"
 #include "hopper/tma.cuh"
 
 namespace cuneigh::hopper {
@@ -24,18 +25,31 @@ __device__ void clear(Line (&lines)[kLines][kTokens], int token) {
   }
 }
 
-// Sets rows of a tile that a mask hides to zero, where they count in sums of columns; `rows` is the
-// place of the first warpgroup's. The columns that the calling warp announces next come after that.
+// Finds the rows of a tile that the mask hides, where they count in sums of columns, and sets them
+// to zero, by the lanes of the warps that make masks; `rows` is the place of the first warpgroup's.
+// No box is then seen whole. The columns that these warps announce next come after that.
 template <typename Plan, typename Smem>
-__device__ void clear_rows(Smem& smem, Ring<Plan::kRowSlots> rows, int lane) {
+__device__ void hide_rows(const HiddenKeys<Plan>& mask, const Tile<Plan::kRank>& tile, Smem& smem,
+                          Ring<Plan::kRowSlots> rows) {
+  bool any = false;
 #pragma unroll 1
-  for (int w = 0; w < Plan::kWarpgroups; ++w, rows.advance()) {
-    smem.row_full[rows.slot()].wait(rows.parity());
-#pragma unroll 1
-    for (int row = lane; row < kRows; row += 32)
-      if (smem.mask.hides(w * kRows + row)) clear(smem.row[rows.slot()], row);
+  for (int row = lane_of_team() % 32; row < Plan::kWarpgroups * kRows; row += 32) {
+    int token[Plan::kRank];
+    const bool exists = token_of_row<Plan>(smem.problem, tile, row / kRows, row % kRows, token);
+    const bool is_hidden = exists && mask.hides(tile.batch, token);
+    const unsigned hidden = __ballot_sync(0xffffffffu, is_hidden);
+    any |= hidden != 0;
+    if ((row ^ lane_of_team()) & 32) continue;  // the other warp sets it to zero
+    if (row % 32 == 0) smem.mask.hidden[Ring<2>{tile.position}.slot()].bits[row / 32] = hidden;
+    if (!is_hidden) continue;
+    const Ring<Plan::kRowSlots> place = {rows.position + row / kRows};
+    smem.row_full[place.slot()].wait(place.parity());
+    clear(smem.row[place.slot()], row % kRows);
   }
   fence_shared();
+  if (!any) return;
+#pragma unroll 1
+  for (int r = 0; r < Plan::kRank; ++r) smem.mask.windows[r][lane_of_team()].all = {0, 0};
 }
 
 // Whether the mask shows any of the keys that are the rows of warpgroup `w`; `at` is where the mask

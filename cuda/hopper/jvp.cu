@@ -113,7 +113,7 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int token[Plan::kRank];
-      const bool exists = token_of_row<Plan>(problem, tile, w, me.row + 8 * half, token);
+      const bool exists = token_of_row<Plan>(problem, tile, w, me.row() + 8 * half, token);
       const float sum = softmax.sum(0, half), normalizer = softmax.normalizer(sum);
       const float d_lse =
           normalizer * sum_of_row(d_sum[0][0][2 * half] + d_sum[0][0][2 * half + 1]);
@@ -122,12 +122,12 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) d_output[0][d][i] -= d_lse * output[0][d][i];
       auto store = [&](const auto& view, const auto& sums) {
-        store_row(sums, half, normalizer, me.quad, view.at(tile.batch, token, head),
+        store_row(sums, half, normalizer, me.quad(), view.at(tile.batch, token, head),
                   problem.value_dim, exists && view.data);
       };
       store(arguments.output, output[0]);
       store(arguments.tangent_output, d_output[0]);
-      if (me.quad > 0 || !exists) continue;
+      if (me.quad() > 0 || !exists) continue;
       if (arguments.lse.data)
         *arguments.lse.at(tile.batch, token, head) = softmax.lse(0, half, sum);
       if (arguments.tangent_lse.data) *arguments.tangent_lse.at(tile.batch, token, head) = d_lse;

@@ -32,6 +32,39 @@ struct Coordinate {
   Range window;  // in columns from the first of the tile on
 };
 
+// Rows of a tile that a key mask hides, where they count in sums of columns.
+template <typename Plan, bool kAny = Plan::kKeyMask && Plan::kSums>
+struct HiddenRows {
+  __device__ bool hides(int) const { return false; }
+};
+template <typename Plan>
+struct HiddenRows<Plan, true> {
+  unsigned bits[Plan::kWarpgroups * kRows / 32];
+  __device__ bool hides(int row) const { return bits[row / 32] >> row % 32 & 1; }
+};
+
+// Where a column lies in its box along an axis, as a table if there is less time for it.
+template <typename Plan, bool kTable = Plan::kSums>
+struct Places {
+  __device__ void fill(const HopperProblem<Plan::kRank>&, int) {}
+  __device__ int along(const HopperProblem<Plan::kRank>& problem, int axis, int column) const {
+    return place_in_box(problem.column_box, axis, column);
+  }
+};
+template <typename Plan>
+struct Places<Plan, true> {
+  unsigned char place[Plan::kRank][Plan::kColumns];
+
+  __device__ void fill(const HopperProblem<Plan::kRank>& problem, int column) {
+#pragma unroll
+    for (int r = 0; r < Plan::kRank; ++r)
+      if (column < Plan::kColumns) place[r][column] = place_in_box(problem.column_box, r, column);
+  }
+  __device__ int along(const HopperProblem<Plan::kRank>&, int axis, int column) const {
+    return place[axis][column];
+  }
+};
+
 template <typename Plan>
 struct MaskTables {
   static constexpr int kRank = Plan::kRank;
@@ -49,17 +82,20 @@ struct MaskTables {
   WindowUnion windows[kRank][64];  // of the warpgroup that the lane looks after
   int prefix_base[kRank];
   unsigned char number[kRank][kRows];  // of the coordinates of a row
+  HiddenRows<Plan> hidden[2];          // of the tiles in `SharedMemory::tile`
+  Places<Plan> place;
 
   __device__ QuadWords& seen(unsigned stage) { return words[stage][kCoordinates]; }
 
-  // The columns of a box that a row of warpgroup `w` sees, of those that lanes `quad` hold.
-  __device__ unsigned word(const HopperProblem<kRank>& problem, unsigned stage, int w, int row,
-                           int quad) const {
+  // The columns of a box that a row of warpgroup `w` sees, of those that lanes `quad` hold; `tile`
+  // is the place of the tile.
+  __device__ unsigned word(const HopperProblem<kRank>& problem, unsigned tile, unsigned stage,
+                           int w, int row, int quad) const {
     const QuadWords* own = words[stage] + w * problem.coordinates;
     unsigned word = ~0u;
 #pragma unroll
     for (int r = 0; r < kRank; ++r) word &= own[number[r][row]].word[quad];
-    return word;
+    return hidden[tile].hides(w * kRows + row) ? 0 : word;
   }
 };
 
@@ -102,6 +138,7 @@ __device__ void fill_mask_tables(const HopperProblem<Plan::kRank>& problem,
   }
   for (int i = threadIdx.x; i < kWarpgroups * problem.coordinates; i += blockDim.x)
     tables.coordinate[i] = coordinate_of(problem, i);
+  tables.place.fill(problem, threadIdx.x);
   if (threadIdx.x < kRows) {
     int rest = threadIdx.x, number = problem.coordinates;
 #pragma unroll
@@ -122,10 +159,11 @@ __device__ inline int lane_of_team() {
 
 // Writes to the tables which columns each coordinate of a tile's rows sees, and which a warpgroup
 // as a whole: lane w of each warp looks after warpgroup w, and the other lanes repeat it. `kLanes`
-// lanes share the work. Rows past the end of an axis see nothing.
+// lanes share the work. Rows past the end of an axis see nothing, and where rows count in sums of
+// columns, words must say so.
 template <typename Plan, int kLanes>
-__device__ void look_up(const HopperProblem<Plan::kRank>& problem, const HiddenKeys<Plan>&,
-                        const Tile<Plan::kRank>& tile, MaskTables<Plan>& tables) {
+__device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Plan::kRank>& tile,
+                        MaskTables<Plan>& tables) {
 #pragma unroll 1
   for (int i = lane_of_team(); i < Plan::kWarpgroups * problem.coordinates; i += kLanes) {
     Coordinate& coordinate = tables.coordinate[i];
@@ -150,12 +188,14 @@ __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const HiddenK
       const Range low = window_of<Plan>(axis, first, group);
       const Range high = window_of<Plan>(axis, smaller(first + problem.row_box[r], end) - 1, group);
       windows = {{low.begin - base, high.end - base}, {high.begin - base, low.end - base}};
+      if (Plan::kSums && first + problem.row_box[r] > end) windows.all = {0, 0};
     }
     tables.windows[r][lane_of_team()] = windows;
   }
 }
 
 // What the warpgroup that the lane looks after does with the box of columns that begins at `first`.
+// If kSums it passes over none, since all warpgroups multiply by the dS of all.
 template <typename Plan>
 __device__ Visibility visibility_of(const HopperProblem<Plan::kRank>& problem,
                                     const MaskTables<Plan>& tables, int lane,
@@ -169,7 +209,7 @@ __device__ Visibility visibility_of(const HopperProblem<Plan::kRank>& problem,
     none |= windows.misses(first[r], end);
     all &= windows.covers(first[r], end);
   }
-  return none ? kNone : all ? kAll : kPartial;
+  return none && !Plan::kSums ? kNone : all ? kAll : kPartial;
 }
 
 // Makes the words of the lane's coordinates for the box of columns that begins at `first`.

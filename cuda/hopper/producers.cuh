@@ -97,7 +97,7 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
       if (box.has_holes)
         full = &smem.vo_came(vo.slot());
       else  // for the makers of masks, who have nothing to do; one arrival is `load_columns`'
-        full->arrive(kMaskLanes<Plan> / 32 * kArrivingLanes - 1);
+        full->arrive(kMaskWarps * kArrivingLanes - 1);
     }
     load_columns<kMaskedColumns<Plan>, Plan::kTangents>(
         problem, {maps.column_vo, maps.additional_values},
@@ -150,9 +150,9 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
   if (has_last) load_vo(last);
 }
 
-// Finds tile `number` of this block, and announces it; false if there is none. Unless kSums, the
-// tile says which is next: `taken` counts tiles beyond the first of each block; null if there are
-// none. `rows` is the place of the tile's rows.
+// Finds tile `number` of this block, and announces it; false if there is none. The tile says which
+// is next: `taken` counts tiles, unless kSums those beyond the first of each block; null if there
+// are none. `rows` is the place of the tile's rows.
 template <typename Plan>
 __device__ bool announce(const HiddenKeys<Plan>& mask, unsigned* taken, SharedMemory<Plan>& smem,
                          Ring<2> tiles, Ring<Plan::kRowSlots> rows, int number) {
@@ -164,7 +164,7 @@ __device__ bool announce(const HiddenKeys<Plan>& mask, unsigned* taken, SharedMe
   if (end) {
     tile.boxes = kNoTile;
   } else {
-    if (!Plan::kSums) tile.next = gridDim.x + (taken ? atomicAdd(taken, 1u) : number);
+    tile.next = (Plan::kSums ? 0 : gridDim.x) + (taken ? atomicAdd(taken, 1u) : number);
     tile.place(mask, find_tile<Plan>(problem, number, tile));
     if constexpr (Plan::kKeyMask && Plan::kRowsAreKeys && !Plan::kSums) {
       bool seen = false;
@@ -225,8 +225,7 @@ __device__ void load_rows(const Maps& maps, const AnnouncedTile<Plan>& tile,
 }
 
 // Announces the tiles of this block and loads their rows, by one lane; calls visit(tile) after
-// each. If kSums, `taken` counts all tiles, and one is taken when it is to begin, since others wait
-// for it.
+// each.
 template <typename Plan, typename Visit>
 __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsigned* taken,
                             SharedMemory<Plan>& smem, Visit visit) {
@@ -237,7 +236,7 @@ __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsi
     const AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
     load_rows(maps, tile, smem, rows);
     visit(tile);
-    number = Plan::kSums ? atomicAdd(taken, 1u) : tile.next;
+    number = tile.next;
     tiles.advance();
   }
 }
@@ -252,8 +251,9 @@ __device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Pl
   Ring<Plan::kStages> boxes;
   begin_tiles(maps, mask, taken, smem, [&](const AnnouncedTile<Plan>& tile) {
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
-      const ColumnBox<kRank> box = {
-          tile.batch, head, {tile.columns[0].begin + first[0]}, false, false};
+      ColumnBox<kRank> box = {tile.batch, head, {}, false, false};
+#pragma unroll
+      for (int r = 0; r < kRank; ++r) box.token[r] = tile.columns[r].begin + first[r];
       const unsigned stage = boxes.slot();
       smem.qk_empty[stage].wait(boxes.parity() ^ 1);
       load_columns<false, false>(problem, {maps.column_qk, maps.additional_keys},
@@ -269,38 +269,55 @@ __device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Pl
   });
 }
 
-// {lse * log2(e), delta} of the query that is column number `column` of a box; of one that does not
-// exist, numbers that make its weights 0.
+// What is known of queries beside their vectors, and of one of them.
+template <typename Plan, bool kSums = Plan::kSums>
+struct OfQueries {
+  View<const float2, Plan::kRank> statistics;  // {lse * log2(e), delta}
+};
 template <typename Plan>
-__device__ float2 statistics_of(const HopperProblem<Plan::kRank>& problem,
-                                const View<const float2, Plan::kRank>& statistics,
-                                const Tile<Plan::kRank>& tile, int head,
-                                const int (&first)[Plan::kRank], int column) {
+struct OfQueries<Plan, true> {
+  View<const float2, Plan::kRank> statistics;
+  View<const float, Plan::kRank> units;  // of dQ (sums/units.cuh)
+};
+struct OfQuery {
+  float2 statistics;
+  float units;
+};
+
+// The numbers of the query that is column number `column` of a box; of one that does not exist,
+// numbers that make its weights 0.
+template <typename Plan>
+__device__ OfQuery of_query(const HopperProblem<Plan::kRank>& problem,
+                            const OfQueries<Plan>& queries, const Places<Plan>& place,
+                            const Tile<Plan::kRank>& tile, int head,
+                            const int (&first)[Plan::kRank], int column) {
   int token[Plan::kRank];
   bool exists = true;
 #pragma unroll
   for (int r = Plan::kRank - 1; r >= 0; --r) {
     const Axis axis = axis_of<Plan>(problem, r);
     const int group = column_group<Plan>(problem, tile, r);
-    const int index = tile.columns[r].begin + first[r] + column % problem.column_box[r];
-    column /= problem.column_box[r];
-    exists &= index < axis.group_length(group);
+    const int index = tile.columns[r].begin + first[r] + place.along(problem, r, column);
+    exists &= static_cast<unsigned>(index) < static_cast<unsigned>(axis.group_length(group));
     token[r] = axis.token({group, index});
   }
-  if (!exists) return {infinity<float>(), 0};
-  return *statistics.at(tile.batch, token, head);
+  if (!exists) return {{infinity<float>(), 0}, 1};
+  OfQuery query = {*queries.statistics.at(tile.batch, token, head), 1};
+  if constexpr (Plan::kSums) query.units = *queries.units.at(tile.batch, token, head);
+  return query;
 }
 
-// Warps 2 and 3, as one team of 64 lanes, or warp 2 alone: what every warpgroup does with every box
-// of columns, and the statistics of columns that are queries.
+// Warps 2 and 3, as one team of 64 lanes: what every warpgroup does with every box of columns, and
+// the numbers of columns that are queries.
 template <typename Plan>
-__device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
-                           const HiddenKeys<Plan>& mask, SharedMemory<Plan>& smem) {
-  constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups, kLanes = kMaskLanes<Plan>;
+__device__ void make_masks(const OfQueries<Plan>& queries, const HiddenKeys<Plan>& mask,
+                           SharedMemory<Plan>& smem) {
+  constexpr int kRank = Plan::kRank, kWarpgroups = Plan::kWarpgroups, kLanes = kMaskLanes;
   const auto& problem = smem.problem;
   Ring<Plan::kStages> ring;
   const auto lane = lane_of_team;
   Ring<Plan::kRowSlots> rows;
+  Ring<kUnitSlots> units;
   Cleaner<Plan> cleaner;
   auto wait = [&] {
     cleaner.clean(smem, ring, lane());
@@ -316,28 +333,29 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
   };
   for_each_tile<true>(smem, [&](const AnnouncedTile<Plan>& tile) {
     const QuadWords* next = tile.seen(mask);
-    if constexpr (Plan::kSums) {
-      const bool hides = look_up<Plan, kLanes>(problem, mask, tile, smem.mask);
-      if constexpr (Plan::kKeyMask) {
-        if (hides) clear_rows<Plan>(smem, rows, lane());
-        rows.advance(kWarpgroups);
-      }
-    } else {
-      look_up<Plan, kLanes>(problem, mask, tile, smem.mask);
+    look_up<Plan, kLanes>(problem, tile, smem.mask);
+    if constexpr (Plan::kSums && Plan::kKeyMask) {
+      hide_rows(mask, tile, smem, rows);
+      rows.advance(kWarpgroups);
     }
     if (Axis::kIsPart && tile.boxes == 0) cleaner.clean(smem, ring, lane());
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
       if constexpr (Plan::kRowsAreKeys) {
         // One is read from memory while the box before is worked on; registers are few
         const auto read = [&](int i) {
-          return statistics_of<Plan>(problem, statistics, tile, head, first, lane() + i * kLanes);
+          return of_query(problem, queries, smem.mask.place, tile, head, first,
+                          lane() + i * kLanes);
         };
-        const float2 mine = read(0);
+        const auto write = [&](int i, OfQuery query) {
+          smem.statistics[ring.slot()].set(lane() + i * kLanes, query.statistics);
+          if constexpr (Plan::kSums) smem.units[units.slot()][lane() + i * kLanes] = query.units;
+        };
+        const OfQuery mine = read(0);
         smem.qk_empty[ring.slot()].wait(ring.parity() ^ 1);
-        smem.statistics[ring.slot()].set(lane(), mine);
+        write(0, mine);
 #pragma unroll
-        for (int i = 1; i < Plan::kColumns / kLanes; ++i)
-          smem.statistics[ring.slot()].set(lane() + i * kLanes, read(i));
+        for (int i = 1; i < Plan::kColumns / kLanes; ++i) write(i, read(i));
+        units.advance();
       }
       Visibility visibility = visibility_of(problem, smem.mask, lane(), first);
       const auto mark_rows = [&](unsigned stage) {
@@ -380,25 +398,23 @@ __device__ void make_masks(const View<const float2, Plan::kRank>& statistics,
 //
 //   warp | otherwise                     | if kSums
 //   0    | loads boxes                   | announces tiles, loads their rows and boxes
-//   1    | announces tiles, loads rows   | adds every other contribution to the sums
-//   2    | makes masks, as one team      | makes masks
-//   3    |   with warp 2                 | adds the other contributions
+//   1    | announces tiles, loads rows   | adds to the sums
+//   2, 3 | make masks, as one team       | likewise
 //
-// `statistics` are read if rows are keys, `sums` if kSums.
+// `queries` are read if rows are keys, `sums` if kSums.
 template <typename Plan>
-__device__ void produce(const Maps& maps, const View<const float2, Plan::kRank>& statistics,
+__device__ void produce(const Maps& maps, const OfQueries<Plan>& queries,
                         const HiddenKeys<Plan>& mask, const Sums& sums, unsigned* taken,
                         SharedMemory<Plan>& smem) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp == 2 || (warp == 3 && !Plan::kSums)) {
-    make_masks(statistics, mask, smem);
+  if (warp >= 2) {
+    make_masks(queries, mask, smem);
+  } else if (Plan::kSums && warp == 1) {
+    if constexpr (Plan::kSums) add_sums(sums, smem);
   } else if (lane != 0) {
     return;
   } else if constexpr (Plan::kSums) {
-    if (warp == 0)
-      begin_tiles_and_load_boxes(maps, mask, taken, smem);
-    else
-      add_sums(sums, smem, warp == 1 ? 0 : 1);
+    begin_tiles_and_load_boxes(maps, mask, taken, smem);
   } else if (warp == 0) {
     load_boxes(maps, mask, smem);
   } else {

@@ -1,7 +1,7 @@
-// dQ from its sums (sums.cuh): rounds them, times the scale. Blocks that find no tile do that, and
-// the last ones to begin, whose number is `rounders`: they come when others leave a multiprocessor
-// while the last tiles are still worked on. They may wait for any tile. That is no deadlock: either
-// all blocks that take tiles have begun, or all tiles are taken.
+// dQ from its sums (sums.cuh): rounds them, times the scale. That is done by blocks that begin when
+// others leave a multiprocessor, while the last tiles are still worked on: those whose number is
+// `rounders`, which are the last ones to begin, and others that find no tile. They wait for tiles.
+// That is no deadlock: all blocks that have taken tiles have begun, and wait for nobody.
 #pragma once
 
 #include "hopper/results.cuh"
@@ -12,8 +12,8 @@ namespace cuneigh::hopper {
 // Takes this block's first tile, and writes its number to shared memory; false if the block is to
 // round sums. Every thread must call it.
 template <typename Plan>
-__device__ bool find_work(const HopperProblem<1>& problem, const Sums& sums, unsigned* taken,
-                          SharedMemory<Plan>& smem) {
+__device__ bool find_work(const HopperProblem<Plan::kRank>& problem, const Sums& sums,
+                          unsigned* taken, SharedMemory<Plan>& smem) {
   if (threadIdx.x == 0) {
     const bool works = atomicAdd(sums.begun, 1u) < gridDim.x - sums.rounders;
     smem.first_number = works ? atomicAdd(taken, 1u) : problem.block_tiles;
@@ -22,63 +22,79 @@ __device__ bool find_work(const HopperProblem<1>& problem, const Sums& sums, uns
   return smem.first_number < problem.block_tiles;
 }
 
-// The box of queries that is number `number` in the order in which boxes are completed: as tiles,
-// those of heads side by side come one after another.
+// Rounds the sums of a granule, by a warp.
 template <typename Plan>
-struct SumBox {
-  int batch, head, begin;
-  unsigned sum;  // as `turn_of` counts them
-
-  __device__ SumBox(const HopperProblem<1>& problem, unsigned number) {
-    const unsigned together = problem.side_by_side.divisor * problem.group_size.divisor;
-    const unsigned heads = problem.head_groups.divisor * problem.group_size.divisor;
-    const unsigned group = number / (together * problem.head_sums);
-    const unsigned inside = number - group * (together * problem.head_sums);
-    const unsigned of_head = group * together + inside % together, place = inside / together;
-    batch = of_head / heads, head = of_head % heads, begin = place * Plan::kColumns;
-    sum = of_head * problem.head_sums + place;
+__device__ void round_granule(const HopperProblem<Plan::kRank>& problem, const Sums& sums,
+                              const View<const float, Plan::kRank>& units,
+                              const View<typename Plan::Element, Plan::kRank>& grad_query,
+                              unsigned granule, int batch, int head) {
+  constexpr int kRank = Plan::kRank, kLines = Plan::kWarpgroups, kTiles = kLineElements / 8;
+  const int lane = threadIdx.x % 32, granules = granules_of(problem);
+  int token[kRank];
+  token[kRank - 1] = int(granule % granules) * kGranule - problem.granule_lead + lane / 4;
+  const bool exists = token[kRank - 1] >= 0 && token[kRank - 1] < problem.axes[kRank - 1].length;
+  unsigned rest = granule / granules;
+#pragma unroll
+  for (int r = kRank - 2; r >= 0; --r) {
+    token[r] = rest % problem.axes[r].length;
+    rest /= problem.axes[r].length;
   }
-};
+  int4 sum[kLines][kGranuleParts];
+#pragma unroll
+  for (int line = 0; line < kLines; ++line)
+#pragma unroll
+    for (int part = 0; part < kGranuleParts; ++part)
+      sum[line][part] =
+          sums.sum[(line * sums.granules + granule) * kGranuleInt4s + part * 32 + lane];
+  const float unit = exists ? 1 / *units.at(batch, token, head) : 0;
+#pragma unroll
+  for (int line = 0; line < kLines; ++line) {
+    float result[kTiles][4] = {};  // the first of a lane's two rows
+#pragma unroll
+    for (int part = 0; part < kGranuleParts; ++part) {
+      const int4 four = sum[line][part];
+      result[2 * part][0] = four.x * unit, result[2 * part][1] = four.y * unit;
+      result[2 * part + 1][0] = four.z * unit, result[2 * part + 1][1] = four.w * unit;
+    }
+    const int first = line * kLineElements;
+    store_row(result, 0, problem.gradient_scale, lane % 4,
+              grad_query.at(batch, token, head) + first, problem.head_dim - first, exists);
+  }
+}
 
-// Rounds sums by all threads of a block, a box for each warpgroup at a time, until none is left. A
-// thread has what a consumer's thread had of the products.
+// Rounds sums by all warps of a block, some granules at a time, until none is left: those of head
+// after head, as tiles are.
 template <typename Plan>
-__device__ void round_sums(const HopperProblem<1>& problem, const Sums& sums,
-                           const View<typename Plan::Element, 1>& grad_query,
+__device__ void round_sums(const HopperProblem<Plan::kRank>& problem, const Sums& sums,
+                           const View<const float, Plan::kRank>& units,
+                           const View<typename Plan::Element, Plan::kRank>& grad_query,
                            SharedMemory<Plan>& smem) {
-  const unsigned count = sums.count;
-  constexpr int kAtATime = Plan::kWarpgroups + 1, kTiles = kLineElements / 8;
-  const int w = threadIdx.x / 128, thread = threadIdx.x % 128;
-  const float4* all = reinterpret_cast<const float4*>(sums.sum);
+  constexpr unsigned kWarps = 4 * (Plan::kWarpgroups + 1), kAtATime = 8 * kWarps;
+  const unsigned heads = problem.head_groups.divisor * problem.group_size.divisor;
+  unsigned of_head = granules_of(problem), tiles = 1;
+#pragma unroll
+  for (int r = 0; r < Plan::kRank; ++r) {
+    tiles *= problem.tiles[r].divisor;
+    if (r < Plan::kRank - 1) of_head *= problem.axes[r].length;
+  }
+  unsigned complete = 0;  // key heads of all batch entries whose tiles are finished
   for (;;) {
     __syncthreads();  // all have read the last number
     if (threadIdx.x == 0) smem.first_number = atomicAdd(sums.rounded, kAtATime);
     __syncthreads();
-    const unsigned number = smem.first_number + w;
-    if (smem.first_number >= count) return;
-    const SumBox<Plan> box(problem, number);
-    if (thread == 0 && number < count) {
-      const Range tiles = tiles_of<Plan>(problem, box.begin);
-      while (load_acquire(sums.made + box.sum) != unsigned(tiles.end - tiles.begin)) {
-      }
-    }
-    __syncthreads();
-    if (number >= count) continue;
-    float sum[Plan::kWarpgroups][kTiles][4];  // [lines of dQ]
-    const float4* from = all + box.sum * (sizeof(smem.sum[0]) / sizeof(float4)) + thread;
-#pragma unroll
-    for (int i = 0; i < Plan::kWarpgroups * kTiles; ++i) {
-      const float4 four = from[i * 128];
-      auto& numbers = sum[i / kTiles][i % kTiles];
-      numbers[0] = four.x, numbers[1] = four.y, numbers[2] = four.z, numbers[3] = four.w;
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * Plan::kWarpgroups; ++i) {
-      const int line = i / 2, half = i % 2, first = line * kLineElements;
-      const int token[1] = {box.begin + thread / 32 * 16 + thread % 32 / 4 + 8 * half};
-      store_row(sum[line], half, problem.gradient_scale, thread % 4,
-                grad_query.at(box.batch, token, box.head) + first, problem.head_dim - first,
-                token[0] < problem.axes[0].length);
+    if (smem.first_number >= sums.granules) return;
+#pragma unroll 1
+    for (unsigned i = threadIdx.x / 32; i < kAtATime; i += kWarps) {
+      const unsigned granule = smem.first_number + i;
+      if (granule >= sums.granules) break;
+      const unsigned batch_head = granule / of_head;
+      for (; complete <= batch_head / problem.group_size.divisor; ++complete)
+        if (threadIdx.x % 32 == 0)
+          while (load_acquire(sums.finished + complete) != tiles) {
+          }
+      __syncwarp();
+      round_granule<Plan>(problem, sums, units, grad_query, granule, batch_head / heads,
+                          batch_head % heads);
     }
   }
 }

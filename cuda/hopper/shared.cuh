@@ -28,7 +28,6 @@
 
 #include "hopper/barrier.cuh"
 #include "hopper/hidden.cuh"
-#include "hopper/ranges.cuh"
 #include "hopper/tile.cuh"
 #include "hopper/tma.cuh"
 
@@ -82,19 +81,24 @@ struct Statistics<0> {
   float4 nothing;
 };
 
-// What a kernel whose tiles add to sums of columns has beside `SharedMemory`: two contributions,
-// and the dS of all warpgroups of which they are made, of two boxes of columns: a warpgroup may be
-// ahead of the others, and both of what adds contributions.
+// Of a line of the sums of a granule a lane has 16 numbers, four at a time.
+constexpr int kGranuleParts = kLineElements / 16;
+constexpr int kUnitSlots = 4;
+
+// What a kernel whose tiles add to sums of columns has beside `SharedMemory`: a contribution of
+// each warpgroup, the dS of all of them of which contributions are made, of two boxes of columns,
+// since a warpgroup may be ahead of the others, and the units that queries are counted in, of as
+// many boxes as may be at work: two, and the one before, whose contribution is not made yet.
 template <typename Plan, bool kSums = Plan::kSums>
 struct SumMemory {};
 template <typename Plan>
 struct SumMemory<Plan, true> {
-  static_assert(Plan::kRank == 1 && Plan::kWarpgroups == 2 && Plan::kColumns == kRows &&
-                    lines_of(Plan::kHeadDim) == 2,
+  static_assert(Plan::kWarpgroups == 2 && Plan::kColumns == kRows && lines_of(Plan::kHeadDim) == 2,
                 "dS of a warpgroup and a box is a tile of lines, and so is its dQ");
 
   typename Plan::Element grad_logit[2][Plan::kWarpgroups][kRows][kLineElements];  // [queries, keys]
-  float4 sum[2][Plan::kWarpgroups][kLineElements / 8][128];  // of dQ: as a thread has it
+  int4 sum[Plan::kWarpgroups][kRows / kGranule][kGranuleParts][32];  // of dQ: as a lane has it
+  float units[kUnitSlots][kRows];                                    // of queries
 };
 
 template <typename Plan>
@@ -111,10 +115,10 @@ struct SharedMemory : SumMemory<Plan> {
   Line column_qk[Plan::kStages][kArrays * kQkLines][Plan::kColumns];
   Line column_vo[Plan::kStages][kArrays * kVoLines][Plan::kColumns];
   Statistics<Plan::kRowsAreKeys ? Plan::kColumns : 0> statistics[Plan::kStages];
-  Masks<Plan> mask;
+  MaskTables<Plan> mask;
   AnnouncedTile<Plan> tile[2];
   int visibility[Plan::kStages][Plan::kWarpgroups];
-  // If kSums: of the first tile of this block, or of the first of the sums that it rounds next
+  // If kSums: of the first tile of this block, or of the first granule that it rounds next
   unsigned first_number;
   // ptxas reads what is read next to each other by 16 bytes at a time, from multiples of 16 on:
   // none of them may be of what other warps write.
@@ -125,7 +129,7 @@ struct SharedMemory : SumMemory<Plan> {
   Barrier qk_full[Plan::kStages], qk_empty[Plan::kStages];
   // If columns are masked, those from kStages on are `vo_came`
   Barrier vo_full[Plan::kStages * (1 + kMaskedColumns<Plan>)], vo_empty[Plan::kStages];
-  Barrier sum_full[2], sum_empty[2];                // of `SumMemory::sum`
+  Barrier sum_full[2], sum_empty[2];                // of each warpgroup's `SumMemory::sum`
   Barrier grad_logit_full[2], grad_logit_empty[2];  // of `SumMemory::grad_logit`
 
   // What TMA completes instead of `vo_full` if a mask hides some of the columns. It is full when
@@ -133,9 +137,7 @@ struct SharedMemory : SumMemory<Plan> {
   __device__ Barrier& vo_came(unsigned stage) { return vo_full[Plan::kStages + stage]; }
 };
 
-// Lanes of the warps that make masks.
-template <typename Plan>
-constexpr int kMaskLanes = Plan::kSums ? 32 : 64;
+constexpr int kMaskWarps = 2, kMaskLanes = 32 * kMaskWarps;  // that make masks
 
 // Calls visit(tile) for every tile of this block, as they are announced: by all lanes of a warp
 // if kWarp, else by one.
@@ -164,11 +166,11 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& smem = *reinterpret_cast<SharedMemory<Plan>*>(memory);
   if (threadIdx.x == 0) {
-    constexpr int kConsumerWarps = 4 * Plan::kWarpgroups, kMaskWarps = kMaskLanes<Plan> / 32;
+    constexpr int kConsumerWarps = 4 * Plan::kWarpgroups;
     for (int i = 0; i < 2; ++i) {
       smem.tile_full[i].init(1);
-      // Of the producers, those that load columns or add sums, and those that make masks
-      smem.tile_empty[i].init(Plan::kSums ? 3 : 1, kMaskWarps + kConsumerWarps);
+      // Of the producers, those that load columns, make masks, or add to sums
+      smem.tile_empty[i].init(1, kMaskWarps + (Plan::kSums ? 1 : 0) + kConsumerWarps);
     }
     for (int i = 0; i < Plan::kRowSlots; ++i) {
       smem.row_full[i].init(1);
@@ -186,8 +188,8 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
       smem.vo_empty[i].init(0, kConsumerWarps);
     }
     for (int i = 0; i < 2; ++i) {
-      smem.sum_full[i].init(0, kConsumerWarps);
-      smem.sum_empty[i].init(1);
+      smem.sum_full[i].init(0, 4);
+      smem.sum_empty[i].init(0, 1);
       smem.grad_logit_full[i].init(0, kConsumerWarps);
       smem.grad_logit_empty[i].init(0, kConsumerWarps);
     }

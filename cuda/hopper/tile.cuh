@@ -7,9 +7,8 @@
 // Each consumer warpgroup of a block takes a box of 64 rows. The boxes of a block's warpgroups lie
 // side by side, along the axes or over query heads that share a key head, and make a tile. The
 // window union of a tile, of the columns in the window of any of its rows, is one range along each
-// axis; boxes of columns cover it from its begin on, or from the begin of a box of a grid that all
-// tiles share (Plan::kSums). After them come the additional keys. All in indices of one dilation
-// group.
+// axis; boxes of columns cover it from its begin on, if Plan::kSums from that of the granule it is
+// in (sums.cuh). After them come the additional keys. All in indices of one dilation group.
 #pragma once
 
 #include "cuneigh/boxes.cuh"
@@ -42,7 +41,8 @@ struct Divisor {
   }
 };
 
-constexpr int kRows = 64;  // of a warpgroup
+constexpr int kRows = 64;    // of a warpgroup
+constexpr int kGranule = 8;  // columns side by side along the last axis, whose sums lie together
 constexpr int kMostWarpgroups = 3;
 
 // What a kernel is told beside its arrays. `_record` of cuneigh/_backends/hopper/launch.py packs
@@ -56,7 +56,6 @@ struct HopperProblem {
   int column_box[kRank];
   Divisor tiles[kRank];  // along each axis, in group-major order
   Divisor head_groups;   // row heads, divided by those of a tile
-  Divisor side_by_side;  // if kSums, those whose tiles at a place come one after another; else 1
   Divisor group_size;    // query heads that share a key head
 
   int warpgroup[kMostWarpgroups][1 + kRank];  // head and index where each begins in its tile
@@ -75,18 +74,28 @@ struct HopperProblem {
   int additional;  // number of additional keys
   int head_dim;
   int value_dim;
-  int longest_last;  // whether later tiles see more: the last ones come first
-  int head_sums;     // sums of a head (sums.cuh): boxes of columns
+  int longest_last;      // whether later tiles see more: the last ones come first
+  int granule_lead;      // columns that the first granule begins before the first (sums.cuh)
+  int first_axis_first;  // if kSums: whether tiles follow each other along the first axis
   // Of query or key (qk) and of value or dO (vo)
   Folding row_qk, row_vo, column_qk, column_vo;
   float scale;           // of logits, times log2(e)
   float sign;            // what logits are multiplied by before that
   float gradient_scale;  // of dQ and dK
 };
-static_assert(sizeof(HopperProblem<1>) == 36 + sizeof(Axis) + 196 &&
-                  sizeof(HopperProblem<2>) == 2 * (36 + sizeof(Axis)) + 196 &&
-                  sizeof(HopperProblem<3>) == 3 * (36 + sizeof(Axis)) + 196,
+static_assert(sizeof(HopperProblem<1>) == 36 + sizeof(Axis) + 188 &&
+                  sizeof(HopperProblem<2>) == 2 * (36 + sizeof(Axis)) + 188 &&
+                  sizeof(HopperProblem<3>) == 3 * (36 + sizeof(Axis)) + 188,
               "the record that launch.py packs has these sizes");
+
+// Where a token of a box lies along one of its axes.
+template <int kRank>
+__device__ int place_in_box(const int (&box)[kRank], int axis, int token) {
+#pragma unroll
+  for (int r = kRank - 1; r > 0; --r)
+    if (r > axis) token /= box[r];
+  return token % box[axis];
+}
 
 // An axis of the problem. Where no axis is dilated the compiler is told that its dilation is 1.
 template <typename Plan>
@@ -114,7 +123,7 @@ struct Tile {
   GroupIndex first[kRank];  // the first row along each axis
   Range columns[kRank];     // the window union
   unsigned position;        // of the tile in the ring of tiles (for_each_tile)
-  int next;                 // unless kSums: the number of the tile that the block takes after it
+  int next;                 // the number of the tile that the block takes after it
   int boxes;                // of columns to visit, the additional keys' included; or kNoTile
 };
 constexpr int kNoTile = -1;  // after the last one
@@ -142,14 +151,10 @@ __device__ int find_tile(const HopperProblem<Plan::kRank>& problem, int number,
   }
   int boxes = 1, number_in_head = 0, tiles = 1;
   const unsigned place = problem.longest_last ? problem.tile_count - 1 - number : number;
-  unsigned rest = place, inner_heads = 1, inner_head = 0;
-  if (Plan::kSums) {
-    inner_heads = problem.side_by_side.divisor;
-    rest = problem.side_by_side.quotient(place);
-    inner_head = place - rest * inner_heads;
-  }
+  unsigned rest = place;
 #pragma unroll
-  for (int r = Plan::kRank - 1; r >= 0; --r) {
+  for (int i = Plan::kRank - 1; i >= 0; --i) {
+    const int r = Plan::kSums && problem.first_axis_first ? Plan::kRank - 1 - i : i;
     const Axis axis = axis_of<Plan>(problem, r);
     const unsigned outer = problem.tiles[r].quotient(rest);
     const int box = rest - outer * problem.tiles[r].divisor;
@@ -164,15 +169,15 @@ __device__ int find_tile(const HopperProblem<Plan::kRank>& problem, int number,
     tile.first[r] = first;
     Range columns = {window_of<Plan>(axis, first.index, first.group).begin,
                      window_of<Plan>(axis, end - 1, first.group).end};
-    if (Plan::kSums) columns.begin -= columns.begin % problem.column_box[r];
+    if (Plan::kSums && r == Plan::kRank - 1)
+      columns.begin -= (columns.begin + problem.granule_lead) % kGranule;
     tile.columns[r] = columns;
     boxes *= ceil_div(columns.end - columns.begin, problem.column_box[r]);
   }
   if (Plan::kRowsAreKeys) boxes *= problem.group_size.divisor;
   if (Plan::kAdditional) boxes += ceil_div(problem.additional, Plan::kColumns);
-  const unsigned head_group = rest * inner_heads + inner_head;
-  const int batch = problem.head_groups.quotient(head_group);
-  const int head = (head_group - batch * problem.head_groups.divisor) * problem.heads_per_tile;
+  const int batch = problem.head_groups.quotient(rest);
+  const int head = (rest - batch * problem.head_groups.divisor) * problem.heads_per_tile;
   tile.boxes = boxes;
   tile.batch = batch;
   tile.head = head;
@@ -181,27 +186,19 @@ __device__ int find_tile(const HopperProblem<Plan::kRank>& problem, int number,
   return batch * tiles + number_in_head;
 }
 
-// Calls visit() with every value of `first` that the boxes of one column head have, in raster order
-// or, if kSums, in the reverse of that; the axes before kAxis are set.
-template <bool kSums, int kAxis = 0, int kRank, typename Visit>
+// Calls visit() with every value of `first` that the boxes of one column head have, in raster
+// order; the axes before kAxis are set.
+template <int kAxis = 0, int kRank, typename Visit>
 __device__ void for_each_first(const HopperProblem<kRank>& problem, const Tile<kRank>& tile,
                                int (&first)[kRank], Visit&& visit) {
   if constexpr (kAxis == kRank) {
     visit();
   } else {
     const Range& columns = tile.columns[kAxis];  // read again each time: registers are few
-    if constexpr (kSums) {
-      const int last = columns.end - 1 - columns.begin;
 #pragma unroll 1
-      for (first[kAxis] = last - last % problem.column_box[kAxis]; first[kAxis] >= 0;
-           first[kAxis] -= problem.column_box[kAxis])
-        for_each_first<kSums, kAxis + 1>(problem, tile, first, visit);
-    } else {
-#pragma unroll 1
-      for (first[kAxis] = 0; first[kAxis] < columns.end - columns.begin;
-           first[kAxis] += problem.column_box[kAxis])
-        for_each_first<kSums, kAxis + 1>(problem, tile, first, visit);
-    }
+    for (first[kAxis] = 0; first[kAxis] < columns.end - columns.begin;
+         first[kAxis] += problem.column_box[kAxis])
+      for_each_first<kAxis + 1>(problem, tile, first, visit);
   }
 }
 
@@ -214,10 +211,9 @@ __device__ void for_each_box(const HopperProblem<Plan::kRank>& problem,
   if constexpr (Plan::kRowsAreKeys) {
 #pragma unroll 1
     for (int h = 0; h < problem.group_size.divisor; ++h)
-      for_each_first<Plan::kSums>(problem, tile, first,
-                                  [&] { visit(tile.column_head + h, first); });
+      for_each_first(problem, tile, first, [&] { visit(tile.column_head + h, first); });
   } else {
-    for_each_first<Plan::kSums>(problem, tile, first, [&] { visit(tile.column_head, first); });
+    for_each_first(problem, tile, first, [&] { visit(tile.column_head, first); });
   }
 }
 

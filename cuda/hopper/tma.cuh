@@ -22,23 +22,20 @@ __device__ void copy_to_block(int block, What* target, const What* source, Barri
       : "memory");
 }
 
-// Writes `bytes` of shared memory to global memory, or adds them to the float32 that lie there.
-// Several of these make a group, which the thread that issued them commits and awaits.
-__device__ inline void store_bulk(float* target, unsigned source, unsigned bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target),
-               "r"(source), "r"(bytes)
-               : "memory");
-}
-__device__ inline void add_bulk(float* target, unsigned source, unsigned bytes) {
+// Adds the integers in `bytes` of shared memory to those in global memory. Several of these make a
+// group, which the thread that issued them commits and awaits.
+__device__ inline void add_bulk(int4* target, unsigned source, unsigned bytes) {
   asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [%0], [%1], %2;" ::"l"(target),
       "r"(source), "r"(bytes)
       : "memory");
 }
 __device__ inline void commit_bulk() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until shared memory has been read, and may be written anew.
-__device__ inline void wait_until_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+// Waits until shared memory has been read of all groups but the last kPending, and may be written
+// anew.
+template <int kPending>
+__device__ void wait_until_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 // Waits until global memory has been written.
 __device__ inline void wait_until_written() {

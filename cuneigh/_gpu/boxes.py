@@ -60,7 +60,7 @@ class WalkCounts(NamedTuple):
     """What blocks walk over, along one axis or in a whole layout.
 
     A block takes a box of rows, of which each warp (or warpgroup) has a part, and walks over boxes
-    of columns that cover its window union: from its begin on, or those of a grid (`Pass.on_grid`).
+    of columns that cover its window union: from its begin on, or from a bit before (`Pass.adds`).
     """
 
     blocks: int
@@ -68,11 +68,11 @@ class WalkCounts(NamedTuple):
     loads: int
     """Pairs of a block and a box of columns that it loads."""
     visits: int
-    """Pairs of a warp and a box of columns that it does not skip. On a grid, none skips any."""
+    """Pairs of a warp and a box of columns that it does not skip. If `Pass.adds` none skips any."""
     full: int
     """Visits in which every column lies in the window of every row; in others some are masked.
 
-    On a grid, only those of warps whose rows all exist.
+    If `Pass.adds`, only those of warps whose rows all exist.
     """
     longest: int
     """Boxes of columns of the longest walk."""
@@ -82,17 +82,43 @@ LONG_AXIS = 8192
 """Tokens of an axis from which on two short counts take less time than one of all boxes."""
 
 
+GRANULE = 8
+"""Columns, side by side along the last axis, whose sums lie together (`Pass.adds`)."""
+
+
+def last_of(rank: int) -> list[bool]:
+    """Of each axis, whether it is the last one."""
+    return [r == rank - 1 for r in range(rank)]
+
+
+def granule_lead(axis: Axis, tile: int, pass_: Pass) -> int:
+    """How many columns the first granule along the last axis begins before the first column.
+
+    So many that the window union of a `tile` of rows far from the borders begins with a granule.
+    """
+    middle = axis.length // 2 // tile * tile
+    begin, _ = pass_.window(axis)(middle, 0)
+    return int(-begin % GRANULE)
+
+
 @lru_cache(maxsize=8192)
 def count_walk(
-    axis: Axis, warp_box: int, warps: int, column_box: int, pass_: Pass = FORWARD
+    axis: Axis,
+    warp_box: int,
+    warps: int,
+    column_box: int,
+    pass_: Pass = FORWARD,
+    is_last: bool = False,
 ) -> WalkCounts:
-    """The counts along one axis, by the kernels' own rules."""
+    """The counts along one axis, by the kernels' own rules; `is_last` tells the last axis."""
+    granule, lead = 1, 0
+    if pass_.adds and is_last:
+        granule, lead = GRANULE, granule_lead(axis, warp_box * warps, pass_)
 
     def count(axis: Axis) -> WalkCounts:
-        return _count_walk(axis, warp_box, warps, column_box, pass_)
+        return _count_walk(axis, warp_box, warps, column_box, pass_, granule, lead)
 
-    common = math.lcm(warp_box * warps, column_box if pass_.on_grid else 1)
-    return WalkCounts(*_count_repeated(axis, common, count))
+    return WalkCounts(*_count_repeated(axis, math.lcm(warp_box * warps, granule), count))
 
 
 def _count_repeated(
@@ -117,7 +143,15 @@ def _count_repeated(
     return tuple(a + repetitions * (b - a) for a, b in zip(short, longer, strict=True))
 
 
-def _count_walk(axis: Axis, warp_box: int, warps: int, column_box: int, pass_: Pass) -> WalkCounts:
+def _count_walk(
+    axis: Axis,
+    warp_box: int,
+    warps: int,
+    column_box: int,
+    pass_: Pass,
+    granule: int,
+    lead: int,
+) -> WalkCounts:
     """`count_walk`, box by box."""
     blocks = loads = visits = full = longest = 0
     for groups, length, windows in groups_of(axis, pass_):
@@ -126,8 +160,7 @@ def _count_walk(axis: Axis, warp_box: int, warps: int, column_box: int, pass_: P
         first_warp, last_warp = ends_of_boxes(len(first), warps)
         (any_begin, all_end), (all_begin, any_end) = windows(first), windows(last)
         low, high = any_begin[first_warp], any_end[last_warp]
-        if pass_.on_grid:
-            low -= low % column_box
+        low = low - (low + lead) % granule
         boxes = -(-(high - low) // column_box)
         blocks += groups * len(boxes)
         loads += groups * int(boxes.sum())
@@ -135,7 +168,7 @@ def _count_walk(axis: Axis, warp_box: int, warps: int, column_box: int, pass_: P
         # Relative to the first column of the walk: columns in the window of all rows, of any
         origin = np.repeat(low, warps)[: len(first)]
         whole = np.maximum((all_end - origin) // column_box + (origin - all_begin) // column_box, 0)
-        if pass_.on_grid:
+        if pass_.adds:
             visits += groups * int(boxes.sum()) * warps
             whole[first + warp_box > length] = 0
         else:
@@ -157,11 +190,12 @@ def count_walks(
     common along an axis are counted once.
     """
     totals = np.ones((len(WalkCounts._fields), len(row_boxes), len(column_boxes)))
-    for r, axis in enumerate(axes):
+    for r, (axis, is_last) in enumerate(zip(axes, last_of(len(axes)), strict=True)):
         of_rows, row = distinct([(warp_box[r], warps[r]) for warp_box, warps in row_boxes])
         of_columns, column = distinct([box[r] for box in column_boxes])
         counts = [
-            [count_walk(axis, *sizes, extent, pass_) for extent in of_columns] for sizes in of_rows
+            [count_walk(axis, *sizes, extent, pass_, is_last) for extent in of_columns]
+            for sizes in of_rows
         ]
         totals *= np.moveaxis(np.array(counts, dtype=float), -1, 0)[:, row][:, :, column]
     return WalkCounts(*totals)

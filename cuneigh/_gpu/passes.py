@@ -26,10 +26,11 @@ class Pass:
     rows_are_keys: bool
     products: float
     """Its matrix products, in units of those of the forward pass."""
-    on_grid: bool = False
-    """Boxes of columns are those of a grid from the first column of each dilation group on.
+    adds: bool = False
+    """Whether blocks add to sums of the columns that they have in common.
 
-    All blocks have them in common. Otherwise they begin where a block's window union begins.
+    Then no warp skips a box. Boxes of columns begin where a block's window union does, but along
+    the last axis at the begin of a granule (`boxes.GRANULE`).
     """
 
     moves: bool = False
@@ -70,7 +71,7 @@ class Pass:
 FORWARD = Pass("forward", rows_are_keys=False, products=1.0)
 JVP = Pass("jvp", rows_are_keys=False, products=3.0, moves=True)
 """Output and lse, and their tangents."""
-BACKWARD = Pass("backward", rows_are_keys=True, products=2.5, on_grid=True)
+BACKWARD = Pass("backward", rows_are_keys=True, products=2.5, adds=True)
 """All three gradients: blocks add to sums of dQ."""
 DQ = Pass("dq", rows_are_keys=False, products=1.5)
 DKV = Pass("dkv", rows_are_keys=True, products=2.0)

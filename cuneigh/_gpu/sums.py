@@ -8,10 +8,11 @@ a fixed order. The kernels are those of cuda/sums.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuneigh import _jit
 from cuneigh._gpu.arrays import Array
+from cuneigh._gpu.boxes import Box
 from cuneigh._gpu.hvp import HvpArrays
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.rows import (
@@ -66,10 +67,23 @@ def _hvp_kernels(problem: Problem, plan: RowPlan) -> list[_jit.Kernel]:
     return found + [_shares_kernel(problem.accumulator, dtype) for dtype in dtypes]
 
 
-def delta_kernel(problem: Problem) -> _jit.Kernel:
+class Units(NamedTuple):
+    """Of what `delta` makes the units of dQ: `UnitArguments` of cuda/sums/units.cuh."""
+
+    units: Array
+    """[batch, x1..xr, heads], to be filled."""
+    magnitudes: Array
+    """The largest of the keys and values that queries of a cell may see."""
+    shifts: Box
+    """Cells are 2^shift tokens long, along each axis."""
+
+
+def delta_kernel(problem: Problem, with_units: bool = False) -> _jit.Kernel:
     """The kernel of `delta`, or of `hvp_delta`, when its arrays are contiguous."""
-    name = "sums/hvp_delta" if problem.operation == "hvp" else "sums/delta"
-    return row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim).kernel(name)
+    plan = row_plan(problem.rank, problem.dtype, None, 0, problem.value_dim)
+    if problem.operation == "hvp":
+        return plan.kernel("sums/hvp_delta")
+    return plan.kernel("sums/delta", kUnits=with_units)
 
 
 def delta(
@@ -80,19 +94,25 @@ def delta(
     grad_lse: Any,
     statistics: Any,
     program: Program,
+    units: Units | None = None,
 ) -> None:
     """Fill `statistics` [batch, x1..xr, heads, 2]: lse in base 2, and delta of every query.
 
-    delta = sum(grad_output * output) - grad_lse.
+    delta = sum(grad_output * output) - grad_lse. The units are filled, too, if there are any.
     """
     plan = value_plan(problem, problem.value_dim, grad_output, output)
     views = Views(problem.rank)
     views.vectors(grad_output, output)
     views.scalars(lse, grad_lse)
     views.pairs(statistics)
+    if units is not None:
+        views.scalars(units.units)
+        views.addresses(units.magnitudes)
+        views.numbers(*units.shifts)
     record = record_of(problem, plan, keys=False)
     grid = grid_of(problem, plan, keys=False)
-    launch(program, plan.kernel("sums/delta"), record, views, grid)
+    kernel = plan.kernel("sums/delta", kUnits=units is not None)
+    launch(program, kernel, record, views, grid)
 
 
 def hvp_delta(

@@ -102,7 +102,7 @@ REPLACED = {
             "using emulator::load_acquire, emulator::add_release;\n\n",
         ),
     ],
-    # Bulk copies: store_bulk and what follows
+    # Bulk copies and additions
     "hopper/tma.cuh": [
         (r"// Copies what lies at.*(?=\n}  // namespace)", "using namespace emulator;\n"),
     ],

@@ -89,7 +89,7 @@ def plans(problem: Problem, pass_: Pass = FORWARD) -> list[HopperPlan]:
         HopperPlan(form, row_box, warpgroups, heads, column_box)
         for form in forms_of(problem, H200, pass_)
         for row_box in row_boxes(problem)
-        for column_box in column_boxes(problem, form)
+        for column_box in column_boxes(problem, form, pass_)
         for warpgroups, heads in arrangements(problem, form, pass_)
     ]
 

@@ -4,13 +4,16 @@ Blocks of warpgroups with different roles: producers load boxes of tokens straig
 own layout and make masks, consumers multiply by `wgmma` (cuda/hopper/forward.cu). The
 kernels multiply dense boxes of queries and keys, so that a non-finite *value* may reach queries
 whose box of keys held it though their window did not (0 * NaN is NaN). In a forward a non-finite
-key reaches only the queries whose window holds it.
+key reaches only the queries whose window holds it; in a backward it may reach neighbors of theirs.
 
 The backward takes two kernels, one for dQ and one for dK and dV, and keeps nothing in memory
-between them but lse and delta. Along a single axis, for head dims from 72 on, one kernel computes
-all gradients with five products instead of seven: its blocks add to sums of dQ in a fixed order.
-The sums take 4 bytes for each element of the query, as long as that is a small part of the device's
-memory. Neither way does a result depend on the order in which blocks run.
+between them but lse and delta. For head dims from 72 on, one kernel computes all gradients with
+five products instead of seven, where that is faster: its blocks add to sums of dQ. The sums take 4
+bytes for each element of the query, as long as that is a small part of the device's memory. Neither
+way does a result depend on the order in which blocks run: the sums are integers, in units of about
+2^-30 of what dQ of a query can be at most (cuda/sums/units.cuh). Rounding to units matters where
+that is far more than dQ is: where some keys and values that hardly count are hundreds of times as
+large as the others.
 
 The forward of up to 64 queries, of which two heads share a key head, has a kernel for itself
 (cuda/hopper/chunk.cu). Where tiles are few, the blocks of a cluster share the keys of one: each

@@ -26,7 +26,7 @@ from cuneigh._backends.hopper.plan import (
 from cuneigh._device import Device
 from cuneigh._gpu import rates as gpu_rates
 from cuneigh._gpu import tuned
-from cuneigh._gpu.boxes import Box, count_walks, powers_of_two
+from cuneigh._gpu.boxes import GRANULE, Box, count_walks, powers_of_two
 from cuneigh._gpu.linear import Speed
 from cuneigh._gpu.passes import BACKWARD, FORWARD, Pass
 from cuneigh._gpu.rates import CYCLES, LAUNCH_MS, MEMORY_BYTES
@@ -104,8 +104,9 @@ def _pass_ms(problem: Problem, device: Device, pass_: Pass, plan: HopperPlan, ra
     launches = 1 if plan.form.cluster else 2
     milliseconds = launches * rates.launch_ms
     milliseconds += cost(problem, plan, device, pass_, rates.walks) / CYCLES
-    if pass_ == BACKWARD:  # sums are read, and dQ is written
-        milliseconds += (sum_bytes(problem) + size_of(problem.specs.query)) / rates.memory_bytes
+    if pass_ == BACKWARD:  # keys and values are looked at, sums are cleared and rounded
+        moved = 2 * sum_bytes(problem) + sum(map(size_of, problem.specs[:3]))
+        milliseconds += 3 * rates.launch_ms + moved / rates.memory_bytes
     return milliseconds
 
 
@@ -150,7 +151,7 @@ def _cheapest(
         for each in arrangements(problem, form, pass_)
     ]
     for form, warpgroups, heads in tiles:
-        columns = column_boxes(problem, form)
+        columns = column_boxes(problem, form, pass_)
         rows = [(box, warpgroups) for box in row_boxes(problem)]
         counts = count_walks(problem.axes, rows, columns, pass_)
         costs = cost_of(problem, form, counts, heads, pass_, rates)
@@ -183,10 +184,11 @@ def row_boxes(problem: Problem) -> list[Box]:
     return [box for box in boxes if sum(box) <= most and loadable(problem, box)]
 
 
-def column_boxes(problem: Problem, form: Form) -> list[Box]:
-    """Boxes of columns that can be loaded."""
+def column_boxes(problem: Problem, form: Form, pass_: Pass) -> list[Box]:
+    """Boxes of columns that can be loaded, of whole granules if their sums are added to."""
     boxes = powers_of_two(problem.rank, form.columns)
-    return [box for box in boxes if loadable(problem, box)]
+    granule = GRANULE if pass_.adds else 1
+    return [box for box in boxes if loadable(problem, box) and box[-1] % granule == 0]
 
 
 def loadable(problem: Problem, box: Box) -> bool:

@@ -14,22 +14,21 @@ from cuneigh import _jit
 from cuneigh._backends.hopper.choice import NAME, make_plan, passes
 from cuneigh._backends.hopper.forms import forms_of
 from cuneigh._backends.hopper.plan import (
+    LINE,
     ROWS,
-    SUM_FLOATS,
     Division,
     Form,
     HopperPlan,
     count_seen_boxes,
-    count_sums,
     division,
     has_masked_columns,
-    head_sums,
     is_dilated,
     multiplies_ahead,
     padded,
     pieces,
     shared_bytes,
-    side_by_side,
+    sum_granules,
+    takes_first_axis_first,
     ways,
     width,
 )
@@ -38,7 +37,7 @@ from cuneigh._device import Device
 from cuneigh._gpu import sums
 from cuneigh._gpu.announce import announce
 from cuneigh._gpu.arrays import Array
-from cuneigh._gpu.boxes import Box, count_walk
+from cuneigh._gpu.boxes import GRANULE, Box, count_walk, granule_lead
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, JVP, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import (
@@ -88,18 +87,22 @@ def backward(
 ) -> None:
     of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
     statistics = program.allocate((*lse.shape, 2), "float32")
-    sums.delta(problem, grad_output, readable(output, program), lse, grad_lse, statistics, program)
-    of_rows_that_are_keys = Views(problem.rank)
-    of_rows_that_are_keys.mask(operands.key_mask)
-    of_rows_that_are_keys.pairs(statistics)
-    of_rows_that_are_keys.vectors(gradients.key, gradients.value)
-    if BACKWARD in passes(problem, program.device):
-        _launch_backward(
-            program, problem, of_keys, of_queries, of_rows_that_are_keys, gradients.query
-        )
+    has_sums = BACKWARD in passes(problem, program.device)
+    units = _launch_magnitudes(program, problem, operands) if has_sums else None
+    output = readable(output, program)
+    sums.delta(problem, grad_output, output, lse, grad_lse, statistics, program, units)
+    # `BackwardArguments` of cuda/hopper/backward.cu, or `DkvArguments` of dkv.cu
+    views = Views(problem.rank)
+    views.mask(operands.key_mask)
+    views.pairs(statistics)
+    if units is not None:
+        views.scalars(units.units)
+    views.vectors(gradients.key, gradients.value)
+    if units is not None:
+        views.vectors(gradients.query)
+        _launch_backward(program, problem, of_keys, of_queries, views)
         return
-    # `DkvArguments` of cuda/hopper/dkv.cu
-    _launch(program, problem, DKV, of_keys, of_queries, None, of_rows_that_are_keys)
+    _launch(program, problem, DKV, of_keys, of_queries, None, views)
     program.keys_are_complete()
     views = Views(problem.rank)  # `DqArguments` of cuda/hopper/dq.cu
     _look_at_boxes(program, problem, DQ, operands.key_mask, views)
@@ -122,6 +125,10 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
                 needed.append(kernel(problem, form, pass_, "seen"))
     if problem.operation == "backward":
         needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
+        if any(BACKWARD in way for way in ways(problem)):
+            (form,) = forms_of(problem, device, BACKWARD)
+            needed.append(kernel(problem, form, BACKWARD, "magnitudes"))
+            needed.append(sums.delta_kernel(problem, with_units=True))
     return needed
 
 
@@ -158,30 +165,76 @@ def _look_at_boxes(
     )
 
 
+# Sums of dQ in fixed point (cuda/hopper/sums.cuh)
+
+GRANULES_AT_A_TIME = 96
+"""`kAtATime` of cuda/hopper/rounding.cuh, with two warpgroups of consumers."""
+SHIFTS = {1: (6, 9), 2: (3, 5), 3: (2, 3)}
+"""The least and the most that cells are long along each axis, as powers of two, by rank."""
+
+
+def shifts_of(problem: Problem) -> Box:
+    """How long cells are of which the largest keys and values are found, as powers of two.
+
+    Half a window, if that may be: a query then counts with few more keys than it sees.
+    """
+    least, most = SHIFTS[problem.rank]
+    halves = ((axis.kernel_size // 2).bit_length() for axis in problem.axes)
+    return tuple(max(least, min(most, bits - 1)) for bits in halves)
+
+
+def _cells(tokens: Box, shifts: Box) -> int:
+    return math.prod(((n - 1) >> shift) + 1 for n, shift in zip(tokens, shifts, strict=True))
+
+
+def _launch_magnitudes(program: Program, problem: Problem, operands: Operands) -> sums.Units:
+    """Launch the kernel that finds the largest keys and values, of which `sums.delta` makes units.
+
+    It takes the problem and the plan of `backward.cu`.
+    """
+    shifts, heads = shifts_of(problem), problem.batch * problem.kv_heads
+    magnitudes = program.zeros((heads, _cells(problem.tokens, shifts), 2), "float32")
+    units = program.allocate(problem.lse.shape, "float32")
+    views = Views(problem.rank)  # `MagnitudesArguments` of cuda/hopper/magnitudes.cu
+    views.mask(operands.key_mask)
+    views.vectors(operands.key, operands.value)
+    views.addresses(magnitudes)
+    views.numbers(*shifts)
+    plan = make_plan(problem, program.device, BACKWARD)
+    work = division(problem, plan, program.device, BACKWARD)
+    record = _record(problem, plan, BACKWARD, work, [Folding(0, 0, 0)] * 4)
+    blocks = heads * _cells(problem.key_tokens, shifts)
+    launched = kernel(problem, plan.form, BACKWARD, "magnitudes")
+    program.launch(launched, (blocks, 1), 256, with_starts(record), views.words)
+    return sums.Units(units, magnitudes, shifts)
+
+
 def _launch_backward(
     program: Program,
     problem: Problem,
     of_keys: tuple[Any, Any],
     of_queries: tuple[Any, Any],
     views: Views,
-    grad_query: Any,
 ) -> None:
     """Launch the kernel that computes all gradients.
 
-    `views` are `BackwardArguments` of cuda/hopper/backward.cu up to the gradients of queries.
+    `views` are `BackwardArguments` of cuda/hopper/backward.cu up to the gradients.
     """
-    count = count_sums(problem)
-    sums_of_dq = program.allocate((count, SUM_FLOATS), "float32")
-    # [count + 3] Contributions to each of the sums; blocks; sums and tiles that they have taken
-    counters = program.zeros((count + 3,), COUNTER)
-    begun, rounded, taken = (counters.component(count + i) for i in range(3))
     plan = make_plan(problem, program.device, BACKWARD)
-    # A block rounds one for each of its warpgroups at a time, the producers' included
-    rounders = min(program.device.sm_count, math.ceil(count / (plan.form.warpgroups + 1)))
-    views.vectors(grad_query)
+    granules = sum_granules(problem, _lead(problem, plan))
+    sums_of_dq = program.zeros((2, granules, GRANULE * LINE), "float32")
+    # Tiles finished of each key head; blocks; granules and tiles that they have taken
+    heads = problem.batch * problem.kv_heads
+    counters = program.zeros((heads + 3,), COUNTER)
+    begun, rounded, taken = (counters.component(heads + i) for i in range(3))
+    rounders = min(program.device.sm_count, math.ceil(granules / GRANULES_AT_A_TIME))
     views.addresses(sums_of_dq, counters, begun, rounded)
-    views.numbers(count, rounders)
+    views.numbers(granules, rounders)
     _launch(program, problem, BACKWARD, of_keys, of_queries, None, views, taken, rounders)
+
+
+def _lead(problem: Problem, plan: HopperPlan) -> int:
+    return granule_lead(problem.axes[-1], plan.tile_box[-1], BACKWARD)
 
 
 def _launch(
@@ -333,7 +386,6 @@ def _record(
                 *((name, "i4", (rank,)) for name in boxes),
                 ("tiles", DIVISOR, (rank,)),
                 ("head_groups", DIVISOR),
-                ("side_by_side", DIVISOR),
                 ("group_size", DIVISOR),
                 ("warpgroup", "i4", (MOST_WARPGROUPS, 1 + rank)),
                 ("tile_count", "i4"),
@@ -346,7 +398,8 @@ def _record(
                 ("row_pieces", PIECES),
                 ("column_pieces", PIECES),
                 *((name, "i4") for name in ("additional", "head_dim", "value_dim", "longest_last")),
-                ("head_sums", "i4"),
+                ("granule_lead", "i4"),
+                ("first_axis_first", "i4"),
                 ("foldings", FOLDING, (4,)),  # of rows and of columns, qk and vo of either
                 *((name, "f4") for name in ("scale", "sign", "gradient_scale")),
             ],
@@ -361,7 +414,6 @@ def _record(
         for axis, *sizes in zip(axes, plan.row_box, plan.warpgroups, plan.column_box, strict=True)
     ]
     record["head_groups"] = divisor(pass_.heads(problem) // plan.heads)
-    record["side_by_side"] = divisor(side_by_side(problem, plan, pass_))
     record["group_size"] = divisor(problem.group_size)
     for w in range(plan.form.warpgroups):
         head, *place = np.unravel_index(w, (plan.heads, *plan.warpgroups))
@@ -385,7 +437,9 @@ def _record(
     # Late queries see many keys, early keys are seen by many queries. In a chunk all are of a tile.
     is_causal = any(axis.is_causal for axis in axes)
     record["longest_last"] = is_causal and not pass_.rows_are_keys and not plan.form.cluster
-    record["head_sums"] = head_sums(problem)
+    if pass_.adds:
+        record["granule_lead"] = _lead(problem, plan)
+        record["first_axis_first"] = takes_first_axis_first(problem, plan)
     record["foldings"] = foldings
     record["gradient_scale"] = problem.scale
     record["scale"] = (abs(problem.scale) or 1.0) * math.log2(math.e)

@@ -10,12 +10,13 @@ rows and columns are.)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from cuneigh._device import Device
-from cuneigh._gpu.boxes import Box, WalkCounts, count_unions, count_walk
+from cuneigh._gpu.boxes import GRANULE, Box, WalkCounts, count_unions, count_walk, last_of
 from cuneigh._gpu.costs import Cycles, clusters_at_once
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, JVP, Pass
 from cuneigh._gpu.records import axis_type, has_parts
@@ -75,17 +76,15 @@ def ways(problem: Problem) -> list[tuple[Pass, ...]]:
     """The ways to compute an operation: the passes of each, in their order.
 
     One kernel for all gradients has five products where two kernels have seven, but needs the whole
-    layout, and cannot have additional keys, which are no rows. Along several axes its tiles would
-    wait for each other for longer than two products take, and so they do where those of short
-    vectors take little (bench/NOTES.md).
+    layout without dilation, and cannot have additional keys, which are no rows. Of short vectors
+    what it adds to sums takes longer than two products (bench/NOTES.md).
     """
     if problem.operation == "forward":
         return [(FORWARD,)]
     if problem.operation == "jvp":
         return [(JVP,)]
-    along_one = problem.rank == 1 and not is_dilated(problem)
-    whole = not has_parts(problem) and not problem.additional
-    if along_one and problem.head_dim > LINE and whole:
+    whole = not (has_parts(problem) or is_dilated(problem) or problem.additional)
+    if whole and problem.head_dim > LINE:
         return [(BACKWARD,), (DQ, DKV)]
     return [(DQ, DKV)]
 
@@ -180,21 +179,21 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     size = 128 * lines
     size += form.stages * (8 * form.columns + 128 if pass_.rows_are_keys else 16)  # statistics
     if pass_ == BACKWARD:
-        # SumMemory: dS of all warpgroups and a contribution to dQ, of two boxes
-        size += 2 * (form.warpgroups * ROWS * 128 + SUM_FLOATS * 4)
-        # RangeTables: ranges, what all rows of a warpgroup see, a bit for each row
+        # SumMemory: dS of all warpgroups, of two boxes; a contribution to dQ; units of four boxes
         rows = form.warpgroups * ROWS
-        size += 2 * form.stages * rows + 8 * form.warpgroups + rows // 8
-    else:
-        # MaskTables: words, prefixes, their bases, numbers, coordinates, window unions
-        size += 16 * form.stages * (coordinates + masked)
-        tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
-        size += _aligned(tables)
+        size += 2 * rows * 128 + ROWS * 4 * 2 * LINE + 4 * 4 * ROWS
+    # MaskTables: words, prefixes, their bases, numbers, coordinates, window unions, hidden rows,
+    # places of columns; what is empty takes a byte
+    size += 16 * form.stages * (coordinates + masked)
+    tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
+    hidden = problem.has_key_mask and pass_ == BACKWARD
+    tables += 2 * (form.warpgroups * ROWS // 8 if hidden else 1)
+    size += _aligned(tables + (rank * form.columns if pass_.adds else 1))
     size += 2 * (28 + 16 * rank + 4 * masked)  # tiles
     size += 4 * form.stages * form.warpgroups + 4  # visibility, the first number
     axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
     # The problem, the last box of columns, and barriers begin at multiples of 16
-    size = _aligned(_aligned(_aligned(size) + axes + 196) + 4 * rank + 12)
+    size = _aligned(_aligned(_aligned(size) + axes + 188) + 4 * rank + 12)
     barriers = 4 + 2 * form.row_slots + 4 * form.stages + 8
     if masked:
         barriers += form.stages
@@ -226,39 +225,40 @@ def count_seen_boxes(problem: Problem, plan: HopperPlan, pass_: Pass) -> tuple[i
     return problem.batch * count(problem, plan, pass_).blocks, most
 
 
-SUM_FLOATS = ROWS * 2 * LINE
-"""Numbers in the sum of a box of queries: two lines of dQ."""
-
-
-def head_sums(problem: Problem) -> int:
-    """Sums of dQ of a head: boxes of queries along the only axis."""
-    return math.ceil(problem.tokens[0] / ROWS)
-
-
-def count_sums(problem: Problem) -> int:
-    """Sums of dQ of all heads and batch entries."""
-    return problem.batch * problem.heads * head_sums(problem)
+def sum_granules(problem: Problem, lead: int) -> int:
+    """Granules, of all heads and batch entries, of the sums of dQ; `lead` is `granule_lead`."""
+    *others, last = problem.tokens
+    return problem.batch * problem.heads * math.prod(others) * math.ceil((last + lead) / GRANULE)
 
 
 def sum_bytes(problem: Problem) -> int:
-    """Bytes of the sums of dQ."""
-    return 4 * SUM_FLOATS * count_sums(problem)
+    """Bytes of the sums of dQ, at most: 4 for each of two lines."""
+    return sum_granules(problem, GRANULE - 1) * GRANULE * 2 * LINE * 4
 
 
-MOST_SIDE_BY_SIDE = 8
-"""Heads whose tiles at a place come one after another; more would share too little of the cache."""
+def takes_first_axis_first(problem: Problem, plan: HopperPlan) -> bool:
+    """Whether tiles that follow each other are neighbors along the first axis, not the last.
 
-
-def side_by_side(problem: Problem, plan: HopperPlan, pass_: Pass) -> int:
-    """Groups of row heads whose tiles at a place come one after another.
-
-    In the backward pass several, since tiles of other heads do not wait for each other. Elsewhere
-    one, so that the tiles at work have most of their columns in common.
+    Of the queries that tiles at work have in their window unions, and of their sums, as few as may
+    be should take room in the cache.
     """
-    if pass_ != BACKWARD:
-        return 1
-    groups = pass_.heads(problem) // plan.heads
-    return max(n for n in range(1, MOST_SIDE_BY_SIDE + 1) if groups % n == 0)
+    axes = range(problem.rank)
+    return _at_work(problem, plan, axes) < _at_work(problem, plan, axes[::-1])
+
+
+AT_WORK = 132
+"""Tiles that are worked on at the same time, by an H200."""
+
+
+def _at_work(problem: Problem, plan: HopperPlan, order: Iterable[int]) -> int:
+    """About how many queries tiles at work see, if they follow each other along axes in `order`."""
+    left, queries = AT_WORK, 1
+    for r in order:
+        axis, size = problem.axes[r], plan.tile_box[r]
+        tiles = math.ceil(axis.key_length / size)
+        queries *= min(axis.length, min(left, tiles) * size + axis.kernel_size - 1)
+        left = math.ceil(left / tiles)
+    return queries
 
 
 def most_coordinates(rank: int) -> int:
@@ -287,7 +287,7 @@ OF_CHUNK = Cycles(
     1 / 3400, logit=0.02, copy=0.0, box=1400, row=4.5, block=1000, mask=0.0, start=500
 )
 """Of tiles of few queries; `row` is of what the blocks of a cluster exchange."""
-OF_BACKWARD = Cycles(1 / 2400, logit=0.0, copy=0.0, box=2_400, row=0.0, block=5_000, mask=0.05)
+OF_BACKWARD = Cycles(1 / 2400, logit=0.0, copy=0.0, box=1_950, row=0.0, block=5_000, mask=0.05)
 OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, mask=0.0491)
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
 OF_DKV_AHEAD = OF_DKV._replace(box=1_100)
@@ -434,9 +434,14 @@ def division(problem: Problem, plan: HopperPlan, device: Device, pass_: Pass = F
 def count(problem: Problem, plan: HopperPlan, pass_: Pass = FORWARD) -> WalkCounts:
     """The counts of one row head and one column head, the additional keys left out."""
     along = [
-        count_walk(axis, *sizes, pass_)
-        for axis, *sizes in zip(
-            problem.axes, plan.row_box, plan.warpgroups, plan.column_box, strict=True
+        count_walk(axis, *sizes, pass_, is_last)
+        for axis, is_last, *sizes in zip(
+            problem.axes,
+            last_of(problem.rank),
+            plan.row_box,
+            plan.warpgroups,
+            plan.column_box,
+            strict=True,
         )
     ]
     return WalkCounts(*(math.prod(values) for values in zip(*along, strict=True)))

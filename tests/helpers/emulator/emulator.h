@@ -307,7 +307,18 @@ template <typename T>
 void __stcs(T* p, T v) {
   *p = v;
 }
+inline int __float2int_rn(float x) {
+  if (x != x) return 0;
+  return x >= 2147483648.0f ? 2147483647 : x <= -2147483648.0f ? -2147483648 : (int)rint(x);
+}
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
+}
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
+inline unsigned atomicMax(unsigned* p, unsigned other) {
+  return std::exchange(*p, std::max(*p, other));
+}
 inline unsigned atomicAdd(unsigned* p, unsigned more) {
   if (emulator::side_by_side) emulator::yield_to_blocks();
   return std::exchange(*p, *p + more);

@@ -1,4 +1,4 @@
-// What kernels of cuda/hopper have beside boxes: products of warpgroups, bulk copies, counters.
+// What kernels of cuda/hopper have beside boxes: products of warpgroups, and bulk additions.
 #pragma once
 #include "tma.h"
 
@@ -12,20 +12,20 @@ inline unsigned load_acquire(const unsigned* counter, const char* file = __built
   return value = *counter;
 }
 inline void add_release(unsigned* counter, unsigned value) { *counter += value; }
+inline void fence_global() {}
 
-// Bulk copies, and additions
-inline void store_bulk(float* target, unsigned source, unsigned bytes) {
-  begin([=] { memcpy(target, (void*)(size_t)source, bytes); });
-}
-inline void add_bulk(float* target, unsigned source, unsigned bytes) {
+inline void add_bulk(int4* target, unsigned source, unsigned bytes) {
   begin([=] {
-    for (unsigned i = 0; i < bytes / 4; ++i) target[i] += ((const float*)(size_t)source)[i];
+    for (unsigned i = 0; i < bytes / 4; ++i)
+      ((unsigned*)target)[i] += ((const unsigned*)(size_t)source)[i];
   });
 }
 inline void commit_bulk() { commit_group(); }
-inline void wait_until_read() { wait_for_groups(0); }
+template <int kPending>
+void wait_until_read() {
+  wait_for_groups(kPending);
+}
 inline void wait_until_written() { wait_for_groups(0); }
-inline void fence_global() {}
 
 inline void fence_registers() {}
 inline void commit_products() { commit_group(); }

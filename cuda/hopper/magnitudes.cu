@@ -1,0 +1,111 @@
+// The largest magnitudes of the keys and values that queries may see, of which follows how large dQ
+// can be (sums/units.cuh). They are those of cells of queries, boxes whose lengths are powers of
+// two: a block looks at the keys of such a cell, and tells all cells of queries that may see one.
+//
+// blockIdx.x: a cell of keys of one batch and key head.
+#include "cuneigh/layout.cuh"
+#include "cuneigh/types.cuh"
+#include "hopper/hidden.cuh"
+
+namespace cuneigh::hopper {
+
+template <typename Plan>
+struct MagnitudesArguments : HiddenKeys<Plan> {
+  View<const typename Plan::Element, Plan::kRank> key, value;
+  // [batch, key heads, cells of queries] {of keys, of values} as words; 0 before the launch
+  uint2* magnitudes;
+  long long shift[Plan::kRank];  // cells are 2^shift tokens long, along each axis
+};
+
+// The larger of each pair of numbers without sign, of float16 or bfloat16. NaN is the largest.
+__device__ inline unsigned larger_pair(unsigned a, unsigned b) {
+  return __vmaxu2(a & 0x7fff7fffu, b & 0x7fff7fffu);
+}
+
+// The largest magnitude of `dim` elements from `vector` on, of which this lane looks at 8.
+template <typename Element>
+__device__ void look_at(const Element* vector, int dim, unsigned& most) {
+  const int first = threadIdx.x % 16 * 8;
+  if (first >= dim) return;
+  const uint4 words = *reinterpret_cast<const uint4*>(vector + first);
+  most =
+      larger_pair(larger_pair(words.x, words.y), larger_pair(larger_pair(words.z, words.w), most));
+}
+
+// The largest magnitude that any thread of the block has found, as a word: that of NaN is the
+// largest.
+template <typename Element>
+__device__ unsigned largest_of_block(unsigned pair) {
+  __shared__ unsigned of_warp[8];
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2)
+    pair = larger_pair(pair, __shfl_xor_sync(0xffffffffu, pair, distance));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = pair;
+  __syncthreads();
+  for (int i = 0; i < 8; ++i) pair = larger_pair(pair, of_warp[i]);
+  const float2 both = unpack(pair, Element());
+  return max(__float_as_uint(both.x), __float_as_uint(both.y));
+}
+
+template <typename Plan>
+__global__ void __launch_bounds__(256) magnitudes(const HopperProblem<Plan::kRank> problem,
+                                                  const MagnitudesArguments<Plan> arguments) {
+  constexpr int kRank = Plan::kRank;
+  using Element = typename Plan::Element;
+  int begin[kRank], extent[kRank], tokens = 1;
+  unsigned rest = blockIdx.x;
+#pragma unroll
+  for (int r = kRank - 1; r >= 0; --r) {
+    const int length = problem.axes[r].key_length, shift = arguments.shift[r];
+    const int cells = ((length - 1) >> shift) + 1;
+    begin[r] = rest % cells << shift;
+    extent[r] = smaller(1 << shift, length - begin[r]);
+    tokens *= extent[r];
+    rest /= cells;
+  }
+  const int batch = rest / problem.head_groups.divisor, head = rest % problem.head_groups.divisor;
+  unsigned key = 0, value = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x / 16; i < tokens; i += 16) {  // 16 lanes look at a token
+    int token[kRank], inside = i;
+#pragma unroll
+    for (int r = kRank - 1; r >= 0; --r) {
+      token[r] = begin[r] + inside % extent[r];
+      inside /= extent[r];
+    }
+    if (arguments.hides(batch, token)) continue;
+    look_at(arguments.key.at(batch, token, head), problem.head_dim, key);
+    look_at(arguments.value.at(batch, token, head), problem.value_dim, value);
+  }
+  const uint2 largest = {largest_of_block<Element>(key), largest_of_block<Element>(value)};
+
+  int first[kRank], count[kRank], cells[kRank];  // of the queries that may see one of them
+  int total = 1;
+#pragma unroll
+  for (int r = 0; r < kRank; ++r) {
+    const Axis axis = axis_of<Plan>(problem, r);
+    const int shift = arguments.shift[r];
+    const int low = axis.inverse(begin[r], 0).begin;
+    const int high = axis.inverse(begin[r] + extent[r] - 1, 0).end;
+    cells[r] = ((axis.length - 1) >> shift) + 1;
+    first[r] = low >> shift;
+    count[r] = low < high ? ((high - 1) >> shift) + 1 - first[r] : 0;
+    total *= count[r];
+  }
+  for (int i = threadIdx.x; i < total; i += blockDim.x) {
+    unsigned place = 0, stride = 1;
+    int inside = i;
+#pragma unroll
+    for (int r = kRank - 1; r >= 0; --r) {
+      place += (first[r] + inside % count[r]) * stride;
+      stride *= cells[r];
+      inside /= count[r];
+    }
+    uint2* mine = arguments.magnitudes + rest * stride + place;
+    atomicMax(&mine->x, largest.x);
+    atomicMax(&mine->y, largest.y);
+  }
+}
+
+}  // namespace cuneigh::hopper
