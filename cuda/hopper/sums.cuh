@@ -16,7 +16,7 @@ namespace cuneigh::hopper {
 
 struct Sums {
   // [lines of dQ][batch, query heads][x1..x(r-1)][granules along xr][kGranuleParts][lanes][4]
-  int4* sum;           // 0 before the launch, as all that follow
+  int4* sum;           // 0 before the launch (prepare.cu), as all that follow
   unsigned* finished;  // [batch, key heads] tiles whose contributions are in memory
   unsigned* begun;     // blocks that have begun
   unsigned* rounded;   // granules that blocks have taken to round (rounding.cuh)

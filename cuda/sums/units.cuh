@@ -6,7 +6,7 @@
 //   (sum|dO| max|V| + |delta|) max|K|
 //
 // and so is the sum of any of its terms; the maxima are those of the keys and values that queries
-// of its cell may see (hopper/magnitudes.cu). A unit is the power of two of which between 2^29 and
+// of its cell may see (hopper/prepare.cu). A unit is the power of two of which between 2^29 and
 // 2^30 are that bound: the other bit is for the rounding of P and dS, and the sign has its own.
 #pragma once
 

@@ -106,7 +106,7 @@ def _pass_ms(problem: Problem, device: Device, pass_: Pass, plan: HopperPlan, ra
     milliseconds += cost(problem, plan, device, pass_, rates.walks) / CYCLES
     if pass_ == BACKWARD:  # keys and values are looked at, sums are cleared and rounded
         moved = 2 * sum_bytes(problem) + sum(map(size_of, problem.specs[:3]))
-        milliseconds += 3 * rates.launch_ms + moved / rates.memory_bytes
+        milliseconds += rates.launch_ms + moved / rates.memory_bytes
     return milliseconds
 
 

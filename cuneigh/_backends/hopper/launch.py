@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -88,20 +88,20 @@ def backward(
     of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
     statistics = program.allocate((*lse.shape, 2), "float32")
     has_sums = BACKWARD in passes(problem, program.device)
-    units = _launch_magnitudes(program, problem, operands) if has_sums else None
+    of_sums = _prepare(program, problem, operands) if has_sums else None
+    units = None if of_sums is None else of_sums.units
     output = readable(output, program)
     sums.delta(problem, grad_output, output, lse, grad_lse, statistics, program, units)
     # `BackwardArguments` of cuda/hopper/backward.cu, or `DkvArguments` of dkv.cu
     views = Views(problem.rank)
     views.mask(operands.key_mask)
     views.pairs(statistics)
-    if units is not None:
-        views.scalars(units.units)
-    views.vectors(gradients.key, gradients.value)
-    if units is not None:
-        views.vectors(gradients.query)
-        _launch_backward(program, problem, of_keys, of_queries, views)
+    if of_sums is not None:
+        views.scalars(of_sums.units.units)
+        views.vectors(gradients.key, gradients.value, gradients.query)
+        _launch_backward(program, problem, of_keys, of_queries, views, of_sums)
         return
+    views.vectors(gradients.key, gradients.value)
     _launch(program, problem, DKV, of_keys, of_queries, None, views)
     program.keys_are_complete()
     views = Views(problem.rank)  # `DqArguments` of cuda/hopper/dq.cu
@@ -127,7 +127,7 @@ def kernels(problem: Problem, device: Device) -> list[_jit.Kernel]:
         needed += [sums.delta_kernel(problem), *sums.kernels(problem)]
         if any(BACKWARD in way for way in ways(problem)):
             (form,) = forms_of(problem, device, BACKWARD)
-            needed.append(kernel(problem, form, BACKWARD, "magnitudes"))
+            needed.append(kernel(problem, form, BACKWARD, "prepare"))
             needed.append(sums.delta_kernel(problem, with_units=True))
     return needed
 
@@ -187,26 +187,42 @@ def _cells(tokens: Box, shifts: Box) -> int:
     return math.prod(((n - 1) >> shift) + 1 for n, shift in zip(tokens, shifts, strict=True))
 
 
-def _launch_magnitudes(program: Program, problem: Problem, operands: Operands) -> sums.Units:
-    """Launch the kernel that finds the largest keys and values, of which `sums.delta` makes units.
+class _Sums(NamedTuple):
+    """`Sums` of cuda/hopper/sums.cuh, and the units of dQ."""
+
+    array: Array
+    granules: int
+    counters: Array
+    """[key heads + 3] Tiles finished of each head; blocks; granules and tiles that they took."""
+    units: sums.Units
+
+
+def _prepare(program: Program, problem: Problem, operands: Operands) -> _Sums:
+    """Launch the kernel that clears the sums of dQ, and looks for the largest keys and values.
 
     It takes the problem and the plan of `backward.cu`.
     """
+    plan = make_plan(problem, program.device, BACKWARD)
     shifts, heads = shifts_of(problem), problem.batch * problem.kv_heads
-    magnitudes = program.zeros((heads, _cells(problem.tokens, shifts), 2), "float32")
-    units = program.allocate(problem.lse.shape, "float32")
-    views = Views(problem.rank)  # `MagnitudesArguments` of cuda/hopper/magnitudes.cu
+    granules = sum_granules(problem, _lead(problem, plan))
+    of_dq = program.allocate((granules * 2 * GRANULE * LINE,), "float32")
+    size = 2 * heads * _cells(problem.tokens, shifts)
+    zeros = program.zeros((size + heads + 3,), COUNTER)
+    units = sums.Units(program.allocate(problem.lse.shape, "float32"), zeros, shifts)
+    views = Views(problem.rank)  # `PrepareArguments` of cuda/hopper/prepare.cu
     views.mask(operands.key_mask)
     views.vectors(operands.key, operands.value)
-    views.addresses(magnitudes)
-    views.numbers(*shifts)
-    plan = make_plan(problem, program.device, BACKWARD)
+    views.addresses(units.magnitudes)
+    cells = heads * _cells(problem.key_tokens, shifts)
+    views.numbers(*shifts, cells)
+    views.addresses(of_dq)
+    views.numbers(of_dq.size // 4)
     work = division(problem, plan, program.device, BACKWARD)
     record = _record(problem, plan, BACKWARD, work, [Folding(0, 0, 0)] * 4)
-    blocks = heads * _cells(problem.key_tokens, shifts)
-    launched = kernel(problem, plan.form, BACKWARD, "magnitudes")
+    blocks = max(cells, 4 * program.device.sm_count)
+    launched = kernel(problem, plan.form, BACKWARD, "prepare")
     program.launch(launched, (blocks, 1), 256, with_starts(record), views.words)
-    return sums.Units(units, magnitudes, shifts)
+    return _Sums(of_dq, granules, zeros.part(size, zeros.size), units)
 
 
 def _launch_backward(
@@ -215,21 +231,17 @@ def _launch_backward(
     of_keys: tuple[Any, Any],
     of_queries: tuple[Any, Any],
     views: Views,
+    of_sums: _Sums,
 ) -> None:
     """Launch the kernel that computes all gradients.
 
     `views` are `BackwardArguments` of cuda/hopper/backward.cu up to the gradients.
     """
-    plan = make_plan(problem, program.device, BACKWARD)
-    granules = sum_granules(problem, _lead(problem, plan))
-    sums_of_dq = program.zeros((2, granules, GRANULE * LINE), "float32")
-    # Tiles finished of each key head; blocks; granules and tiles that they have taken
-    heads = problem.batch * problem.kv_heads
-    counters = program.zeros((heads + 3,), COUNTER)
-    begun, rounded, taken = (counters.component(heads + i) for i in range(3))
-    rounders = min(program.device.sm_count, math.ceil(granules / GRANULES_AT_A_TIME))
-    views.addresses(sums_of_dq, counters, begun, rounded)
-    views.numbers(granules, rounders)
+    finished, heads = of_sums.counters, problem.batch * problem.kv_heads
+    begun, rounded, taken = (finished.component(heads + i) for i in range(3))
+    rounders = min(program.device.sm_count, math.ceil(of_sums.granules / GRANULES_AT_A_TIME))
+    views.addresses(of_sums.array, finished, begun, rounded)
+    views.numbers(of_sums.granules, rounders)
     _launch(program, problem, BACKWARD, of_keys, of_queries, None, views, taken, rounders)
 
 

@@ -1,8 +1,11 @@
-// The largest magnitudes of the keys and values that queries may see, of which follows how large dQ
-// can be (sums/units.cuh). They are those of cells of queries, boxes whose lengths are powers of
-// two: a block looks at the keys of such a cell, and tells all cells of queries that may see one.
+// What sums of dQ need before tiles add to them (sums.cuh): zeros, and how large dQ can be.
 //
-// blockIdx.x: a cell of keys of one batch and key head.
+// The latter follows from the largest magnitudes of the keys and values that queries may see
+// (sums/units.cuh). They are those of cells of queries, boxes whose lengths are powers of two: a
+// block looks at the keys of such a cell, and tells all cells of queries that may see one.
+//
+// blockIdx.x: a share of the sums and, below the number of cells, a cell of keys of one batch and
+// key head.
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
 #include "hopper/hidden.cuh"
@@ -10,11 +13,14 @@
 namespace cuneigh::hopper {
 
 template <typename Plan>
-struct MagnitudesArguments : HiddenKeys<Plan> {
+struct PrepareArguments : HiddenKeys<Plan> {
   View<const typename Plan::Element, Plan::kRank> key, value;
   // [batch, key heads, cells of queries] {of keys, of values} as words; 0 before the launch
   uint2* magnitudes;
   long long shift[Plan::kRank];  // cells are 2^shift tokens long, along each axis
+  long long cells;               // of keys, of all heads and batch entries
+  int4* sums;
+  long long size;  // of the sums
 };
 
 // The larger of each pair of numbers without sign, of float16 or bfloat16. NaN is the largest.
@@ -49,10 +55,14 @@ __device__ unsigned largest_of_block(unsigned pair) {
 }
 
 template <typename Plan>
-__global__ void __launch_bounds__(256) magnitudes(const HopperProblem<Plan::kRank> problem,
-                                                  const MagnitudesArguments<Plan> arguments) {
+__global__ void __launch_bounds__(256)
+    prepare(const HopperProblem<Plan::kRank> problem, const PrepareArguments<Plan> arguments) {
   constexpr int kRank = Plan::kRank;
   using Element = typename Plan::Element;
+  for (long long i = blockIdx.x * 256ll + threadIdx.x; i < arguments.size; i += gridDim.x * 256ll)
+    arguments.sums[i] = make_int4(0, 0, 0, 0);
+  if (blockIdx.x >= arguments.cells) return;
+
   int begin[kRank], extent[kRank], tokens = 1;
   unsigned rest = blockIdx.x;
 #pragma unroll
