@@ -259,8 +259,8 @@ def of_memory() -> str:
         f"## Memory\n\nPeak of a call of `fused`, results included, in MiB: {results['heads']} "
         f"heads, D = {results['dim']}, bfloat16, window 24x24. A forward takes\nits output and lse "
         "and nothing else, a backward the gradients and 8 bytes for each query and head; at head "
-        "dims over 64,\n`hopper` also has sums of the gradient of queries, 4 bytes for each of its "
-        "elements.\n"
+        "dims from 72 to 128,\n`hopper` also has 516 bytes for each, where it computes all "
+        "gradients at once.\n"
         + source(results, "memory.json", "bench/memory.py")
         + "\n\n![](figures/memory.png)\n\n"
         + table(columns, rows)

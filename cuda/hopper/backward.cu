@@ -5,7 +5,7 @@
 // and multiplies dK by the scale in the end. The transposed weights stay in registers: they are
 // left operands of dV and dK. For dQ the warpgroups meet: each writes its dS to shared memory, and
 // makes its columns of dQ from the dS and the keys of both. Producers add that to sums in memory
-// (sums.cuh), of which the last blocks make dQ (rounding.cuh).
+// (sums.cuh). The last blocks to begin round these sums, which gives dQ (rounding.cuh).
 //
 // The probabilities are computed while dP^T is, dS^T while dV is. dQ is that of the box before: by
 // then the other warpgroup has written its dS, though it may be half a box behind, which is where
@@ -64,21 +64,26 @@ struct QueryGradient {
     for (int half = 0; half < 2; ++half) units[half] = smem.units[place.slot()][row + 8 * half];
   }
 
-  // Hands dQ of the box before to `add_sums`, in units.
+  // Hands dQ of the box before to `add_sums`, in units, and says which queries have a number that
+  // is not finite.
   __device__ void store(const float (&grad_query)[kTiles][4], int thread) {
     smem.grad_logit_empty[exchange.before().slot()].arrive_as_warp();
     smem.sum_empty[w].wait(sum.parity() ^ 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // a row of this lane, and a granule of its warp
       int4(*granule)[32] = smem.sum[w][thread / 32 * 2 + half];
-      const float unit = units[half];
+      float lost = 0;  // or NaN
 #pragma unroll
       for (int i = 0; i < kTiles; i += 2) {
         const float *two = grad_query[i] + 2 * half, *next = grad_query[i + 1] + 2 * half;
+        const auto count = [&](float number) {
+          lost = fmaf(number, 0, lost);
+          return __float2int_rn(number * units[half]);
+        };
         granule[i / 2][thread % 32] =
-            make_int4(__float2int_rn(two[0] * unit), __float2int_rn(two[1] * unit),
-                      __float2int_rn(next[0] * unit), __float2int_rn(next[1] * unit));
+            make_int4(count(two[0]), count(two[1]), count(next[0]), count(next[1]));
       }
+      if (lost != 0) smem.lost.is_lost[w][thread / 32 * 16 + thread % 32 / 4 + 8 * half] = true;
     }
     smem.sum_full[w].arrive_as_warp();
     sum.advance();

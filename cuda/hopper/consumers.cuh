@@ -20,7 +20,8 @@ struct Consumer {
   int left = 0;  // boxes of the tile, from the current one on
 
   __device__ Consumer(SharedMemory<Plan>& smem, int w) : smem(smem), w(w) {
-    // Asked for anew, it takes hundreds of cycles while products read shared memory
+    // The compiler is not to read threadIdx again: while products read shared memory, that takes
+    // hundreds of cycles
     if (Plan::kSums) asm volatile("" : "+r"(thread));
     rows.advance(w);
   }

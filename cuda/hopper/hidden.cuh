@@ -27,11 +27,18 @@ __device__ void clear(Line (&lines)[kLines][kTokens], int token) {
 
 // Finds the rows of a tile that the mask hides, where they count in sums of columns, and sets them
 // to zero, by the lanes of the warps that make masks; `rows` is the place of the first warpgroup's.
-// No box is then seen whole. The columns that these warps announce next come after that.
+// No box is then seen whole. Consumers go on when these warps arrive at `qk_full` of the tile's
+// first box. All lanes wait for the rows of every tile: a parity says only which of two phases is
+// over.
 template <typename Plan, typename Smem>
 __device__ void hide_rows(const HiddenKeys<Plan>& mask, const Tile<Plan::kRank>& tile, Smem& smem,
                           Ring<Plan::kRowSlots> rows) {
   bool any = false;
+#pragma unroll 1
+  for (int w = 0; w < Plan::kWarpgroups; ++w) {
+    const Ring<Plan::kRowSlots> place = {rows.position + w};
+    smem.row_full[place.slot()].wait(place.parity());
+  }
 #pragma unroll 1
   for (int row = lane_of_team() % 32; row < Plan::kWarpgroups * kRows; row += 32) {
     int token[Plan::kRank];
@@ -41,10 +48,8 @@ __device__ void hide_rows(const HiddenKeys<Plan>& mask, const Tile<Plan::kRank>&
     any |= hidden != 0;
     if ((row ^ lane_of_team()) & 32) continue;  // the other warp sets it to zero
     if (row % 32 == 0) smem.mask.hidden[Ring<2>{tile.position}.slot()].bits[row / 32] = hidden;
-    if (!is_hidden) continue;
     const Ring<Plan::kRowSlots> place = {rows.position + row / kRows};
-    smem.row_full[place.slot()].wait(place.parity());
-    clear(smem.row[place.slot()], row % kRows);
+    if (is_hidden) clear(smem.row[place.slot()], row % kRows);
   }
   fence_shared();
   if (!any) return;

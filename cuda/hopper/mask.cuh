@@ -3,7 +3,7 @@
 // A thread of a warpgroup holds a row's logits with a fourth of the columns: bit t of a word stands
 // for the column 8 (t / 2) + 2 quad + t % 2, where quad is lane % 4. A pair is visible if it is so
 // along every axis, so that the word of a row is the conjunction of one word for its coordinate
-// along each axis. One or two warps make those words for each box of columns, and say for each
+// along each axis. Two warps make those words for each box of columns, and say for each
 // warpgroup whether it needs them: consumers know nothing of the geometry.
 #pragma once
 

@@ -23,33 +23,37 @@ struct PrepareArguments : HiddenKeys<Plan> {
   long long size;  // of the sums
 };
 
-// The larger of each pair of numbers without sign, of float16 or bfloat16. NaN is the largest.
-__device__ inline unsigned larger_pair(unsigned a, unsigned b) {
-  return __vmaxu2(a & 0x7fff7fffu, b & 0x7fff7fffu);
+// The magnitudes of a pair of numbers, 0 in place of one that is not finite: dQ of who sees that
+// will be NaN, whatever its units are.
+template <typename Element>
+__device__ unsigned magnitudes_of(unsigned pair) {
+  constexpr unsigned kInfinity = kSame<Element, float16> ? 0x7c00 : 0x7f80;
+  pair &= 0x7fff7fffu;
+  return pair & __vcmpltu2(pair, kInfinity << 16 | kInfinity);
 }
 
-// The largest magnitude of `dim` elements from `vector` on, of which this lane looks at 8.
+// The largest magnitudes of `dim` elements from `vector` on, of which this lane looks at 8.
 template <typename Element>
 __device__ void look_at(const Element* vector, int dim, unsigned& most) {
   const int first = threadIdx.x % 16 * 8;
   if (first >= dim) return;
   const uint4 words = *reinterpret_cast<const uint4*>(vector + first);
-  most =
-      larger_pair(larger_pair(words.x, words.y), larger_pair(larger_pair(words.z, words.w), most));
+  const unsigned pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (unsigned pair : pairs) most = __vmaxu2(most, magnitudes_of<Element>(pair));
 }
 
-// The largest magnitude that any thread of the block has found, as a word: that of NaN is the
-// largest.
+// The largest magnitude that any thread of the block has found, as a word.
 template <typename Element>
 __device__ unsigned largest_of_block(unsigned pair) {
   __shared__ unsigned of_warp[8];
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2)
-    pair = larger_pair(pair, __shfl_xor_sync(0xffffffffu, pair, distance));
+    pair = __vmaxu2(pair, __shfl_xor_sync(0xffffffffu, pair, distance));
   __syncthreads();
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = pair;
   __syncthreads();
-  for (int i = 0; i < 8; ++i) pair = larger_pair(pair, of_warp[i]);
+  for (int i = 0; i < 8; ++i) pair = __vmaxu2(pair, of_warp[i]);
   const float2 both = unpack(pair, Element());
   return max(__float_as_uint(both.x), __float_as_uint(both.y));
 }

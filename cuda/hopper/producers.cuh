@@ -241,8 +241,8 @@ __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsi
   }
 }
 
-// Does the same, and loads the boxes of each tile, where another warp can be spared for something
-// else and rows have no more room than one tile's: boxes need not be there sooner.
+// Does the same, and loads the boxes of each tile, by one lane, so that another warp can be spared
+// for something else. Rows of the next tile are then loaded after the boxes of this one.
 template <typename Plan>
 __device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
                                            unsigned* taken, SharedMemory<Plan>& smem) {
@@ -277,7 +277,7 @@ struct OfQueries {
 template <typename Plan>
 struct OfQueries<Plan, true> {
   View<const float2, Plan::kRank> statistics;
-  View<const float, Plan::kRank> units;  // of dQ (sums/units.cuh)
+  View<float, Plan::kRank> units;  // of dQ (sums/units.cuh)
 };
 struct OfQuery {
   float2 statistics;
@@ -410,7 +410,7 @@ __device__ void produce(const Maps& maps, const OfQueries<Plan>& queries,
   if (warp >= 2) {
     make_masks(queries, mask, smem);
   } else if (Plan::kSums && warp == 1) {
-    if constexpr (Plan::kSums) add_sums(sums, smem);
+    if constexpr (Plan::kSums) add_sums(sums, queries.units, smem);
   } else if (lane != 0) {
     return;
   } else if constexpr (Plan::kSums) {

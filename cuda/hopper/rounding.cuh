@@ -1,6 +1,6 @@
 // dQ from its sums (sums.cuh): rounds them, times the scale. That is done by blocks that begin when
-// others leave a multiprocessor, while the last tiles are still worked on: those whose number is
-// `rounders`, which are the last ones to begin, and others that find no tile. They wait for tiles.
+// others leave a multiprocessor, while the last tiles are still worked on: the last `rounders` to
+// begin, and others that find no tile. They wait for tiles.
 // That is no deadlock: all blocks that have taken tiles have begun, and wait for nobody.
 #pragma once
 
@@ -25,7 +25,7 @@ __device__ bool find_work(const HopperProblem<Plan::kRank>& problem, const Sums&
 // Rounds the sums of a granule, by a warp.
 template <typename Plan>
 __device__ void round_granule(const HopperProblem<Plan::kRank>& problem, const Sums& sums,
-                              const View<const float, Plan::kRank>& units,
+                              const View<float, Plan::kRank>& units,
                               const View<typename Plan::Element, Plan::kRank>& grad_query,
                               unsigned granule, int batch, int head) {
   constexpr int kRank = Plan::kRank, kLines = Plan::kWarpgroups, kTiles = kLineElements / 8;
@@ -66,7 +66,7 @@ __device__ void round_granule(const HopperProblem<Plan::kRank>& problem, const S
 // after head, as tiles are.
 template <typename Plan>
 __device__ void round_sums(const HopperProblem<Plan::kRank>& problem, const Sums& sums,
-                           const View<const float, Plan::kRank>& units,
+                           const View<float, Plan::kRank>& units,
                            const View<typename Plan::Element, Plan::kRank>& grad_query,
                            SharedMemory<Plan>& smem) {
   constexpr unsigned kWarps = 4 * (Plan::kWarpgroups + 1), kAtATime = 8 * kWarps;

@@ -85,16 +85,33 @@ struct Statistics<0> {
 constexpr int kGranuleParts = kLineElements / 16;
 constexpr int kUnitSlots = 4;
 
+// Of each warpgroup's contribution the queries of whose numbers some are not finite: no integer
+// says that.
+template <typename Plan, bool kSums = Plan::kSums>
+struct LostQueries {
+  __device__ void clear(int) {}
+};
+template <typename Plan>
+struct LostQueries<Plan, true> {
+  bool is_lost[Plan::kWarpgroups][kRows];
+
+  __device__ void clear(int thread) {
+    if (thread < Plan::kWarpgroups * kRows) is_lost[thread / kRows][thread % kRows] = false;
+  }
+};
+
 // What a kernel whose tiles add to sums of columns has beside `SharedMemory`: a contribution of
 // each warpgroup, the dS of all of them of which contributions are made, of two boxes of columns,
 // since a warpgroup may be ahead of the others, and the units that queries are counted in, of as
-// many boxes as may be at work: two, and the one before, whose contribution is not made yet.
+// many boxes as may be at work: those of all stages, and the one before, whose contribution is not
+// made yet.
 template <typename Plan, bool kSums = Plan::kSums>
 struct SumMemory {};
 template <typename Plan>
 struct SumMemory<Plan, true> {
   static_assert(Plan::kWarpgroups == 2 && Plan::kColumns == kRows && lines_of(Plan::kHeadDim) == 2,
                 "dS of a warpgroup and a box is a tile of lines, and so is its dQ");
+  static_assert(Plan::kStages < kUnitSlots, "units of the box before are still needed");
 
   typename Plan::Element grad_logit[2][Plan::kWarpgroups][kRows][kLineElements];  // [queries, keys]
   int4 sum[Plan::kWarpgroups][kRows / kGranule][kGranuleParts][32];  // of dQ: as a lane has it
@@ -120,6 +137,7 @@ struct SharedMemory : SumMemory<Plan> {
   int visibility[Plan::kStages][Plan::kWarpgroups];
   // If kSums: of the first tile of this block, or of the first granule that it rounds next
   unsigned first_number;
+  LostQueries<Plan> lost;
   // ptxas reads what is read next to each other by 16 bytes at a time, from multiples of 16 on:
   // none of them may be of what other warps write.
   alignas(16) HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
@@ -197,6 +215,7 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
   }
   if (threadIdx.x == 32) smem.problem = problem;
   fill_mask_tables(problem, smem.mask);
+  smem.lost.clear(threadIdx.x);
   __syncthreads();
   return smem;
 }

@@ -2,7 +2,7 @@
 //
 // Every tile of keys adds to dQ of every query that its window union holds. A result must not
 // depend on which block is faster, and sums of integers do not depend on their order. So dQ of a
-// query is counted in units of a power of two, of which 2^30 are more than the sum can be
+// query is counted in units, a power of two that follows from the largest sum that there can be
 // (sums/units.cuh), and blocks add whenever they like.
 //
 // Eight queries side by side along the last axis are a granule, whose sums lie together, in the
@@ -10,6 +10,7 @@
 // Granules begin `granule_lead` columns before the first; boxes of columns begin with one.
 #pragma once
 
+#include "cuneigh/layout.cuh"
 #include "hopper/shared.cuh"
 
 namespace cuneigh::hopper {
@@ -31,10 +32,32 @@ __device__ int granules_of(const HopperProblem<kRank>& problem) {
   return ceil_div(problem.axes[kRank - 1].length + problem.granule_lead, kGranule);
 }
 
+// Makes the units of those queries NaN that `is_lost` names of a box, so that dQ will be NaN; from
+// then on it names none. By a warp.
+template <typename Plan>
+__device__ void lose(const View<float, Plan::kRank>& units, const SharedMemory<Plan>& smem,
+                     const Tile<Plan::kRank>& tile, int head, const int (&first)[Plan::kRank],
+                     bool (&is_lost)[kRows]) {
+#pragma unroll 1
+  for (int column = threadIdx.x % 32; column < kRows; column += 32) {
+    if (!is_lost[column]) continue;
+    is_lost[column] = false;
+    int token[Plan::kRank];
+    bool exists = true;
+#pragma unroll
+    for (int r = 0; r < Plan::kRank; ++r) {
+      token[r] = tile.columns[r].begin + first[r] + smem.mask.place.along(smem.problem, r, column);
+      exists &= 0 <= token[r] && token[r] < smem.problem.axes[r].length;
+    }
+    if (exists) *units.at(tile.batch, token, head) = __int_as_float(0x7fffffff);
+  }
+}
+
 // One warp: adds this block's contributions to the sums, those of each warpgroup to its line of dQ.
 // A lane takes the granules of a box that are neighbors along the last axis.
 template <typename Plan>
-__device__ void add_sums(const Sums& sums, SharedMemory<Plan>& smem) {
+__device__ void add_sums(const Sums& sums, const View<float, Plan::kRank>& units,
+                         SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank, kLast = kRank - 1;
   const auto& problem = smem.problem;
   Ring<1> ring;
@@ -60,7 +83,10 @@ __device__ void add_sums(const Sums& sums, SharedMemory<Plan>& smem) {
 #pragma unroll
       for (int w = 0; w < Plan::kWarpgroups; ++w, sum += sums.granules * kGranuleInt4s) {
         smem.sum_full[w].wait(ring.parity());
-        fence_shared();
+        fence_shared();  // here, since consumers have no time for it
+        auto& is_lost = smem.lost.is_lost[w];
+        if (__any_sync(0xffffffffu, is_lost[lane] | is_lost[lane + 32]))
+          lose(units, smem, tile, head, first, is_lost);
         if (exists && count > 0)
           add_bulk(sum, shared_address(smem.sum[w][lane * run]), count * sizeof(smem.sum[w][0]));
         commit_bulk();

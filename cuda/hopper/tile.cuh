@@ -7,8 +7,9 @@
 // Each consumer warpgroup of a block takes a box of 64 rows. The boxes of a block's warpgroups lie
 // side by side, along the axes or over query heads that share a key head, and make a tile. The
 // window union of a tile, of the columns in the window of any of its rows, is one range along each
-// axis; boxes of columns cover it from its begin on, if Plan::kSums from that of the granule it is
-// in (sums.cuh). After them come the additional keys. All in indices of one dilation group.
+// axis; boxes of columns cover it from its begin on or, along the last axis if Plan::kSums, from
+// that of the granule it begins in (sums.cuh). After them come the additional keys. All in indices
+// of one dilation group.
 #pragma once
 
 #include "cuneigh/boxes.cuh"

@@ -1,13 +1,15 @@
-// Sums of dQ in fixed point (hopper/sums.cuh): in which units dQ of a query is counted.
+// The units that dQ of a query is counted in, for sums in fixed point (hopper/sums.cuh).
 //
 // With P = exp(S - lse), whose sum over the keys of a query is 1, and dS = P * (dO V^T - delta), an
 // element of dQ = dS K is at most
 //
 //   (sum|dO| max|V| + |delta|) max|K|
 //
-// and so is the sum of any of its terms; the maxima are those of the keys and values that queries
-// of its cell may see (hopper/prepare.cu). A unit is the power of two of which between 2^29 and
-// 2^30 are that bound: the other bit is for the rounding of P and dS, and the sign has its own.
+// and so is the sum of the magnitudes of its terms, so that they may be added in any order. The
+// maxima are those of the keys and values that queries of its cell may see (hopper/prepare.cu). A
+// unit is the power of two of which between 2^29 and 2^30 are that bound: another bit is for the
+// rounding of P and dS, and one for the sign. (The rounding of P is larger than a bit only where
+// logits are so large, some millions, that no digit of a weight is right.)
 #pragma once
 
 #include "cuneigh/layout.cuh"
@@ -17,7 +19,7 @@ namespace cuneigh::sums {
 
 template <int kRank>
 struct UnitArguments {
-  View<float, kRank> units;  // [batch, x1..xr, heads]: how many are 1; NaN if dQ is not finite
+  View<float, kRank> units;  // [batch, x1..xr, heads]: units in 1.0; NaN if dQ is not finite
   const float2* magnitudes;  // [batch, key heads, cells]: the largest of keys and of values
   long long shift[kRank];    // cells are 2^shift tokens long, along each axis
 };
@@ -36,12 +38,12 @@ __device__ float2 magnitudes_of(const Problem<kRank>& problem,
   return arguments.magnitudes[place];
 }
 
-// How many units are 1, a power of two: `sum` is sum|dO| / 256, which is finite if dO is.
+// The units in 1.0, a power of two: `sum` is sum|dO| / 256, which is finite if dO is.
 __device__ inline float units_of(float sum, float delta, float2 magnitudes) {
   constexpr float kLargest = 3.402823466e38f;
   const float bound = (sum * magnitudes.y + fabsf(delta) / 256) * magnitudes.x;
   // NaN for what is not finite, and not for a finite product that is too large
-  const float none = sum * 0 + delta * 0 + magnitudes.x * 0 + magnitudes.y * 0;
+  const float none = sum * 0 + delta * 0;
   const int exponent = int(__float_as_uint(fminf(bound, kLargest)) >> 23) - 127 + 8;
   return __uint_as_float(clamp(29 - exponent + 127, 1, 253) << 23) + none;
 }

@@ -96,7 +96,7 @@ def granule_lead(axis: Axis, tile: int, pass_: Pass) -> int:
 
     So many that the window union of a `tile` of rows far from the borders begins with a granule.
     """
-    middle = axis.length // 2 // tile * tile
+    middle = pass_.length(axis) // 2 // tile * tile
     begin, _ = pass_.window(axis)(middle, 0)
     return int(-begin % GRANULE)
 

@@ -104,7 +104,7 @@ def _pass_ms(problem: Problem, device: Device, pass_: Pass, plan: HopperPlan, ra
     launches = 1 if plan.form.cluster else 2
     milliseconds = launches * rates.launch_ms
     milliseconds += cost(problem, plan, device, pass_, rates.walks) / CYCLES
-    if pass_ == BACKWARD:  # keys and values are looked at, sums are cleared and rounded
+    if pass_.adds:  # keys and values are looked at, sums are cleared and rounded
         moved = 2 * sum_bytes(problem) + sum(map(size_of, problem.specs[:3]))
         milliseconds += rates.launch_ms + moved / rates.memory_bytes
     return milliseconds

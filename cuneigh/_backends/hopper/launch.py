@@ -190,6 +190,7 @@ def _cells(tokens: Box, shifts: Box) -> int:
 class _Sums(NamedTuple):
     """`Sums` of cuda/hopper/sums.cuh, and the units of dQ."""
 
+    plan: HopperPlan
     array: Array
     granules: int
     counters: Array
@@ -222,7 +223,7 @@ def _prepare(program: Program, problem: Problem, operands: Operands) -> _Sums:
     blocks = max(cells, 4 * program.device.sm_count)
     launched = kernel(problem, plan.form, BACKWARD, "prepare")
     program.launch(launched, (blocks, 1), 256, with_starts(record), views.words)
-    return _Sums(of_dq, granules, zeros.part(size, zeros.size), units)
+    return _Sums(plan, of_dq, granules, zeros.part(size, zeros.size), units)
 
 
 def _launch_backward(
@@ -242,7 +243,8 @@ def _launch_backward(
     rounders = min(program.device.sm_count, math.ceil(of_sums.granules / GRANULES_AT_A_TIME))
     views.addresses(of_sums.array, finished, begun, rounded)
     views.numbers(of_sums.granules, rounders)
-    _launch(program, problem, BACKWARD, of_keys, of_queries, None, views, taken, rounders)
+    sizes = of_sums.plan, taken, rounders
+    _launch(program, problem, BACKWARD, of_keys, of_queries, None, views, *sizes)
 
 
 def _lead(problem: Problem, plan: HopperPlan) -> int:
@@ -257,6 +259,7 @@ def _launch(
     columns: tuple[Any, Any],
     additional: tuple[Any, Any] | None,
     views: Views,
+    plan: HopperPlan | None = None,
     taken: Array | None = None,
     more_blocks: int = 0,
     tangents: Operands | None = None,
@@ -266,9 +269,10 @@ def _launch(
     `views` are the arguments of the pass but for the last one, the counter of the tiles that blocks
     have taken: `taken`, or one of its own if a block takes more than one. `additional` is None
     where no column is an additional key. `tangents` are those of all arrays, for a pass that takes
-    them. `more_blocks` are launched beside those that take tiles.
+    them. `more_blocks` are launched beside those that take tiles. `plan` is the one for the device
+    unless another kernel had it first.
     """
-    plan = make_plan(problem, program.device, pass_)
+    plan = plan or make_plan(problem, program.device, pass_)
     form = plan.form
     announce(NAME, pass_.name, problem, plan)
     maps, foldings = _maps(problem, plan, pass_, rows, columns, additional)
@@ -347,7 +351,7 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kDilated": is_dilated(problem),
         "kAdditional": bool(problem.additional) and not pass_.rows_are_keys,
         "kSigned": problem.scale <= 0,
-        "kSums": pass_ == BACKWARD,
+        "kSums": pass_.adds,
         "kKeyMask": problem.has_key_mask,
         "kAhead": multiplies_ahead(problem, form, pass_),
     }

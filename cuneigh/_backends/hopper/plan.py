@@ -125,7 +125,7 @@ def form_of(problem: Problem, device: Device, pass_: Pass, warpgroups: int) -> F
     columns = 128 if longest <= {FORWARD: 128, JVP: 64}.get(pass_, 0) else 64
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
     # Where warpgroups read each other's rows, those of a tile come together
-    slots = warpgroups if pass_ == BACKWARD else 1
+    slots = warpgroups if pass_.adds else 1
     rows, boxes = (("row_slots", slots),) * (warpgroups // slots), (("stages", 1),) * 2
     # Gradients of keys release queries late: more boxes are better than the next tile's keys
     for bigger, by in boxes + rows if pass_ == DKV else rows + boxes:
@@ -178,7 +178,7 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     masked = has_masked_columns(problem, pass_)
     size = 128 * lines
     size += form.stages * (8 * form.columns + 128 if pass_.rows_are_keys else 16)  # statistics
-    if pass_ == BACKWARD:
+    if pass_.adds:
         # SumMemory: dS of all warpgroups, of two boxes; a contribution to dQ; units of four boxes
         rows = form.warpgroups * ROWS
         size += 2 * rows * 128 + ROWS * 4 * 2 * LINE + 4 * 4 * ROWS
@@ -186,11 +186,12 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     # places of columns; what is empty takes a byte
     size += 16 * form.stages * (coordinates + masked)
     tables = 16 * (128 + 2 * rank) + 4 * rank + 64 * rank + 16 * coordinates + 1024 * rank
-    hidden = problem.has_key_mask and pass_ == BACKWARD
+    hidden = problem.has_key_mask and pass_.adds
     tables += 2 * (form.warpgroups * ROWS // 8 if hidden else 1)
     size += _aligned(tables + (rank * form.columns if pass_.adds else 1))
     size += 2 * (28 + 16 * rank + 4 * masked)  # tiles
     size += 4 * form.stages * form.warpgroups + 4  # visibility, the first number
+    size += form.warpgroups * ROWS if pass_.adds else 1  # lost queries
     axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
     # The problem, the last box of columns, and barriers begin at multiples of 16
     size = _aligned(_aligned(_aligned(size) + axes + 188) + 4 * rank + 12)
@@ -232,7 +233,7 @@ def sum_granules(problem: Problem, lead: int) -> int:
 
 
 def sum_bytes(problem: Problem) -> int:
-    """Bytes of the sums of dQ, at most: 4 for each of two lines."""
+    """Bytes of the sums of dQ, at most: 4 for each of the elements of two lines."""
     return sum_granules(problem, GRANULE - 1) * GRANULE * 2 * LINE * 4
 
 
@@ -426,9 +427,7 @@ def division(problem: Problem, plan: HopperPlan, device: Device, pass_: Pass = F
     )
     parts = 1
     # In the backward pass a warpgroup needs what the others make
-    while (
-        pass_ != BACKWARD and last and parts < warpgroups and last * (parts + 1) <= multiprocessors
-    ):
+    while not pass_.adds and last and parts < warpgroups and last * (parts + 1) <= multiprocessors:
         parts += 1
     return Division(tiles, tiles - last if parts > 1 else tiles, parts)
 
