@@ -45,6 +45,8 @@ struct QueryGradient {
   __device__ void share(const unsigned (&grad_logit)[kSteps][4]) {
     smem.grad_logit_empty[exchange.slot()].wait(exchange.parity() ^ 1);
     store_transposed(grad_logit, shared_address(smem.grad_logit[exchange.slot()][w]));
+    if constexpr (kMayOverflow<Plan>)
+      if (!are_finite(grad_logit)) smem.overflows[exchange.slot()] = true;
     fence_shared();
     smem.grad_logit_full[exchange.slot()].arrive_as_warp();
   }
@@ -64,26 +66,20 @@ struct QueryGradient {
     for (int half = 0; half < 2; ++half) units[half] = smem.units[place.slot()][row + 8 * half];
   }
 
-  // Hands dQ of the box before to `add_sums`, in units, and says which queries have a number that
-  // is not finite.
+  // Hands dQ of the box before to `add_sums`, in units.
   __device__ void store(const float (&grad_query)[kTiles][4], int thread) {
     smem.grad_logit_empty[exchange.before().slot()].arrive_as_warp();
     smem.sum_empty[w].wait(sum.parity() ^ 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // a row of this lane, and a granule of its warp
       int4(*granule)[32] = smem.sum[w][thread / 32 * 2 + half];
-      float lost = 0;  // or NaN
 #pragma unroll
       for (int i = 0; i < kTiles; i += 2) {
         const float *two = grad_query[i] + 2 * half, *next = grad_query[i + 1] + 2 * half;
-        const auto count = [&](float number) {
-          lost = fmaf(number, 0, lost);
-          return __float2int_rn(number * units[half]);
-        };
+        const auto count = [&](float number) { return __float2int_rn(number * units[half]); };
         granule[i / 2][thread % 32] =
             make_int4(count(two[0]), count(two[1]), count(next[0]), count(next[1]));
       }
-      if (lost != 0) smem.lost.is_lost[w][thread / 32 * 16 + thread % 32 / 4 + 8 * half] = true;
     }
     smem.sum_full[w].arrive_as_warp();
     sum.advance();

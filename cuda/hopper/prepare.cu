@@ -23,15 +23,6 @@ struct PrepareArguments : HiddenKeys<Plan> {
   long long size;  // of the sums
 };
 
-// The magnitudes of a pair of numbers, 0 in place of one that is not finite: dQ of who sees that
-// will be NaN, whatever its units are.
-template <typename Element>
-__device__ unsigned magnitudes_of(unsigned pair) {
-  constexpr unsigned kInfinity = kSame<Element, float16> ? 0x7c00 : 0x7f80;
-  pair &= 0x7fff7fffu;
-  return pair & __vcmpltu2(pair, kInfinity << 16 | kInfinity);
-}
-
 // The largest magnitudes of `dim` elements from `vector` on, of which this lane looks at 8.
 template <typename Element>
 __device__ void look_at(const Element* vector, int dim, unsigned& most) {
@@ -40,10 +31,11 @@ __device__ void look_at(const Element* vector, int dim, unsigned& most) {
   const uint4 words = *reinterpret_cast<const uint4*>(vector + first);
   const unsigned pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-  for (unsigned pair : pairs) most = __vmaxu2(most, magnitudes_of<Element>(pair));
+  for (unsigned pair : pairs) most = __vmaxu2(most, pair & 0x7fff7fffu);
 }
 
-// The largest magnitude that any thread of the block has found, as a word.
+// The largest magnitude that any thread of the block has found, as a word: that of NaN is the
+// largest.
 template <typename Element>
 __device__ unsigned largest_of_block(unsigned pair) {
   __shared__ unsigned of_warp[8];
@@ -92,19 +84,31 @@ __global__ void __launch_bounds__(256)
     look_at(arguments.key.at(batch, token, head), problem.head_dim, key);
     look_at(arguments.value.at(batch, token, head), problem.value_dim, value);
   }
-  const uint2 largest = {largest_of_block<Element>(key), largest_of_block<Element>(value)};
+  uint2 largest = {largest_of_block<Element>(key), largest_of_block<Element>(value)};
+  constexpr unsigned kInfinity = 0x7f800000;
+  const bool is_finite = largest.x < kInfinity && largest.y < kInfinity;
+  if (!is_finite) largest = {~0u >> 1, ~0u >> 1};  // NaN
 
-  int first[kRank], count[kRank], cells[kRank];  // of the queries that may see one of them
-  int total = 1;
+  int first[kRank], count[kRank], cells[kRank], total = 1;  // cells of the queries to be told
 #pragma unroll
   for (int r = 0; r < kRank; ++r) {
     const Axis axis = axis_of<Plan>(problem, r);
     const int shift = arguments.shift[r];
-    const int low = axis.inverse(begin[r], 0).begin;
-    const int high = axis.inverse(begin[r] + extent[r] - 1, 0).end;
+    int low = begin[r], high = begin[r] + extent[r] - 1;  // keys, and then queries that see one
+    if (!is_finite) {  // those of whole tiles: in their boxes 0 * NaN is NaN, which integers lose
+      const int size = problem.tile_box[r];
+      low -= low % size;
+      high = smaller(high - high % size + size, axis.key_length) - 1;
+    }
+    low = axis.inverse(low, 0).begin;
+    high = axis.inverse(high, 0).end - 1;
+    if (!is_finite) {
+      low = larger(low - (kGranule - 1), 0);
+      high = smaller(high + problem.column_box[r], axis.length) - 1;
+    }
     cells[r] = ((axis.length - 1) >> shift) + 1;
     first[r] = low >> shift;
-    count[r] = low < high ? ((high - 1) >> shift) + 1 - first[r] : 0;
+    count[r] = low <= high ? (high >> shift) + 1 - first[r] : 0;
     total *= count[r];
   }
   for (int i = threadIdx.x; i < total; i += blockDim.x) {

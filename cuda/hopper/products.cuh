@@ -55,6 +55,16 @@ __device__ void pack_weights(const float (&weight)[kTiles][4], int first,
     }
 }
 
+// Whether the numbers of an operand in float16 are finite.
+template <int kSteps>
+__device__ bool are_finite(const unsigned (&operand)[kSteps][4]) {
+  unsigned largest = 0;
+#pragma unroll
+  for (int i = 0; i < 4 * kSteps; ++i)
+    largest = __vmaxu2(largest, operand[i / 4][i % 4] & 0x7fff7fffu);
+  return (largest & 0xffff) < 0x7c00 && largest >> 16 < 0x7c00;
+}
+
 // Writes a left operand [kRows, 16 kSteps] of this warpgroup, transposed, into a tile of lines
 // [16 kSteps][kRows] in shared memory, swizzled as TMA would.
 template <int kSteps>

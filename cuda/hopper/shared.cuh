@@ -85,20 +85,10 @@ struct Statistics<0> {
 constexpr int kGranuleParts = kLineElements / 16;
 constexpr int kUnitSlots = 4;
 
-// Of each warpgroup's contribution the queries of whose numbers some are not finite: no integer
-// says that.
-template <typename Plan, bool kSums = Plan::kSums>
-struct LostQueries {
-  __device__ void clear(int) {}
-};
+// Whether dS can be too large for its 16 bits, though all operands are finite: then dQ is not
+// finite, which no integer says.
 template <typename Plan>
-struct LostQueries<Plan, true> {
-  bool is_lost[Plan::kWarpgroups][kRows];
-
-  __device__ void clear(int thread) {
-    if (thread < Plan::kWarpgroups * kRows) is_lost[thread / kRows][thread % kRows] = false;
-  }
-};
+constexpr bool kMayOverflow = Plan::kSums && kSame<typename Plan::Element, float16>;
 
 // What a kernel whose tiles add to sums of columns has beside `SharedMemory`: a contribution of
 // each warpgroup, the dS of all of them of which contributions are made, of two boxes of columns,
@@ -137,7 +127,7 @@ struct SharedMemory : SumMemory<Plan> {
   int visibility[Plan::kStages][Plan::kWarpgroups];
   // If kSums: of the first tile of this block, or of the first granule that it rounds next
   unsigned first_number;
-  LostQueries<Plan> lost;
+  bool overflows[2];  // if kMayOverflow: whether dS of the boxes in `SumMemory::grad_logit` does
   // ptxas reads what is read next to each other by 16 bytes at a time, from multiples of 16 on:
   // none of them may be of what other warps write.
   alignas(16) HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
@@ -215,7 +205,7 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
   }
   if (threadIdx.x == 32) smem.problem = problem;
   fill_mask_tables(problem, smem.mask);
-  smem.lost.clear(threadIdx.x);
+  if (threadIdx.x < 2) smem.overflows[threadIdx.x] = false;
   __syncthreads();
   return smem;
 }

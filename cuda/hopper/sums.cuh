@@ -32,16 +32,12 @@ __device__ int granules_of(const HopperProblem<kRank>& problem) {
   return ceil_div(problem.axes[kRank - 1].length + problem.granule_lead, kGranule);
 }
 
-// Makes the units of those queries NaN that `is_lost` names of a box, so that dQ will be NaN; from
-// then on it names none. By a warp.
+// Makes the units of the queries of a box NaN, so that dQ will be NaN. By a warp.
 template <typename Plan>
 __device__ void lose(const View<float, Plan::kRank>& units, const SharedMemory<Plan>& smem,
-                     const Tile<Plan::kRank>& tile, int head, const int (&first)[Plan::kRank],
-                     bool (&is_lost)[kRows]) {
+                     const Tile<Plan::kRank>& tile, int head, const int (&first)[Plan::kRank]) {
 #pragma unroll 1
-  for (int column = threadIdx.x % 32; column < kRows; column += 32) {
-    if (!is_lost[column]) continue;
-    is_lost[column] = false;
+  for (int column = threadIdx.x % 32; column < Plan::kColumns; column += 32) {
     int token[Plan::kRank];
     bool exists = true;
 #pragma unroll
@@ -61,6 +57,7 @@ __device__ void add_sums(const Sums& sums, const View<float, Plan::kRank>& units
   constexpr int kRank = Plan::kRank, kLast = kRank - 1;
   const auto& problem = smem.problem;
   Ring<1> ring;
+  Ring<2> box;
   for_each_tile<true>(smem, [&](const Tile<kRank>& tile) {
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
       const int lane = threadIdx.x % 32, run = problem.column_box[kLast] / kGranule;
@@ -84,12 +81,16 @@ __device__ void add_sums(const Sums& sums, const View<float, Plan::kRank>& units
       for (int w = 0; w < Plan::kWarpgroups; ++w, sum += sums.granules * kGranuleInt4s) {
         smem.sum_full[w].wait(ring.parity());
         fence_shared();  // here, since consumers have no time for it
-        auto& is_lost = smem.lost.is_lost[w];
-        if (__any_sync(0xffffffffu, is_lost[lane] | is_lost[lane + 32]))
-          lose(units, smem, tile, head, first, is_lost);
         if (exists && count > 0)
           add_bulk(sum, shared_address(smem.sum[w][lane * run]), count * sizeof(smem.sum[w][0]));
         commit_bulk();
+      }
+      if constexpr (kMayOverflow<Plan>) {
+        bool& overflows = smem.overflows[box.slot()];
+        if (overflows) lose(units, smem, tile, head, first);
+        __syncwarp();
+        if (lane == 0) overflows = false;
+        box.advance();
       }
       wait_until_read<1>();
       smem.sum_empty[0].arrive_as_warp();

@@ -43,7 +43,7 @@ __device__ inline float units_of(float sum, float delta, float2 magnitudes) {
   constexpr float kLargest = 3.402823466e38f;
   const float bound = (sum * magnitudes.y + fabsf(delta) / 256) * magnitudes.x;
   // NaN for what is not finite, and not for a finite product that is too large
-  const float none = sum * 0 + delta * 0;
+  const float none = sum * 0 + delta * 0 + magnitudes.x * 0;
   const int exponent = int(__float_as_uint(fminf(bound, kLargest)) >> 23) - 127 + 8;
   return __uint_as_float(clamp(29 - exponent + 127, 1, 253) << 23) + none;
 }

@@ -190,8 +190,7 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     tables += 2 * (form.warpgroups * ROWS // 8 if hidden else 1)
     size += _aligned(tables + (rank * form.columns if pass_.adds else 1))
     size += 2 * (28 + 16 * rank + 4 * masked)  # tiles
-    size += 4 * form.stages * form.warpgroups + 4  # visibility, the first number
-    size += form.warpgroups * ROWS if pass_.adds else 1  # lost queries
+    size += 4 * form.stages * form.warpgroups + 4 + 2  # visibility, the first number, overflows
     axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
     # The problem, the last box of columns, and barriers begin at multiples of 16
     size = _aligned(_aligned(_aligned(size) + axes + 188) + 4 * rank + 12)
@@ -289,7 +288,7 @@ OF_CHUNK = Cycles(
 )
 """Of tiles of few queries; `row` is of what the blocks of a cluster exchange."""
 OF_BACKWARD = Cycles(
-    1 / 2400, logit=0.0, copy=0.0, box=1_950, row=0.0, block=5_000, mask=0.05, start=45_000
+    1 / 2400, logit=0.0, copy=0.0, box=1_950, row=0.0, block=5_000, mask=0.05, start=20_000
 )
 OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, mask=0.0491)
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)

@@ -314,9 +314,6 @@ inline int __float2int_rn(float x) {
 inline unsigned __vmaxu2(unsigned a, unsigned b) {
   return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
 }
-inline unsigned __vcmpltu2(unsigned a, unsigned b) {
-  return (a >> 16 < b >> 16 ? 0xffff0000 : 0) | ((a & 0xffff) < (b & 0xffff) ? 0xffff : 0);
-}
 inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
 inline unsigned atomicMax(unsigned* p, unsigned other) {
