@@ -119,7 +119,7 @@ def small_window_problems_of(operation: str, dtype: str, rank: int) -> list[Prob
 def long_window_problems_of(operation: str, dtype: str, rank: int) -> list[Problem]:
     """Some for `hopper`: several tiles, masked boxes and additional keys; the second is dilated.
 
-    Those after it have key masks. Some gradients along one axis have sums of dQ in memory.
+    Those after it have key masks. Some gradients have sums of dQ in memory.
     """
     tokens = {1: (300,), 2: (21, 22), 3: (7, 8, 9)}[rank]
     kernel_size = {1: (110,), 2: (9, 8), 3: (3, 4, 2)}[rank]
@@ -127,7 +127,7 @@ def long_window_problems_of(operation: str, dtype: str, rank: int) -> list[Probl
     cases = [(1, (64, 64)), (2, (128, 32))]
     if operation == "forward":
         cases.append((1, (192, 256)))
-    elif rank == 1:
+    elif rank == 1 or operation == "backward":
         cases.append((1, (128, 72)))
     for dilation, dims in cases:
         window = Window(
