@@ -205,7 +205,8 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
   }
   if (threadIdx.x == 32) smem.problem = problem;
   fill_mask_tables(problem, smem.mask);
-  if (threadIdx.x < 2) smem.overflows[threadIdx.x] = false;
+  if constexpr (kMayOverflow<Plan>)
+    if (threadIdx.x < 2) smem.overflows[threadIdx.x] = false;
   __syncthreads();
   return smem;
 }
