@@ -46,7 +46,8 @@ struct QueryGradient {
     smem.grad_logit_empty[exchange.slot()].wait(exchange.parity() ^ 1);
     store_transposed(grad_logit, shared_address(smem.grad_logit[exchange.slot()][w]));
     if constexpr (kMayOverflow<Plan>)
-      if (!are_finite(grad_logit)) smem.overflows[exchange.slot()] = true;
+      if (!are_finite(grad_logit))
+        smem.overflows[Ring<kUnitSlots>{exchange.position}.slot()] = true;
     fence_shared();
     smem.grad_logit_full[exchange.slot()].arrive_as_warp();
   }

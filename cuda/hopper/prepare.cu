@@ -2,7 +2,9 @@
 //
 // The latter follows from the largest magnitudes of the keys and values that queries may see
 // (sums/units.cuh). They are those of cells of queries, boxes whose lengths are powers of two: a
-// block looks at the keys of such a cell, and tells all cells of queries that may see one.
+// block looks at the keys of such a cell, and tells all cells of queries that may see one. Of a key
+// or value that is not finite it tells all queries whose boxes are multiplied by it: dQ of these
+// will be NaN.
 //
 // blockIdx.x: a share of the sums and, below the number of cells, a cell of keys of one batch and
 // key head.
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(256)
     const Axis axis = axis_of<Plan>(problem, r);
     const int shift = arguments.shift[r];
     int low = begin[r], high = begin[r] + extent[r] - 1;  // keys, and then queries that see one
-    if (!is_finite) {  // those of whole tiles: in their boxes 0 * NaN is NaN, which integers lose
+    if (!is_finite) {  // those of whole tiles: 0 * NaN is NaN, of which no integer tells
       const int size = problem.tile_box[r];
       low -= low % size;
       high = smaller(high - high % size + size, axis.key_length) - 1;

@@ -1,7 +1,7 @@
 // dQ from its sums (sums.cuh): rounds them, times the scale. That is done by blocks that begin when
 // others leave a multiprocessor, while the last tiles are still worked on: the last `rounders` to
-// begin, and others that find no tile. They wait for tiles.
-// That is no deadlock: all blocks that have taken tiles have begun, and wait for nobody.
+// begin, and others that find no tile. They wait for tiles, which is no deadlock: all blocks that
+// have taken tiles have begun, and wait for nobody.
 #pragma once
 
 #include "hopper/results.cuh"

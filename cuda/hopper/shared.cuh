@@ -127,7 +127,7 @@ struct SharedMemory : SumMemory<Plan> {
   int visibility[Plan::kStages][Plan::kWarpgroups];
   // If kSums: of the first tile of this block, or of the first granule that it rounds next
   unsigned first_number;
-  bool overflows[2];  // if kMayOverflow: whether dS of the boxes in `SumMemory::grad_logit` does
+  bool overflows[kUnitSlots];  // if kMayOverflow: whether dS of a box does, in turns as `units`
   // ptxas reads what is read next to each other by 16 bytes at a time, from multiples of 16 on:
   // none of them may be of what other warps write.
   alignas(16) HopperProblem<Plan::kRank> problem;  // for the producers, who have few registers
@@ -206,7 +206,7 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
   if (threadIdx.x == 32) smem.problem = problem;
   fill_mask_tables(problem, smem.mask);
   if constexpr (kMayOverflow<Plan>)
-    if (threadIdx.x < 2) smem.overflows[threadIdx.x] = false;
+    if (threadIdx.x < kUnitSlots) smem.overflows[threadIdx.x] = false;
   __syncthreads();
   return smem;
 }

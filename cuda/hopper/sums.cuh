@@ -57,7 +57,7 @@ __device__ void add_sums(const Sums& sums, const View<float, Plan::kRank>& units
   constexpr int kRank = Plan::kRank, kLast = kRank - 1;
   const auto& problem = smem.problem;
   Ring<1> ring;
-  Ring<2> box;
+  Ring<kUnitSlots> box;
   for_each_tile<true>(smem, [&](const Tile<kRank>& tile) {
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
       const int lane = threadIdx.x % 32, run = problem.column_box[kLast] / kGranule;

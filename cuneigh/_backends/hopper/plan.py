@@ -190,7 +190,7 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     tables += 2 * (form.warpgroups * ROWS // 8 if hidden else 1)
     size += _aligned(tables + (rank * form.columns if pass_.adds else 1))
     size += 2 * (28 + 16 * rank + 4 * masked)  # tiles
-    size += 4 * form.stages * form.warpgroups + 4 + 2  # visibility, the first number, overflows
+    size += 4 * form.stages * form.warpgroups + 4 + 4  # visibility, the first number, overflows
     axes = rank * (36 + axis_type(has_parts(problem)).itemsize)
     # The problem, the last box of columns, and barriers begin at multiples of 16
     size = _aligned(_aligned(_aligned(size) + axes + 188) + 4 * rank + 12)
