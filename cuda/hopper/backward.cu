@@ -35,16 +35,21 @@ struct QueryGradient {
 
   SharedMemory<Plan>& smem;
   const int w;
+  unsigned transposed;     // where this thread writes dS, in the first slot
   Ring<2> exchange;        // of dS: the slot of the current box
   Ring<1> sum;             // the next contribution
   Ring<kUnitSlots> place;  // of the units of the next contribution's queries
   float units[2];          // of this thread's two, in the next contribution
 
+  __device__ QueryGradient(SharedMemory<Plan>& smem, int w, int thread) : smem(smem), w(w) {
+    transposed = shared_address(smem.grad_logit[0][w]) + place_transposed(thread);
+  }
+
   // Writes dS of the current box, given this thread's part of dS^T [64, kColumns].
   template <int kSteps>
   __device__ void share(const unsigned (&grad_logit)[kSteps][4]) {
     smem.grad_logit_empty[exchange.slot()].wait(exchange.parity() ^ 1);
-    store_transposed(grad_logit, shared_address(smem.grad_logit[exchange.slot()][w]));
+    store_transposed(grad_logit, transposed + exchange.slot() * sizeof(smem.grad_logit[0]));
     if constexpr (kMayOverflow<Plan>)
       if (!are_finite(grad_logit))
         smem.overflows[Ring<kUnitSlots>{exchange.position}.slot()] = true;
@@ -97,7 +102,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
   using Smem = SharedMemory<Plan>;
   constexpr int kTiles = Plan::kColumns / 8, kSteps = Plan::kColumns / 16;
   Consumer<Plan> me(smem, w);
-  QueryGradient<Plan> dq = {smem, w};
+  QueryGradient<Plan> dq(smem, w, me.thread);
   const Descriptor rows_at = rows_descriptor(shared_address(smem.row));
   const Descriptor queries_at = rows_descriptor(shared_address(smem.column_qk));
   const Descriptor grad_outputs_at = rows_descriptor(shared_address(smem.column_vo));
@@ -107,6 +112,10 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       columns_descriptor(shared_address(smem.column_vo), sizeof(smem.column_vo[0][0]));
   const Descriptor key_columns_at =  // of this warpgroup's line
       columns_descriptor(shared_address(smem.row[0][w]), sizeof(smem.row[0][0]));
+
+  unsigned numbers[2];  // of this thread's rows
+#pragma unroll
+  for (int half = 0; half < 2; ++half) numbers[half] = me.numbers(half);
 
   while (me.begin_tile()) {
     constexpr int kSlot = sizeof(smem.row[0]) / kDescriptorBytes;
@@ -128,12 +137,30 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       const auto& statistics = smem.statistics[stage];
       read(statistics.lse[me.quad()].of_columns, lse);
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
+      // While products read shared memory, reading takes hundreds of cycles: it begins before dP^T,
+      // if there are registers
+      unsigned word[2][Plan::kRank];
+      const auto read_words = [&] {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          asm volatile("" : "+r"(numbers[half]));  // to be unpacked here: registers are few
+          me.read(numbers[half], word[half]);
+        }
+      };
+      if (!Plan::kKeyMask && visibility == kPartial) read_words();
       me.wait_for_vo();
       multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
       wait_for_products<1>();
       hold(logit);
       if (Plan::kSigned) multiply_by(logit, problem.sign);
-      me.hide_invisible(logit, visibility);
+      if (visibility == kPartial) {
+        if (Plan::kKeyMask) read_words();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (me.is_hidden(half)) word[half][0] = 0;
+          hide(logit, half, word[half]);
+        }
+      }
       exponentiate(logit, problem.scale, lse);  // P^T, in place of S^T
       read(statistics.delta[me.quad()].of_columns, delta);
       // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]

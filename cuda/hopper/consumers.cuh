@@ -20,9 +20,9 @@ struct Consumer {
   int left = 0;  // boxes of the tile, from the current one on
 
   __device__ Consumer(SharedMemory<Plan>& smem, int w) : smem(smem), w(w) {
-    // The compiler is not to read threadIdx again: while products read shared memory, that takes
-    // hundreds of cycles
-    if (Plan::kSums) asm volatile("" : "+r"(thread));
+    // From a shuffle, since the assembler would read threadIdx again in each box: while products
+    // read shared memory, that takes hundreds of cycles
+    if (Plan::kSums) thread = __shfl_sync(0xffffffffu, thread, thread % 32);
     rows.advance(w);
   }
 
@@ -99,6 +99,20 @@ struct Consumer {
     boxes.advance();
   }
 
+  // The numbers of the coordinates of the row `row` or `row + 8` (mask.cuh), and what a row with
+  // these numbers sees of the current box, which is partial, along each axis.
+  __device__ unsigned numbers(int half) const {
+    return smem.mask.numbers(smem.problem, w, row() + 8 * half);
+  }
+  __device__ void read(unsigned numbers, unsigned (&word)[Plan::kRank]) const {
+    smem.mask.read(boxes.slot(), numbers, quad(), word);
+  }
+
+  // Whether a mask hides that row, which counts in sums of columns.
+  __device__ bool is_hidden(int half) const {
+    return smem.mask.hidden[tiles.slot()].hides(w * kRows + row() + 8 * half);
+  }
+
   // Hides the logits S [64, kColumns] of pairs that are not visible.
   template <int kTiles>
   __device__ void hide_invisible(float (&logit)[kTiles][4], int visibility) const {
@@ -108,10 +122,11 @@ struct Consumer {
       if (visibility >= kPartialHoles) seen = smem.mask.seen(boxes.slot()).word[quad()];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      unsigned word = seen;
-      if (!kMaskedColumns<Plan> || visibility != kHoles)
-        word &=
-            smem.mask.word(smem.problem, tiles.slot(), boxes.slot(), w, row() + 8 * half, quad());
+      unsigned word[Plan::kRank];
+#pragma unroll
+      for (unsigned& along : word) along = ~0u;
+      if (!kMaskedColumns<Plan> || visibility != kHoles) read(numbers(half), word);
+      word[0] &= seen;
       hide(logit, half, word);
     }
   }

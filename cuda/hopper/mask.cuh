@@ -87,15 +87,19 @@ struct MaskTables {
 
   __device__ QuadWords& seen(unsigned stage) { return words[stage][kCoordinates]; }
 
-  // The columns of a box that a row of warpgroup `w` sees, of those that lanes `quad` hold; `tile`
-  // is the place of the tile.
-  __device__ unsigned word(const HopperProblem<kRank>& problem, unsigned tile, unsigned stage,
-                           int w, int row, int quad) const {
-    const QuadWords* own = words[stage] + w * problem.coordinates;
-    unsigned word = ~0u;
+  // The numbers of the coordinates of a row of warpgroup `w`, a byte for each axis.
+  __device__ unsigned numbers(const HopperProblem<kRank>& problem, int w, int row) const {
+    unsigned numbers = 0;
 #pragma unroll
-    for (int r = 0; r < kRank; ++r) word &= own[number[r][row]].word[quad];
-    return hidden[tile].hides(w * kRows + row) ? 0 : word;
+    for (int r = 0; r < kRank; ++r) numbers |= (w * problem.coordinates + number[r][row]) << 8 * r;
+    return numbers;
+  }
+
+  // The columns of a box that a row with these `numbers` sees along each axis, of those that lanes
+  // `quad` hold.
+  __device__ void read(unsigned stage, unsigned numbers, int quad, unsigned (&word)[kRank]) const {
+#pragma unroll
+    for (int r = 0; r < kRank; ++r) word[r] = words[stage][numbers >> 8 * r & 0xff].word[quad];
   }
 };
 
@@ -244,9 +248,13 @@ __device__ inline unsigned first_columns(int end, int quad) {
   return bits >= 32 ? ~0u : (1u << bits) - 1;
 }
 
-// Hides the logits of one of a thread's two rows whose bit in `word` is 0; S is [kRows, 8 kTiles].
-template <int kTiles>
-__device__ void hide(float (&logit)[kTiles][4], int half, unsigned word) {
+// Hides the logits of one of a thread's two rows whose bit is 0 in one of the words; S is
+// [kRows, 8 kTiles].
+template <int kTiles, int kWords>
+__device__ void hide(float (&logit)[kTiles][4], int half, const unsigned (&words)[kWords]) {
+  unsigned word = ~0u;
+#pragma unroll
+  for (unsigned along : words) word &= along;
 #pragma unroll
   for (int t = 0; t < 2 * kTiles; ++t) {
     float& x = logit[t / 2][2 * half + t % 2];

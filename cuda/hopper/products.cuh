@@ -65,15 +65,21 @@ __device__ bool are_finite(const unsigned (&operand)[kSteps][4]) {
   return (largest & 0xffff) < 0x7c00 && largest >> 16 < 0x7c00;
 }
 
-// Writes a left operand [kRows, 16 kSteps] of this warpgroup, transposed, into a tile of lines
-// [16 kSteps][kRows] in shared memory, swizzled as TMA would.
-template <int kSteps>
-__device__ void store_transposed(const unsigned (&operand)[kSteps][4], unsigned lines) {
+// Where `store_transposed` writes what thread number `thread` of a warpgroup gives it, in bytes
+// from the first line on.
+__device__ inline unsigned place_transposed(int thread) {
   // Lanes 8 m to 8 m + 7 say where the lines of the matrix m of 8 x 8 elements go; its columns are
-  // rows of the operand, 16 of which are this warp's
-  const int lane = threadIdx.x % 32, matrix = lane / 8, inside = lane % 8;
-  const int line = matrix / 2 * 8 + inside, chunk = threadIdx.x % 128 / 32 * 2 + matrix % 2;
-  const unsigned address = lines + line * kLineBytes + (chunk ^ inside) * 16;
+  // rows of the operand, 16 of which are a warp's
+  const int lane = thread % 32, matrix = lane / 8, inside = lane % 8;
+  const int line = matrix / 2 * 8 + inside, chunk = thread / 32 * 2 + matrix % 2;
+  return line * kLineBytes + (chunk ^ inside) * 16;
+}
+
+// Writes a left operand [kRows, 16 kSteps] of this warpgroup, transposed, into a tile of lines
+// [16 kSteps][kRows] in shared memory, swizzled as TMA would. `address` is `place_transposed` after
+// that of the tile.
+template <int kSteps>
+__device__ void store_transposed(const unsigned (&operand)[kSteps][4], unsigned address) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
