@@ -169,9 +169,8 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
       wait_for_products<1>();
       hold(grad_weight);
-      multiply_by_weights<Element>(grad_weight, weight, delta);  // dS^T, in place of dP^T
-      unsigned grad_logit[kSteps][4];                            // dS^T [64, kColumns]
-      pack_weights<Element>(grad_weight, 0, grad_logit);
+      unsigned grad_logit[kSteps][4];  // dS^T [64, kColumns]
+      multiply_by_weights<Element>(grad_weight, weight, delta, grad_logit);
       dq.share(grad_logit);
       // dQ of the box before; that of a tile's first box, of nothing, goes nowhere
       float grad_query[QueryGradient<Plan>::kTiles][4];  // [64, 64]

@@ -88,8 +88,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
           hold(grad_key);
           if (last.slot() != me.boxes.slot()) me.release_qk(last);
         }
-        multiply_by_weights<Element>(grad_weight, weight, delta);  // dS^T, in place of dP^T
-        pack_weights<Element>(grad_weight, 0, grad_logit);
+        multiply_by_weights<Element>(grad_weight, weight, delta, grad_logit);
         if constexpr (Plan::kAhead) {
           wait_for_products<0>();
           hold(grad_value);

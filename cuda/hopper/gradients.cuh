@@ -29,19 +29,29 @@ __device__ void exponentiate(float (&logit)[kTiles][4], float scale,
       logit[n][i] = ex2_approx(fmaf(logit[n][i], scale, -lse[2 * n + i % 2]));
 }
 
-// dS^T = P^T * (dP^T - delta), in place of dP^T [64, 8 kTiles]. P^T is the rounded one that dV is
-// made of.
-template <typename Element, int kTiles>
-__device__ void multiply_by_weights(float (&grad_weight)[kTiles][4],
-                                    const unsigned (&weight)[kTiles / 2][4],
-                                    const float (&delta)[2 * kTiles]) {
+// dS^T = P^T * (dP^T - delta) [64, 16 kSteps], as a left operand. P^T is the rounded one that dV is
+// made of. In bfloat16 the difference is rounded, too, and multiplied in pairs: that halves the
+// instructions, of which there are many, and leaves of a sum of products the error of three
+// roundings of a term instead of two. In float16 a difference may be too large for that.
+template <typename Element, int kSteps>
+__device__ void multiply_by_weights(const float (&grad_weight)[2 * kSteps][4],
+                                    const unsigned (&weight)[kSteps][4],
+                                    const float (&delta)[4 * kSteps],
+                                    unsigned (&grad_logit)[kSteps][4]) {
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n)
+  for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 pair = unpack(weight[n / 2][n % 2 * 2 + half], Element());
-      grad_weight[n][2 * half] = pair.x * (grad_weight[n][2 * half] - delta[2 * n]);
-      grad_weight[n][2 * half + 1] = pair.y * (grad_weight[n][2 * half + 1] - delta[2 * n + 1]);
+    for (int i = 0; i < 4; ++i) {
+      const int n = 2 * step + i / 2, half = i % 2;
+      const float low = grad_weight[n][2 * half] - delta[2 * n];
+      const float high = grad_weight[n][2 * half + 1] - delta[2 * n + 1];
+      if constexpr (kSame<Element, bfloat16>) {
+        grad_logit[step][i] =
+            multiply_pairs(weight[step][i], pack(low, high, Element()), Element());
+      } else {
+        const float2 pair = unpack(weight[step][i], Element());
+        grad_logit[step][i] = pack(pair.x * low, pair.y * high, Element());
+      }
     }
 }
 

@@ -150,21 +150,17 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
   if (has_last) load_vo(last);
 }
 
-// Finds tile `number` of this block, and announces it; false if there is none. The tile says which
-// is next: `taken` counts tiles, unless kSums those beyond the first of each block; null if there
-// are none. `rows` is the place of the tile's rows.
+// Finds tile `number` and announces it, or that there is none. `rows` is the place of its rows.
 template <typename Plan>
-__device__ bool announce(const HiddenKeys<Plan>& mask, unsigned* taken, SharedMemory<Plan>& smem,
-                         Ring<2> tiles, Ring<Plan::kRowSlots> rows, int number) {
+__device__ void announce(const HiddenKeys<Plan>& mask, SharedMemory<Plan>& smem, Ring<2> tiles,
+                         Ring<Plan::kRowSlots> rows, int number) {
   const auto& problem = smem.problem;
   smem.tile_empty[tiles.slot()].wait(tiles.parity() ^ 1);
   AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
   tile.position = tiles.position;
-  const bool end = number >= problem.block_tiles;
-  if (end) {
+  if (number >= problem.block_tiles) {
     tile.boxes = kNoTile;
   } else {
-    tile.next = (Plan::kSums ? 0 : gridDim.x) + (taken ? atomicAdd(taken, 1u) : number);
     tile.place(mask, find_tile<Plan>(problem, number, tile));
     if constexpr (Plan::kKeyMask && Plan::kRowsAreKeys && !Plan::kSums) {
       bool seen = false;
@@ -189,7 +185,6 @@ __device__ bool announce(const HiddenKeys<Plan>& mask, unsigned* taken, SharedMe
     }
   }
   smem.tile_full[tiles.slot()].arrive();
-  return !end;
 }
 
 // Loads the rows of a tile, those of the first warpgroup to the place `rows`.
@@ -224,33 +219,42 @@ __device__ void load_rows(const Maps& maps, const AnnouncedTile<Plan>& tile,
   }
 }
 
-// Announces the tiles of this block and loads their rows, by one lane; calls visit(tile) after
-// each.
-template <typename Plan, typename Visit>
+// Announces the tiles of this block and loads their rows, by one lane. `taken` counts tiles beyond
+// the first of each block; it is null if there are none.
+template <typename Plan>
 __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsigned* taken,
-                            SharedMemory<Plan>& smem, Visit visit) {
+                            SharedMemory<Plan>& smem) {
   Ring<2> tiles;
   Ring<Plan::kRowSlots> rows;
-  int number = Plan::kSums ? smem.first_number : blockIdx.x;
-  while (announce(mask, taken, smem, tiles, rows, number)) {
-    const AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
+  for (int number = blockIdx.x;; tiles.advance()) {
+    announce(mask, smem, tiles, rows, number);
+    AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
+    if (tile.boxes == kNoTile) break;
+    tile.next = gridDim.x + (taken ? atomicAdd(taken, 1u) : number);  // registers are few
     load_rows(maps, tile, smem, rows);
-    visit(tile);
     number = tile.next;
-    tiles.advance();
   }
 }
 
-// Does the same, and loads the boxes of each tile, by one lane, so that another warp can be spared
-// for something else. Rows of the next tile are then loaded after the boxes of this one.
+// If kSums: does the same, and loads the boxes of each tile, by one lane, so that another warp can
+// be spared for something else. `taken` counts all tiles. Between two tiles consumers wait for what
+// is loaded. So a tile is found while boxes of the one before are still to be loaded; its first box
+// finds room when consumers are done with the last but one, rows when these have multiplied the
+// last dQ by theirs.
 template <typename Plan>
 __device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
                                            unsigned* taken, SharedMemory<Plan>& smem) {
   constexpr int kRank = Plan::kRank;
   const auto& problem = smem.problem;
+  Ring<Plan::kRowSlots> rows;
   Ring<Plan::kStages> boxes;
-  begin_tiles(maps, mask, taken, smem, [&](const AnnouncedTile<Plan>& tile) {
+  announce(mask, smem, {}, rows, smem.first_number);
+  for (Ring<2> tiles; smem.tile[tiles.slot()].boxes != kNoTile; tiles.advance()) {
+    const AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
+    int left = tile.boxes;
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
+      if (left == smaller(Plan::kStages, tile.boxes))
+        announce(mask, smem, {tile.position + 1}, rows, atomicAdd(taken, 1u));
       ColumnBox<kRank> box = {tile.batch, head, {}, false, false};
 #pragma unroll
       for (int r = 0; r < kRank; ++r) box.token[r] = tile.columns[r].begin + first[r];
@@ -264,9 +268,11 @@ __device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Pl
                                  {maps.column_vo, maps.additional_values}, problem.column_vo, box,
                                  smem.column_vo[stage], smem.vo_full[stage]);
       boxes.advance();
+      if (left == tile.boxes) load_rows(maps, tile, smem, rows);
+      --left;
     });
-    smem.tile_empty[Ring<2>{tile.position}.slot()].arrive();
-  });
+    smem.tile_empty[tiles.slot()].arrive();
+  }
 }
 
 // What is known of queries beside their vectors, and of one of them.
@@ -418,7 +424,7 @@ __device__ void produce(const Maps& maps, const OfQueries<Plan>& queries,
   } else if (warp == 0) {
     load_boxes(maps, mask, smem);
   } else {
-    begin_tiles(maps, mask, taken, smem, [](const AnnouncedTile<Plan>&) {});
+    begin_tiles(maps, mask, taken, smem);
   }
 }
 

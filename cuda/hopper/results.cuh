@@ -26,6 +26,16 @@ __device__ bool token_of_row(const HopperProblem<Plan::kRank>& problem,
   return exists;
 }
 
+// Writes 16 bytes, or nothing. Without a branch: between branches the assembler would use the same
+// four registers for one store after the other, and each would wait until the last one is read.
+__device__ inline void store_if(bool exists, void* target, const unsigned (&word)[4]) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"(
+          unsigned(exists)),
+      "l"(target), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+      : "memory");
+}
+
 // Writes one of the two rows that the lanes of a quad share, of a result [64, 8 kTiles] times
 // `factor`, 16 bytes a lane: the first `dim` columns, if the row exists. Zeros if it is hidden.
 template <typename Element, int kTiles>
@@ -56,8 +66,7 @@ __device__ void store_row(const float (&result)[kTiles][4], int half, float fact
 #pragma unroll
     for (unsigned& each : word) each = is_hidden ? 0 : each;
     const int column = 8 * (chunk + quad);
-    if (exists && column < dim)
-      *reinterpret_cast<uint4*>(row + column) = make_uint4(word[0], word[1], word[2], word[3]);
+    store_if(exists && column < dim, row + column, word);
   }
 }
 

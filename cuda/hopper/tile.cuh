@@ -124,7 +124,7 @@ struct Tile {
   GroupIndex first[kRank];  // the first row along each axis
   Range columns[kRank];     // the window union
   unsigned position;        // of the tile in the ring of tiles (for_each_tile)
-  int next;                 // the number of the tile that the block takes after it
+  int next;                 // the number of the tile that the block takes after it, unless kSums
   int boxes;                // of columns to visit, the additional keys' included; or kNoTile
 };
 constexpr int kNoTile = -1;  // after the last one

@@ -57,6 +57,13 @@ __device__ inline float2 unpack(unsigned word, float16) {
   return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
+// The products of two pairs.
+__device__ inline unsigned multiply_pairs(unsigned left, unsigned right, bfloat16) {
+  unsigned word;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(left), "r"(right));
+  return word;
+}
+
 // Where an operand is in shared memory, as wgmma takes it. Adding n moves it by 16 n bytes.
 using Descriptor = unsigned long long;
 

@@ -121,6 +121,10 @@ REPLACED = {
             "emulator::stmatrix_x4_trans(address + step * 16 * kLineBytes, operand[step]);",
         )
     ],
+    # A store under a condition
+    "hopper/results.cuh": [
+        (r"asm volatile\(.*?\"memory\"\);", "if (exists) memcpy(target, word, 16);"),
+    ],
     # The thread, read anew each time
     "hopper/mask.cuh": [
         (r'asm volatile\("mov.u32 %0, %%tid.x;[^;]*;', "thread = threadIdx.x;"),

@@ -49,6 +49,11 @@ template <typename E>
 float2 unpack(unsigned word, E) {
   return {number<E>(word, 0), number<E>(word, 1)};
 }
+template <typename E>
+unsigned multiply_pairs(unsigned left, unsigned right, E) {
+  const float2 a = unpack(left, E()), b = unpack(right, E());
+  return pack(a.x * b.x, a.y * b.y, E());
+}
 
 // An operand in swizzled lines of 128 bytes, as its descriptor says.
 template <typename E>
