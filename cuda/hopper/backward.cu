@@ -57,6 +57,13 @@ struct QueryGradient {
     smem.grad_logit_full[exchange.slot()].arrive_as_warp();
   }
 
+  // Until there is room for the next contribution. Before it is stored, the part of a warp, 16 rows
+  // of 256 bytes, may be used for something else.
+  __device__ void wait_for_room() const { smem.sum_empty[w].wait(sum.parity() ^ 1); }
+  __device__ int4 (*room(int thread) const)[16] {
+    return reinterpret_cast<int4(*)[16]>(smem.sum[w][thread / 32 * 2]);
+  }
+
   // Until all warpgroups have shared dS of the box before.
   __device__ void wait() const {
     smem.grad_logit_full[exchange.before().slot()].wait(exchange.before().parity());
@@ -75,7 +82,7 @@ struct QueryGradient {
   // Hands dQ of the box before to `add_sums`, in units.
   __device__ void store(const float (&grad_query)[kTiles][4], int thread) {
     smem.grad_logit_empty[exchange.before().slot()].arrive_as_warp();
-    smem.sum_empty[w].wait(sum.parity() ^ 1);
+    wait_for_room();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // a row of this lane, and a granule of its warp
       int4(*granule)[32] = smem.sum[w][thread / 32 * 2 + half];
@@ -90,6 +97,27 @@ struct QueryGradient {
     smem.sum_full[w].arrive_as_warp();
     sum.advance();
     place.advance();
+  }
+};
+
+// Where the rows of dK and dV are that a warp has.
+template <typename Plan>
+struct KeyRows {
+  using Element = typename Plan::Element;
+  Element *key, *value;       // of row number lane % 16
+  unsigned existing, hidden;  // a bit for each row; hidden ones are to be zero
+
+  __device__ KeyRows(const HopperProblem<Plan::kRank>& problem,
+                     const BackwardArguments<Plan>& arguments, const Tile<Plan::kRank>& tile,
+                     int w) {
+    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
+    const int head = tile.head + problem.warpgroup[w][0];
+    int token[Plan::kRank];
+    const bool exists = token_of_row<Plan>(problem, tile, w, row, token);
+    key = arguments.grad_key.at(tile.batch, token, head);
+    value = arguments.grad_value.at(tile.batch, token, head);
+    existing = __ballot_sync(0xffffffffu, exists);
+    hidden = __ballot_sync(0xffffffffu, exists && arguments.hides(tile.batch, token));
   }
 };
 
@@ -193,12 +221,16 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     float grad_query[QueryGradient<Plan>::kTiles][4];
     dq.wait();
     dq.issue(grad_query, key_columns, me.row());
+    const KeyRows<Plan> rows(problem, arguments, me.tile(), w);
+    dq.wait_for_room();
     wait_for_products<0>();
     hold(grad_query);
     me.release_rows();
+    store_rows(grad_key, problem.gradient_scale, dq.room(me.thread), rows.key, problem.head_dim,
+               rows.existing, rows.hidden);
+    store_rows(grad_value, 1.0f, dq.room(me.thread), rows.value, problem.value_dim, rows.existing,
+               rows.hidden);
     dq.store(grad_query, me.thread);
-    store_key_gradients(problem, me, arguments, arguments.grad_key, arguments.grad_value, grad_key,
-                        grad_value);
     me.end_tile();
   }
 }

@@ -1,5 +1,5 @@
 // What consumers do where rows are keys and columns are queries: weights and gradients of logits,
-// transposed, and the gradients of keys and values.
+// transposed.
 #pragma once
 
 #include "hopper/consumers.cuh"
@@ -53,28 +53,6 @@ __device__ void multiply_by_weights(const float (&grad_weight)[2 * kSteps][4],
         grad_logit[step][i] = pack(pair.x * low, pair.y * high, Element());
       }
     }
-}
-
-// Writes this thread's rows of dK [64, 8 kKeyTiles] and dV [64, 8 kValueTiles]: zeros for keys that
-// `mask` hides, whatever their sums are.
-template <typename Plan, typename View, int kKeyTiles, int kValueTiles>
-__device__ void store_key_gradients(const HopperProblem<Plan::kRank>& problem,
-                                    const Consumer<Plan>& me, const HiddenKeys<Plan>& mask,
-                                    const View& grad_key_view, const View& grad_value_view,
-                                    const float (&grad_key)[kKeyTiles][4],
-                                    const float (&grad_value)[kValueTiles][4]) {
-  const Tile<Plan::kRank>& tile = me.tile();
-  const int head = tile.head + problem.warpgroup[me.w][0];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int token[Plan::kRank];
-    const bool exists = token_of_row<Plan>(problem, tile, me.w, me.row() + 8 * half, token);
-    const bool is_hidden = exists && mask.hides(tile.batch, token);
-    store_row(grad_key, half, problem.gradient_scale, me.quad(),
-              grad_key_view.at(tile.batch, token, head), problem.head_dim, exists, is_hidden);
-    store_row(grad_value, half, 1.0f, me.quad(), grad_value_view.at(tile.batch, token, head),
-              problem.value_dim, exists, is_hidden);
-  }
 }
 
 }  // namespace cuneigh::hopper

@@ -240,7 +240,7 @@ __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsi
 // be spared for something else. `taken` counts all tiles. Between two tiles consumers wait for what
 // is loaded. So a tile is found while boxes of the one before are still to be loaded; its first box
 // finds room when consumers are done with the last but one, rows when these have multiplied the
-// last dQ by theirs.
+// last dQ by theirs. (A tile has a box at least: every key lies in some window.)
 template <typename Plan>
 __device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
                                            unsigned* taken, SharedMemory<Plan>& smem) {

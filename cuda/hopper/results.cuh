@@ -6,6 +6,14 @@
 
 namespace cuneigh::hopper {
 
+// Writes four matrices of 8 x 8 elements, whose fragments `word` are, to shared memory: lanes 8 m
+// to 8 m + 7 say where the rows of matrix m go.
+__device__ inline void store_matrices(unsigned address, const unsigned (&word)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+               : "memory");
+}
+
 // The token of a row of warpgroup `w`. False if the row does not exist: the warpgroup takes no part
 // in the tile, or an axis ends before the row.
 template <typename Plan>
@@ -68,6 +76,38 @@ __device__ void store_row(const float (&result)[kTiles][4], int half, float fact
     const int column = 8 * (chunk + quad);
     store_if(exists && column < dim, row + column, word);
   }
+}
+
+// Writes the 16 rows that a warp has of a result [64, 8 kTiles] times `factor`: the first `dim`
+// columns of those whose bit in `existing` is set, zeros if that in `hidden` is. They go through
+// `buffer` in shared memory, which no other warp uses, so that lanes write whole lines. `row` is
+// where row number lane % 16 of the warp begins.
+template <typename Element, int kTiles>
+__device__ void store_rows(const float (&result)[kTiles][4], float factor, int4 (*buffer)[16],
+                           const Element* row, int dim, unsigned existing, unsigned hidden) {
+  // 16-byte chunks of a row trade places such that those of 8 rows lie in different banks
+  const int lane = threadIdx.x % 32, line = lane % 16;
+#pragma unroll
+  for (int n = 0; n < kTiles; n += 2) {
+    unsigned word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* pair = result[n + i / 2] + 2 * (i % 2);
+      word[i] = pack(pair[0] * factor, pair[1] * factor, Element());
+    }
+    store_matrices(shared_address(&buffer[line][(n + lane / 16) ^ line % 8]), word);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 16; i += 2) {
+    const int r = i + lane / 16, chunk = lane % 16;
+    const int4 four = buffer[r][chunk ^ r % 8];
+    const unsigned shown = hidden >> r & 1 ? 0 : ~0u;
+    const auto target = __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(row), r);
+    store_if(existing >> r & 1 && 8 * chunk < dim, reinterpret_cast<Element*>(target) + 8 * chunk,
+             {four.x & shown, four.y & shown, four.z & shown, four.w & shown});
+  }
+  __syncwarp();
 }
 
 }  // namespace cuneigh::hopper

@@ -121,9 +121,13 @@ REPLACED = {
             "emulator::stmatrix_x4_trans(address + step * 16 * kLineBytes, operand[step]);",
         )
     ],
-    # A store under a condition
+    # A store under a condition, stmatrix
     "hopper/results.cuh": [
-        (r"asm volatile\(.*?\"memory\"\);", "if (exists) memcpy(target, word, 16);"),
+        (
+            r'asm volatile\(\s*"{ .reg .pred p.*?"memory"\);',
+            "if (exists) memcpy(target, word, 16);",
+        ),
+        (r'asm volatile\("stmatrix.*?"memory"\);', "emulator::stmatrix_x4(address, word);"),
     ],
     # The thread, read anew each time
     "hopper/mask.cuh": [

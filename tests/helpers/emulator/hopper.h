@@ -137,7 +137,20 @@ struct Wgmma {
     });
   }
 };
-// Four 8x8 matrices, transposed, each of whose rows goes where another lane says.
+// Four 8x8 matrices, each of whose rows goes where another lane says; and transposed.
+inline void stmatrix_x4(unsigned address, const unsigned (&matrix)[4]) {
+  struct Words {
+    unsigned of[4];
+  };
+  const int lane = threadIdx.x % 32;
+  collective(~0u, Words{matrix[0], matrix[1], matrix[2], matrix[3]}, [&](auto read) {
+    for (int i = 0; i < 4; ++i) {
+      const unsigned word = read(4 * (lane % 8) + i).of[lane / 8];
+      memcpy((char*)(size_t)address + 4 * i, &word, 4);
+    }
+    return 0;
+  });
+}
 inline void stmatrix_x4_trans(unsigned address, const unsigned (&matrix)[4]) {
   struct Words {
     unsigned of[4];
