@@ -185,8 +185,10 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
         if (Plan::kKeyMask) read_words();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          if (me.is_hidden(half)) word[half][0] = 0;
-          hide(logit, half, word[half]);
+          unsigned seen = me.is_hidden(half) ? 0 : ~0u;
+#pragma unroll
+          for (unsigned along : word[half]) seen &= along;
+          hide(logit, half, seen);
         }
       }
       exponentiate(logit, problem.scale, lse);  // P^T, in place of S^T

@@ -113,22 +113,33 @@ struct Consumer {
     return smem.mask.hidden[tiles.slot()].hides(w * kRows + row() + 8 * half);
   }
 
-  // Hides the logits S [64, kColumns] of pairs that are not visible.
-  template <int kTiles>
-  __device__ void hide_invisible(float (&logit)[kTiles][4], int visibility) const {
-    if (kMaskedColumns<Plan> ? visibility == kAll : visibility != kPartial) return;
+  // Reads which columns of the current box the rows `row` and `row + 8` see. To be called while S
+  // is made: while products read shared memory, it takes hundreds of cycles.
+  __device__ void look(int visibility, unsigned (&word)[2]) const {
+    if (sees_all(visibility)) return;
     unsigned seen = ~0u;
     if constexpr (kMaskedColumns<Plan>)
       if (visibility >= kPartialHoles) seen = smem.mask.seen(boxes.slot()).word[quad()];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      unsigned word[Plan::kRank];
+      word[half] = seen;
+      if (kMaskedColumns<Plan> && visibility == kHoles) continue;
+      unsigned along[Plan::kRank];
+      read(numbers(half), along);
 #pragma unroll
-      for (unsigned& along : word) along = ~0u;
-      if (!kMaskedColumns<Plan> || visibility != kHoles) read(numbers(half), word);
-      word[0] &= seen;
-      hide(logit, half, word);
+      for (unsigned each : along) word[half] &= each;
     }
+  }
+  // Hides the logits S [64, kColumns] of pairs that are not visible.
+  template <int kTiles>
+  __device__ void hide_invisible(float (&logit)[kTiles][4], int visibility,
+                                 const unsigned (&word)[2]) const {
+    if (sees_all(visibility)) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) hide(logit, half, word[half]);
+  }
+  __device__ bool sees_all(int visibility) const {
+    return kMaskedColumns<Plan> ? visibility == kAll : visibility != kPartial;
   }
 };
 

@@ -58,12 +58,14 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       float logit[Plan::kColumns / 8][4], grad_weight[Plan::kColumns / 8][4];
       const int visibility = me.visibility();
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, queries, keys_at + qk);
+      unsigned seen[2];
+      me.look(visibility, seen);
       me.wait_for_vo();
       multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, grad_outputs, values_at + vo);
       wait_for_products<1>();
       hold(logit);
       if (Plan::kSigned) multiply_by(logit, problem.sign);
-      me.hide_invisible(logit, visibility);
+      me.hide_invisible(logit, visibility, seen);
       // P = 2^(scale S - lse), in place of S
 #pragma unroll
       for (auto& four : logit)

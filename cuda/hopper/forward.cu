@@ -45,12 +45,15 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
       const unsigned stage = me.boxes.slot();
       // S = Q K^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
       float logit[1][Plan::kColumns / 8][4];
+      const int visibility = me.visibility();
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(
           logit[0], queries, keys_at + stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes));
+      unsigned seen[2];
+      me.look(visibility, seen);
       wait_for_products<0>();
       hold(logit[0]);
       if (Plan::kSigned) multiply_by(logit[0], problem.sign);
-      me.hide_invisible(logit[0], me.visibility());
+      me.hide_invisible(logit[0], visibility, seen);
       me.release_qk();
       softmax.rescale(logit, problem.scale, output);
 

@@ -70,13 +70,16 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
       const Descriptor values = values_at + stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
       // S = Q K^T and dS = dQ K^T + Q dK^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
       float logit[1][Plan::kColumns / 8][4], d_logit[Plan::kColumns / 8][4];
+      const int visibility = me.visibility();
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit[0], queries, keys);
+      unsigned seen[2];
+      me.look(visibility, seen);
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(d_logit, queries + kRowTangent, keys);
       multiply<Element, Plan::kHeadDim, Plan::kColumns, true>(d_logit, queries, keys + kKeyTangent);
       wait_for_products<2>();
       hold(logit[0]);
       if (Plan::kSigned) multiply_by(logit[0], problem.sign);
-      me.hide_invisible(logit[0], me.visibility());
+      me.hide_invisible(logit[0], visibility, seen);
       softmax.template rescale<kMayLag>(logit, problem.scale, output, d_output, d_sum);
       softmax.exponentiate(logit, problem.scale);
 

@@ -248,13 +248,9 @@ __device__ inline unsigned first_columns(int end, int quad) {
   return bits >= 32 ? ~0u : (1u << bits) - 1;
 }
 
-// Hides the logits of one of a thread's two rows whose bit is 0 in one of the words; S is
-// [kRows, 8 kTiles].
-template <int kTiles, int kWords>
-__device__ void hide(float (&logit)[kTiles][4], int half, const unsigned (&words)[kWords]) {
-  unsigned word = ~0u;
-#pragma unroll
-  for (unsigned along : words) word &= along;
+// Hides the logits of one of a thread's two rows whose bit in `word` is 0; S is [kRows, 8 kTiles].
+template <int kTiles>
+__device__ void hide(float (&logit)[kTiles][4], int half, unsigned word) {
 #pragma unroll
   for (int t = 0; t < 2 * kTiles; ++t) {
     float& x = logit[t / 2][2 * half + t % 2];
