@@ -224,10 +224,10 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     dq.wait();
     dq.issue(grad_query, key_columns, me.row());
     const KeyRows<Plan> rows(problem, arguments, me.tile(), w);
-    dq.wait_for_room();
     wait_for_products<0>();
     hold(grad_query);
     me.release_rows();
+    dq.wait_for_room();
     store_rows(grad_key, problem.gradient_scale, dq.room(me.thread), rows.key, problem.head_dim,
                rows.existing, rows.hidden);
     store_rows(grad_value, 1.0f, dq.room(me.thread), rows.value, problem.value_dim, rows.existing,

@@ -113,8 +113,9 @@ struct Consumer {
     return smem.mask.hidden[tiles.slot()].hides(w * kRows + row() + 8 * half);
   }
 
-  // Reads which columns of the current box the rows `row` and `row + 8` see. To be called while S
-  // is made: while products read shared memory, it takes hundreds of cycles.
+  // Reads which columns of the current box the rows `row` and `row + 8` see, unless they see all of
+  // them. To be called while S is made: while products read shared memory, it takes hundreds of
+  // cycles.
   __device__ void look(int visibility, unsigned (&word)[2]) const {
     if (sees_all(visibility)) return;
     unsigned seen = ~0u;

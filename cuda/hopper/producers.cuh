@@ -150,7 +150,8 @@ __device__ void load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
   if (has_last) load_vo(last);
 }
 
-// Finds tile `number` and announces it, or that there is none. `rows` is the place of its rows.
+// Finds tile `number` and announces it, or that there is none. `rows` is the place of its rows,
+// which matters only where warpgroups change slots.
 template <typename Plan>
 __device__ void announce(const HiddenKeys<Plan>& mask, SharedMemory<Plan>& smem, Ring<2> tiles,
                          Ring<Plan::kRowSlots> rows, int number) {
@@ -230,7 +231,8 @@ __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsi
     announce(mask, smem, tiles, rows, number);
     AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
     if (tile.boxes == kNoTile) break;
-    tile.next = gridDim.x + (taken ? atomicAdd(taken, 1u) : number);  // registers are few
+    // Kept in shared memory while rows are loaded: registers are few
+    tile.next = gridDim.x + (taken ? atomicAdd(taken, 1u) : number);
     load_rows(maps, tile, smem, rows);
     number = tile.next;
   }
@@ -238,9 +240,9 @@ __device__ void begin_tiles(const Maps& maps, const HiddenKeys<Plan>& mask, unsi
 
 // If kSums: does the same, and loads the boxes of each tile, by one lane, so that another warp can
 // be spared for something else. `taken` counts all tiles. Between two tiles consumers wait for what
-// is loaded. So a tile is found while boxes of the one before are still to be loaded; its first box
-// finds room when consumers are done with the last but one, rows when these have multiplied the
-// last dQ by theirs. (A tile has a box at least: every key lies in some window.)
+// is loaded. So a tile is found while boxes of the one before are still to be loaded, and its first
+// box is loaded before its rows: for that there is room earlier, while rows of the tile before are
+// needed until its last dQ is made. (A tile has a box at least: every key lies in some window.)
 template <typename Plan>
 __device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Plan>& mask,
                                            unsigned* taken, SharedMemory<Plan>& smem) {
@@ -253,8 +255,6 @@ __device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Pl
     const AnnouncedTile<Plan>& tile = smem.tile[tiles.slot()];
     int left = tile.boxes;
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
-      if (left == smaller(Plan::kStages, tile.boxes))
-        announce(mask, smem, {tile.position + 1}, rows, atomicAdd(taken, 1u));
       ColumnBox<kRank> box = {tile.batch, head, {}, false, false};
 #pragma unroll
       for (int r = 0; r < kRank; ++r) box.token[r] = tile.columns[r].begin + first[r];
@@ -269,6 +269,8 @@ __device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Pl
                                  smem.column_vo[stage], smem.vo_full[stage]);
       boxes.advance();
       if (left == tile.boxes) load_rows(maps, tile, smem, rows);
+      if (left == smaller(Plan::kStages + 1, tile.boxes))
+        announce(mask, smem, {tile.position + 1}, rows, atomicAdd(taken, 1u));
       --left;
     });
     smem.tile_empty[tiles.slot()].arrive();

@@ -85,6 +85,7 @@ __device__ void store_row(const float (&result)[kTiles][4], int half, float fact
 template <typename Element, int kTiles>
 __device__ void store_rows(const float (&result)[kTiles][4], float factor, int4 (*buffer)[16],
                            const Element* row, int dim, unsigned existing, unsigned hidden) {
+  static_assert(kTiles % 2 == 0 && kTiles <= 16, "tiles are written in pairs, into rows of 16");
   // 16-byte chunks of a row trade places such that those of 8 rows lie in different banks
   const int lane = threadIdx.x % 32, line = lane % 16;
 #pragma unroll
@@ -107,7 +108,7 @@ __device__ void store_rows(const float (&result)[kTiles][4], float factor, int4 
     store_if(existing >> r & 1 && 8 * chunk < dim, reinterpret_cast<Element*>(target) + 8 * chunk,
              {four.x & shown, four.y & shown, four.z & shown, four.w & shown});
   }
-  __syncwarp();
+  __syncwarp();  // before `buffer` is used again
 }
 
 }  // namespace cuneigh::hopper

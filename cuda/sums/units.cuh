@@ -8,8 +8,8 @@
 // and so is the sum of the magnitudes of its terms, so that they may be added in any order. The
 // maxima are those of the keys and values that queries of its cell may see (hopper/prepare.cu). A
 // unit is the power of two of which between 2^29 and 2^30 are that bound: another bit is for the
-// rounding of P and dS, and one for the sign. (The rounding of P is larger than a bit only where
-// logits are so large, some millions, that no digit of a weight is right.)
+// rounding of P, of the difference and of dS, and one for the sign. (The rounding of P is larger
+// than a bit only where logits are so large, some millions, that no digit of a weight is right.)
 #pragma once
 
 #include "cuneigh/layout.cuh"

@@ -173,6 +173,7 @@ def precompiled() -> Path:
 ROLES = {
     "TMA": (-1, 0),
     "loaders": (0, 64),
+    "adders": (32, 64),
     "makers of masks": (64, 128),
     "first consumers": (128, 256),
     "consumers": (128, 1024),

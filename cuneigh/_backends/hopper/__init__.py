@@ -13,7 +13,9 @@ five products instead of seven, where that is faster: its blocks add to sums of 
 way does a result depend on the order in which blocks run: the sums are integers, in units of about
 2^-30 of what dQ of a query can be at most (cuda/sums/units.cuh). Rounding to units matters where
 that is far more than dQ is: where some keys and values that hardly count are hundreds of times as
-large as the others.
+large as the others. Where rows of a kernel are keys, bfloat16 rounds dP - delta before it is
+multiplied by P and rounded again: root mean square errors of gradients are then some 1.15 times as
+large as with one rounding.
 
 The forward of up to 64 queries, of which two heads share a key head, has a kernel for itself
 (cuda/hopper/chunk.cu). Where tiles are few, the blocks of a cluster share the keys of one: each
