@@ -118,18 +118,8 @@ struct Consumer {
   // cycles.
   __device__ void look(int visibility, unsigned (&word)[2]) const {
     if (sees_all(visibility)) return;
-    unsigned seen = ~0u;
-    if constexpr (kMaskedColumns<Plan>)
-      if (visibility >= kPartialHoles) seen = smem.mask.seen(boxes.slot()).word[quad()];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      word[half] = seen;
-      if (kMaskedColumns<Plan> && visibility == kHoles) continue;
-      unsigned along[Plan::kRank];
-      read(numbers(half), along);
-#pragma unroll
-      for (unsigned each : along) word[half] &= each;
-    }
+    for (int half = 0; half < 2; ++half) word[half] = seen_by(half, visibility);
   }
   // Hides the logits S [64, kColumns] of pairs that are not visible.
   template <int kTiles>
@@ -139,8 +129,27 @@ struct Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) hide(logit, half, word[half]);
   }
+  // The same where there is no register for a look.
+  template <int kTiles>
+  __device__ void hide_invisible(float (&logit)[kTiles][4], int visibility) const {
+    if (sees_all(visibility)) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) hide(logit, half, seen_by(half, visibility));
+  }
   __device__ bool sees_all(int visibility) const {
     return kMaskedColumns<Plan> ? visibility == kAll : visibility != kPartial;
+  }
+  // What one of the rows sees of a box of which they do not see all.
+  __device__ unsigned seen_by(int half, int visibility) const {
+    unsigned word = ~0u;
+    if constexpr (kMaskedColumns<Plan>)
+      if (visibility >= kPartialHoles) word = smem.mask.seen(boxes.slot()).word[quad()];
+    if (kMaskedColumns<Plan> && visibility == kHoles) return word;
+    unsigned along[Plan::kRank];
+    read(numbers(half), along);
+#pragma unroll
+    for (unsigned each : along) word &= each;
+    return word;
   }
 };
 

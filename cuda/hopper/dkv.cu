@@ -85,10 +85,11 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
                                                              grad_outputs_at + vo);
         };
         // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
-        const int visibility = me.visibility();
-        multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
+        int visibility;
         unsigned seen[2];
-        me.look(visibility, seen);
+        if constexpr (!Plan::kAhead) visibility = me.visibility();
+        multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
+        if constexpr (!Plan::kAhead) me.look(visibility, seen);
         if constexpr (Plan::kAhead)
           accumulate_keys();
         else
@@ -96,7 +97,10 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
         wait_for_products<1>();
         hold(logit);
         if (Plan::kSigned) multiply_by(logit, problem.sign);
-        me.hide_invisible(logit, visibility, seen);
+        if constexpr (Plan::kAhead)
+          me.hide_invisible(logit, me.visibility());  // not before: registers are few
+        else
+          me.hide_invisible(logit, visibility, seen);
         if constexpr (Plan::kAhead) multiply_values();
         const auto& statistics = me.smem.statistics[me.boxes.slot()];
         const auto& lse = statistics.lse[me.quad()].of_columns;
