@@ -118,7 +118,7 @@ REPLACED = {
     "hopper/products.cuh": [
         (
             r'asm volatile\("stmatrix.*?"memory"\);',
-            "emulator::stmatrix_x4_trans(address + step * 16 * kLineBytes, operand[step]);",
+            "emulator::stmatrix_x4<true>(address + step * 16 * kLineBytes, operand[step]);",
         )
     ],
     # A store under a condition, stmatrix
@@ -127,7 +127,7 @@ REPLACED = {
             r'asm volatile\(\s*"{ .reg .pred p.*?"memory"\);',
             "if (exists) memcpy(target, word, 16);",
         ),
-        (r'asm volatile\("stmatrix.*?"memory"\);', "emulator::stmatrix_x4(address, word);"),
+        (r'asm volatile\("stmatrix.*?"memory"\);', "emulator::stmatrix_x4<false>(address, word);"),
     ],
     # The thread, read anew each time
     "hopper/mask.cuh": [

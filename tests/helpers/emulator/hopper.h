@@ -137,29 +137,17 @@ struct Wgmma {
     });
   }
 };
-// Four 8x8 matrices, each of whose rows goes where another lane says; and transposed.
-inline void stmatrix_x4(unsigned address, const unsigned (&matrix)[4]) {
+// Four 8x8 matrices, each of whose rows, or columns, goes where another lane says.
+template <bool kTransposed>
+void stmatrix_x4(unsigned address, const unsigned (&matrix)[4]) {
   struct Words {
     unsigned of[4];
   };
-  const int lane = threadIdx.x % 32;
-  collective(~0u, Words{matrix[0], matrix[1], matrix[2], matrix[3]}, [&](auto read) {
-    for (int i = 0; i < 4; ++i) {
-      const unsigned word = read(4 * (lane % 8) + i).of[lane / 8];
-      memcpy((char*)(size_t)address + 4 * i, &word, 4);
-    }
-    return 0;
-  });
-}
-inline void stmatrix_x4_trans(unsigned address, const unsigned (&matrix)[4]) {
-  struct Words {
-    unsigned of[4];
-  };
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, line = lane % 8;
   collective(~0u, Words{matrix[0], matrix[1], matrix[2], matrix[3]}, [&](auto read) {
     for (int i = 0; i < 8; ++i) {
-      const unsigned word = read(4 * i + lane % 8 / 2).of[lane / 8];
-      const unsigned short half = word >> 16 * (lane % 2);
+      const int row = kTransposed ? i : line, column = kTransposed ? line : i;
+      const unsigned short half = read(4 * row + column / 2).of[lane / 8] >> 16 * (column % 2);
       memcpy((char*)(size_t)address + 2 * i, &half, 2);
     }
     return 0;
