@@ -9,9 +9,9 @@
 //
 // The probabilities are computed while dP^T is, dS^T while dV is. dQ is that of the box before: by
 // then the other warpgroup has written its dS, though it may be half a box behind, which is where
-// it fills the gaps that this one leaves to the tensor cores. dQ leaves while dK is made. Producers
-// have their own roles (producers.cuh); tiles and barriers are those of the forward pass
-// (forward.cu).
+// it fills the gaps that this one leaves to the tensor cores. dQ leaves while dK is made; dK and dV
+// leave at the end of a tile, through the memory of contributions. Producers have their own roles
+// (producers.cuh); tiles and barriers are those of the forward pass (forward.cu).
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
 #include "hopper/gradients.cuh"
@@ -165,8 +165,8 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       const auto& statistics = smem.statistics[stage];
       read(statistics.lse[me.quad()].of_columns, lse);
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
-      // While products read shared memory, reading takes hundreds of cycles: it begins before dP^T,
-      // if there are registers
+      // Like `Consumer::look`, but with the words of all axes apart: to join them, they would be
+      // waited for before dP^T is issued. With a mask there are no registers for that
       unsigned word[2][Plan::kRank];
       const auto read_words = [&] {
 #pragma unroll

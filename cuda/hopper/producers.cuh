@@ -269,6 +269,7 @@ __device__ void begin_tiles_and_load_boxes(const Maps& maps, const HiddenKeys<Pl
                                  smem.column_vo[stage], smem.vo_full[stage]);
       boxes.advance();
       if (left == tile.boxes) load_rows(maps, tile, smem, rows);
+      // Some boxes before the end, but behind the first, which would wait for the tile before
       if (left == smaller(Plan::kStages + 1, tile.boxes))
         announce(mask, smem, {tile.position + 1}, rows, atomicAdd(taken, 1u));
       --left;

@@ -84,7 +84,7 @@ __device__ void store_row(const float (&result)[kTiles][4], int half, float fact
 // where row number lane % 16 of the warp begins.
 template <typename Element, int kTiles>
 __device__ void store_rows(const float (&result)[kTiles][4], float factor, int4 (*buffer)[16],
-                           const Element* row, int dim, unsigned existing, unsigned hidden) {
+                           Element* row, int dim, unsigned existing, unsigned hidden) {
   static_assert(kTiles % 2 == 0 && kTiles <= 16, "tiles are written in pairs, into rows of 16");
   // 16-byte chunks of a row trade places such that those of 8 rows lie in different banks
   const int lane = threadIdx.x % 32, line = lane % 16;
