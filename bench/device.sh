@@ -4,7 +4,7 @@
 #     bench/device.sh [STEP ..]      steps: tests sanitizer doctor demo host loads memory scaling
 #                                    naive grid h200 profile (the default: all of these), soak,
 #                                    attack, alternate, tune, calibrate, derivatives, two, decode,
-#                                    masks, tiles
+#                                    masks, tiles, beside
 #
 # `soak` runs random problems through the Hopper kernels for $SECONDS_OF_SOAK (default: 400), which
 # takes a GPU of compute capability 9.0. `attack` compares random calls of all backends with dense
@@ -101,6 +101,8 @@ decode() {
 masks() { python3 bench/masks.py --output "$OUT/masks.json"; }
 # A layout in host memory in tiles, beside one call: about half a minute.
 tiles() { python3 bench/tiles.py --output "$OUT/tiles.json"; }
+# Long windows beside FlashAttention-4, by turns; it must be installed.
+beside() { python3 bench/beside.py --output "$OUT/beside.json"; }
 naive() { python3 bench/naive.py --output "$OUT/naive.json" | tail -n 12; return "${PIPESTATUS[0]}"; }
 grid() {
   python3 bench/paper_grid.py --backward-dim 64 --output "$OUT/paper-grid.json" | tail -n 20

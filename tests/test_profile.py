@@ -385,6 +385,7 @@ def flash_attn_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
+    deterministic: bool = False,
     return_lse: bool = False,
 ) -> tuple[Any, Any]:
     """What flash-attn-4 4.0.0b36 says that its function takes and computes."""

@@ -8,6 +8,7 @@ shifted, only queries far from the borders are compared, and its note says so.
 
 from __future__ import annotations
 
+from cuneigh._measure.peers.agreement import check_forward, check_step
 from cuneigh._measure.peers.contract import Calls, Given, Peer, UnfitError, given_to
 from cuneigh._measure.peers.flash import windowed
 from cuneigh._measure.peers.flex import in_tiles, raster
@@ -22,9 +23,19 @@ PEERS: dict[str, Peer] = {
     "FlexAttention, tiles and permutations": in_tiles("TRITON", whole=True),
     "FlashAttention-4, block-sparse": in_tiles("FLASH", whole=False),
     "FlashAttention-4, block-sparse and permutations": in_tiles("FLASH", whole=True),
-    "FlashAttention-4, window_size": windowed,
+    "FlashAttention-4, window_size": windowed(deterministic=False),
+    "FlashAttention-4, window_size, deterministic": windowed(deterministic=True),
     "NATTEN": natten,
 }
 """By the name under which their times are told."""
 
-__all__ = ["PEERS", "Calls", "Given", "Peer", "UnfitError", "given_to"]
+__all__ = [
+    "PEERS",
+    "Calls",
+    "Given",
+    "Peer",
+    "UnfitError",
+    "check_forward",
+    "check_step",
+    "given_to",
+]

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuneigh._measure.peers.contract import Calls, Given, UnfitError, differentiated, refuse_extras
+from cuneigh._measure.peers.contract import (
+    Calls,
+    Given,
+    Peer,
+    UnfitError,
+    differentiated,
+    refuse_extras,
+)
 
 
-def windowed(given: Given) -> Calls:
+def windowed(deterministic: bool) -> Peer:
+    """The peer whose gradients are the same bits in every call, or not."""
+
+    def prepare(given: Given) -> Calls:
+        return _calls(given, deterministic)
+
+    return prepare
+
+
+def _calls(given: Given, deterministic: bool) -> Calls:
     import torch
 
     refuse_extras(given)
@@ -25,7 +41,11 @@ def windowed(given: Given) -> Calls:
     (axis,) = problem.axes
     k = axis.kernel_size
     before, after = (k - 1, 0) if axis.is_causal else (k // 2, k - 1 - k // 2)
-    options: dict[str, Any] = {"softmax_scale": problem.scale, "causal": axis.is_causal}
+    options: dict[str, Any] = {
+        "softmax_scale": problem.scale,
+        "causal": axis.is_causal,
+        "deterministic": deterministic,
+    }
     if k < axis.length:
         options["window_size"] = (before, after)
 

@@ -231,7 +231,11 @@ class Bench:
                 row["note"] = calls.note
             if self.kind == STEP and calls.step is None:
                 return {**row, "reason": "has no backward here"}
-            self._check_peer(calls, expected)
+            about = self.problem, self.operands
+            if self.kind == FORWARD:
+                peers.check_forward(*about, calls)
+            else:
+                peers.check_step(*about, self.grad_output, expected, calls)
             call = calls.forward if self.kind == FORWARD else calls.step
             assert call is not None, "asked above"
             figures = self._figures(clock, call)
@@ -243,25 +247,6 @@ class Bench:
         except Exception as error:  # whatever it is, the other peers go on
             lines = str(error).strip().splitlines() or [""]
             return {**row, "reason": f"failed: {type(error).__name__}: {lines[0][:200]}"}
-
-    def _check_peer(self, calls: peers.Calls, expected: Any) -> None:
-        """Raise unless a peer computes what we do, for queries that it treats alike."""
-        tokens = checks.sample(self.problem.tokens, inner=calls.inner)
-        if calls.inner:
-            far = self.problem.axes[0].kernel_size
-            tokens = [t for t in tokens if far <= t[0] < self.problem.tokens[0] - far]
-            if not tokens:
-                raise peers.UnfitError("all of its windows are cut at a border, and ours are not")
-        if self.kind == FORWARD:
-            output = calls.restore(calls.forward())
-            checks.check_forward(self.problem, self.operands, output, tokens=tokens)
-            return
-        assert calls.step is not None, "asked before"
-        output, gradients = calls.step()
-        checks.check_forward(self.problem, self.operands, calls.restore(output), tokens=tokens)
-        found = Operands(*map(calls.restore, gradients))
-        about = self.problem, self.operands, self.grad_output, expected[0], expected[1], found
-        checks.check_gradients(*about, tokens=tokens)
 
     def _figures(self, clock: Clock, call: Callable[[], Any]) -> Row:
         times: Times = clock.measure(call, self.budget_ms)
