@@ -11,14 +11,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers.hopper import ALL_DIMS, H200, supported
+from helpers.accuracy import run_backend
+from helpers.hopper import ALL_DIMS, H200, assert_agree, supported
+from helpers.strategies import generators, inputs
 from helpers.toy_kernel import needs_nvrtc
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cuneigh import _device, _jit
-from cuneigh._backends import choose, fused, hopper, serving
+from cuneigh._backends import choose, cpu, fused, hopper, serving
 from cuneigh._backends.hopper import launch
 from cuneigh._backends.hopper.choice import cheapest, make_plan, passes
 from cuneigh._backends.hopper.forms import forms_of
@@ -384,6 +387,21 @@ def test_one_kernel_serves_all_windows_and_lengths(problem, data):
     alike = replace(problem, batch=1, **{name: getattr(other, name) for name in names})
     if launch.is_dilated(alike) == launch.is_dilated(other):
         assert hopper.kernels(alike, H200) == hopper.kernels(replace(other, batch=1), H200)
+
+
+@given(problem=supported(("forward", "backward"), ordinary=False), rng=generators())
+def test_soaks_take_what_is_right_and_nothing_else(problem, rng):
+    """Masked tokens are NaN, and the lse of a query that sees no key is -inf."""
+    drawn = inputs(problem, rng)._replace(wants_lse=True)
+    right = run_backend(cpu, problem, drawn)
+    assert_agree(problem, drawn, right, right)
+    for name, array in right.items():
+        if not array.size:
+            continue
+        wrong = array.copy()
+        wrong[tuple(rng.integers(array.shape))] = np.nan
+        with pytest.raises(AssertionError):
+            assert_agree(problem, drawn, right | {name: wrong}, right)
 
 
 @pytest.mark.long
