@@ -16,21 +16,29 @@ Box = tuple[int, ...]
 
 
 def sees(axis: Axis, query: Any, key: Any) -> Any:
-    """Whether token `query` of an axis sees token `key`; integer tensors."""
-    import torch
+    """Whether token `query` of an axis sees token `key`; integer tensors.
 
+    In comparisons: with BACKEND="FLASH", PyTorch 2.11 compiles no minimum and no maximum. What is
+    compared with the smaller of two numbers is compared with both.
+    """
     d, s, k = axis.dilation, axis.stride, axis.kernel_size
-    group, index = query % d, query // d
+    group, index, other = query % d, query // d, key // d
     length = (axis.length - group + d - 1) // d
-    offset = s - 1 if axis.is_causal else s // 2
-    leader = torch.minimum(index // s * s + offset, length - 1)
+    leader = index // s * s + (s - 1 if axis.is_causal else s // 2)  # or the last, if it is before
+
+    def before_leader(token: Any) -> Any:
+        return (token < leader) & (token < length - 1)
+
+    def from_leader(token: Any) -> Any:
+        return (token >= leader) | (token >= length - 1)
+
+    in_group = key % d == group
     if axis.is_causal:
-        start, end = leader - k + 1, index + 1
-    else:
-        start = torch.minimum(torch.clamp(leader - k // 2, min=0), length - k)
-        end = start + k
-    other = key // d
-    return (key % d == group) & (other >= start) & (other < end)
+        return in_group & (other <= index) & from_leader(other + k - 1)
+    # A window ends where another one begins that is k tokens further, but for the borders
+    begins = from_leader(other + k // 2) | (other >= length - k)
+    ends = before_leader(other + k // 2 - k) | (other < k)
+    return in_group & begins & ends
 
 
 def mask_mod(problem: Problem, tile: Box | None = None) -> Callable[..., Any]:
