@@ -176,6 +176,10 @@ def beside_flash() -> str:
         "Block-sparse: on tokens already in\nthe order of its tiles, or with the permutations of "
         "all arrays.\n"
         + source(results, "beside.json", "bench/beside.py")
+        + "".join(
+            f"\n{case}: commit {about['commit']}, on another day or GPU."
+            for case, about in results.get("measured apart", {}).items()
+        )
         + "\n\n"
         + table(columns, rows)
     )
