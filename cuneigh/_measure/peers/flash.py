@@ -58,5 +58,5 @@ def _calls(given: Given, deterministic: bool) -> Calls:
             return forward(given.query, given.key, given.value)
 
     cut = k < axis.length and not axis.is_causal
-    note = "windows are cut at the borders" if cut else ""
-    return Calls(without_gradient, differentiated(given, forward), note, inner=cut)
+    notes = ["windows are cut at the borders"] * cut + ["its forward is the same"] * deterministic
+    return Calls(without_gradient, differentiated(given, forward), ", ".join(notes), inner=cut)
