@@ -177,7 +177,7 @@ def beside_flash() -> str:
         "all arrays.\n"
         + source(results, "beside.json", "bench/beside.py")
         + "".join(
-            f"\n{case}: commit {about['commit']}, on another day or GPU."
+            f"\n{case}: commit {about['commit']}, in a run of its own."
             for case, about in results.get("measured apart", {}).items()
         )
         + "\n\n"
