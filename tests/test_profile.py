@@ -328,6 +328,9 @@ def test_masks_are_the_window_rules() -> None:
                             begin, end = axis.window(x // d, x % d)
                             expected[x, np.arange(begin, end) * d + x % d] = True
                         assert (got == expected).all(), axis
+                        # Comparisons alone: nothing that is PyTorch's, which it may not compile
+                        plain = masks.sees(axis, token.numpy()[:, None], token.numpy()[None])
+                        assert (plain == expected).all(), axis
 
 
 def test_tokens_go_into_tiles_and_back() -> None:
@@ -403,17 +406,25 @@ def flash_attn_func(
 
 @pytest.mark.parametrize("kernel", [5, 6, 40])
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
 def test_the_window_of_flash_attention(
-    kernel: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+    kernel: int, causal: bool, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")
-    module = SimpleNamespace(flash_attn_func=flash_attn_func)
+    asked = set()
+
+    def called(*arrays: Any, **options: Any) -> tuple[Any, Any]:
+        asked.add(options["deterministic"])
+        return flash_attn_func(*arrays, **options)
+
+    module = SimpleNamespace(flash_attn_func=called)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=module))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
     entry = {"tokens": [40], "heads": 4, "kv_heads": 2, "kernel": kernel, "causal": [causal]}
     problem, operands, grad_output = _given(entry)
     given = peers.given_to(problem, operands, grad_output)
-    calls = peers.PEERS["FlashAttention-4, window_size"](OnGpu(**vars(given)))
+    name = "FlashAttention-4, window_size" + ", deterministic" * deterministic
+    calls = peers.PEERS[name](OnGpu(**vars(given)))
     assert calls.inner == (kernel < 40 and not causal)
     far = kernel if calls.inner else 0
     tokens = [(x,) for x in range(far, 40 - far)]
@@ -423,6 +434,7 @@ def test_the_window_of_flash_attention(
     _, lse = ours.forward(problem, operands, None, return_lse=True)
     about = problem, operands, grad_output, output, lse, Operands(*gradients)
     checks.check_gradients(*about, tokens=[(x,) for x in range(2 * far, 40 - 2 * far)])
+    assert asked == {deterministic}
 
 
 def test_blocks_of_keys_are_tiles_of_flash_attention() -> None:
