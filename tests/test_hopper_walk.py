@@ -183,7 +183,7 @@ def visit(pass_, windows, begins, record, words):
         before, until = np.clip(of_coordinates - begins[r], 0, column_box[r]).T
         shown &= (words[r][until] & ~words[r][before])[of_row[r]]
     columns = math.prod(column_box)
-    if none and not pass_.adds:
+    if none:
         return NONE, np.zeros((ROWS, columns), bool)
     if covers:
         return ALL, np.ones((ROWS, columns), bool)

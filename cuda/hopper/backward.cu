@@ -9,8 +9,9 @@
 //
 // The probabilities are computed while dP^T is, dS^T while dV is. dQ is that of the box before: by
 // then the other warpgroup has written its dS, though it may be half a box behind, which is where
-// it fills the gaps that this one leaves to the tensor cores. dQ leaves while dK is made; dK and dV
-// leave at the end of a tile, through the memory of contributions. Producers have their own roles
+// it fills the gaps that this one leaves to the tensor cores. A warpgroup that sees nothing of a
+// box shares zeros, and makes its columns of dQ only. dQ leaves while dK is made; dK and dV leave
+// at the end of a tile, through the memory of contributions. Producers have their own roles
 // (producers.cuh); tiles and barriers are those of the forward pass (forward.cu).
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
@@ -98,6 +99,16 @@ struct QueryGradient {
     sum.advance();
     place.advance();
   }
+
+  // All of that, where this warpgroup has nothing else to do with a box.
+  __device__ void make(Descriptor keys, const Consumer<Plan>& me) {
+    float grad_query[kTiles][4];  // [64, 64]
+    wait();
+    issue(grad_query, keys, me.row());
+    wait_for_products<0>();
+    hold(grad_query);
+    store(grad_query, me.thread);
+  }
 };
 
 // Where the rows of dK and dV are that a warp has.
@@ -153,15 +164,24 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     float grad_key[Plan::kHeadColumns / 8][4] = {};     // dK [64, kHeadColumns]
     float grad_value[Plan::kValueColumns / 8][4] = {};  // dV [64, kValueColumns]
     bool is_first = true;
+    // Of a box of which this warpgroup sees nothing dS is 0
+    const auto pass = [&] {
+      constexpr unsigned kZeros[kSteps][4] = {};
+      dq.share(kZeros);
+      if (!is_first) dq.make(key_columns, me);
+      dq.exchange.advance();
+      is_first = false;
+    };
 
-    while (me.begin_box()) {
+    int visibility = me.begin_box(me.look_at(me.boxes), pass);
+    while (visibility != kNone) {
+      asm volatile("" : "+r"(me.thread));  // what follows from it is not kept: registers are few
       const unsigned stage = me.boxes.slot();
       const unsigned qk = stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
       const unsigned vo = stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
       // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
       // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
       float logit[kTiles][4], grad_weight[kTiles][4], lse[2 * kTiles], delta[2 * kTiles];
-      const int visibility = me.visibility();
       const auto& statistics = smem.statistics[stage];
       read(statistics.lse[me.quad()].of_columns, lse);
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
@@ -213,12 +233,14 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       hold(grad_query);
       me.release_vo();
       if (!is_first) dq.store(grad_query, me.thread);
+      const int ahead = me.look_ahead();
       wait_for_products<0>();
       hold(grad_key);
       me.release_qk();
       me.end_box();
       dq.exchange.advance();
       is_first = false;
+      visibility = me.begin_box(ahead, pass);
     }
     float grad_query[QueryGradient<Plan>::kTiles][4];
     dq.wait();

@@ -65,6 +65,30 @@ struct Consumer {
       if (sees_box()) return true;
     return false;
   }
+  // The same with a call for every box that is about to be passed over. `visibility` is that of the
+  // current box, or kNone if there is none; returned is that of the box that is not passed over.
+  template <typename Pass>
+  __device__ int begin_box(int visibility, Pass pass) {
+    while (left > 0 && visibility == kNone) {
+      pass();
+      pass_over();
+      visibility = left > 0 ? look_at(boxes) : kNone;
+    }
+    return visibility;
+  }
+  // Waits for a box, and says what this warpgroup sees of it.
+  __device__ int look_at(Ring<Plan::kStages> box) const {
+    smem.qk_full[box.slot()].wait(box.parity());
+    return smem.visibility[box.slot()][w];
+  }
+  // The same of the next box, kNone if there is none. To be called while products are made: while
+  // they read shared memory, it takes hundreds of cycles.
+  __device__ int look_ahead() const {
+    static_assert(Plan::kStages > 1, "the next box is awaited while this one is held");
+    Ring<Plan::kStages> next = boxes;
+    next.advance();
+    return left > 1 ? look_at(next) : kNone;
+  }
   // The same beside a box that this warpgroup still holds, whose place is `held`. False also if
   // that place comes next: what is loaded there would wait for this warpgroup.
   __device__ bool begin_box_beside(Ring<Plan::kStages> held) {
@@ -74,7 +98,7 @@ struct Consumer {
   }
   __device__ bool sees_box() const {
     smem.qk_full[boxes.slot()].wait(boxes.parity());
-    return Plan::kSums || visibility() != kNone;
+    return visibility() != kNone;
   }
   // Of the current box. To be called early, if there is a register for it: while products read
   // shared memory, it takes hundreds of cycles.

@@ -199,7 +199,6 @@ __device__ void look_up(const HopperProblem<Plan::kRank>& problem, const Tile<Pl
 }
 
 // What the warpgroup that the lane looks after does with the box of columns that begins at `first`.
-// If kSums it passes over none, since all warpgroups multiply by the dS of all.
 template <typename Plan>
 __device__ Visibility visibility_of(const HopperProblem<Plan::kRank>& problem,
                                     const MaskTables<Plan>& tables, int lane,
@@ -213,7 +212,7 @@ __device__ Visibility visibility_of(const HopperProblem<Plan::kRank>& problem,
     none |= windows.misses(first[r], end);
     all &= windows.covers(first[r], end);
   }
-  return none && !Plan::kSums ? kNone : all ? kAll : kPartial;
+  return none ? kNone : all ? kAll : kPartial;
 }
 
 // Makes the words of the lane's coordinates for the box of columns that begins at `first`.

@@ -3,8 +3,8 @@
 // The latter follows from the largest magnitudes of the keys and values that queries may see
 // (sums/units.cuh). They are those of cells of queries, boxes whose lengths are powers of two: a
 // block looks at the keys of such a cell, and tells all cells of queries that may see one. Of a key
-// or value that is not finite it tells all queries whose boxes are multiplied by it: dQ of these
-// will be NaN.
+// or value that is not finite it tells all queries of all boxes that its tile loads, also where a
+// warpgroup passes over one of them: dQ of these will be NaN.
 //
 // blockIdx.x: a share of the sums and, below the number of cells, a cell of keys of one batch and
 // key head.

@@ -68,7 +68,7 @@ class WalkCounts(NamedTuple):
     loads: int
     """Pairs of a block and a box of columns that it loads."""
     visits: int
-    """Pairs of a warp and a box of columns that it does not skip. If `Pass.adds` none skips any."""
+    """Pairs of a warp and a box of columns that it does not skip."""
     full: int
     """Visits in which every column lies in the window of every row; in others some are masked.
 
@@ -169,11 +169,9 @@ def _count_walk(
         origin = np.repeat(low, warps)[: len(first)]
         whole = np.maximum((all_end - origin) // column_box + (origin - all_begin) // column_box, 0)
         if pass_.adds:
-            visits += groups * int(boxes.sum()) * warps
             whole[first + warp_box > length] = 0
-        else:
-            begin, end = (any_begin - origin) // column_box, (origin - any_end) // column_box
-            visits -= groups * int((begin + end).sum())
+        begin, end = (any_begin - origin) // column_box, (origin - any_end) // column_box
+        visits -= groups * int((begin + end).sum())
         full += groups * int(whole.sum())
     return WalkCounts(blocks, loads, visits, full, longest)
 

@@ -29,8 +29,8 @@ class Pass:
     adds: bool = False
     """Whether blocks add to sums of the columns that they have in common.
 
-    Then no warp skips a box. Boxes of columns begin where a block's window union does, but along
-    the last axis at the begin of a granule (`boxes.GRANULE`).
+    Then boxes of columns begin where a block's window union does, but along the last axis at the
+    begin of a granule (`boxes.GRANULE`).
     """
 
     moves: bool = False
