@@ -287,9 +287,7 @@ OF_CHUNK = Cycles(
     1 / 3400, logit=0.02, copy=0.0, box=1400, row=4.5, block=1000, mask=0.0, start=500
 )
 """Of tiles of few queries; `row` is of what the blocks of a cluster exchange."""
-OF_BACKWARD = Cycles(
-    1 / 2400, logit=0.0, copy=0.0, box=1_950, row=0.0, block=5_000, mask=0.05, start=20_000
-)
+OF_BACKWARD = Cycles(1 / 1570, logit=0.0, copy=0.0, box=800, row=0.0, block=13_000, mask=0.024)
 OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, mask=0.0491)
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
 OF_DKV_AHEAD = OF_DKV._replace(box=1_100)
