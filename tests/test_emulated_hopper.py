@@ -99,9 +99,13 @@ def test_outputs_agree_with_the_oracle_3d(tmp_path):
         ((BACKWARD,), (230,), 60, (72, 32)),
         ((BACKWARD,), (13, 21), (6, 9), (72, 32)),
         ((BACKWARD,), (5, 7, 12), (3, 4, 5), (72, 32)),
+        ((BACKWARD,), (330,), 130, (64, 40)),
+        ((BACKWARD,), (17, 21), (9, 9), (40, 64)),
+        ((BACKWARD,), (5, 9, 12), (3, 4, 5), (64, 64)),
         ((DQ, DKV), (390,), 60, (32, 32)),
     ],
-    ids=["sums 1-D", "sums 2-D", "sums 3-D", "dq+dkv"],
+    ids=[f"sums {kind}{rank}-D" for kind in ("", "of one line ") for rank in (1, 2, 3)]
+    + ["dq+dkv"],
 )
 def test_gradients_agree_with_the_oracle(way, tokens, kernel_size, dims, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "passes", lambda *_: way)

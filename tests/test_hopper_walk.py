@@ -328,22 +328,23 @@ def granules_of(problem, record):
 
 
 def granules_of_lane(problem, record, tile, head, begins, lane):
-    """`add_sums`: the first of the granules that a lane adds to, and how many."""
-    *box, last = record["column_box"].tolist()
-    run = last // GRANULE
-    if lane * last >= ROWS:
-        return 0, 0
-    inside = np.unravel_index(lane, box) if box else ()
-    *index, first = np.add(begins, [begin for begin, _ in tile.columns])
-    index = np.add(index, inside).astype(int).tolist()
+    """`add_sums`: which granules of a box a lane takes, and the first of those that it adds to."""
+    box = record["column_box"].tolist()
+    run = min(box[-1], ROWS) // GRANULE
+    column = lane * run * GRANULE
+    if column >= math.prod(box):
+        return range(0), 0
+    inside = np.add(begins, np.unravel_index(column, box))
+    *index, first = np.add(inside, [begin for begin, _ in tile.columns]).astype(int).tolist()
     if any(i >= n for i, n in zip(index, problem.tokens, strict=False)):
-        return 0, 0
+        return range(0), 0
     at = tile.batch * problem.heads + head
     for i, n in zip(index, problem.tokens, strict=False):
         at = at * n + i
     begin = int(first + record["granule_lead"]) // GRANULE
     granules = granules_of(problem, record)
-    return at * granules + begin, max(min(run, granules - begin), 0)
+    taken = range(lane * run, lane * run + min(run, granules - begin))
+    return taken, at * granules + begin
 
 
 def queries_of(problem, record, granule):
@@ -383,11 +384,10 @@ def test_contributions_go_to_the_sums_of_their_queries(data):
             )
             added = set()
             for lane in range(32):
-                first, granules = granules_of_lane(problem, record, tile, head, begins, lane)
-                for i in range(granules):
-                    box_granule = lane * (plan.column_box[-1] // GRANULE) + i
-                    rows = range(GRANULE * box_granule, GRANULE * (box_granule + 1))
-                    for row, query in zip(rows, rounded[first + i], strict=True):
+                taken, first = granules_of_lane(problem, record, tile, head, begins, lane)
+                for granule, added_to in zip(taken, rounded[first:], strict=False):
+                    rows = range(GRANULE * granule, GRANULE * (granule + 1))
+                    for row, query in zip(rows, added_to, strict=True):
                         if tokens[row] >= 0:
                             token = np.unravel_index(tokens[row], problem.tokens)
                             assert query == (tile.batch, head, tuple(map(int, token)))

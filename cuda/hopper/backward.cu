@@ -29,7 +29,7 @@ struct BackwardArguments : HiddenKeys<Plan> {
   unsigned* taken;  // 0 before the launch; see `begin_tiles`
 };
 
-// How a warpgroup makes its line of dQ, [64, 64] of a box of queries.
+// How a warpgroup makes its contribution to dQ of a box of queries, [64, 64] (`SumMemory`).
 template <typename Plan>
 struct QueryGradient {
   static constexpr int kTiles = kLineElements / 8;
@@ -70,14 +70,17 @@ struct QueryGradient {
     smem.grad_logit_full[exchange.before().slot()].wait(exchange.before().parity());
   }
 
-  // Issues dQ = dS K of the box before; `keys` is this warpgroup's line of the keys of all.
+  // Issues dQ = dS K of the box before; `keys` is the line of the keys of all that is multiplied.
   __device__ void issue(float (&grad_query)[kTiles][4], Descriptor keys, int row) {
-    const Descriptor grad_logits = rows_descriptor(shared_address(smem.grad_logit));
+    const int first = smem.first_query(w);
+    const Descriptor grad_logits = rows_descriptor(shared_address(smem.grad_logit[0][0][first]));
     constexpr int kSlot = sizeof(smem.grad_logit[0]) / kDescriptorBytes;
     multiply_transposed<typename Plan::Element, Plan::kWarpgroups, kLineElements>(
-        grad_query, grad_logits + exchange.before().slot() * kSlot, keys, sizeof(smem.row[0]));
+        grad_query, grad_logits + exchange.before().slot() * kSlot, sizeof(smem.grad_logit[0][0]),
+        keys, sizeof(smem.row[0]));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) units[half] = smem.units[place.slot()][row + 8 * half];
+    for (int half = 0; half < 2; ++half)
+      units[half] = smem.units[place.slot()][first + row + 8 * half];
   }
 
   // Hands dQ of the box before to `add_sums`, in units.
@@ -139,7 +142,11 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
                               int w) {
   using Element = typename Plan::Element;
   using Smem = SharedMemory<Plan>;
-  constexpr int kTiles = Plan::kColumns / 8, kSteps = Plan::kColumns / 16;
+  // dP^T of a box is made in parts of 64 columns: for more at once there are no registers
+  constexpr int kParts = Plan::kColumns / 64, kTiles = 8, kSteps = 4;
+  constexpr int kAllSteps = Plan::kColumns / 16;
+  constexpr int kPartAt = 64 * kLineBytes / kDescriptorBytes;
+  static_assert(kParts == 1 || Smem::kVoLines == 1, "parts of dO follow each other");
   Consumer<Plan> me(smem, w);
   QueryGradient<Plan> dq(smem, w, me.thread);
   const Descriptor rows_at = rows_descriptor(shared_address(smem.row));
@@ -149,8 +156,8 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       columns_descriptor(shared_address(smem.column_qk), sizeof(smem.column_qk[0][0]));
   const Descriptor grad_output_columns_at =
       columns_descriptor(shared_address(smem.column_vo), sizeof(smem.column_vo[0][0]));
-  const Descriptor key_columns_at =  // of this warpgroup's line
-      columns_descriptor(shared_address(smem.row[0][w]), sizeof(smem.row[0][0]));
+  const Descriptor key_columns_at =  // of the line that dQ is made of here
+      columns_descriptor(shared_address(smem.row[0][smem.sum_line(w)]), sizeof(smem.row[0][0]));
 
   unsigned numbers[2];  // of this thread's rows
 #pragma unroll
@@ -166,7 +173,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     bool is_first = true;
     // Of a box of which this warpgroup sees nothing dS is 0
     const auto pass = [&] {
-      constexpr unsigned kZeros[kSteps][4] = {};
+      constexpr unsigned kZeros[kAllSteps][4] = {};
       dq.share(kZeros);
       if (!is_first) dq.make(key_columns, me);
       dq.exchange.advance();
@@ -180,11 +187,13 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       const unsigned qk = stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes);
       const unsigned vo = stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes);
       // S^T = K Q^T, [64, kColumns] = [64, kHeadDim] [kColumns, kHeadDim]^T
-      // dP^T = V dO^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
-      float logit[kTiles][4], grad_weight[kTiles][4], lse[2 * kTiles], delta[2 * kTiles];
+      float logit[kParts][kTiles][4], lse[kParts][2 * kTiles], delta[4 * kAllSteps];
       const auto& statistics = smem.statistics[stage];
-      read(statistics.lse[me.quad()].of_columns, lse);
-      multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, keys, queries_at + qk);
+      const auto read_lse = [&](int part) {
+        read(statistics.lse[me.quad()].of_columns + 2 * kTiles * part, lse[part]);
+      };
+      read_lse(0);
+      multiply<Element, Plan::kHeadDim, Plan::kColumns>(flat(logit), keys, queries_at + qk);
       // Like `Consumer::look`, but with the words of all axes apart: to join them, they would be
       // waited for before dP^T is issued. With a mask there are no registers for that
       unsigned word[2][Plan::kRank];
@@ -197,10 +206,16 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       };
       if (!Plan::kKeyMask && visibility == kPartial) read_words();
       me.wait_for_vo();
-      multiply<Element, Plan::kValueDim, Plan::kColumns>(grad_weight, values, grad_outputs_at + vo);
+      // dP^T = V dO^T, [64, 64] = [64, kValueDim] [64, kValueDim]^T
+      float grad_weight[kParts][kTiles][4];
+      const auto multiply_part = [&](int part) {
+        multiply<Element, Plan::kValueDim, 64>(grad_weight[part], values,
+                                               grad_outputs_at + vo + part * kPartAt);
+      };
+      multiply_part(0);
       wait_for_products<1>();
-      hold(logit);
-      if (Plan::kSigned) multiply_by(logit, problem.sign);
+      hold(flat(logit));
+      if (Plan::kSigned) multiply_by(flat(logit), problem.sign);
       if (visibility == kPartial) {
         if (Plan::kKeyMask) read_words();
 #pragma unroll
@@ -208,19 +223,27 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
           unsigned seen = me.is_hidden(half) ? 0 : ~0u;
 #pragma unroll
           for (unsigned along : word[half]) seen &= along;
-          hide(logit, half, seen);
+          hide(flat(logit), half, seen);
         }
       }
-      exponentiate(logit, problem.scale, lse);  // P^T, in place of S^T
-      read(statistics.delta[me.quad()].of_columns, delta);
-      // dV += P^T dO, [64, kValueColumns] += [64, kColumns] [kColumns, kValueColumns]
-      unsigned weight[kSteps][4];  // P^T [64, kColumns]
-      pack_weights<Element>(logit, 0, weight);
-      accumulate<Element, Plan::kValueColumns>(grad_value, weight, grad_output_columns_at + vo);
+      unsigned weight[kParts][kSteps][4];  // P^T [64, kColumns]
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        exponentiate(logit[part], problem.scale, lse[part]);  // P^T, in place of S^T
+        if (part + 1 < kParts)
+          read_lse(part + 1);
+        else
+          read(statistics.delta[me.quad()].of_columns, delta);
+        // dV += P^T dO, [64, kValueColumns] += [64, 64] [64, kValueColumns]
+        pack_weights<Element>(logit[part], 0, weight[part]);
+        accumulate<Element, Plan::kValueColumns>(grad_value, weight[part],
+                                                 grad_output_columns_at + vo, 64 * part);
+        if (part + 1 < kParts) multiply_part(part + 1);
+      }
       wait_for_products<1>();
-      hold(grad_weight);
-      unsigned grad_logit[kSteps][4];  // dS^T [64, kColumns]
-      multiply_by_weights<Element>(grad_weight, weight, delta, grad_logit);
+      hold(flat(grad_weight));
+      unsigned grad_logit[kAllSteps][4];  // dS^T [64, kColumns]
+      multiply_by_weights<Element>(flat(grad_weight), flat(weight), delta, grad_logit);
       dq.share(grad_logit);
       // dQ of the box before; that of a tile's first box, of nothing, goes nowhere
       float grad_query[QueryGradient<Plan>::kTiles][4];  // [64, 64]

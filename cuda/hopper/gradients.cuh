@@ -6,13 +6,19 @@
 
 namespace cuneigh::hopper {
 
+// An array of arrays as one of all their elements.
+template <typename T, int kOuter, int kInner>
+__device__ auto flat(T (&array)[kOuter][kInner]) -> T (&)[kOuter * kInner] {
+  return reinterpret_cast<T(&)[kOuter * kInner]>(array);
+}
+
 // Reads numbers of the columns that a thread holds, two of each tile of 8. To be called early:
 // while products read shared memory, it takes hundreds of cycles.
 template <int kNumbers>
-__device__ void read(const float (&from)[kNumbers], float (&numbers)[kNumbers]) {
+__device__ void read(const float* from, float (&numbers)[kNumbers]) {
 #pragma unroll
   for (int i = 0; i < kNumbers; i += 4) {
-    const float4 four = reinterpret_cast<const float4&>(from[i]);
+    const float4 four = *reinterpret_cast<const float4*>(from + i);
     numbers[i] = four.x, numbers[i + 1] = four.y;
     numbers[i + 2] = four.z, numbers[i + 3] = four.w;
   }

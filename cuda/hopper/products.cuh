@@ -90,16 +90,16 @@ __device__ void store_transposed(const unsigned (&operand)[kSteps][4], unsigned 
 }
 
 // Issues product = left^T right, [kRows, kColumns] = [kTiles kRows, kRows]^T [kTiles kRows,
-// kColumns], from what `store_transposed` has written, tile after tile, and from tiles of rows that
-// lie `right_bytes` apart.
+// kColumns], from what `store_transposed` has written, in tiles that lie `left_bytes` apart, and
+// from tiles of rows that lie `right_bytes` apart.
 template <typename Element, int kTiles, int kColumns>
 __device__ void multiply_transposed(float (&product)[kColumns / 8][4], Descriptor left,
-                                    Descriptor right, int right_bytes) {
+                                    int left_bytes, Descriptor right, int right_bytes) {
   fence_registers();
 #pragma unroll
   for (int step = 0; step < kTiles * kRows / 16; ++step) {
     const int tile = step / 4, inside = step % 4;
-    const Descriptor a = left + (tile * kRows * kLineBytes + inside * 32) / kDescriptorBytes;
+    const Descriptor a = left + (tile * left_bytes + inside * 32) / kDescriptorBytes;
     const Descriptor b = right + (tile * right_bytes + inside * 16 * kLineBytes) / kDescriptorBytes;
     if (step == 0)
       Wgmma<kColumns, Element>::template shared_columns<false>(product, a, b);

@@ -28,7 +28,8 @@ __device__ void round_granule(const HopperProblem<Plan::kRank>& problem, const S
                               const View<float, Plan::kRank>& units,
                               const View<typename Plan::Element, Plan::kRank>& grad_query,
                               unsigned granule, int batch, int head) {
-  constexpr int kRank = Plan::kRank, kLines = Plan::kWarpgroups, kTiles = kLineElements / 8;
+  constexpr int kRank = Plan::kRank, kTiles = kLineElements / 8;
+  constexpr int kLines = SumMemory<Plan>::kSumLines;
   const int lane = threadIdx.x % 32, granules = granules_of(problem);
   int token[kRank];
   token[kRank - 1] = int(granule % granules) * kGranule - problem.granule_lead + lane / 4;

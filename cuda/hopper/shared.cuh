@@ -95,17 +95,26 @@ constexpr bool kMayOverflow = Plan::kSums && kSame<typename Plan::Element, float
 // since a warpgroup may be ahead of the others, and the units that queries are counted in, of as
 // many boxes as may be at work: those of all stages, and the one before, whose contribution is not
 // made yet.
+//
+// A contribution is dQ of 64 queries, a line of it. Of vectors of two lines each warpgroup makes
+// one of all 64 queries of a box; of vectors of one line, that of half of its 128 queries.
 template <typename Plan, bool kSums = Plan::kSums>
 struct SumMemory {};
 template <typename Plan>
 struct SumMemory<Plan, true> {
-  static_assert(Plan::kWarpgroups == 2 && Plan::kColumns == kRows && lines_of(Plan::kHeadDim) == 2,
-                "dS of a warpgroup and a box is a tile of lines, and so is its dQ");
+  static constexpr int kSumLines = lines_of(Plan::kHeadDim);
+  static_assert(Plan::kWarpgroups == 2 && Plan::kColumns * kSumLines == 2 * kRows,
+                "a warpgroup makes dQ of 64 queries, a line of it");
   static_assert(Plan::kStages < kUnitSlots, "units of the box before are still needed");
 
-  typename Plan::Element grad_logit[2][Plan::kWarpgroups][kRows][kLineElements];  // [queries, keys]
+  // [queries, keys] of each warpgroup
+  typename Plan::Element grad_logit[2][Plan::kWarpgroups][Plan::kColumns][kLineElements];
   int4 sum[Plan::kWarpgroups][kRows / kGranule][kGranuleParts][32];  // of dQ: as a lane has it
-  float units[kUnitSlots][kRows];                                    // of queries
+  float units[kUnitSlots][Plan::kColumns];                           // of queries
+
+  // What the contribution of warpgroup `w` is: its line, and the first of its queries in a box.
+  __device__ static int sum_line(int w) { return kSumLines == 2 ? w : 0; }
+  __device__ static int first_query(int w) { return kSumLines == 2 ? 0 : w * kRows; }
 };
 
 template <typename Plan>

@@ -49,8 +49,8 @@ __device__ void lose(const View<float, Plan::kRank>& units, const SharedMemory<P
   }
 }
 
-// One warp: adds this block's contributions to the sums, those of each warpgroup to its line of dQ.
-// A lane takes the granules of a box that are neighbors along the last axis.
+// One warp: adds this block's contributions to the sums. A lane takes granules of a contribution
+// that are neighbors along the last axis.
 template <typename Plan>
 __device__ void add_sums(const Sums& sums, const View<float, Plan::kRank>& units,
                          SharedMemory<Plan>& smem) {
@@ -60,29 +60,35 @@ __device__ void add_sums(const Sums& sums, const View<float, Plan::kRank>& units
   Ring<kUnitSlots> box;
   for_each_tile<true>(smem, [&](const Tile<kRank>& tile) {
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
-      const int lane = threadIdx.x % 32, run = problem.column_box[kLast] / kGranule;
+      constexpr int kOfSum = kRows / kGranule;  // granules of a contribution
+      const int lane = threadIdx.x % 32,
+                run = smaller(problem.column_box[kLast] / kGranule, kOfSum);
       const unsigned heads = problem.head_groups.divisor * problem.group_size.divisor;
       unsigned long long at = tile.batch * heads + head;
       const int column = lane * run * kGranule;
+      const auto index = [&](int r) {
+        const int inside = smem.mask.place.along(problem, r, column % Plan::kColumns);
+        return tile.columns[r].begin + first[r] + inside;
+      };
       bool exists = column < Plan::kColumns;
 #pragma unroll
       for (int r = 0; r < kLast; ++r) {
-        const int inside = smem.mask.place.along(problem, r, column % Plan::kColumns);
-        const int index = tile.columns[r].begin + first[r] + inside;
-        exists &= index < problem.axes[r].length;
-        at = at * problem.axes[r].length + index;
+        exists &= index(r) < problem.axes[r].length;
+        at = at * problem.axes[r].length + index(r);
       }
       const int granules = granules_of(problem);
-      const int begin =
-          (tile.columns[kLast].begin + first[kLast] + problem.granule_lead) / kGranule;
+      const int begin = (index(kLast) + problem.granule_lead) / kGranule;
       const int count = smaller(run, granules - begin);
       int4* sum = sums.sum + (at * granules + begin) * kGranuleInt4s;
+      exists &= count > 0;
 #pragma unroll
-      for (int w = 0; w < Plan::kWarpgroups; ++w, sum += sums.granules * kGranuleInt4s) {
+      for (int w = 0; w < Plan::kWarpgroups; ++w) {
         smem.sum_full[w].wait(ring.parity());
         fence_shared();  // here, since consumers have no time for it
-        if (exists && count > 0)
-          add_bulk(sum, shared_address(smem.sum[w][lane * run]), count * sizeof(smem.sum[w][0]));
+        const int granule = lane * run - smem.first_query(w) / kGranule;  // of the contribution
+        if (exists && 0 <= granule && granule < kOfSum)
+          add_bulk(sum + smem.sum_line(w) * sums.granules * kGranuleInt4s,
+                   shared_address(smem.sum[w][granule]), count * sizeof(smem.sum[w][0]));
         commit_bulk();
       }
       if constexpr (kMayOverflow<Plan>) {

@@ -14,13 +14,13 @@ from cuneigh import _jit
 from cuneigh._backends.hopper.choice import NAME, make_plan, passes
 from cuneigh._backends.hopper.forms import forms_of
 from cuneigh._backends.hopper.plan import (
-    LINE,
     ROWS,
     Division,
     Form,
     HopperPlan,
     count_seen_boxes,
     division,
+    granule_sums,
     has_masked_columns,
     is_dilated,
     multiplies_ahead,
@@ -37,7 +37,7 @@ from cuneigh._device import Device
 from cuneigh._gpu import sums
 from cuneigh._gpu.announce import announce
 from cuneigh._gpu.arrays import Array
-from cuneigh._gpu.boxes import GRANULE, Box, count_walk, granule_lead
+from cuneigh._gpu.boxes import Box, count_walk, granule_lead
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, JVP, Pass
 from cuneigh._gpu.program import Program
 from cuneigh._gpu.records import (
@@ -206,7 +206,7 @@ def _prepare(program: Program, problem: Problem, operands: Operands) -> _Sums:
     plan = make_plan(problem, program.device, BACKWARD)
     shifts, heads = shifts_of(problem), problem.batch * problem.kv_heads
     granules = sum_granules(problem, _lead(problem, plan))
-    of_dq = program.allocate((granules * 2 * GRANULE * LINE,), "float32")
+    of_dq = program.allocate((granules * granule_sums(problem),), "float32")
     size = 2 * heads * _cells(problem.tokens, shifts)
     zeros = program.zeros((size + heads + 3,), COUNTER)
     units = sums.Units(program.allocate(problem.lse.shape, "float32"), zeros, shifts)

@@ -76,15 +76,15 @@ def ways(problem: Problem) -> list[tuple[Pass, ...]]:
     """The ways to compute an operation: the passes of each, in their order.
 
     One kernel for all gradients has five products where two kernels have seven, but needs the whole
-    layout without dilation, and cannot have additional keys, which are no rows. Of short vectors
-    what it adds to sums takes longer than two products (bench/NOTES.md).
+    layout without dilation, and cannot have additional keys, which are no rows. It makes whole
+    lines of dQ, of which vectors of up to 32 elements would fill half at most.
     """
     if problem.operation == "forward":
         return [(FORWARD,)]
     if problem.operation == "jvp":
         return [(JVP,)]
     whole = not (has_parts(problem) or is_dilated(problem) or problem.additional)
-    if whole and problem.head_dim > LINE:
+    if whole and (problem.head_dim > LINE or (problem.head_dim > 32 and problem.value_dim <= LINE)):
         return [(BACKWARD,), (DQ, DKV)]
     return [(DQ, DKV)]
 
@@ -122,7 +122,7 @@ def most_warpgroups(problem: Problem, pass_: Pass) -> int:
 def form_of(problem: Problem, device: Device, pass_: Pass, warpgroups: int) -> Form:
     """The form for these dimensions: as much of shared memory as there is holds boxes."""
     longest = max(problem.head_dim, problem.value_dim)
-    columns = 128 if longest <= {FORWARD: 128, JVP: 64}.get(pass_, 0) else 64
+    columns = 128 if longest <= {FORWARD: 128, JVP: 64, BACKWARD: 64}.get(pass_, 0) else 64
     form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
     # Where warpgroups read each other's rows, those of a tile come together
     slots = warpgroups if pass_.adds else 1
@@ -181,7 +181,7 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     if pass_.adds:
         # SumMemory: dS of all warpgroups, of two boxes; a contribution to dQ; units of four boxes
         rows = form.warpgroups * ROWS
-        size += 2 * rows * 128 + ROWS * 4 * 2 * LINE + 4 * 4 * ROWS
+        size += 2 * rows * form.columns * 2 + rows * 4 * LINE + 4 * 4 * form.columns
     # MaskTables: words, prefixes, their bases, numbers, coordinates, window unions, hidden rows,
     # places of columns; what is empty takes a byte
     size += 16 * form.stages * (coordinates + masked)
@@ -231,9 +231,14 @@ def sum_granules(problem: Problem, lead: int) -> int:
     return problem.batch * problem.heads * math.prod(others) * math.ceil((last + lead) / GRANULE)
 
 
+def granule_sums(problem: Problem) -> int:
+    """Sums of dQ of a granule: those of whole lines."""
+    return GRANULE * math.ceil(problem.head_dim / LINE) * LINE
+
+
 def sum_bytes(problem: Problem) -> int:
-    """Bytes of the sums of dQ, at most: 4 for each of the elements of two lines."""
-    return sum_granules(problem, GRANULE - 1) * GRANULE * 2 * LINE * 4
+    """Bytes of the sums of dQ, at most."""
+    return sum_granules(problem, GRANULE - 1) * granule_sums(problem) * 4
 
 
 def takes_first_axis_first(problem: Problem, plan: HopperPlan) -> bool:
@@ -288,6 +293,10 @@ OF_CHUNK = Cycles(
 )
 """Of tiles of few queries; `row` is of what the blocks of a cluster exchange."""
 OF_BACKWARD = Cycles(1 / 1570, logit=0.0, copy=0.0, box=800, row=0.0, block=13_000, mask=0.024)
+OF_SHORT_BACKWARD = Cycles(
+    1 / 3000, logit=0.0, copy=0.0, box=2_800, row=0.0, block=15_000, mask=0.02, start=20_000
+)
+"""Of vectors of at most 64 elements."""
 OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, mask=0.0491)
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
 OF_DKV_AHEAD = OF_DKV._replace(box=1_100)
@@ -306,6 +315,7 @@ class Rates(NamedTuple):
     middle: Cycles = MIDDLE
     long: Cycles = LONG
     chunk: Cycles = OF_CHUNK
+    short_backward: Cycles = OF_SHORT_BACKWARD
     backward: Cycles = OF_BACKWARD
     dq: Cycles = OF_DQ
     dkv: Cycles = OF_DKV
@@ -319,9 +329,11 @@ class Rates(NamedTuple):
             return self.chunk
         if multiplies_ahead(problem, form, pass_):
             return self.dkv_ahead
-        if pass_ in (BACKWARD, DQ, DKV):
-            return {BACKWARD: self.backward, DQ: self.dq, DKV: self.dkv}[pass_]
+        if pass_ in (DQ, DKV):
+            return self.dq if pass_ == DQ else self.dkv
         longest = max(problem.head_dim, problem.value_dim)
+        if pass_ == BACKWARD:
+            return self.short_backward if longest <= 64 else self.backward
         if pass_ == JVP:
             return self.short_jvp if longest <= 64 else self.jvp
         return self.short if longest <= 64 else self.middle if longest <= 128 else self.long
