@@ -99,7 +99,7 @@ PEER_NAMES = {
 
 
 def comparisons(results: Any, peers: Any) -> list[Comparison]:
-    """Every case and kind of the chosen backend."""
+    """Every case and kind of the chosen backend, beside `peers` and cuDNN of the same run."""
     found = []
     for case, by_backend in results["cases"].items():
         for kind in KINDS:
@@ -108,15 +108,16 @@ def comparisons(results: Any, peers: Any) -> list[Comparison]:
                 continue
             figure = by_backend[backend][kind]
             ms = min(figure["ms"], figure["graph_ms"])
-            of_peers = peers["cases"].get(case, {}).get(kind, {})
-            best, name = of_peers.get("best_peer_ms"), ""
-            if best is not None:
-                times = {
-                    peer: min(entry["ms"], entry.get("graph_ms", math.inf))
-                    for peer, entry in of_peers["peers"].items()
-                }
-                name = _peer_name(min(times, key=lambda peer: times[peer]))
-            found.append(Comparison(case, kind, ms, backend, best, name))
+            measured = dict(peers["cases"].get(case, {}).get(kind, {}).get("peers", {}))
+            if kind in by_backend.get("cudnn", {}):
+                measured["cudnn in this run"] = by_backend["cudnn"][kind]
+            times = {
+                peer: min(entry["ms"], entry.get("graph_ms", math.inf))
+                for peer, entry in measured.items()
+            }
+            best = min(times, key=lambda peer: times[peer], default=None)
+            peer_ms, name = (None, "") if best is None else (times[best], _peer_name(best))
+            found.append(Comparison(case, kind, ms, backend, peer_ms, name))
     return found
 
 

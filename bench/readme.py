@@ -288,9 +288,9 @@ def of_memory() -> str:
     return (
         f"## Memory\n\nPeak of a call of `fused`, results included, in MiB: {results['heads']} "
         f"heads, D = {results['dim']}, bfloat16, window 24x24. A forward takes\nits output and lse "
-        "and nothing else, a backward the gradients and 8 bytes for each query and head; at head "
-        "dims from 72 to 128,\n`hopper` also has 516 bytes for each, where it computes all "
-        "gradients at once.\n"
+        "and nothing else, a backward the gradients and 8 bytes for each query and head; where "
+        "`hopper`\ncomputes all gradients at once it also has 260 bytes for each, 516 at head dims "
+        "over 64.\n"
         + source(results, "memory.json", "bench/memory.py")
         + "\n\n![](figures/memory.png)\n\n"
         + table(columns, rows)

@@ -4,14 +4,15 @@
 //   S^T = K Q^T, dP^T = V dO^T, P^T and dS^T, dV += P^T dO, dQ = dS K, dK += dS^T Q,
 // and multiplies dK by the scale in the end. The transposed weights stay in registers: they are
 // left operands of dV and dK. For dQ the warpgroups meet: each writes its dS to shared memory, and
-// makes its columns of dQ from the dS and the keys of both. Producers add that to sums in memory
-// (sums.cuh). The last blocks to begin round these sums, which gives dQ (rounding.cuh).
+// makes its part of dQ, half of the columns or of the queries (`SumMemory`), from the dS and the
+// keys of both. Producers add that to sums in memory (sums.cuh). The last blocks to begin round
+// these sums, which gives dQ (rounding.cuh).
 //
 // The probabilities are computed while dP^T is, dS^T while dV is. dQ is that of the box before: by
 // then the other warpgroup has written its dS, though it may be half a box behind, which is where
 // it fills the gaps that this one leaves to the tensor cores. A warpgroup that sees nothing of a
-// box shares zeros, and makes its columns of dQ only. dQ leaves while dK is made; dK and dV leave
-// at the end of a tile, through the memory of contributions. Producers have their own roles
+// box shares zeros, and makes its part of dQ only. dQ leaves while dK is made; dK and dV leave at
+// the end of a tile, through the memory of contributions. Producers have their own roles
 // (producers.cuh); tiles and barriers are those of the forward pass (forward.cu).
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"

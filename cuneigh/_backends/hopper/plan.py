@@ -77,7 +77,8 @@ def ways(problem: Problem) -> list[tuple[Pass, ...]]:
 
     One kernel for all gradients has five products where two kernels have seven, but needs the whole
     layout without dilation, and cannot have additional keys, which are no rows. It makes whole
-    lines of dQ, of which vectors of up to 32 elements would fill half at most.
+    lines of dQ, of which vectors of up to 32 elements would fill half at most; where a line is all
+    of dQ, it takes 128 queries at once, for which it has room if a line is all of dO, too.
     """
     if problem.operation == "forward":
         return [(FORWARD,)]
@@ -179,7 +180,7 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
     size = 128 * lines
     size += form.stages * (8 * form.columns + 128 if pass_.rows_are_keys else 16)  # statistics
     if pass_.adds:
-        # SumMemory: dS of all warpgroups, of two boxes; a contribution to dQ; units of four boxes
+        # SumMemory: dS of all warpgroups, of two boxes; contributions to dQ; units of four boxes
         rows = form.warpgroups * ROWS
         size += 2 * rows * form.columns * 2 + rows * 4 * LINE + 4 * 4 * form.columns
     # MaskTables: words, prefixes, their bases, numbers, coordinates, window unions, hidden rows,
