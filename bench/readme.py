@@ -72,8 +72,21 @@ def speed() -> str:
     return (
         f"How many times as fast as the fastest of NATTEN 0.21, FlexAttention, FlashAttention-4 "
         f"and cuDNN, in bfloat16 on one\n{gpu}: {' and '.join(means)}, as geometric means of "
-        f"{cases} problems.\n{' '.join(slower) or 'It is nowhere slower.'}\n"
+        f"{cases} problems.\n{' '.join(slower) or 'It is nowhere slower.'}\n{beside_one()}"
     )
+
+
+def beside_one() -> str:
+    """Where FlashAttention-4 was ahead on the same GPU, by turns."""
+    ahead = []
+    for case, by_kind in result("beside.json")["cases"].items():
+        for kind, title in figures.KINDS.items():
+            ratio = min(each["ratio"] for each in by_kind[kind].values())
+            if round(ratio, 2) < 1:
+                ahead.append(f"{case} {title} ({ratio:.2f})")
+    if not ahead:
+        return ""
+    return f"GPUs differ; by turns on one, FlashAttention-4 was ahead on {', '.join(ahead)}.\n"
 
 
 def plan_scene() -> Scene:

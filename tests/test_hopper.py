@@ -339,9 +339,12 @@ def test_the_kernel_of_all_gradients_does_not_spill_with_a_mask_and_a_negative_s
     """Which come with dilation and additional keys above; this kernel takes neither."""
     kernels = []
     for tokens, scale in (((4096,), -1.0), ((64, 64), 1.0), ((16, 16, 16), -1.0)):
-        problem = long_windows(tokens, 8, operation="backward", scale=scale, has_key_mask=True)
-        (form,) = forms_of(problem, H200, BACKWARD)
-        kernels.append(launch.kernel(problem, form, BACKWARD))
+        for dim in (64, 128):
+            problem = long_windows(
+                tokens, 8, operation="backward", dim=dim, scale=scale, has_key_mask=True
+            )
+            (form,) = forms_of(problem, H200, BACKWARD)
+            kernels.append(launch.kernel(problem, form, BACKWARD))
     for compiled in _jit.precompile(kernels, ["sm_90a"], tmp_path).values():
         assert compiled.resources.spill_stores + compiled.resources.spill_loads == 0
         assert compiled.resources.advice == ()
@@ -366,7 +369,8 @@ def test_gradients_of_keys_that_multiply_ahead_do_not_spill(tmp_path):
         (long_windows((1 << 20,)), 139 << 30, (BACKWARD,)),
         (long_windows((1 << 20,)), 80 << 30, (DQ, DKV)),  # sums of 4 GiB
         (long_windows(), 0, (DQ, DKV)),
-        (long_windows(dim=64), 139 << 30, (DQ, DKV)),
+        (long_windows((16384,), 2048, dim=64), 139 << 30, (BACKWARD,)),
+        (long_windows((16384,), 2048, dim=32), 139 << 30, (DQ, DKV)),
         (long_windows(additional=100), 139 << 30, (DQ, DKV)),
         (dilated(2), 139 << 30, (DQ, DKV)),
         (long_windows((256, 256), 80), 139 << 30, (BACKWARD,)),

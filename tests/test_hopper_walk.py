@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cuneigh._backends.hopper.choice import make_plan
 from cuneigh._backends.hopper.launch import _record, divisor
 from cuneigh._backends.hopper.plan import (
+    LINE,
     ROWS,
     Division,
     count,
@@ -327,12 +328,27 @@ def granules_of(problem, record):
     return -(-(problem.tokens[-1] + int(record["granule_lead"])) // GRANULE)
 
 
-def granules_of_lane(problem, record, tile, head, begins, lane):
-    """`add_sums`: which granules of a box a lane takes, and the first of those that it adds to."""
+class Contribution(NamedTuple):
+    """`SumMemory`: dQ of 64 queries of a box, a line of it."""
+
+    line: int
+    first_query: int
+
+
+def contributions_to(problem):
+    """Those of each warpgroup."""
+    if problem.head_dim > LINE:
+        return [Contribution(line, 0) for line in (0, 1)]
+    return [Contribution(0, first) for first in (0, ROWS)]
+
+
+def granules_of_lane(problem, record, tile, head, begins, lane, contribution):
+    """`add_sums`: the granules of a contribution that a lane takes, and the first it adds to."""
     box = record["column_box"].tolist()
     run = min(box[-1], ROWS) // GRANULE
     column = lane * run * GRANULE
-    if column >= math.prod(box):
+    granule = lane * run - contribution.first_query // GRANULE
+    if column >= math.prod(box) or not 0 <= granule < ROWS // GRANULE:
         return range(0), 0
     inside = np.add(begins, np.unravel_index(column, box))
     *index, first = np.add(inside, [begin for begin, _ in tile.columns]).astype(int).tolist()
@@ -343,8 +359,7 @@ def granules_of_lane(problem, record, tile, head, begins, lane):
         at = at * n + i
     begin = int(first + record["granule_lead"]) // GRANULE
     granules = granules_of(problem, record)
-    taken = range(lane * run, lane * run + min(run, granules - begin))
-    return taken, at * granules + begin
+    return range(granule, granule + min(run, granules - begin)), at * granules + begin
 
 
 def queries_of(problem, record, granule):
@@ -362,9 +377,11 @@ def queries_of(problem, record, granule):
 
 @given(data=st.data())
 def test_contributions_go_to_the_sums_of_their_queries(data):
-    problem = data.draw(supported(("backward",), most_tokens=300, dims=ALL_DIMS))
+    dims = tuple((n, m) for n, m in ALL_DIMS if n > LINE or (n > 32 and m <= LINE))
+    problem = data.draw(supported(("backward",), most_tokens=300, dims=dims))
     axes = tuple(replace(axis, dilation=1) for axis in problem.axes)
     problem = replace(problem, additional=None, axes=axes)
+    assert any(BACKWARD in way for way in ways(problem))
     plan = data.draw(st.sampled_from(plans(problem, BACKWARD)))
     work = division(problem, plan, H200, BACKWARD)
     assert work.parts == 1
@@ -382,17 +399,19 @@ def test_contributions_go_to_the_sums_of_their_queries(data):
             tokens = token_numbers(
                 axes, problem.tokens, groups, begins + begin_of_tile, plan.column_box
             )
-            added = set()
-            for lane in range(32):
-                taken, first = granules_of_lane(problem, record, tile, head, begins, lane)
+            added = Counter()
+            for lane, mine in itertools.product(range(32), contributions_to(problem)):
+                taken, first = granules_of_lane(problem, record, tile, head, begins, lane, mine)
                 for granule, added_to in zip(taken, rounded[first:], strict=False):
-                    rows = range(GRANULE * granule, GRANULE * (granule + 1))
-                    for row, query in zip(rows, added_to, strict=True):
+                    begin = mine.first_query + GRANULE * granule
+                    for row, query in zip(range(begin, begin + GRANULE), added_to, strict=True):
                         if tokens[row] >= 0:
                             token = np.unravel_index(tokens[row], problem.tokens)
                             assert query == (tile.batch, head, tuple(map(int, token)))
-                            added.add(row)
-            assert added == set(np.flatnonzero(tokens >= 0).tolist()), "every query gets its part"
+                            added[row, mine.line] += 1
+            lines = range(math.ceil(problem.head_dim / LINE))
+            wanted = itertools.product(np.flatnonzero(tokens >= 0).tolist(), lines)
+            assert added == Counter(wanted), "every query gets each line once"
 
 
 @pytest.mark.parametrize("columns", [64, 128])

@@ -45,10 +45,11 @@ def kernels(
 def main() -> None:
     print(_compiler.version())
     # Of each pass the kernel that needs the most registers: three axes, dilated, long vectors, a
-    # mask; that of all gradients, for one axis without dilation, beside kernels of fewer axes; and
+    # mask; those of all gradients, which take no dilation, of long and short vectors; and
     # one that leaves its producers few registers
     heaviest = [kernel for each in hopper.LONGEST for kernel in kernels(each, 3, 128, 2)]
-    of_all = [each for each in kernels("backward", 1, 128, 1) if "kSums = true" in each.plan]
+    candidates = [*kernels("backward", 1, 128, 1), *kernels("backward", 3, 64, 1)]
+    of_all = [each for each in candidates if "kSums = true" in each.plan]
     found = kernels("backward", 2, 128, 1, has_mask=False)
     ahead = [each for each in found if "kAhead = true" in each.plan]
     assert ahead
