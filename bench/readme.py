@@ -59,34 +59,41 @@ def speed() -> str:
     """How fast the case set is beside its peers, and where it is slower."""
     results = result("h200.json")
     found = comparisons(results, json.loads(PEERS.read_text(encoding="utf-8")))
-    means, slower = [], []
+    means, slower = [], {}
     for kind, title in figures.KINDS.items():
         of_kind = [each for each in found if each.kind == kind and each.ratio is not None]
         means.append(f"{geomean([e.ratio for e in of_kind]):.2f} {title}")
-        behind = [each for each in of_kind if each.ratio < 1]
-        if behind:
-            named = ", ".join(f"{each.case} ({each.ratio:.2f})" for each in behind)
-            slower.append(f"**It is slower** {title} on {named}.")
+        slower[title] = {each.case: each.ratio for each in of_kind if each.ratio < 1}
     cases = len({each.case for each in found if each.ratio is not None})
     gpu = results["gpu"].removeprefix("NVIDIA ")
+    behind = f"**It is slower** {named(slower)}." if named(slower) else "It is nowhere slower."
+    if ahead := named(slower_on_one_gpu()):
+        behind += f" GPUs differ: by turns on one, FlashAttention-4 is ahead {ahead}."
     return (
         f"How many times as fast as the fastest of NATTEN 0.21, FlexAttention, FlashAttention-4 "
         f"and cuDNN, in bfloat16 on one\n{gpu}: {' and '.join(means)}, as geometric means of "
-        f"{cases} problems.\n{' '.join(slower) or 'It is nowhere slower.'}\n{beside_one()}"
+        f"{cases} problems.\n{behind}\n"
     )
 
 
-def beside_one() -> str:
-    """Where FlashAttention-4 was ahead on the same GPU, by turns."""
-    ahead = []
+def named(ratios: dict[str, dict[str, float]]) -> str:
+    """The cases of each kind, and how many times as fast."""
+    return ", and ".join(
+        f"{title} on {', '.join(f'{case} ({ratio:.2f})' for case, ratio in by_case.items())}"
+        for title, by_case in ratios.items()
+        if by_case
+    )
+
+
+def slower_on_one_gpu() -> dict[str, dict[str, float]]:
+    """The cases of each kind where FlashAttention-4 was ahead on the same GPU."""
+    behind: dict[str, dict[str, float]] = {title: {} for title in figures.KINDS.values()}
     for case, by_kind in result("beside.json")["cases"].items():
         for kind, title in figures.KINDS.items():
             ratio = min(each["ratio"] for each in by_kind[kind].values())
             if round(ratio, 2) < 1:
-                ahead.append(f"{case} {title} ({ratio:.2f})")
-    if not ahead:
-        return ""
-    return f"GPUs differ; by turns on one, FlashAttention-4 was ahead on {', '.join(ahead)}.\n"
+                behind[title][case] = ratio
+    return behind
 
 
 def plan_scene() -> Scene:
