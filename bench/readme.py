@@ -168,7 +168,8 @@ def of_cases() -> str:
         "## The case set\n\nA call without a backend's name in bfloat16, in ms, beside the fastest "
         "of NATTEN 0.21, FlexAttention, FlashAttention-4\nand cuDNN, each at its best "
         "(`bench/peers-h200.json` has all their times; FlashAttention-4's kernel alone, on tokens\n"
-        "already in the order that it wants). The problems are in `bench/cases.json`.\n"
+        "already in the order that it wants), and, where every query sees every key, cuDNN in the "
+        "same run. The problems\nare in `bench/cases.json`.\n"
         + source(results, "h200.json", "bench/h200.py")
         + "\n\n![](figures/speedup.png)\n\n"
         + table(columns, rows)
@@ -196,10 +197,6 @@ def beside_flash() -> str:
         "Block-sparse: on tokens already in\nthe order of its tiles, or with the permutations of "
         "all arrays.\n"
         + source(results, "beside.json", "bench/beside.py")
-        + "".join(
-            f"\n{case}: commit {about['commit']}, in a run of its own."
-            for case, about in results.get("measured apart", {}).items()
-        )
         + "\n\n"
         + table(columns, rows)
     )

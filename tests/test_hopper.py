@@ -268,6 +268,8 @@ COMPILED = [
     ("forward", 3, "bfloat16", 64, 128, 1),
     ("forward", 1, "float16", 128, 64, 0),
     ("backward", 1, "bfloat16", 32, 96, 0),
+    ("backward", 1, "bfloat16", 64, 64, 0),
+    ("backward", 3, "bfloat16", 64, 64, 0),
     ("jvp", 1, "float16", 64, 64, 0),
     ("jvp", 3, "bfloat16", 128, 128, 1),
 ]

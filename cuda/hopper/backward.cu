@@ -144,8 +144,9 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
   using Element = typename Plan::Element;
   using Smem = SharedMemory<Plan>;
   // dP^T of a box is made in parts of 64 columns: for more at once there are no registers
-  constexpr int kParts = Plan::kColumns / 64, kTiles = 8, kSteps = 4;
-  constexpr int kAllSteps = Plan::kColumns / 16;
+  constexpr int kParts = Plan::kColumns / 64;
+  constexpr int kTiles = 8, kSteps = 4;           // of a part
+  constexpr int kAllSteps = Plan::kColumns / 16;  // of a box
   constexpr int kPartAt = 64 * kLineBytes / kDescriptorBytes;
   static_assert(kParts == 1 || Smem::kVoLines == 1, "parts of dO follow each other");
   Consumer<Plan> me(smem, w);

@@ -61,8 +61,8 @@ __device__ void add_sums(const Sums& sums, const View<float, Plan::kRank>& units
   for_each_tile<true>(smem, [&](const Tile<kRank>& tile) {
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
       constexpr int kOfSum = kRows / kGranule;  // granules of a contribution
-      const int lane = threadIdx.x % 32,
-                run = smaller(problem.column_box[kLast] / kGranule, kOfSum);
+      const int lane = threadIdx.x % 32;
+      const int run = smaller(problem.column_box[kLast] / kGranule, kOfSum);
       const unsigned heads = problem.head_groups.divisor * problem.group_size.divisor;
       unsigned long long at = tile.batch * heads + head;
       const int column = lane * run * kGranule;
