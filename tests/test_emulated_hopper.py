@@ -106,9 +106,12 @@ def test_outputs_agree_with_the_oracle_3d(tmp_path):
         ((BACKWARD,), (17, 21), (9, 9), (40, 64)),
         ((BACKWARD,), (5, 9, 12), (3, 4, 5), (64, 64)),
         ((DQ, DKV), (390,), 60, (32, 32)),
+        ((DQ, DKV), (230,), 90, (136, 136)),
+        ((DQ, DKV), (9, 21), (6, 9), (72, 200)),
+        ((DQ, DKV), (130,), 50, (256, 256)),
     ],
     ids=[f"sums {kind}{rank}-D" for kind in ("", "of one line ") for rank in (1, 2, 3)]
-    + ["dq+dkv"],
+    + ["dq+dkv", *(f"dq+dkv of long vectors, {lines}" for lines in ("6 lines", "2-D", "8 lines"))],
 )
 def test_gradients_agree_with_the_oracle(way, tokens, kernel_size, dims, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "passes", lambda *_: way)

@@ -58,7 +58,7 @@ def test_parts_and_masks_agree_with_the_oracle(operation, data, rng):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("dims", [(64, 64), (128, 96)])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 96), (256, 192)])
 @pytest.mark.parametrize(
     ("tokens", "kernel_size", "dilation"),
     [((400,), 150, 1), ((300,), 120, 2), ((20, 22), (9, 10), 1), ((6, 9, 10), (3, 5, 5), 1)],

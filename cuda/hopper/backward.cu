@@ -50,13 +50,13 @@ struct QueryGradient {
   // Writes dS of the current box, given this thread's part of dS^T [64, kColumns].
   template <int kSteps>
   __device__ void share(const unsigned (&grad_logit)[kSteps][4]) {
-    smem.grad_logit_empty[exchange.slot()].wait(exchange.parity() ^ 1);
+    smem.exchange_empty[exchange.slot()].wait(exchange.parity() ^ 1);
     store_transposed(grad_logit, transposed + exchange.slot() * sizeof(smem.grad_logit[0]));
     if constexpr (kMayOverflow<Plan>)
       if (!are_finite(grad_logit))
         smem.overflows[Ring<kUnitSlots>{exchange.position}.slot()] = true;
     fence_shared();
-    smem.grad_logit_full[exchange.slot()].arrive_as_warp();
+    smem.exchange_full[exchange.slot()].arrive_as_warp();
   }
 
   // Until there is room for the next contribution. Before it is stored, the part of a warp, 16 rows
@@ -68,7 +68,7 @@ struct QueryGradient {
 
   // Until all warpgroups have shared dS of the box before.
   __device__ void wait() const {
-    smem.grad_logit_full[exchange.before().slot()].wait(exchange.before().parity());
+    smem.exchange_full[exchange.before().slot()].wait(exchange.before().parity());
   }
 
   // Issues dQ = dS K of the box before; `keys` is the line of the keys of all that is multiplied.
@@ -86,7 +86,7 @@ struct QueryGradient {
 
   // Hands dQ of the box before to `add_sums`, in units.
   __device__ void store(const float (&grad_query)[kTiles][4], int thread) {
-    smem.grad_logit_empty[exchange.before().slot()].arrive_as_warp();
+    smem.exchange_empty[exchange.before().slot()].arrive_as_warp();
     wait_for_room();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // a row of this lane, and a granule of its warp

@@ -14,13 +14,6 @@
 
 namespace cuneigh::hopper {
 
-template <typename Plan>
-struct DkvArguments : HiddenKeys<Plan> {
-  OfQueries<Plan> queries;
-  View<typename Plan::Element, Plan::kRank> grad_key, grad_value;
-  unsigned* taken;  // 0 before the launch; see `begin_tiles`
-};
-
 // Writes this thread's rows of dK [64, 8 kKeyTiles] and dV [64, 8 kValueTiles]: zeros for keys that
 // the mask hides, whatever their sums are.
 template <typename Plan, int kKeyTiles, int kValueTiles>

@@ -3,8 +3,17 @@
 #pragma once
 
 #include "hopper/consumers.cuh"
+#include "hopper/producers.cuh"
 
 namespace cuneigh::hopper {
+
+// Of the kernels for dK and dV alone, dkv.cu and dkv_long.cu.
+template <typename Plan>
+struct DkvArguments : HiddenKeys<Plan> {
+  OfQueries<Plan> queries;
+  View<typename Plan::Element, Plan::kRank> grad_key, grad_value;
+  unsigned* taken;  // 0 before the launch; see `begin_tiles`
+};
 
 // An array of arrays as one of all their elements.
 template <typename T, int kOuter, int kInner>

@@ -350,6 +350,7 @@ __device__ void make_masks(const OfQueries<Plan>& queries, const HiddenKeys<Plan
     if (Axis::kIsPart && tile.boxes == 0) cleaner.clean(smem, ring, lane());
     for_each_box<Plan>(problem, tile, [&](int head, const int (&first)[kRank]) {
       if constexpr (Plan::kRowsAreKeys) {
+        static_assert(Plan::kColumns % kLanes == 0, "every lane has as many columns");
         // One is read from memory while the box before is worked on; registers are few
         const auto read = [&](int i) {
           return of_query(problem, queries, smem.mask.place, tile, head, first,

@@ -6,8 +6,8 @@
 //
 // struct Plan {
 //   static constexpr int kRank;          token axes
-//   static constexpr int kWarpgroups;    of consumers, 2 or 3
-//   static constexpr int kColumns;       columns of a box, 64 or 128
+//   static constexpr int kWarpgroups;    boxes of rows of a tile; of consumers, but if kPairs
+//   static constexpr int kColumns;       columns of a box, 32, 64 or 128
 //   static constexpr int kStages;        boxes of columns in shared memory
 //   static constexpr int kRowSlots;      boxes of rows in shared memory
 //   static constexpr int kHeadDim, kValueDim;  dimensions, padded to multiples of 16
@@ -21,6 +21,7 @@
 //   static constexpr bool kSigned;       scale is not positive
 //   static constexpr bool kSums;         tiles add to sums of the columns, too (sums.cuh)
 //   static constexpr bool kKeyMask;      there is a key mask
+//   static constexpr bool kPairs;        two consumers share a box of rows (dkv_long.cu)
 //   static constexpr bool kAhead;        dK of a box is multiplied beside S of the next (dkv.cu)
 //   using Element;                       float16 or bfloat16
 // };
@@ -35,20 +36,29 @@ namespace cuneigh::hopper {
 
 constexpr int lines_of(int dim) { return (dim + kLineElements - 1) / kLineElements; }
 
+// Warpgroups of consumers.
+template <typename Plan>
+constexpr int kConsumers = Plan::kPairs ? 2 * Plan::kWarpgroups : Plan::kWarpgroups;
+
 // Registers of a thread. All warpgroups together have at most the 65536 of a multiprocessor.
 // Consumers with few sums (kFew) leave more of them to the producers, who in a backward need them
 // only for the windows of parts.
 template <typename Plan>
 constexpr bool kFew = Plan::kWarpgroups == 3 && Plan::kValueColumns <= 64 &&
                       (!Plan::kBackward || (Axis::kIsPart && !Plan::kRowsAreKeys));
+// In the backward of long vectors these do as much more.
 template <typename Plan>
-constexpr int kConsumerRegisters = Plan::kWarpgroups == 2 ? (Plan::kAhead ? 240 : 232)
-                                   : kFew<Plan>           ? 152
-                                                          : 160;
+constexpr bool kLong = Plan::kBackward && (Plan::kHeadDim > 128 || Plan::kValueDim > 128);
 template <typename Plan>
-constexpr int kProducerRegisters = Plan::kWarpgroups == 2 ? (Plan::kAhead ? 24 : 40)
-                                   : kFew<Plan>           ? 56
-                                                          : 32;
+constexpr int kProducerRegisters = kConsumers<Plan> == 2 ? (Plan::kAhead  ? 24
+                                                            : kLong<Plan> ? 56
+                                                                          : 40)
+                                   : kFew<Plan>          ? 56
+                                                         : 32;
+template <typename Plan>
+constexpr int kConsumerRegisters = kConsumers<Plan> == 2 ? (512 - 8 - kProducerRegisters<Plan>) / 2
+                                   : kFew<Plan>          ? 152
+                                                         : 160;
 
 // A box of columns: its first token, or the first of the additional keys; and whether a mask hides
 // some of its keys, but not all.
@@ -117,8 +127,17 @@ struct SumMemory<Plan, true> {
   __device__ static int first_query(int w) { return kSumLines == 2 ? 0 : w * kRows; }
 };
 
+// What consumers that share a box of rows have beside that: weights P^T [64, kColumns] of two boxes
+// of columns, as the threads of a warpgroup hold them for a product.
+template <typename Plan, bool kPairs = Plan::kPairs>
+struct PairMemory {};
 template <typename Plan>
-struct SharedMemory : SumMemory<Plan> {
+struct PairMemory<Plan, true> {
+  uint4 weight[2][Plan::kColumns / 16][128];
+};
+
+template <typename Plan>
+struct SharedMemory : SumMemory<Plan>, PairMemory<Plan> {
   static constexpr int kQkLines = lines_of(Plan::kHeadDim);
   static constexpr int kVoLines = lines_of(Plan::kValueDim);
   static constexpr int kArrays = Plan::kTangents ? 2 : 1;  // an array, and its tangent
@@ -127,6 +146,7 @@ struct SharedMemory : SumMemory<Plan> {
 
   // [slots][lines of a row][rows][64]; every [rows][64] begins at a multiple of 1024 bytes
   static_assert(!Plan::kSums || sizeof(SumMemory<Plan>) % 1024 == 0, "so does what follows it");
+  static_assert(!Plan::kPairs || sizeof(PairMemory<Plan>) % 1024 == 0, "so does what follows it");
   Line row[Plan::kRowSlots][kRowLines][kRows];  // lines of vo, or of the tangent, after those of qk
   Line column_qk[Plan::kStages][kArrays * kQkLines][Plan::kColumns];
   Line column_vo[Plan::kStages][kArrays * kVoLines][Plan::kColumns];
@@ -146,8 +166,9 @@ struct SharedMemory : SumMemory<Plan> {
   Barrier qk_full[Plan::kStages], qk_empty[Plan::kStages];
   // If columns are masked, those from kStages on are `vo_came`
   Barrier vo_full[Plan::kStages * (1 + kMaskedColumns<Plan>)], vo_empty[Plan::kStages];
-  Barrier sum_full[2], sum_empty[2];                // of each warpgroup's `SumMemory::sum`
-  Barrier grad_logit_full[2], grad_logit_empty[2];  // of `SumMemory::grad_logit`
+  Barrier sum_full[2], sum_empty[2];  // of each warpgroup's `SumMemory::sum`
+  // Of what consumers give each other: `SumMemory::grad_logit`, `PairMemory::weight`
+  Barrier exchange_full[2], exchange_empty[2];
 
   // What TMA completes instead of `vo_full` if a mask hides some of the columns. It is full when
   // these have been set to zero.
@@ -183,7 +204,8 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& smem = *reinterpret_cast<SharedMemory<Plan>*>(memory);
   if (threadIdx.x == 0) {
-    constexpr int kConsumerWarps = 4 * Plan::kWarpgroups;
+    constexpr int kConsumerWarps = 4 * kConsumers<Plan>;
+    constexpr bool kShared = Plan::kSums || Plan::kPairs;  // whether all read all rows
     for (int i = 0; i < 2; ++i) {
       smem.tile_full[i].init(1);
       // Of the producers, those that load columns, make masks, or add to sums
@@ -191,7 +213,7 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     }
     for (int i = 0; i < Plan::kRowSlots; ++i) {
       smem.row_full[i].init(1);
-      smem.row_empty[i].init(0, Plan::kSums ? kConsumerWarps : 4);  // of who reads these rows
+      smem.row_empty[i].init(0, kShared ? kConsumerWarps : 4);  // of who reads these rows
     }
     for (int i = 0; i < Plan::kStages; ++i) {
       smem.qk_full[i].init(1, kMaskWarps);  // the loader, and the makers of masks
@@ -207,8 +229,8 @@ __device__ SharedMemory<Plan>& begin_block(const HopperProblem<Plan::kRank>& pro
     for (int i = 0; i < 2; ++i) {
       smem.sum_full[i].init(0, 4);
       smem.sum_empty[i].init(0, 1);
-      smem.grad_logit_full[i].init(0, kConsumerWarps);
-      smem.grad_logit_empty[i].init(0, kConsumerWarps);
+      smem.exchange_full[i].init(0, Plan::kPairs ? 4 : kConsumerWarps);
+      smem.exchange_empty[i].init(0, Plan::kPairs ? 4 : kConsumerWarps);
     }
     fence_barrier_init();
   }

@@ -176,6 +176,7 @@ ROLES = {
     "adders": (32, 64),
     "makers of masks": (64, 128),
     "first consumers": (128, 256),
+    "second consumers": (256, 384),
     "consumers": (128, 1024),
 }
 """Threads of kernels in cuda/hopper; TMA is a thread of its own (emulator/fibers.h)."""

@@ -45,7 +45,8 @@ def kernels(
 def main() -> None:
     print(_compiler.version())
     # Of each pass the kernel that needs the most registers: three axes, dilated, long vectors, a
-    # mask; those of all gradients, which take no dilation, of long and short vectors; and
+    # mask; those of all gradients, which take no dilation, of long and short vectors;
+    # those of the longest; and
     # one that leaves its producers few registers
     heaviest = [kernel for each in hopper.LONGEST for kernel in kernels(each, 3, 128, 2)]
     candidates = [*kernels("backward", 1, 128, 1), *kernels("backward", 3, 64, 1)]
@@ -53,7 +54,8 @@ def main() -> None:
     found = kernels("backward", 2, 128, 1, has_mask=False)
     ahead = [each for each in found if "kAhead = true" in each.plan]
     assert ahead
-    for kernel in dict.fromkeys(heaviest + of_all + ahead):
+    long = kernels("backward", 3, 256, 2)
+    for kernel in dict.fromkeys(heaviest + of_all + ahead + long):
         resources = _compiler.build(kernel, kernel.target("sm_90"), _jit.packaged()).resources
         if resources.spill_stores or resources.advice:
             print(kernel.name, resources)

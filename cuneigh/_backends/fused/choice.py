@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -181,6 +182,11 @@ def _walk_cycles(
     problem: Problem, device: Device, plan: FusedPlan, pass_: Pass, rates: fused_plan.Rates
 ) -> Any:
     """Cycles of all multiprocessors together."""
-    cycles = fused_plan.cost(problem, plan, pass_, rates) * problem.batch * pass_.heads(problem)
+    counts = fused_plan.count(problem, plan, pass_)
+    heads, multiprocessors = problem.batch * pass_.heads(problem), max(device.sm_count, 1)
+    cycles = fused_plan.cost_of(problem, plan.area, counts, pass_, rates) * heads
+    # Those that have a block less wait for the others
+    blocks = max(counts.blocks * heads, 1)
+    cycles *= math.ceil(blocks / multiprocessors) * multiprocessors / blocks
     start = fused_plan.cycles_of(problem, pass_, rates).start
-    return cycles + start * max(device.sm_count, 1)
+    return cycles + start * multiprocessors

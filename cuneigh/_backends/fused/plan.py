@@ -86,6 +86,10 @@ HALF_FORWARD = Cycles(1 / 261, logit=0.0, mask=0.39, copy=0.42, box=87, row=0.0,
 SHORT_FORWARD = Cycles(1 / 233, logit=0.12, mask=0.45, copy=0.0, box=205, row=1.52, block=0)
 """Of vectors of at most 64 elements."""
 HALF_BACKWARD = Cycles(1 / 265, logit=0.0, mask=0.26, copy=0.58, box=314, row=0.0, block=2170)
+LONG_BACKWARD = Cycles(
+    1 / 196, logit=0.0, mask=1.08, copy=0.6, box=88, row=0.0, block=6_540, start=15_200
+)
+"""Of vectors of more than 128 elements."""
 FLOAT32 = Cycles(1 / 40, logit=0.0, mask=1.36, copy=0.4, box=216, row=2.2, block=0)
 
 
@@ -95,6 +99,7 @@ class Rates(NamedTuple):
     half_forward: Cycles = HALF_FORWARD
     short_forward: Cycles = SHORT_FORWARD
     half_backward: Cycles = HALF_BACKWARD
+    long_backward: Cycles = LONG_BACKWARD
     float32: Cycles = FLOAT32
 
 
@@ -105,10 +110,10 @@ def cycles_of(problem: Problem, pass_: Pass, rates: Rates = H200) -> Cycles:
     """The fit for a kernel."""
     if problem.dtype == "float32":
         return rates.float32
+    longest = max(problem.head_dim, problem.value_dim)
     if pass_ != FORWARD:
-        return rates.half_backward
-    is_short = max(problem.head_dim, problem.value_dim) <= 64
-    return rates.short_forward if is_short else rates.half_forward
+        return rates.long_backward if longest > 128 else rates.half_backward
+    return rates.short_forward if longest <= 64 else rates.half_forward
 
 
 def cost(problem: Problem, plan: FusedPlan, pass_: Pass = FORWARD, rates: Rates = H200) -> Any:

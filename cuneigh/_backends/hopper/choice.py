@@ -174,7 +174,7 @@ def arrangements(problem: Problem, form: Form, pass_: Pass) -> list[tuple[Box, i
     ]
     if not pass_.rows_are_keys and problem.group_size % warpgroups == 0:
         found += in_heads
-    return found
+    return list(dict.fromkeys(found))
 
 
 def row_boxes(problem: Problem) -> list[Box]:

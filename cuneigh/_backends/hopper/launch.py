@@ -295,7 +295,7 @@ def _launch(
     program.launch(
         kernel(problem, form, pass_),
         (blocks + more_blocks, 1),
-        128 * (form.warpgroups + 1),
+        128 * (form.consumers + 1),
         with_starts(record),
         views.words,
         *maps,
@@ -353,11 +353,13 @@ def kernel(problem: Problem, form: Form, pass_: Pass, name: str = "") -> _jit.Ke
         "kSigned": problem.scale <= 0,
         "kSums": pass_.adds,
         "kKeyMask": problem.has_key_mask,
+        "kPairs": form.pairs,
         "kAhead": multiplies_ahead(problem, form, pass_),
     }
     source = _jit.plan_source(constants, flags, {"Element": problem.dtype})
     macros = ((PARTS,) if has_parts(problem) else ()) + ((CLUSTERS,) if form.cluster > 1 else ())
-    name = name or ("chunk" if form.cluster else pass_.name)
+    of_form = "chunk" if form.cluster else "dkv_long" if form.pairs else pass_.name
+    name = name or of_form
     return _jit.Kernel(f"hopper/{name}", source, arch_specific=True, macros=macros)
 
 

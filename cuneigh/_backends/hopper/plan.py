@@ -36,15 +36,22 @@ class Form(NamedTuple):
     """What is compiled into a kernel beside dtype and dimensions."""
 
     warpgroups: int
-    """Of consumers."""
+    """Boxes of rows of a tile, one for each warpgroup of consumers unless they are pairs."""
     columns: int
     """Of a box."""
     stages: int
     """Boxes of columns in shared memory."""
     row_slots: int
     """Boxes of rows in shared memory."""
+    pairs: bool = False
+    """Whether two warpgroups of consumers share a box of rows (cuda/hopper/dkv_long.cu)."""
     cluster: int = 0
     """Of the kernel for a chunk of queries: blocks that share the boxes of a tile; 0 for others."""
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups of consumers."""
+        return self.warpgroups * (2 if self.pairs else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,10 @@ def ways(problem: Problem) -> list[tuple[Pass, ...]]:
     if problem.operation == "jvp":
         return [(JVP,)]
     whole = not (has_parts(problem) or is_dilated(problem) or problem.additional)
-    if whole and (problem.head_dim > LINE or (problem.head_dim > 32 and problem.value_dim <= LINE)):
+    longest = max(problem.head_dim, problem.value_dim)
+    if whole and (
+        (problem.head_dim > LINE and longest <= 128) or (problem.head_dim > 32 and longest <= LINE)
+    ):
         return [(BACKWARD,), (DQ, DKV)]
     return [(DQ, DKV)]
 
@@ -104,9 +114,16 @@ def is_dilated(problem: Problem) -> bool:
     return any(axis.dilation > 1 for axis in problem.axes)
 
 
+def are_pairs(problem: Problem, pass_: Pass) -> bool:
+    """Whether a warpgroup has no registers for both sums of its rows, so that two share a box."""
+    return pass_ == DKV and max(problem.head_dim, problem.value_dim) > 128
+
+
 def most_warpgroups(problem: Problem, pass_: Pass) -> int:
     """As many as there are registers for."""
     longest = max(problem.head_dim, problem.value_dim)
+    if are_pairs(problem, pass_):
+        return 1
     # Two sums fill the registers that one does with vectors twice as long. A jvp has logits twice,
     # too.
     if longest > (64 if pass_ == DKV else 128) or pass_ in (BACKWARD, JVP):
@@ -124,7 +141,13 @@ def form_of(problem: Problem, device: Device, pass_: Pass, warpgroups: int) -> F
     """The form for these dimensions: as much of shared memory as there is holds boxes."""
     longest = max(problem.head_dim, problem.value_dim)
     columns = 128 if longest <= {FORWARD: 128, JVP: 64, BACKWARD: 64}.get(pass_, 0) else 64
-    form = Form(warpgroups, columns, stages=2, row_slots=warpgroups)
+    form = Form(
+        warpgroups, columns, stages=2, row_slots=warpgroups, pairs=are_pairs(problem, pass_)
+    )
+    if shared_bytes(problem, form, pass_) > device.shared_memory and pass_ == DQ:
+        form = form._replace(columns=32)
+    if longest > 128 and pass_ in (DQ, DKV):
+        return form  # rings of three take registers, which are few
     # Where warpgroups read each other's rows, those of a tile come together
     slots = warpgroups if pass_.adds else 1
     rows, boxes = (("row_slots", slots),) * (warpgroups // slots), (("stages", 1),) * 2
@@ -157,7 +180,7 @@ def multiplies_ahead(problem: Problem, form: Form, pass_: Pass) -> bool:
     of parts, and masks; nor have consumers any for a scale that is not positive. Along three axes
     it gains nothing (bench/NOTES.md).
     """
-    if pass_ != DKV or form.warpgroups > 2 or problem.rank == 3 or problem.scale <= 0:
+    if pass_ != DKV or form.warpgroups != 2 or problem.rank == 3 or problem.scale <= 0:
         return False
     return not (is_dilated(problem) or has_parts(problem) or problem.has_key_mask)
 
@@ -183,6 +206,8 @@ def shared_bytes(problem: Problem, form: Form, pass_: Pass) -> int:
         # SumMemory: dS of all warpgroups, of two boxes; contributions to dQ; units of four boxes
         rows = form.warpgroups * ROWS
         size += 2 * rows * form.columns * 2 + rows * 4 * LINE + 4 * 4 * form.columns
+    if form.pairs:
+        size += 2 * ROWS * form.columns * 2  # PairMemory
     # MaskTables: words, prefixes, their bases, numbers, coordinates, window unions, hidden rows,
     # places of columns; what is empty takes a byte
     size += 16 * form.stages * (coordinates + masked)
@@ -302,6 +327,14 @@ OF_DQ = Cycles(1 / 1810, logit=0.051, copy=0.0, box=53, row=0.0, block=7_230, ma
 OF_DKV = Cycles(1 / 2510, logit=0.0, copy=0.0, box=1_420, row=0.0, block=8_630, mask=0.0504)
 OF_DKV_AHEAD = OF_DKV._replace(box=1_100)
 """Of those that `multiplies_ahead` names."""
+OF_LONG_DQ = Cycles(
+    1 / 4700, logit=0.0, copy=0.0, box=1_760, row=0.0, block=8_090, mask=0.0314, start=8_000
+)
+"""Of vectors of more than 128 elements."""
+OF_LONG_DKV = Cycles(
+    1 / 2670, logit=0.0, copy=0.0, box=1_120, row=0.0, block=6_350, mask=0.129, start=12_000
+)
+"""The same, of pairs of warpgroups."""
 OF_SHORT_JVP = Cycles(
     1 / 2400, logit=0.0997, copy=0.0, box=297, row=0.0, block=2_660, mask=0.0332, start=23_000
 )
@@ -321,6 +354,8 @@ class Rates(NamedTuple):
     dq: Cycles = OF_DQ
     dkv: Cycles = OF_DKV
     dkv_ahead: Cycles = OF_DKV_AHEAD
+    long_dq: Cycles = OF_LONG_DQ
+    long_dkv: Cycles = OF_LONG_DKV
     short_jvp: Cycles = OF_SHORT_JVP
     jvp: Cycles = OF_JVP
 
@@ -330,9 +365,11 @@ class Rates(NamedTuple):
             return self.chunk
         if multiplies_ahead(problem, form, pass_):
             return self.dkv_ahead
+        longest = max(problem.head_dim, problem.value_dim)
+        if pass_ in (DQ, DKV) and longest > 128:
+            return self.long_dq if pass_ == DQ else self.long_dkv
         if pass_ in (DQ, DKV):
             return self.dq if pass_ == DQ else self.dkv
-        longest = max(problem.head_dim, problem.value_dim)
         if pass_ == BACKWARD:
             return self.short_backward if longest <= 64 else self.backward
         if pass_ == JVP:
