@@ -15,6 +15,8 @@
 
 namespace cuneigh::hopper {
 
+constexpr int kMostHeld = 6;  // steps of the rows of a consumer that are kept in registers
+
 // Writes this thread's rows of dK or dV, [64, 8 kTiles] times `factor`: zeros for keys that the
 // mask hides, whatever their sums are.
 template <typename Plan, int kTiles>
@@ -50,6 +52,8 @@ __device__ void differentiate_values(const HopperProblem<Plan::kRank>& problem,
   while (me.begin_tile()) {
     const Descriptor keys = rows_at + me.rows.slot() * (sizeof(smem.row[0]) / kDescriptorBytes);
     float grad_value[Plan::kValueColumns / 8][4] = {};  // dV [64, kValueColumns]
+    HeldRows<held_steps(Plan::kHeadDim, kMostHeld)> held;
+    held.load(shared_address(smem.row[me.rows.slot()]), me.thread);
 
     while (me.begin_box()) {
       const unsigned stage = me.boxes.slot();
@@ -58,7 +62,7 @@ __device__ void differentiate_values(const HopperProblem<Plan::kRank>& problem,
       const int visibility = me.visibility();
       read(smem.statistics[stage].lse[me.quad()].of_columns, lse);
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(
-          logit, keys, queries_at + stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes));
+          logit, keys, queries_at + stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes), held);
       unsigned seen[2];
       me.look(visibility, seen);
       wait_for_products<0>();
@@ -111,6 +115,8 @@ __device__ void differentiate_keys(const HopperProblem<Plan::kRank>& problem,
   while (me.begin_tile()) {
     const Descriptor values = values_at + me.rows.slot() * (sizeof(smem.row[0]) / kDescriptorBytes);
     float grad_key[Plan::kHeadColumns / 8][4] = {};  // dK [64, kHeadColumns]
+    HeldRows<held_steps(Plan::kValueDim, kMostHeld)> held;
+    held.load(shared_address(smem.row[me.rows.slot()][Smem::kQkLines]), me.thread);
 
     while (me.begin_box()) {
       const unsigned stage = me.boxes.slot();
@@ -120,7 +126,7 @@ __device__ void differentiate_keys(const HopperProblem<Plan::kRank>& problem,
       me.wait_for_vo();
       multiply<Element, Plan::kValueDim, Plan::kColumns>(
           grad_weight, values,
-          grad_outputs_at + stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes));
+          grad_outputs_at + stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes), held);
       smem.exchange_full[exchange.slot()].wait(exchange.parity());
       unsigned weight[kSteps][4];  // P^T [64, kColumns]
 #pragma unroll

@@ -42,17 +42,16 @@ constexpr int kConsumers = Plan::kPairs ? 2 * Plan::kWarpgroups : Plan::kWarpgro
 
 // Registers of a thread. All warpgroups together have at most the 65536 of a multiprocessor.
 // Consumers with few sums (kFew) leave more of them to the producers, who in a backward need them
-// only for the windows of parts.
+// for the windows of parts, and with long vectors.
 template <typename Plan>
 constexpr bool kFew = Plan::kWarpgroups == 3 && Plan::kValueColumns <= 64 &&
                       (!Plan::kBackward || (Axis::kIsPart && !Plan::kRowsAreKeys));
-// In the backward of long vectors these do as much more.
 template <typename Plan>
-constexpr bool kLong = Plan::kBackward && (Plan::kHeadDim > 128 || Plan::kValueDim > 128);
+constexpr bool kLong = Plan::kHeadDim > 128 || Plan::kValueDim > 128;
 template <typename Plan>
-constexpr int kProducerRegisters = kConsumers<Plan> == 2 ? (Plan::kAhead  ? 24
-                                                            : kLong<Plan> ? 56
-                                                                          : 40)
+constexpr int kProducerRegisters = kConsumers<Plan> == 2 ? (Plan::kAhead                     ? 24
+                                                            : Plan::kBackward && kLong<Plan> ? 56
+                                                                                             : 40)
                                    : kFew<Plan>          ? 56
                                                          : 32;
 template <typename Plan>
