@@ -36,7 +36,8 @@ tests() {
 # some of the operations. Kernels are compiled before that, on all processors.
 sanitizer() {
   local tool rank part status=0 jobs=()
-  local -A parts=([a]="forward jvp hvp" [b]="backward" [c]="qk qk_backward av av_backward")
+  local -A parts=([a]="forward jvp hvp" [b]="backward float16"
+    [c]="backward bfloat16 float32 float64" [d]="qk qk_backward av av_backward")
   for rank in 1 2 3; do
     python3 tests/helpers/small_shapes.py --compile $rank ${BACKENDS:-} &
     RACECHECK=1 python3 tests/helpers/small_shapes.py --compile $rank ${BACKENDS:-} &
@@ -44,7 +45,7 @@ sanitizer() {
   wait
   for tool in memcheck racecheck synccheck; do
     for rank in 1 2 3; do
-      for part in a b c; do
+      for part in a b c d; do
         RACECHECK=$([ $tool = racecheck ] && echo 1) compute-sanitizer --tool $tool --error-exitcode 1 \
           python3 tests/helpers/small_shapes.py $rank ${parts[$part]} ${BACKENDS:-} \
           >"$OUT/sanitizer-$tool-$rank$part.txt" 2>&1 &
