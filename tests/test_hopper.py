@@ -273,6 +273,7 @@ COMPILED = [
     ("backward", 1, "bfloat16", 32, 96, 0),
     ("backward", 1, "bfloat16", 64, 64, 0),
     ("backward", 3, "bfloat16", 64, 64, 0),
+    ("backward", 2, "bfloat16", 256, 128, 1),
     ("jvp", 1, "float16", 64, 64, 0),
     ("jvp", 3, "bfloat16", 128, 128, 1),
 ]

@@ -14,27 +14,6 @@
 
 namespace cuneigh::hopper {
 
-// Writes this thread's rows of dK [64, 8 kKeyTiles] and dV [64, 8 kValueTiles]: zeros for keys that
-// the mask hides, whatever their sums are.
-template <typename Plan, int kKeyTiles, int kValueTiles>
-__device__ void store_key_gradients(const HopperProblem<Plan::kRank>& problem,
-                                    const Consumer<Plan>& me, const DkvArguments<Plan>& arguments,
-                                    const float (&grad_key)[kKeyTiles][4],
-                                    const float (&grad_value)[kValueTiles][4]) {
-  const Tile<Plan::kRank>& tile = me.tile();
-  const int head = tile.head + problem.warpgroup[me.w][0];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int token[Plan::kRank];
-    const bool exists = token_of_row<Plan>(problem, tile, me.w, me.row() + 8 * half, token);
-    const bool is_hidden = exists && arguments.hides(tile.batch, token);
-    store_row(grad_key, half, problem.gradient_scale, me.quad(),
-              arguments.grad_key.at(tile.batch, token, head), problem.head_dim, exists, is_hidden);
-    store_row(grad_value, half, 1.0f, me.quad(), arguments.grad_value.at(tile.batch, token, head),
-              problem.value_dim, exists, is_hidden);
-  }
-}
-
 // A consumer: warpgroup `w`, all of its 128 threads.
 template <typename Plan>
 __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
@@ -127,7 +106,14 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
     }
 
     me.release_rows();
-    store_key_gradients(problem, me, arguments, grad_key, grad_value);
+    const int batch = me.tile().batch;
+    for_each_key(
+        problem, me, arguments, [&](int half, auto& token, int head, bool exists, bool is_hidden) {
+          store_row(grad_key, half, problem.gradient_scale, me.quad(),
+                    arguments.grad_key.at(batch, token, head), problem.head_dim, exists, is_hidden);
+          store_row(grad_value, half, 1.0f, me.quad(), arguments.grad_value.at(batch, token, head),
+                    problem.value_dim, exists, is_hidden);
+        });
     me.end_tile();
   }
 }

@@ -1,12 +1,12 @@
 // The gradients of keys and values of long vectors on Hopper's tensor cores. Rows are keys, columns
-// are queries. A warpgroup has no registers for dK and dV of its 64 rows if both have more than 128
-// elements. So two consumers share a box of rows, and each makes one of them: for each box of
-// queries, of each query head that reads the keys,
+// are queries. A warpgroup has no registers for dK and dV of its 64 rows if they have 256 elements
+// each. So two consumers share a box of rows, and each makes one of them: for each box of queries,
+// of each query head that reads the keys,
 //   the first    S^T = K Q^T, P^T = 2^(scale S^T - lse), dV += P^T dO,
 //   the second   dP^T = V dO^T, dS^T = P^T * (dP^T - delta), dK += dS^T Q,
 // and dK is multiplied by the scale in the end. Weights stay in registers, as left operands; those
 // of the first consumer go to the second through shared memory, lane by lane. There they have two
-// slots: the first may be ahead, and each works while the other waits for its products.
+// slots, so that the first may be a box ahead: each works while the other waits for its products.
 // Roles, tiles and barriers are those of the forward pass (forward.cu).
 #include "cuneigh/layout.cuh"
 #include "cuneigh/types.cuh"
@@ -16,24 +16,6 @@
 namespace cuneigh::hopper {
 
 constexpr int kMostHeld = 6;  // steps of the rows of a consumer that are kept in registers
-
-// Writes this thread's rows of dK or dV, [64, 8 kTiles] times `factor`: zeros for keys that the
-// mask hides, whatever their sums are.
-template <typename Plan, int kTiles>
-__device__ void store_gradient(const HopperProblem<Plan::kRank>& problem, const Consumer<Plan>& me,
-                               const DkvArguments<Plan>& arguments, const float (&sum)[kTiles][4],
-                               float factor,
-                               const View<typename Plan::Element, Plan::kRank>& gradient, int dim) {
-  const Tile<Plan::kRank>& tile = me.tile();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int token[Plan::kRank];
-    const bool exists = token_of_row<Plan>(problem, tile, 0, me.row() + 8 * half, token);
-    const bool is_hidden = exists && arguments.hides(tile.batch, token);
-    store_row(sum, half, factor, me.quad(), gradient.at(tile.batch, token, tile.head), dim, exists,
-              is_hidden);
-  }
-}
 
 // The first consumer, all of its 128 threads: P^T and dV.
 template <typename Plan>
@@ -92,8 +74,12 @@ __device__ void differentiate_values(const HopperProblem<Plan::kRank>& problem,
     }
 
     me.release_rows();
-    store_gradient(problem, me, arguments, grad_value, 1.0f, arguments.grad_value,
-                   problem.value_dim);
+    const int batch = me.tile().batch;
+    for_each_key(
+        problem, me, arguments, [&](int half, auto& token, int head, bool exists, bool is_hidden) {
+          store_row(grad_value, half, 1.0f, me.quad(), arguments.grad_value.at(batch, token, head),
+                    problem.value_dim, exists, is_hidden);
+        });
     me.end_tile();
   }
 }
@@ -153,8 +139,12 @@ __device__ void differentiate_keys(const HopperProblem<Plan::kRank>& problem,
     }
 
     me.release_rows();
-    store_gradient(problem, me, arguments, grad_key, problem.gradient_scale, arguments.grad_key,
-                   problem.head_dim);
+    const int batch = me.tile().batch;
+    for_each_key(
+        problem, me, arguments, [&](int half, auto& token, int head, bool exists, bool is_hidden) {
+          store_row(grad_key, half, problem.gradient_scale, me.quad(),
+                    arguments.grad_key.at(batch, token, head), problem.head_dim, exists, is_hidden);
+        });
     me.end_tile();
   }
 }

@@ -24,7 +24,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
   using Element = typename Plan::Element;
   using Smem = SharedMemory<Plan>;
   constexpr int kSteps = Plan::kColumns / 16;
-  // With boxes of 32 keys there are registers for it
+  // Part of the queries stays in registers; with boxes of 64 keys there are none for it
   constexpr int kHeld = Plan::kColumns == 32 ? held_steps(Plan::kHeadDim, 8) : 0;
   Consumer<Plan> me(smem, w);
   const Descriptor rows_at = rows_descriptor(shared_address(smem.row));

@@ -1,5 +1,5 @@
 // What consumers do where rows are keys and columns are queries: weights and gradients of logits,
-// transposed.
+// transposed, and what the kernels for dK and dV alone have in common, dkv.cu and dkv_long.cu.
 #pragma once
 
 #include "hopper/consumers.cuh"
@@ -7,13 +7,27 @@
 
 namespace cuneigh::hopper {
 
-// Of the kernels for dK and dV alone, dkv.cu and dkv_long.cu.
 template <typename Plan>
 struct DkvArguments : HiddenKeys<Plan> {
   OfQueries<Plan> queries;
   View<typename Plan::Element, Plan::kRank> grad_key, grad_value;
   unsigned* taken;  // 0 before the launch; see `begin_tiles`
 };
+
+// For each of this thread's two keys, `store(half, token, head, exists, is_hidden)`: `is_hidden`
+// says whether the mask hides it, so that its gradients are zeros, whatever their sums are.
+template <typename Plan, typename Store>
+__device__ void for_each_key(const HopperProblem<Plan::kRank>& problem, const Consumer<Plan>& me,
+                             const DkvArguments<Plan>& arguments, Store store) {
+  const Tile<Plan::kRank>& tile = me.tile();
+  const int head = tile.head + problem.warpgroup[me.w][0];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int token[Plan::kRank];
+    const bool exists = token_of_row<Plan>(problem, tile, me.w, me.row() + 8 * half, token);
+    store(half, token, head, exists, exists && arguments.hides(tile.batch, token));
+  }
+}
 
 // An array of arrays as one of all their elements.
 template <typename T, int kOuter, int kInner>

@@ -11,7 +11,8 @@ namespace cuneigh::hopper {
 constexpr int kDescriptorBytes = 16;  // the unit of the addresses in a descriptor
 
 // The first 16 kSteps elements of a thread's rows, as a left operand. Products of long vectors read
-// shared memory as fast as it goes; what they find here they do not read again for every box.
+// shared memory as fast as it goes; what they find here they do not read again for every box. For
+// rows that do not change while their tile is worked on: `hide_rows` of hidden.cuh does that.
 template <int kSteps>
 struct HeldRows {
   unsigned step[kSteps][4];
@@ -33,8 +34,8 @@ struct HeldRows<0> {
   __device__ void load(unsigned, int) {}
 };
 
-// Steps of a product over `dim` elements for which rows are held, `most` unless there are fewer:
-// what begins the product does not add, and comes from shared memory.
+// Steps of a product over `dim` elements for which rows are held: at most `most`, and not all,
+// since the step that begins a product must not add, and only one from shared memory can do that.
 constexpr int held_steps(int dim, int most) { return dim / 16 > most ? most : dim / 16 - 1; }
 
 // Issues product = rows columns^T, or product += it if kAdd, [kRows, kColumns] = [kRows, kDim]

@@ -6,7 +6,7 @@
 //
 // struct Plan {
 //   static constexpr int kRank;          token axes
-//   static constexpr int kWarpgroups;    boxes of rows of a tile; of consumers, but if kPairs
+//   static constexpr int kWarpgroups;    boxes of rows of a tile: a consumer each, or two if kPairs
 //   static constexpr int kColumns;       columns of a box, 32, 64 or 128
 //   static constexpr int kStages;        boxes of columns in shared memory
 //   static constexpr int kRowSlots;      boxes of rows in shared memory
@@ -42,7 +42,7 @@ constexpr int kConsumers = Plan::kPairs ? 2 * Plan::kWarpgroups : Plan::kWarpgro
 
 // Registers of a thread. All warpgroups together have at most the 65536 of a multiprocessor.
 // Consumers with few sums (kFew) leave more of them to the producers, who in a backward need them
-// for the windows of parts, and with long vectors.
+// only for the windows of parts. With long vectors (kLong) producers need more in any backward.
 template <typename Plan>
 constexpr bool kFew = Plan::kWarpgroups == 3 && Plan::kValueColumns <= 64 &&
                       (!Plan::kBackward || (Axis::kIsPart && !Plan::kRowsAreKeys));
@@ -54,8 +54,10 @@ constexpr int kProducerRegisters = kConsumers<Plan> == 2 ? (Plan::kAhead        
                                                                                              : 40)
                                    : kFew<Plan>          ? 56
                                                          : 32;
+// Two consumers have what producers leave of 504, since three warpgroups are launched with 168
+// each.
 template <typename Plan>
-constexpr int kConsumerRegisters = kConsumers<Plan> == 2 ? (512 - 8 - kProducerRegisters<Plan>) / 2
+constexpr int kConsumerRegisters = kConsumers<Plan> == 2 ? (504 - kProducerRegisters<Plan>) / 2
                                    : kFew<Plan>          ? 152
                                                          : 160;
 

@@ -45,9 +45,8 @@ def kernels(
 def main() -> None:
     print(_compiler.version())
     # Of each pass the kernel that needs the most registers: three axes, dilated, long vectors, a
-    # mask; those of all gradients, which take no dilation, of long and short vectors;
-    # those of the longest; and
-    # one that leaves its producers few registers
+    # mask; those of all gradients, which take no dilation, of long and short vectors; those of
+    # gradients of the longest; and one that leaves its producers few registers
     heaviest = [kernel for each in hopper.LONGEST for kernel in kernels(each, 3, 128, 2)]
     candidates = [*kernels("backward", 1, 128, 1), *kernels("backward", 3, 64, 1)]
     of_all = [each for each in candidates if "kSums = true" in each.plan]

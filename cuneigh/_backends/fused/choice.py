@@ -88,9 +88,6 @@ def _choose_plan(
             of_small -= rates.small.cycles_of(pass_).start * multiprocessors
         others.append((of_small, small))
     if split is not None:
-        # Few blocks leave most multiprocessors idle
-        blocks = fused_plan.count(problem, plan, pass_).blocks * problem.batch * problem.heads
-        cycles *= max(multiprocessors / blocks, 1.0)
         others.append((split_plan.cost(problem, split, device, rates.split), split))
     if pass_ == DQ and whole_groups and (all_ := whole.make_plan(problem, device, rates.small)):
         after = _choose_plan(problem, device, DKV, small_windows, few_queries, False, rates)
@@ -185,8 +182,8 @@ def _walk_cycles(
     counts = fused_plan.count(problem, plan, pass_)
     heads, multiprocessors = problem.batch * pass_.heads(problem), max(device.sm_count, 1)
     cycles = fused_plan.cost_of(problem, plan.area, counts, pass_, rates) * heads
-    # Those that have a block less wait for the others
-    blocks = max(counts.blocks * heads, 1)
-    cycles *= math.ceil(blocks / multiprocessors) * multiprocessors / blocks
+    # Few blocks leave some multiprocessors idle
+    blocks = counts.blocks * math.ceil(heads / plan.batch_heads)
+    cycles *= max(multiprocessors / max(blocks, 1), 1.0)
     start = fused_plan.cycles_of(problem, pass_, rates).start
     return cycles + start * multiprocessors

@@ -112,7 +112,8 @@ def cycles_of(problem: Problem, pass_: Pass, rates: Rates = H200) -> Cycles:
         return rates.float32
     longest = max(problem.head_dim, problem.value_dim)
     if pass_ != FORWARD:
-        return rates.long_backward if longest > 128 else rates.half_backward
+        is_long = longest > 128 and not pass_.moves
+        return rates.long_backward if is_long else rates.half_backward
     return rates.short_forward if longest <= 64 else rates.half_forward
 
 

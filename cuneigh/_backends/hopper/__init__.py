@@ -7,17 +7,17 @@ whose box of keys held it though their window did not (0 * NaN is NaN). In a for
 key reaches only the queries whose window holds it; in a backward it may reach neighbors of theirs.
 
 The backward takes two kernels, one for dQ and one for dK and dV, and keeps nothing in memory
-between them but lse and delta. Of long vectors, two warpgroups share a box of keys, of which one
-makes dV and the other dK (cuda/hopper/dkv_long.cu). One kernel computes all gradients with five
-products instead of seven where that is faster: for head dims from 72 to 128, and for those from 40
-to 64 if value dims are at most 64. Its blocks add to sums of dQ, which take 256 bytes for each
-query and head, 512 for head dims over 64, as long as that is a small part of the device's memory.
-Neither way does a result depend on the order in which blocks run: the sums are integers, in units
-of about 2^-30 of what dQ of a query can be at most (cuda/sums/units.cuh). Rounding to units matters
-where that is far more than dQ is: where some keys and values that hardly count are hundreds of
-times as large as the others. Where rows of a kernel are keys, bfloat16 rounds dP - delta before it
-is multiplied by P and rounded again: root mean square errors of gradients are then some 1.15 times
-as large as with one rounding.
+between them but lse and delta. If vectors have more than 128 elements, two warpgroups share a box
+of keys, of which one makes dV and the other dK (cuda/hopper/dkv_long.cu). Of others one kernel
+computes all gradients with five products instead of seven where that is faster: for head dims from
+72 on, and for those from 40 to 64 if value dims are at most 64. Its blocks add to sums of dQ, which
+take 256 bytes for each query and head, 512 for head dims over 64, as long as that is a small part
+of the device's memory. Neither way does a result depend on the order in which blocks run: the sums
+are integers, in units of about 2^-30 of what dQ of a query can be at most (cuda/sums/units.cuh).
+Rounding to units matters where that is far more than dQ is: where some keys and values that hardly
+count are hundreds of times as large as the others. Where rows of a kernel are keys, bfloat16 rounds
+dP - delta before it is multiplied by P and rounded again: root mean square errors of gradients are
+then some 1.15 times as large as with one rounding.
 
 The forward of up to 64 queries, of which two heads share a key head, has a kernel for itself
 (cuda/hopper/chunk.cu). Where tiles are few, the blocks of a cluster share the keys of one: each

@@ -92,7 +92,7 @@ def backward(
     units = None if of_sums is None else of_sums.units
     output = readable(output, program)
     sums.delta(problem, grad_output, output, lse, grad_lse, statistics, program, units)
-    # `BackwardArguments` of cuda/hopper/backward.cu, or `DkvArguments` of dkv.cu
+    # `BackwardArguments` of cuda/hopper/backward.cu, or `DkvArguments` of gradients.cuh
     views = Views(problem.rank)
     views.mask(operands.key_mask)
     views.pairs(statistics)

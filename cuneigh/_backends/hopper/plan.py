@@ -73,10 +73,11 @@ class HopperPlan:
 
     def __str__(self) -> str:
         boxes = self.warpgroups, self.row_box, self.column_box
-        warpgroups, rows, columns = ("x".join(map(str, box)) for box in boxes)
+        each = "pairs of warpgroups" if self.form.pairs else "warpgroups"
+        number, rows, columns = ("x".join(map(str, box)) for box in boxes)
         heads = f" of {self.heads} heads" if self.heads > 1 else ""
         blocks = f", {self.form.cluster} blocks for each" if self.form.cluster > 1 else ""
-        return f"{warpgroups} warpgroups{heads} of {rows} rows, boxes of {columns} columns{blocks}"
+        return f"{number} {each}{heads} of {rows} rows, boxes of {columns} columns{blocks}"
 
 
 def ways(problem: Problem) -> list[tuple[Pass, ...]]:
@@ -85,7 +86,8 @@ def ways(problem: Problem) -> list[tuple[Pass, ...]]:
     One kernel for all gradients has five products where two kernels have seven, but needs the whole
     layout without dilation, and cannot have additional keys, which are no rows. It makes whole
     lines of dQ, of which vectors of up to 32 elements would fill half at most; where a line is all
-    of dQ, it takes 128 queries at once, for which it has room if a line is all of dO, too.
+    of dQ, it takes 128 queries at once, for which it has room if a line is all of dO, too. For sums
+    of more than 128 elements it has no registers.
     """
     if problem.operation == "forward":
         return [(FORWARD,)]
@@ -115,7 +117,7 @@ def is_dilated(problem: Problem) -> bool:
 
 
 def are_pairs(problem: Problem, pass_: Pass) -> bool:
-    """Whether a warpgroup has no registers for both sums of its rows, so that two share a box."""
+    """Whether two warpgroups share a box of rows: one may have no registers for both sums then."""
     return pass_ == DKV and max(problem.head_dim, problem.value_dim) > 128
 
 
@@ -334,7 +336,7 @@ OF_LONG_DQ = Cycles(
 OF_LONG_DKV = Cycles(
     1 / 2670, logit=0.0, copy=0.0, box=1_120, row=0.0, block=6_350, mask=0.129, start=12_000
 )
-"""The same, of pairs of warpgroups."""
+"""Of such vectors, where pairs of warpgroups share a box."""
 OF_SHORT_JVP = Cycles(
     1 / 2400, logit=0.0997, copy=0.0, box=297, row=0.0, block=2_660, mask=0.0332, start=23_000
 )
