@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cuneigh._device import Device
+from cuneigh._problem import Problem, size_of
 
 RESERVED = 1024
 """Bytes of each block's shared memory that the driver takes."""
@@ -34,7 +35,20 @@ class Cycles(NamedTuple):
     warp: float = 0.0
     """What a block does once for each of its warps."""
     start: float = 0.0
-    """Until the first boxes have come, which nothing hides where all blocks begin at once."""
+    """Until the first boxes have come, which nothing hides where all blocks begin at once.
+
+    `begun` says how much of it a problem takes.
+    """
+
+
+SMALL_BYTES = 32e6
+"""Of all arrays together, so many that multiprocessors wait for memory as a problem begins."""
+
+
+def begun(problem: Problem) -> float:
+    """How much of `Cycles.start` a problem takes: a tenth if its arrays are small, at most all."""
+    moved = sum(size_of(spec) for spec in problem.specs if spec is not None)
+    return min(0.1 + moved / SMALL_BYTES, 1.0)
 
 
 def blocks_in_shared_memory(device: Device, bytes_of_block: int) -> int:

@@ -18,6 +18,7 @@ from cuneigh._backends.fused.split import plan as split_plan
 from cuneigh._backends.fused.split.plan import SplitPlan
 from cuneigh._device import Device
 from cuneigh._gpu import rates as gpu_rates
+from cuneigh._gpu.costs import begun
 from cuneigh._gpu.passes import DKV, DQ, FORWARD, HVP_DQ, JVP, Pass
 from cuneigh._gpu.rates import CYCLES, LAUNCH_MS
 from cuneigh._problem import Problem
@@ -85,7 +86,8 @@ def _choose_plan(
         of_small: float = small_plan.cost(problem, small, device, pass_, rates.small)
         if not fused_plan.cycles_of(problem, pass_, rates.walks).start:
             # The other cost model has this, too; nothing hides it where all blocks begin at once
-            of_small -= rates.small.cycles_of(pass_).start * multiprocessors
+            start = rates.small.cycles_of(pass_).start * begun(problem)
+            of_small -= start * multiprocessors
         others.append((of_small, small))
     if split is not None:
         others.append((split_plan.cost(problem, split, device, rates.split), split))
@@ -182,8 +184,8 @@ def _walk_cycles(
     counts = fused_plan.count(problem, plan, pass_)
     heads, multiprocessors = problem.batch * pass_.heads(problem), max(device.sm_count, 1)
     cycles = fused_plan.cost_of(problem, plan.area, counts, pass_, rates) * heads
-    # Few blocks leave some multiprocessors idle
+    # Few blocks leave multiprocessors idle, for half of the time if each has one
     blocks = counts.blocks * math.ceil(heads / plan.batch_heads)
-    cycles *= max(multiprocessors / max(blocks, 1), 1.0)
-    start = fused_plan.cycles_of(problem, pass_, rates).start
+    cycles *= max(2 * multiprocessors / max(blocks, 1), 1.0)
+    start = fused_plan.cycles_of(problem, pass_, rates).start * begun(problem)
     return cycles + start * multiprocessors

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import GRANULE, Box, WalkCounts, count_unions, count_walk, last_of
-from cuneigh._gpu.costs import Cycles, clusters_at_once
+from cuneigh._gpu.costs import Cycles, begun, clusters_at_once
 from cuneigh._gpu.passes import BACKWARD, DKV, DQ, FORWARD, JVP, Pass
 from cuneigh._gpu.records import axis_type, has_parts
 from cuneigh._problem import Problem
@@ -430,7 +430,8 @@ def cost(
         exchanged = form.warpgroups * ROWS * problem.value_dim // 8  # times 16 bytes
         cycles += work.tiles * exchanged * rates.cycles_of(problem, form, pass_).row
     cycles *= rounds * multiprocessors / work.tiles
-    return cycles + rates.cycles_of(problem, form, pass_).start * multiprocessors
+    start = rates.cycles_of(problem, form, pass_).start * begun(problem)
+    return cycles + start * multiprocessors
 
 
 PART_OF_ROUND = {1: 1.0, 2: 0.7, 3: 0.45}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from cuneigh._device import Device
 from cuneigh._gpu import rates as gpu_rates
 from cuneigh._gpu.linear import Speed
-from cuneigh._gpu.rates import MEMORY_BYTES
+from cuneigh._gpu.rates import LAUNCH_MS, MEMORY_BYTES
 from cuneigh._problem import Problem
 
 NAME = "naive"
@@ -32,8 +32,14 @@ DTYPE_SHARE = {"float32": 0.72, "float64": 0.25}
 SHORT_DIM, SHORT_SHARE = 32, 0.77
 """The share for head vectors of at most so many elements: a query's own work weighs more."""
 
-KEY_MS = 1e-5
-"""At least as much passes from one key of a query to the next: some dozen cycles."""
+KEY_MS, FORWARD_KEY_MS, BACKWARD_KEY_MS = 1e-5, 1.7e-4, 8.5e-4
+"""At least as much passes from one key of a query to the next.
+
+Of forward and backward it is what 84 small problems took (bench/NOTES.md), of others a guess.
+"""
+
+LAUNCHES = {"backward": 3, "hvp": 3, "qk_backward": 2, "av_backward": 2}
+"""Kernels of an operation, if they are more than one."""
 
 
 class Flops(NamedTuple):
@@ -71,6 +77,9 @@ class Rates(NamedTuple):
     float64_short: Flops = flops_of("float64", True)
     memory_bytes: Speed = MEMORY_BYTES
     key_ms: float = KEY_MS
+    forward_key_ms: float = FORWARD_KEY_MS
+    backward_key_ms: float = BACKWARD_KEY_MS
+    launch_ms: float = LAUNCH_MS
 
 
 RATES = Rates()
@@ -90,11 +99,13 @@ def _predicted(problem: Problem, rates: Rates) -> float:
 def model(problem: Problem, device: object, plans: Mapping[str, Any], rates: Rates) -> Any:
     """`predicted_ms` with these rates; there are no plans.
 
-    That is for arithmetic and compulsory traffic, or for the keys of one query.
+    That is for launches, and for arithmetic and compulsory traffic or the keys of one query.
     """
     kind = problem.dtype if problem.dtype in DTYPE_SHARE else "half"
     if max(problem.head_dim, problem.value_dim) <= SHORT_DIM:
         kind += "_short"
     rate = getattr(getattr(rates, kind), problem.operation)
     busy = problem.flops() / rate + problem.bytes() / rates.memory_bytes
-    return max(busy, problem.slots * rates.key_ms)
+    key_ms = getattr(rates, f"{problem.operation}_key_ms", rates.key_ms)
+    launches = LAUNCHES.get(problem.operation, 1) * rates.launch_ms
+    return launches + max(busy, problem.slots * key_ms)

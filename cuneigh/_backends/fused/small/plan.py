@@ -40,7 +40,7 @@ from cuneigh._gpu.boxes import (
     mostly_full,
     powers_of_two,
 )
-from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
+from cuneigh._gpu.costs import Cycles, begun, blocks_in_shared_memory
 from cuneigh._gpu.linear import Speed
 from cuneigh._gpu.passes import DKV, DQ, FORWARD, HVP_DKV, HVP_DQ, JVP, Pass
 from cuneigh._problem import Problem
@@ -223,6 +223,7 @@ def costs(
     # The fits of kernels without tangents count those of all blocks alike
     fours = plan.form.warps / 4 if pass_.moves else 1.0
     at_least = transfers(problem, pass_) / rates.bytes / multiprocessors
+    start = cycles.start * begun(problem)
 
     def cost_with(batch_heads: int) -> Any:
         blocks = math.ceil(boxes * math.ceil(length / batch_heads) / multiprocessors)
@@ -231,8 +232,8 @@ def costs(
         busy = (rounds * waiting(beside, fours) + (waiting(last, fours) if last else 0)) * block
         rounds += last > 0
         # The fewer rounds there are, the more do blocks begin at once in each
-        start = cycles.start * (1 + 1 / (rounds - 1) if rounds > 1 else 1)
-        return (max(busy, at_least) + start) * multiprocessors
+        again = 1 / (rounds - 1) if rounds > 1 else 0.0
+        return (max(busy, at_least) + start * (1 + again)) * multiprocessors
 
     return [cost_with(batch_heads) for batch_heads in choices]
 

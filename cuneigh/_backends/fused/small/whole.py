@@ -22,7 +22,7 @@ from cuneigh._backends.fused.small.forms import ROWS
 from cuneigh._backends.fused.small.plan import H200, Rates, SmallPlan
 from cuneigh._device import Device
 from cuneigh._gpu.boxes import Box, count_unions, ends_of_boxes, groups_of
-from cuneigh._gpu.costs import Cycles, blocks_in_shared_memory
+from cuneigh._gpu.costs import Cycles, begun, blocks_in_shared_memory
 from cuneigh._gpu.passes import DKV, DQ, Pass
 from cuneigh._problem import Problem
 from cuneigh._window import Axis
@@ -232,7 +232,8 @@ def cost(problem: Problem, plan: WholePlan, device: Device, rates: Rates = H200)
     block = tables + plan.batch_heads * batch_head_cost(problem, plan, cycles)
     busy = rounds * small_plan.waiting(beside) + (small_plan.waiting(last) if last else 0)
     at_least = transfers(problem) / rates.bytes / multiprocessors
-    return (max(busy * block * WAITS, at_least) + cycles.start) * multiprocessors
+    start = cycles.start * begun(problem)
+    return (max(busy * block * WAITS, at_least) + start) * multiprocessors
 
 
 def groups(problem: Problem) -> int:
