@@ -106,7 +106,7 @@ def chip_of(backend: Any, seed: int) -> Any:
 
 MAIN = {
     "hopper": ["walks.middle.product", "launch_ms"],
-    "fused": ["walks.half_forward.product", "walks.float32.product", "small.backward.start"],
+    "fused": ["walks.half_forward.product", "walks.float32.product", "small.backward.product"],
     "naive": ["half.forward", "half.backward", "float32.forward"],
     "gemm": ["results.memory_bytes", "results.float32_flops", "gradients.memory_bytes"],
 }

@@ -179,6 +179,7 @@ def test_every_source_is_compiled() -> None:
     every = get_args(Operation)
     full = [*problems("float16", [3], rpb_dtype="float16", additional=1, operations=every)]
     plain = [*problems("float16", [1], length=32), *problems("float16", [1], head_dim=128)]
+    plain += problems("float16", [1], head_dim=256)
     plain += problems("float16", [1], head_dim=32, value_dim=32, operations=every)
     masked = [replace(problem, has_key_mask=True) for problem in plain]
     few_queries = Axis(64, 2111, 2048, 1, 1, True, "shift", 8192, 4096, 2049)

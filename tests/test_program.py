@@ -351,7 +351,7 @@ def test_two_threads_may_run_one_program(launched):
     [
         ("hopper", (1, 96, 48, 2, 32), ["hopper/dkv", None, "hopper/dq"]),
         ("hopper", (1, 8192, 2, 128), ["sums/delta", "hopper/backward"]),
-        ("fused", (1, 96, 48, 2, 128), ["sums/delta", "fused/backward", None, "fused/backward"]),
+        ("fused", (1, 96, 48, 8, 128), ["sums/delta", "fused/backward", None, "fused/backward"]),
         ("fused", (8, 28, 28, 2, 64), ["fused/small/backward", "fused/small/backward"]),
     ],
 )
