@@ -1,11 +1,22 @@
 // Tensor core instructions: one instruction a function, named after it.
 #pragma once
 
-#include "cuneigh/ldmatrix.cuh"
 #include "cuneigh/smem.cuh"
 #include "cuneigh/types.cuh"
 
 namespace cuneigh::fused {
+
+// Four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8.
+__device__ inline void ldmatrix_x4(unsigned (&matrix)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(address));
+}
+__device__ inline void ldmatrix_x4_trans(unsigned (&matrix)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(address));
+}
 
 // d += a b, with a [16, 16], b [16, 8] and d [16, 8].
 __device__ inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,

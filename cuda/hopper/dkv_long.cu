@@ -15,8 +15,6 @@
 
 namespace cuneigh::hopper {
 
-constexpr int kMostHeld = 6;  // steps of the rows of a consumer that are kept in registers
-
 // The first consumer, all of its 128 threads: P^T and dV.
 template <typename Plan>
 __device__ void differentiate_values(const HopperProblem<Plan::kRank>& problem,
@@ -34,8 +32,6 @@ __device__ void differentiate_values(const HopperProblem<Plan::kRank>& problem,
   while (me.begin_tile()) {
     const Descriptor keys = rows_at + me.rows.slot() * (sizeof(smem.row[0]) / kDescriptorBytes);
     float grad_value[Plan::kValueColumns / 8][4] = {};  // dV [64, kValueColumns]
-    HeldRows<held_steps(Plan::kHeadDim, kMostHeld)> held;
-    held.load(shared_address(smem.row[me.rows.slot()]), me.thread);
 
     while (me.begin_box()) {
       const unsigned stage = me.boxes.slot();
@@ -44,7 +40,7 @@ __device__ void differentiate_values(const HopperProblem<Plan::kRank>& problem,
       const int visibility = me.visibility();
       read(smem.statistics[stage].lse[me.quad()].of_columns, lse);
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(
-          logit, keys, queries_at + stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes), held);
+          logit, keys, queries_at + stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes));
       unsigned seen[2];
       me.look(visibility, seen);
       wait_for_products<0>();
@@ -101,8 +97,6 @@ __device__ void differentiate_keys(const HopperProblem<Plan::kRank>& problem,
   while (me.begin_tile()) {
     const Descriptor values = values_at + me.rows.slot() * (sizeof(smem.row[0]) / kDescriptorBytes);
     float grad_key[Plan::kHeadColumns / 8][4] = {};  // dK [64, kHeadColumns]
-    HeldRows<held_steps(Plan::kValueDim, kMostHeld)> held;
-    held.load(shared_address(smem.row[me.rows.slot()][Smem::kQkLines]), me.thread);
 
     while (me.begin_box()) {
       const unsigned stage = me.boxes.slot();
@@ -112,7 +106,7 @@ __device__ void differentiate_keys(const HopperProblem<Plan::kRank>& problem,
       me.wait_for_vo();
       multiply<Element, Plan::kValueDim, Plan::kColumns>(
           grad_weight, values,
-          grad_outputs_at + stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes), held);
+          grad_outputs_at + stage * (sizeof(smem.column_vo[0]) / kDescriptorBytes));
       smem.exchange_full[exchange.slot()].wait(exchange.parity());
       unsigned weight[kSteps][4];  // P^T [64, kColumns]
 #pragma unroll

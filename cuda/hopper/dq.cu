@@ -24,8 +24,6 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
   using Element = typename Plan::Element;
   using Smem = SharedMemory<Plan>;
   constexpr int kSteps = Plan::kColumns / 16;
-  // Part of the queries stays in registers; with boxes of 64 keys there are none for it
-  constexpr int kHeld = Plan::kColumns == 32 ? held_steps(Plan::kHeadDim, 8) : 0;
   Consumer<Plan> me(smem, w);
   const Descriptor rows_at = rows_descriptor(shared_address(smem.row));
   const Descriptor keys_at = rows_descriptor(shared_address(smem.column_qk));
@@ -50,8 +48,6 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       delta[half] = statistics.y;
     }
     float grad_query[Plan::kHeadColumns / 8][4] = {};  // dQ [64, kHeadColumns]
-    HeldRows<kHeld> held;
-    held.load(shared_address(smem.row[me.rows.slot()]), me.thread);
 
     while (me.begin_box()) {
       const unsigned stage = me.boxes.slot();
@@ -61,7 +57,7 @@ __device__ void differentiate(const HopperProblem<Plan::kRank>& problem,
       // dP = dO V^T, [64, kColumns] = [64, kValueDim] [kColumns, kValueDim]^T
       float logit[Plan::kColumns / 8][4], grad_weight[Plan::kColumns / 8][4];
       const int visibility = me.visibility();
-      multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, queries, keys_at + qk, held);
+      multiply<Element, Plan::kHeadDim, Plan::kColumns>(logit, queries, keys_at + qk);
       unsigned seen[2];
       me.look(visibility, seen);
       me.wait_for_vo();

@@ -29,7 +29,6 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
                        const ForwardArguments<Plan>& arguments, SharedMemory<Plan>& smem, int w) {
   using Element = typename Plan::Element;
   constexpr int kHalf = Plan::kColumns / 2;
-  constexpr int kHeld = kLong<Plan> ? held_steps(Plan::kHeadDim, 10) : 0;
   Consumer<Plan> me(smem, w);
   const Descriptor queries_at = rows_descriptor(shared_address(smem.row));
   const Descriptor keys_at = rows_descriptor(shared_address(smem.column_qk));
@@ -41,8 +40,6 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
         queries_at + me.rows.slot() * (sizeof(smem.row[0]) / kDescriptorBytes);
     float output[1][Plan::kValueColumns / 8][4] = {};  // O [64, kValueColumns]
     WarpSoftmax<1> softmax;
-    HeldRows<kHeld> held;
-    held.load(shared_address(smem.row[me.rows.slot()]), me.thread);
 
     while (me.begin_box()) {
       const unsigned stage = me.boxes.slot();
@@ -50,8 +47,7 @@ __device__ void attend(const HopperProblem<Plan::kRank>& problem,
       float logit[1][Plan::kColumns / 8][4];
       const int visibility = me.visibility();
       multiply<Element, Plan::kHeadDim, Plan::kColumns>(
-          logit[0], queries, keys_at + stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes),
-          held);
+          logit[0], queries, keys_at + stage * (sizeof(smem.column_qk[0]) / kDescriptorBytes));
       unsigned seen[2];
       me.look(visibility, seen);
       wait_for_products<0>();

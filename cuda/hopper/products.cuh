@@ -1,7 +1,6 @@
 // The matrix products of a warpgroup's 64 rows with a box of columns.
 #pragma once
 
-#include "cuneigh/ldmatrix.cuh"
 #include "hopper/tile.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
@@ -10,59 +9,21 @@ namespace cuneigh::hopper {
 
 constexpr int kDescriptorBytes = 16;  // the unit of the addresses in a descriptor
 
-// The first 16 kSteps elements of a thread's rows, as a left operand. Products of long vectors read
-// shared memory as fast as it goes; what they find here they do not read again for every box. For
-// rows that do not change while their tile is worked on: `hide_rows` of hidden.cuh does that.
-template <int kSteps>
-struct HeldRows {
-  unsigned step[kSteps][4];
-
-  // From a box of rows in shared memory, lines of 64 elements that TMA has swizzled.
-  __device__ void load(unsigned address, int thread) {
-    // Lanes 8 m to 8 m + 7 say where the rows of the matrix m of 8 x 8 elements are
-    const int lane = thread % 32, matrix = lane / 8, inside = lane % 8;
-    address += (thread / 32 * 16 + matrix % 2 * 8 + inside) * kLineBytes;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int chunk = i % 4 * 2 + matrix / 2;
-      ldmatrix_x4(step[i], address + i / 4 * kRows * kLineBytes + (chunk ^ inside) * 16);
-    }
-  }
-};
-template <>
-struct HeldRows<0> {
-  __device__ void load(unsigned, int) {}
-};
-
-// Steps of a product over `dim` elements for which rows are held: at most `most`, and not all,
-// since the step that begins a product must not add, and only one from shared memory can do that.
-constexpr int held_steps(int dim, int most) { return dim / 16 > most ? most : dim / 16 - 1; }
-
 // Issues product = rows columns^T, or product += it if kAdd, [kRows, kColumns] = [kRows, kDim]
 // [kColumns, kDim]^T. Both lie in shared memory, in lines of 64 elements: line after line of all
-// rows. What is `held` of the rows is not read there.
-template <typename Element, int kDim, int kColumns, bool kAdd = false, int kHeld = 0>
-__device__ void multiply(float (&product)[kColumns / 8][4], Descriptor rows, Descriptor columns,
-                         const HeldRows<kHeld>& held = {}) {
+// rows.
+template <typename Element, int kDim, int kColumns, bool kAdd = false>
+__device__ void multiply(float (&product)[kColumns / 8][4], Descriptor rows, Descriptor columns) {
   fence_registers();
 #pragma unroll
-  for (int step = kHeld; step < kDim / 16; ++step) {
+  for (int step = 0; step < kDim / 16; ++step) {
     const int line = step / 4, inside = step % 4 * 32;
     const Descriptor left = rows + (line * kRows * kLineBytes + inside) / kDescriptorBytes;
     const Descriptor right = columns + (line * kColumns * kLineBytes + inside) / kDescriptorBytes;
-    if (step == kHeld && !kAdd)
+    if (step == 0 && !kAdd)
       Wgmma<kColumns, Element>::template shared<false>(product, left, right);
     else
       Wgmma<kColumns, Element>::template shared<true>(product, left, right);
-  }
-  if constexpr (kHeld > 0) {
-#pragma unroll
-    for (int step = 0; step < kHeld; ++step) {
-      const int line = step / 4, inside = step % 4 * 32;
-      Wgmma<kColumns, Element>::registers_rows(
-          product, held.step[step],
-          columns + (line * kColumns * kLineBytes + inside) / kDescriptorBytes);
-    }
   }
   commit_products();
 }

@@ -132,15 +132,6 @@ struct Wgmma;
                    ", p, 1, 1, 0, 1; }"                                                                \
                    : CUNEIGH_ACCUMULATORS_OF_##count : "l"(left), "l"(right), "n"(kAdd));              \
     }                                                                                                  \
-    /* d += left right^T: [64, 16] in registers, [kColumns, 16]^T in shared memory */                  \
-    __device__ static void registers_rows(float (&d)[kColumns / 8][4], const unsigned (&left)[4],      \
-                                          Descriptor right) {                                          \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #kColumns "k16.f32." type "." type              \
-                   " {" CUNEIGH_REGISTERS_OF_##count "}, {%" #after_0 ", %" #after_1 ", %" #after_2    \
-                   ", %" #after_3 "}, %" #after_4 ", 1, 1, 1, 0;"                                      \
-                   : CUNEIGH_ACCUMULATORS_OF_##count                                                   \
-                   : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));              \
-    }                                                                                                  \
     /* d += left right: [64, 16] in registers, [16, kColumns] in shared memory */                      \
     __device__ static void registers(float (&d)[kColumns / 8][4], const unsigned (&left)[4],           \
                                      Descriptor right) {                                               \

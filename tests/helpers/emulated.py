@@ -58,12 +58,6 @@ REPLACED = {
         (r'asm\("rcp[^;]*;[^;]*;', "y = 1 / x;"),
         (r'asm\("lg2[^;]*;[^;]*;', "y = log2f(x);"),
     ],
-    "cuneigh/ldmatrix.cuh": [
-        (
-            r"// Four 8x8 matrices.*(?=\n}  // namespace)",
-            "using emulator::ldmatrix_x4, emulator::ldmatrix_x4_trans;\n",
-        ),
-    ],
     "fused/thread.cuh": [(r'asm volatile\("" : "\+r"\(thread\)\);', "")],
     "fused/async.cuh": [
         (
@@ -99,7 +93,7 @@ REPLACED = {
     ],
     "fused/split/forward.cu": [(r'asm volatile\("bar.sync[^;]*;[^;]*;', "__syncthreads();")],
     "fused/mma.cuh": [
-        (r"// d \+= a b, with a.*(?=// Two numbers rounded)", "using namespace emulator;\n\n"),
+        (r"// Four 8x8 matrices.*(?=// Two numbers rounded)", "using namespace emulator;\n\n"),
     ],
     # Acquire and release, between blocks
     "hopper/barrier.cuh": [

@@ -116,13 +116,6 @@ struct Wgmma {
     });
   }
   static void registers(Sums& d, const unsigned (&left)[4], Descriptor right) {
-    add(d, left, [r = Lines<E>(right)](int k, int column) { return r.across(k, column); });
-  }
-  static void registers_rows(Sums& d, const unsigned (&left)[4], Descriptor right) {
-    add(d, left, [r = Lines<E>(right)](int k, int column) { return r.along(column, k); });
-  }
-  template <typename Right>
-  static void add(Sums& d, const unsigned (&left)[4], Right right) {
     struct Words {
       unsigned of[4];
     };
@@ -137,8 +130,10 @@ struct Wgmma {
               number<E>(read(lane / 4 * 4 + k % 8 / 2).of[half + k / 8 * 2], k % 2);
       return 0;
     });
-    begin([&d, rows, right] {
-      multiply(d, kColumns, true, [&](int row, int k) { return rows.half[row / 8 % 2][k]; }, right);
+    begin([&d, rows, r = Lines<E>(right)] {
+      multiply(
+          d, kColumns, true, [&](int row, int k) { return rows.half[row / 8 % 2][k]; },
+          [=](int k, int column) { return r.across(k, column); });
     });
   }
 };
