@@ -146,6 +146,18 @@ def source(results: Any, file: str, command: str) -> str:
     return f"{machine}, commit {results['commit']}; `bench/results/{file}`, made by `{command}`."
 
 
+def exceptions(results: Any) -> str:
+    """The figures of a case set that say themselves which commit they are of."""
+    found = [
+        f"{case} {figures.KINDS[kind]} {figure['commit']}"
+        for case, backends in results["cases"].items()
+        for kinds in backends.values()
+        for kind, figure in kinds.items()
+        if isinstance(figure, dict) and "commit" in figure
+    ]
+    return f"\nOf other commits: {', '.join(found)}." if found else ""
+
+
 def of_cases() -> str:
     results = result("h200.json")
     found = comparisons(results, json.loads(PEERS.read_text(encoding="utf-8")))
@@ -171,6 +183,7 @@ def of_cases() -> str:
         "already in the order that it wants), and, where every query sees every key, cuDNN in the "
         "same run. The problems\nare in `bench/cases.json`.\n"
         + source(results, "h200.json", "bench/h200.py")
+        + exceptions(results)
         + "\n\n![](figures/speedup.png)\n\n"
         + table(columns, rows)
     )

@@ -14,7 +14,8 @@ from helpers.toy_kernel import needs_nvrtc
 
 import cuneigh
 from cuneigh import _backends, _jit
-from cuneigh._backends import BACKENDS, Backend, BackendName
+from cuneigh._backends import BACKENDS, Backend, BackendName, fused
+from cuneigh._backends.fused.small.plan import SmallPlan
 from cuneigh._device import CPU, of_capability
 from cuneigh._jit import _build
 from cuneigh._parameters import window_arguments
@@ -125,3 +126,32 @@ def test_settings_are_what_the_backends_name(monkeypatch):
         before = _backends.settings()
         monkeypatch.setenv(name, "1")
         assert _backends.settings() != before
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kernel_size", "heads", "dim", "forward", "backward"),
+    [
+        ((14, 14), 7, 4, 64, "fused", "fused"),
+        ((28, 28), 7, 2, 32, "fused", "fused"),
+        ((56, 56), 7, 1, 64, "fused", "fused"),
+        ((16, 16), 3, 8, 32, "naive", "fused"),
+        ((2048,), 512, 1, 128, "hopper", "hopper"),
+    ],
+)
+def test_small_problems_take_what_was_the_fastest(
+    tokens, kernel_size, heads, dim, forward, backward
+):
+    """Of a few blocks, as measured on an H200 (bench/NOTES.md, "Choice on small problems").
+
+    `fused` takes its kernels for small windows there.
+    """
+    query = Spec((1, *tokens, heads, dim), "bfloat16")
+    window = window_arguments("test", len(tokens), kernel_size, 1, 1, False)
+    problem = attention_problem("test", "forward", query, query, query, window, None)
+    h200 = replace(of_capability((9, 0)), name="NVIDIA H200", sm_count=132, memory=139 << 30)
+    for operation, wanted in ((problem, forward), (problem.gradient, backward)):
+        name = _backends.choose(operation, h200, None).NAME
+        assert name == wanted
+        if wanted == "fused":
+            plans = fused.plans(operation, h200)
+            assert all(isinstance(each[0], SmallPlan) for each in plans.values())

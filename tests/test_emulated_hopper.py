@@ -98,7 +98,6 @@ def test_outputs_agree_with_the_oracle_3d(tmp_path):
 
 @pytest.mark.parametrize("dims", [(256, 256), (64, 136)])
 def test_outputs_of_long_vectors_agree_with_the_oracle(dims, tmp_path):
-    """Part of whose queries stays in registers."""
     check(Emulator(tmp_path, SMALL), problem_of("forward", (130,), 50, dims), mixed)
 
 
