@@ -26,7 +26,14 @@ from cuneigh._backends.gemm.launch import (
     qk,
     qk_backward,
 )
-from cuneigh._backends.gemm.plan import NAME, RATES, model, plan_of, workspace_limit
+from cuneigh._backends.gemm.plan import (
+    NAME,
+    RATES,
+    model,
+    plan_of,
+    predicted_ms,
+    workspace_limit,
+)
 from cuneigh._backends.gemm.sources import kernels
 from cuneigh._device import Device
 from cuneigh._gpu import kept
@@ -72,8 +79,3 @@ def unsupported(problem: Problem, device: Device, arrays: object = None) -> str 
             "CUNEIGH_WORKSPACE_BYTES raises that"
         )
     return None
-
-
-def predicted_ms(problem: Problem, device: Device) -> float:
-    """How long a call is expected to take, in milliseconds."""
-    return plan_of(problem, device, contiguous=True).milliseconds

@@ -151,6 +151,10 @@ def allows_tf32() -> bool:
     return bool(_settings.ALLOW_TF32.read())
 
 
+def is_backward(problem: Problem) -> bool:
+    return problem.operation.endswith("backward")
+
+
 class Work(NamedTuple):
     """The rates of one kind of operations: by default what was fitted to an H200."""
 
@@ -162,13 +166,18 @@ class Work(NamedTuple):
     tile_ms: float = 4e-6
     chunk_ms: float = 0.02
     """Starting and ending a tile, and the launches of a chunk."""
+    call_ms: float = 0.055
+    """What the host takes for a call, at least; it cannot be captured in a CUDA graph."""
 
 
 class Rates(NamedTuple):
     """What predictions are made of (bench/NOTES.md says how it was measured)."""
 
     results: Work = Work()
-    gradients: Work = Work()
+    gradients: Work = Work(call_ms=0.13)
+
+    def of(self, problem: Problem) -> Work:
+        return self.gradients if is_backward(problem) else self.results
 
 
 RATES = Rates()
@@ -185,7 +194,14 @@ def model(problem: Problem, device: Device, plans: Mapping[str, Any], rates: Rat
     plan: GemmPlan = plans[problem.operation]
     chunks = math.ceil(plan.tiles / plan.chunk)
     size = plan.rows, plan.columns, plan.tiles, chunks
-    return predicted(problem, *size, allows_tf32(), plan.direct, rates)
+    on_gpu = predicted(problem, *size, allows_tf32(), plan.direct, rates)
+    return max(on_gpu, rates.of(problem).call_ms)
+
+
+def predicted_ms(problem: Problem, device: Device) -> float:
+    """How long a call is expected to take, in milliseconds."""
+    rates = gpu_rates.of(NAME, device, RATES)
+    return max(plan_of(problem, device, contiguous=True).milliseconds, rates.of(problem).call_ms)
 
 
 @lru_cache(maxsize=8192)
@@ -409,8 +425,7 @@ def predicted(
     element, number = DTYPES[problem.dtype], DTYPES[problem.accumulator]
     uses_key, uses_value = USES[problem.operation]
     dims = uses_key * problem.head_dim + uses_value * problem.value_dim
-    gradients = problem.operation.endswith("backward")
-    work = rates.gradients if gradients else rates.results
+    gradients, work = is_backward(problem), rates.of(problem)
     # Bytes of one element of a dense product that matrix products move, and that kernels move.
     in_products, in_kernels = {
         "forward": (number + element, number + element),
