@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuneigh._backends.hopper import plan as hopper_plan
+from cuneigh._backends.hopper import costs
+from cuneigh._backends.hopper.costs import cost, cost_of
 from cuneigh._backends.hopper.forms import forms_of
 from cuneigh._backends.hopper.plan import (
     LONGEST_SPAN,
     ROWS,
     Form,
     HopperPlan,
-    cost,
-    cost_of,
     most_coordinates,
     most_warpgroups,
     span,
@@ -38,7 +37,7 @@ NAME = "hopper"
 class Rates(NamedTuple):
     """What predictions are made of: by default what was fitted to an H200."""
 
-    walks: hopper_plan.Rates = hopper_plan.H200
+    walks: costs.Rates = costs.H200
     launch_ms: float = LAUNCH_MS
     memory_bytes: Speed = MEMORY_BYTES
     """Of what computes delta and reads sums, in a millisecond."""
@@ -142,7 +141,7 @@ def cheapest(
 
 @lru_cache(maxsize=1024)
 def _cheapest(
-    problem: Problem, device: Device, pass_: Pass, most: int, rates: hopper_plan.Rates
+    problem: Problem, device: Device, pass_: Pass, most: int, rates: costs.Rates
 ) -> tuple[HopperPlan, ...]:
     found: list[tuple[float, HopperPlan]] = []
     tiles = [
@@ -154,9 +153,9 @@ def _cheapest(
         columns = column_boxes(problem, form, pass_)
         rows = [(box, warpgroups) for box in row_boxes(problem)]
         counts = count_walks(problem.axes, rows, columns, pass_)
-        costs = cost_of(problem, form, counts, heads, pass_, rates)
-        for place in np.argsort(costs, axis=None, kind="stable")[:most]:
-            row, column = np.unravel_index(place, costs.shape)
+        cycles = cost_of(problem, form, counts, heads, pass_, rates)
+        for place in np.argsort(cycles, axis=None, kind="stable")[:most]:
+            row, column = np.unravel_index(place, cycles.shape)
             plan = HopperPlan(form, rows[row][0], warpgroups, heads, columns[column])
             found.append((cost(problem, plan, device, pass_, rates), plan))
     found.sort(key=lambda pair: pair[0])
