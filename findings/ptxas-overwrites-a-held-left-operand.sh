@@ -32,8 +32,8 @@
 # Why it matters: operands that do not change over a loop are what one wants in registers, since
 # shared memory bounds such kernels. On an H200 an attention kernel built like this was right for
 # most head dimensions and wrong by 100 % for a few, where the scores and the sums had as many
-# columns. 13.0.88 is the NVRTC that PyTorch's CUDA 13 wheels bring. Operands from shared memory, or
-# loaded anew in each round, are not affected.
+# columns; the NVRTC beside PyTorch 2.11 there was 13.0. Operands from shared memory, or loaded anew
+# in each round, are not affected.
 #
 # Exits 0 while the behavior is as described, 1 if it has changed.
 set -euo pipefail

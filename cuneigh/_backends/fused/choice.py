@@ -184,7 +184,7 @@ def _walk_cycles(
     counts = fused_plan.count(problem, plan, pass_)
     heads, multiprocessors = problem.batch * pass_.heads(problem), max(device.sm_count, 1)
     cycles = fused_plan.cost_of(problem, plan.area, counts, pass_, rates) * heads
-    # Few blocks leave multiprocessors idle, for half of the time if each has one
+    # A block that has a multiprocessor for itself takes twice its share; without one, it is idle
     blocks = counts.blocks * math.ceil(heads / plan.batch_heads)
     cycles *= max(2 * multiprocessors / max(blocks, 1), 1.0)
     start = fused_plan.cycles_of(problem, pass_, rates).start * begun(problem)
